@@ -1,0 +1,47 @@
+"""Diffusion: noise schedules, losses and samplers. Mathematics only; it knows no kernel and no device."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ditkernels.diffusion.sampling import GaussianDiffusion
+from ditkernels.diffusion.schedule import NoiseSchedule, named_beta_schedule, space_timesteps
+
+__all__ = ["GaussianDiffusion", "NoiseSchedule", "create_diffusion", "named_beta_schedule", "space_timesteps"]
+
+
+def create_diffusion(
+    timestep_respacing: str | int | Sequence[int] | None,
+    noise_schedule: str = "linear",
+    use_kl: bool = False,
+    sigma_small: bool = False,
+    predict_xstart: bool = False,
+    learn_sigma: bool = True,
+    rescale_learned_sigmas: bool = False,
+    diffusion_steps: int = 1000,
+) -> GaussianDiffusion:
+    """The diffusion of DiT: train with ``create_diffusion("")``, sample with ``create_diffusion("250")``.
+
+    ``timestep_respacing``: which of the ``diffusion_steps`` are kept: "" (all), "250", "10,15,20", "ddim50",
+    or a list of steps per section; see :func:`space_timesteps`. ``noise_schedule``: "linear" or
+    "squaredcos_cap_v2" ("cosine"). ``predict_xstart``: the model predicts x_0, not the noise.
+    ``learn_sigma``: it also returns v, which interpolates the variance; otherwise the variance is fixed, at
+    β̃ if ``sigma_small`` and at β if not. ``use_kl``: train on the variational bound times the number of
+    steps; otherwise on the mean square error plus, with a learned variance, the variational term (times
+    num_timesteps / 1000 if ``rescale_learned_sigmas``). As in the public DiT, ``sigma_small`` says nothing
+    where the variance is learned, and ``rescale_learned_sigmas`` nothing under ``use_kl`` or a fixed
+    variance.
+
+    Raises ValueError or TypeError for a schedule, respacing or number of steps that does not exist, saying
+    what does.
+    """
+    betas = named_beta_schedule(noise_schedule, diffusion_steps)
+    schedule = NoiseSchedule(betas, space_timesteps(diffusion_steps, timestep_respacing))
+    fixed = "fixed_small" if sigma_small else "fixed_large"
+    squared_error = "rescaled_mse" if rescale_learned_sigmas else "mse"
+    return GaussianDiffusion(
+        schedule,
+        prediction="x_start" if predict_xstart else "epsilon",
+        variance="learned_range" if learn_sigma else fixed,
+        loss="rescaled_kl" if use_kl else squared_error,
+    )

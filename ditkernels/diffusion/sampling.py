@@ -1,0 +1,381 @@
+"""Samplers: single steps of DDPM (Ho et al. 2020) and DDIM (Song et al. 2020), and the loops over them.
+
+gaussian.py states the conventions, docs/diffusion.md the formulas.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from ditkernels.diffusion.gaussian import (
+    CondFn,
+    DenoisedFn,
+    Denoiser,
+    DiffusionProcess,
+    Model,
+    ModelKwargs,
+    Sample,
+    epsilon_from_xstart,
+    step_of,
+    xstart_from_epsilon,
+)
+from ditkernels.diffusion.inputs import check_like, noise_for, widened
+from ditkernels.diffusion.schedule import Coefficients
+
+
+class GaussianDiffusion(DiffusionProcess):
+    """A Gaussian diffusion one can draw from."""
+
+    # --------------------------------------------------------------------------------------------------------
+    # One step of a sampler
+    # --------------------------------------------------------------------------------------------------------
+
+    def p_sample(
+        self,
+        model: Model,
+        x: Tensor,
+        t: Tensor,
+        clip_denoised: bool = True,
+        denoised_fn: DenoisedFn | None = None,
+        cond_fn: CondFn | None = None,
+        model_kwargs: ModelKwargs | None = None,
+        *,
+        noise: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Sample:
+        """x_{t−1} from x_t by ancestral sampling (DDPM): a dict of ``sample`` and ``pred_xstart``, each of
+        x's shape.
+
+        No noise is added at t = 0. ``cond_fn(x, timesteps, **model_kwargs)`` returns ∇ log p(y | x), of x's
+        shape, and moves the mean by variance times that.
+        """
+        x, t = self._check(x, t)
+        denoiser = Denoiser(model, clip_denoised, denoised_fn, cond_fn, model_kwargs)
+        return self._ddpm_step(denoiser, x, t, noise_for(x, noise, generator))
+
+    def _ddpm_step(self, denoiser: Denoiser, x: Tensor, t: Tensor, noise: Tensor) -> Sample:
+        reverse = self._reverse(denoiser, self.schedule.at(t, x), x, t)
+        mean = reverse.mean
+        if denoiser.cond_fn is not None:
+            mean = mean + reverse.variance * self._gradient(denoiser, denoiser.cond_fn, x, t)
+        noisy = (t > 0).view(-1, *[1] * (x.ndim - 1))
+        return {
+            "sample": mean + noisy * torch.exp(0.5 * reverse.log_variance) * noise,
+            "pred_xstart": reverse.pred_xstart,
+        }
+
+    def ddim_sample(
+        self,
+        model: Model,
+        x: Tensor,
+        t: Tensor,
+        clip_denoised: bool = True,
+        denoised_fn: DenoisedFn | None = None,
+        cond_fn: CondFn | None = None,
+        model_kwargs: ModelKwargs | None = None,
+        eta: float = 0.0,
+        *,
+        noise: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Sample:
+        """x_{t−1} from x_t by DDIM: a dict of ``sample`` and ``pred_xstart``, each of x's shape.
+
+        σ = eta·√β̃: eta = 0 is deterministic and draws no noise, eta = 1 is DDPM with the fixed small
+        variance. A learned variance plays no part. ``cond_fn`` shifts the predicted noise by −√(1 − ᾱ) times
+        its gradient. Raises ValueError for eta outside [0, 1], or noise given with eta = 0.
+        """
+        x, t = self._check(x, t)
+        _check_eta(eta)
+        if eta == 0 and noise is not None:
+            raise ValueError("noise: got a tensor with eta=0, which adds none; allowed is None")
+        denoiser = Denoiser(model, clip_denoised, denoised_fn, cond_fn, model_kwargs)
+        return self._ddim_step(denoiser, x, t, eta, noise_for(x, noise, generator) if eta else None)
+
+    def _ddim_step(
+        self, denoiser: Denoiser, x: Tensor, t: Tensor, eta: float, noise: Tensor | None
+    ) -> Sample:
+        c = self.schedule.at(t, x)
+        pred_xstart, epsilon = self._denoise(denoiser, c, x, t)
+        # 1 − ᾱ_prev − σ², written without the difference: it would cancel, even to below zero, at long
+        # strides.
+        squared = (1 - eta**2) * c.one_minus_alphas_cumprod_prev
+        squared = squared + eta**2 * c.posterior_mean_coef2.square() * c.one_minus_alphas_cumprod
+        sample = c.sqrt_alphas_cumprod_prev * pred_xstart + squared.sqrt() * epsilon
+        if noise is not None:
+            sample = sample + eta * c.posterior_variance.sqrt() * noise
+        return {"sample": sample, "pred_xstart": pred_xstart}
+
+    def ddim_reverse_sample(
+        self,
+        model: Model,
+        x: Tensor,
+        t: Tensor,
+        clip_denoised: bool = True,
+        denoised_fn: DenoisedFn | None = None,
+        cond_fn: CondFn | None = None,
+        model_kwargs: ModelKwargs | None = None,
+    ) -> Sample:
+        """x_{t+1} from x_t by the DDIM ODE run backwards: a dict of ``sample`` and ``pred_xstart``, each of
+        x's shape.
+
+        After the last step ᾱ is taken as 0, so there the sample is the predicted noise itself.
+        """
+        x, t = self._check(x, t)
+        return self._ddim_reverse_step(
+            Denoiser(model, clip_denoised, denoised_fn, cond_fn, model_kwargs), x, t
+        )
+
+    def _ddim_reverse_step(self, denoiser: Denoiser, x: Tensor, t: Tensor) -> Sample:
+        c = self.schedule.at(t, x)
+        pred_xstart, epsilon = self._denoise(denoiser, c, x, t)
+        sample = c.sqrt_alphas_cumprod_next * pred_xstart + c.sqrt_one_minus_alphas_cumprod_next * epsilon
+        return {"sample": sample, "pred_xstart": pred_xstart}
+
+    def _denoise(self, denoiser: Denoiser, c: Coefficients, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """The predicted x_0 and the noise consistent with it, after clipping and guidance: what ODE samplers
+        step on."""
+        output, _ = self._call(denoiser, x, t)
+        pred_xstart = self._predict_xstart(denoiser, c, x, output)
+        epsilon = epsilon_from_xstart(c, x, pred_xstart)
+        if denoiser.cond_fn is not None:
+            gradient = self._gradient(denoiser, denoiser.cond_fn, x, t)
+            epsilon = epsilon - c.sqrt_one_minus_alphas_cumprod * gradient
+            pred_xstart = xstart_from_epsilon(c, x, epsilon)
+        return pred_xstart, epsilon
+
+    def _gradient(self, denoiser: Denoiser, cond_fn: CondFn, x: Tensor, t: Tensor) -> Tensor:
+        gradient = cond_fn(x, self.schedule.original_timesteps(t), **(denoiser.model_kwargs or {}))
+        check_like("cond_fn's result", gradient, x)
+        return gradient.to(x.dtype)
+
+    # --------------------------------------------------------------------------------------------------------
+    # Whole trajectories. Autograd is off inside the steps, and back on for whoever consumes them.
+    # --------------------------------------------------------------------------------------------------------
+
+    def p_sample_loop(
+        self,
+        model: Model,
+        shape: Sequence[int],
+        noise: Tensor | None = None,
+        clip_denoised: bool = True,
+        denoised_fn: DenoisedFn | None = None,
+        cond_fn: CondFn | None = None,
+        model_kwargs: ModelKwargs | None = None,
+        device: torch.device | str | None = None,
+        progress: bool = False,
+        *,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Samples of ``shape`` (B, C, …) by DDPM over all steps, starting from ``noise`` (default: drawn).
+
+        ``device``: default that of ``noise``, else that of the model's parameters. ``progress`` shows a tqdm
+        bar. ``generator`` draws the starting noise, unless it is given, and that of the steps. Raises
+        ValueError where shape, noise and device contradict each other.
+        """
+        steps = self.p_sample_loop_progressive(
+            model,
+            shape,
+            noise,
+            clip_denoised,
+            denoised_fn,
+            cond_fn,
+            model_kwargs,
+            device,
+            progress,
+            generator=generator,
+        )
+        return _last_sample(steps)
+
+    def p_sample_loop_progressive(
+        self,
+        model: Model,
+        shape: Sequence[int],
+        noise: Tensor | None = None,
+        clip_denoised: bool = True,
+        denoised_fn: DenoisedFn | None = None,
+        cond_fn: CondFn | None = None,
+        model_kwargs: ModelKwargs | None = None,
+        device: torch.device | str | None = None,
+        progress: bool = False,
+        *,
+        generator: torch.Generator | None = None,
+    ) -> Iterator[Sample]:
+        """p_sample_loop, yielding the result of every step: num_timesteps dicts as of p_sample."""
+        x = _starting_noise(model, shape, noise, device, generator)
+        denoiser = Denoiser(model, clip_denoised, denoised_fn, cond_fn, model_kwargs)
+
+        def step(x: Tensor, t: Tensor) -> Sample:
+            return self._ddpm_step(denoiser, x, t, noise_for(x, None, generator))
+
+        return _trajectory(step, x, range(self.num_timesteps)[::-1], progress)
+
+    def ddim_sample_loop(
+        self,
+        model: Model,
+        shape: Sequence[int],
+        noise: Tensor | None = None,
+        clip_denoised: bool = True,
+        denoised_fn: DenoisedFn | None = None,
+        cond_fn: CondFn | None = None,
+        model_kwargs: ModelKwargs | None = None,
+        device: torch.device | str | None = None,
+        progress: bool = False,
+        eta: float = 0.0,
+        *,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Samples of ``shape`` (B, C, …) by DDIM over all steps; arguments as of p_sample_loop and
+        ddim_sample."""
+        steps = self.ddim_sample_loop_progressive(
+            model,
+            shape,
+            noise,
+            clip_denoised,
+            denoised_fn,
+            cond_fn,
+            model_kwargs,
+            device,
+            progress,
+            eta,
+            generator=generator,
+        )
+        return _last_sample(steps)
+
+    def ddim_sample_loop_progressive(
+        self,
+        model: Model,
+        shape: Sequence[int],
+        noise: Tensor | None = None,
+        clip_denoised: bool = True,
+        denoised_fn: DenoisedFn | None = None,
+        cond_fn: CondFn | None = None,
+        model_kwargs: ModelKwargs | None = None,
+        device: torch.device | str | None = None,
+        progress: bool = False,
+        eta: float = 0.0,
+        *,
+        generator: torch.Generator | None = None,
+    ) -> Iterator[Sample]:
+        """ddim_sample_loop, yielding the result of every step: num_timesteps dicts as of ddim_sample."""
+        _check_eta(eta)
+        x = _starting_noise(model, shape, noise, device, generator)
+        denoiser = Denoiser(model, clip_denoised, denoised_fn, cond_fn, model_kwargs)
+
+        def step(x: Tensor, t: Tensor) -> Sample:
+            return self._ddim_step(denoiser, x, t, eta, noise_for(x, None, generator) if eta else None)
+
+        return _trajectory(step, x, range(self.num_timesteps)[::-1], progress)
+
+    def ddim_reverse_sample_loop(
+        self,
+        model: Model,
+        x_start: Tensor,
+        clip_denoised: bool = True,
+        denoised_fn: DenoisedFn | None = None,
+        cond_fn: CondFn | None = None,
+        model_kwargs: ModelKwargs | None = None,
+        progress: bool = False,
+    ) -> Tensor:
+        """The latent, of x_start's shape, from which ``ddim_sample_loop(noise=latent)`` comes back to
+        x_start.
+
+        x_start is taken as the state at step 0; num_timesteps − 1 steps lead to the state at the last step,
+        which is where sampling begins. Exact for a model whose prediction does not change along a step, else
+        up to the ODE's discretisation.
+        """
+        steps = self.ddim_reverse_sample_loop_progressive(
+            model, x_start, clip_denoised, denoised_fn, cond_fn, model_kwargs, progress
+        )
+        return _last_sample(steps)
+
+    def ddim_reverse_sample_loop_progressive(
+        self,
+        model: Model,
+        x_start: Tensor,
+        clip_denoised: bool = True,
+        denoised_fn: DenoisedFn | None = None,
+        cond_fn: CondFn | None = None,
+        model_kwargs: ModelKwargs | None = None,
+        progress: bool = False,
+    ) -> Iterator[Sample]:
+        """ddim_reverse_sample_loop, yielding the result of every step: num_timesteps − 1 dicts."""
+        x, _ = self._check(x_start, step_of(x_start, 0))
+        denoiser = Denoiser(model, clip_denoised, denoised_fn, cond_fn, model_kwargs)
+        return _trajectory(
+            partial(self._ddim_reverse_step, denoiser), x, range(self.num_timesteps - 1), progress
+        )
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Trajectories
+# ------------------------------------------------------------------------------------------------------------
+
+
+def _trajectory(
+    step: Callable[[Tensor, Tensor], Sample], x: Tensor, steps: Sequence[int], progress: bool
+) -> Iterator[Sample]:
+    """Feeds x through ``step(x, t)`` for each of ``steps``, yielding its results; "sample" is the next x.
+
+    The one loop of all samplers: one that looks back at earlier predictions keeps them in its ``step``.
+    """
+    for index in _with_bar(steps) if progress else steps:
+        with torch.no_grad():
+            result = step(x, step_of(x, index))
+        x = result["sample"]
+        yield result
+
+
+def _with_bar(steps: Sequence[int]) -> Iterator[int]:
+    from tqdm.auto import tqdm
+
+    return iter(tqdm(steps))
+
+
+def _last_sample(results: Iterator[Sample]) -> Tensor:
+    return deque(results, maxlen=1).pop()["sample"]
+
+
+def _starting_noise(
+    model: Model,
+    shape: Sequence[int],
+    noise: Tensor | None,
+    device: torch.device | str | None,
+    generator: torch.Generator | None,
+) -> Tensor:
+    shape = tuple(shape)
+    if noise is None:
+        return widened(
+            torch.randn(shape, device=_device_for(model, device), dtype=torch.float32, generator=generator)
+        )
+    noise = widened(noise, "noise")
+    if tuple(noise.shape) != shape:
+        raise ValueError(f"noise: got shape {tuple(noise.shape)}, allowed is that of the samples, {shape}")
+    if device is not None and not _same_device(noise.device, torch.device(device)):
+        raise ValueError(f"noise: got a tensor on {noise.device}, allowed is one on device={device}")
+    return noise
+
+
+def _same_device(actual: torch.device, asked: torch.device) -> bool:
+    return actual.type == asked.type and asked.index in (None, actual.index)
+
+
+def _device_for(model: Model, device: torch.device | str | None) -> torch.device:
+    if device is not None:
+        return torch.device(device)
+    owner = model if isinstance(model, nn.Module) else getattr(model, "__self__", None)
+    parameter = next(owner.parameters(), None) if isinstance(owner, nn.Module) else None
+    if parameter is None:
+        raise ValueError(
+            "device: got None, and no noise or model parameters to take it from; allowed is any torch device"
+        )
+    return parameter.device
+
+
+def _check_eta(eta: float) -> None:
+    if not 0 <= eta <= 1:
+        raise ValueError(f"eta: got {eta}, allowed are 0 (deterministic) to 1 (as noisy as DDPM)")

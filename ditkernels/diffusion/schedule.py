@@ -1,0 +1,278 @@
+"""Noise schedules: which betas, which of their timesteps are kept, and every table that follows from them.
+
+Beta schedules: "linear" from Ho et al. 2020 (arXiv 2006.11239), "squaredcos_cap_v2" from Nichol & Dhariwal
+2021 (arXiv 2102.09672), which also describes respacing. Everything is computed in float64 with numpy; a
+device sees one packed table, copied there once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from itertools import accumulate, pairwise, repeat
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from ditkernels.diffusion.inputs import check_count
+
+FloatArray = npt.NDArray[np.floating[Any]]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Betas
+# ------------------------------------------------------------------------------------------------------------
+
+
+def _linear_betas(steps: int) -> FloatArray:
+    if steps <= 20:
+        raise ValueError(
+            f"diffusion_steps: got {steps}, allowed for the linear schedule are 21 and more, "
+            "since its last beta is 20 / diffusion_steps"
+        )
+    # Ho et al. chose 1e-4 .. 0.02 for 1000 steps; scaling keeps the noise at the end the same for any number
+    # of them.
+    scale = 1000 / steps
+    return np.linspace(1e-4 * scale, 0.02 * scale, steps, dtype=np.float64)
+
+
+def _cosine_betas(steps: int) -> FloatArray:
+    alphas_cumprod = [math.cos((i / steps + 0.008) / 1.008 * math.pi / 2) ** 2 for i in range(steps + 1)]
+    return np.array([min(1 - after / before, 0.999) for before, after in pairwise(alphas_cumprod)])
+
+
+BETA_SCHEDULES: dict[str, Callable[[int], FloatArray]] = {
+    "linear": _linear_betas,
+    "squaredcos_cap_v2": _cosine_betas,
+    "cosine": _cosine_betas,
+}
+
+
+def named_beta_schedule(name: str, diffusion_steps: int) -> FloatArray:
+    """The betas of a named schedule, (diffusion_steps,) float64.
+
+    "linear": linspace(1e-4·s, 0.02·s, T), s = 1000/T. "squaredcos_cap_v2", also called "cosine": from
+    alpha_bar(u) = cos²((u + 0.008)/1.008 · π/2), each beta at most 0.999.
+
+    Raises ValueError for an unknown name or too few steps, TypeError for steps that are no int.
+    """
+    if name not in BETA_SCHEDULES:
+        raise ValueError(f"noise_schedule: got {name!r}, allowed are {', '.join(map(repr, BETA_SCHEDULES))}")
+    check_count("diffusion_steps", diffusion_steps, least=2)
+    return BETA_SCHEDULES[name](diffusion_steps)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Respacing
+# ------------------------------------------------------------------------------------------------------------
+
+
+def space_timesteps(diffusion_steps: int, timestep_respacing: str | int | Sequence[int] | None) -> list[int]:
+    """The timesteps to keep out of ``range(diffusion_steps)``, ascending.
+
+    ``""`` or None keeps all. ``"250"`` (or 250, or [250]) keeps 250, first and last included, evenly spread.
+    ``"10,15,20"`` (or a list) cuts the range into that many sections of (nearly) equal length and spreads 10,
+    15, 20 over them. ``"ddim250"`` keeps 0, s, 2s … for the integer stride s that gives exactly 250, as Song
+    et al. 2020 do.
+
+    Raises ValueError, naming what is possible, where the steps cannot be had, and TypeError for another type.
+    """
+    check_count("diffusion_steps", diffusion_steps, least=2)
+    if isinstance(timestep_respacing, str) and timestep_respacing.startswith("ddim"):
+        return _strided_timesteps(diffusion_steps, timestep_respacing)
+    counts = _section_counts(diffusion_steps, timestep_respacing)
+    length, longer = divmod(diffusion_steps, len(counts))
+    kept: list[int] = []
+    start = 0
+    for i, count in enumerate(counts):
+        size = length + (i < longer)
+        if not 1 <= count <= size:
+            raise ValueError(
+                f"timestep_respacing: got {timestep_respacing!r}, which wants {count} steps from section {i} "
+                f"of {len(counts)}; allowed are 1 to {size}, its share of {diffusion_steps} diffusion steps"
+            )
+        # A running sum, not i·stride: the two round apart where a position falls on one half, and the running
+        # sum is what published sampling results used.
+        positions = accumulate(repeat((size - 1) / max(count - 1, 1), count - 1), initial=0.0)
+        kept.extend(start + round(position) for position in positions)
+        start += size
+    return kept
+
+
+def _section_counts(diffusion_steps: int, respacing: str | int | Sequence[int] | None) -> list[int]:
+    if respacing is None or respacing == "":
+        return [diffusion_steps]
+    if isinstance(respacing, str):
+        parts = respacing.split(",")
+        if not all(part.strip().isdecimal() for part in parts):
+            raise ValueError(
+                f"timestep_respacing: got {respacing!r}, allowed are '' (all steps), 'N', 'N,M,…' (steps per "
+                "section) and 'ddimN' (integer stride)"
+            )
+        return [int(part) for part in parts]
+    if not isinstance(respacing, int | Sequence):
+        raise TypeError(f"timestep_respacing: got {respacing!r}, allowed is a str, an int or a list of ints")
+    counts = [respacing] if isinstance(respacing, int) else [*respacing]
+    for count in counts:
+        check_count("timestep_respacing", count, least=1)
+    if not counts:
+        raise ValueError("timestep_respacing: got an empty list, allowed is one step count per section")
+    return counts
+
+
+def _strided_timesteps(diffusion_steps: int, respacing: str) -> list[int]:
+    number = respacing.removeprefix("ddim")
+    if not number.isdecimal():
+        raise ValueError(
+            f"timestep_respacing: got {respacing!r}, allowed after 'ddim' is a number, as in 'ddim50'"
+        )
+    # Stride s keeps ceil(T / s) steps; the smallest stride that gives N is ceil(T / N), if any stride does.
+    wanted = int(number)
+    if wanted > 0:
+        kept = range(0, diffusion_steps, -(-diffusion_steps // wanted))
+        if len(kept) == wanted:
+            return list(kept)
+    possible = sorted({len(range(0, diffusion_steps, stride)) for stride in range(1, diffusion_steps)})
+    nearest = sorted(sorted(possible, key=lambda count: abs(count - wanted))[:4])
+    raise ValueError(
+        f"timestep_respacing: got {respacing!r}, but no integer stride over {diffusion_steps} steps keeps "
+        f"exactly {wanted}; the nearest that work are {', '.join(f'ddim{count}' for count in nearest)}"
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Tables
+# ------------------------------------------------------------------------------------------------------------
+
+
+class Coefficients(NamedTuple):
+    """What the schedule says at the timesteps of a batch: each field (B, 1, …, 1), broadcasting against x (B,
+    C, …).
+
+    With ᾱ the cumulative product of 1 − β, ᾱ_prev and ᾱ_next its neighbours (1 before the first, 0 after the
+    last), and β̃ = β·(1 − ᾱ_prev)/(1 − ᾱ) the variance of q(x_{t−1} | x_t, x_0).
+    """
+
+    sqrt_alphas_cumprod: Tensor
+    sqrt_alphas_cumprod_prev: Tensor
+    sqrt_alphas_cumprod_next: Tensor
+    one_minus_alphas_cumprod: Tensor
+    one_minus_alphas_cumprod_prev: Tensor
+    sqrt_one_minus_alphas_cumprod: Tensor
+    sqrt_one_minus_alphas_cumprod_next: Tensor
+    log_one_minus_alphas_cumprod: Tensor
+    sqrt_recip_alphas_cumprod: Tensor
+    sqrt_recipm1_alphas_cumprod: Tensor
+    posterior_mean_coef1: Tensor
+    posterior_mean_coef2: Tensor
+    posterior_variance: Tensor
+    posterior_log_variance_clipped: Tensor
+    log_betas: Tensor
+    fixed_large_variance: Tensor
+    fixed_large_log_variance: Tensor
+
+
+class NoiseSchedule:
+    """A chain of betas, the original timestep of each of its steps, and the tables of :class:`Coefficients`.
+
+    ``betas`` (T,) in (0, 1) belong to the original chain; ``timesteps`` are those kept, ascending (default:
+    all). Over the kept steps the betas become β_i = 1 − ᾱ_i / ᾱ_{i−1}, so that ᾱ at a kept step stays what it
+    was.
+
+    Attributes, T' = number of kept steps: ``num_timesteps`` (T'), ``original_num_steps`` (T),
+    ``timestep_map`` (list of T' ints), ``betas`` and ``alphas_cumprod`` ((T',) float64, read-only).
+
+    Raises ValueError for betas outside (0, 1), timesteps outside the chain or unsorted, or a chain of fewer
+    than two steps (its only step would have no posterior variance).
+    """
+
+    def __init__(self, betas: npt.ArrayLike, timesteps: Sequence[int] | None = None) -> None:
+        original = np.asarray(betas, dtype=np.float64)
+        if original.ndim != 1 or not ((original > 0) & (original < 1)).all():
+            raise ValueError(
+                f"betas: got shape {original.shape}, allowed is one axis of values inside (0, 1)"
+            )
+        self.original_num_steps = len(original)
+        self.timestep_map = list(range(len(original)) if timesteps is None else timesteps)
+        _check_kept(self.timestep_map, self.original_num_steps)
+        self.num_timesteps = len(self.timestep_map)
+        self.betas = (
+            original.copy() if self.num_timesteps == len(original) else _respace(original, self.timestep_map)
+        )
+        self.alphas_cumprod = np.cumprod(1 - self.betas)
+        self._packed = _pack(self.betas, self.alphas_cumprod)
+        for table in (self.betas, self.alphas_cumprod):
+            table.flags.writeable = False
+        self._tables: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+        self._timestep_maps: dict[torch.device, Tensor] = {}
+
+    def at(self, t: Tensor, x: Tensor) -> Coefficients:
+        """The coefficients at steps t, (B,) int64 on x's device, in x's dtype, shaped to broadcast against x
+        (B, …)."""
+        key = (t.device, x.dtype)
+        if key not in self._tables:
+            self._tables[key] = _constant(self._packed, x.dtype, t.device)
+        rows = self._tables[key][t]
+        return Coefficients(*rows.view(*rows.shape, *[1] * (x.ndim - 1)).unbind(1))
+
+    def original_timesteps(self, t: Tensor) -> Tensor:
+        """The timesteps of the original chain, (B,) int64, that the steps t, (B,) int64, stand for."""
+        if t.device not in self._timestep_maps:
+            self._timestep_maps[t.device] = _constant(np.array(self.timestep_map), torch.int64, t.device)
+        return self._timestep_maps[t.device][t]
+
+
+def _check_kept(kept: list[int], steps: int) -> None:
+    if len(kept) < 2:
+        raise ValueError(
+            f"timestep_respacing: got {len(kept)} step(s) out of {steps}, a chain needs at least 2"
+        )
+    if kept[0] < 0 or kept[-1] >= steps or any(a >= b for a, b in pairwise(kept)):
+        raise ValueError(f"timesteps: got {kept}, allowed are ascending steps out of 0..{steps - 1}")
+
+
+def _respace(betas: FloatArray, kept: list[int]) -> FloatArray:
+    alphas_cumprod = np.cumprod(1 - betas)[kept]
+    return 1 - alphas_cumprod / np.append(1.0, alphas_cumprod[:-1])
+
+
+def _pack(betas: FloatArray, alphas_cumprod: FloatArray) -> FloatArray:
+    """Every field of Coefficients as a column: (T, number of fields), so that one gather serves a whole
+    batch."""
+    prev = np.append(1.0, alphas_cumprod[:-1])
+    following = np.append(alphas_cumprod[1:], 0.0)
+    posterior_variance = betas * (1 - prev) / (1 - alphas_cumprod)
+    # β̃ is 0 at the first step: its logarithm, and the large choice of sigma there, take the second step's
+    # instead.
+    clipped_variance = np.append(posterior_variance[1], posterior_variance[1:])
+    large_variance = np.append(posterior_variance[1], betas[1:])
+    tables = {
+        "sqrt_alphas_cumprod": np.sqrt(alphas_cumprod),
+        "sqrt_alphas_cumprod_prev": np.sqrt(prev),
+        "sqrt_alphas_cumprod_next": np.sqrt(following),
+        "one_minus_alphas_cumprod": 1 - alphas_cumprod,
+        "one_minus_alphas_cumprod_prev": 1 - prev,
+        "sqrt_one_minus_alphas_cumprod": np.sqrt(1 - alphas_cumprod),
+        "sqrt_one_minus_alphas_cumprod_next": np.sqrt(1 - following),
+        "log_one_minus_alphas_cumprod": np.log(1 - alphas_cumprod),
+        "sqrt_recip_alphas_cumprod": np.sqrt(1 / alphas_cumprod),
+        "sqrt_recipm1_alphas_cumprod": np.sqrt(1 / alphas_cumprod - 1),
+        "posterior_mean_coef1": betas * np.sqrt(prev) / (1 - alphas_cumprod),
+        "posterior_mean_coef2": (1 - prev) * np.sqrt(1 - betas) / (1 - alphas_cumprod),
+        "posterior_variance": posterior_variance,
+        "posterior_log_variance_clipped": np.log(clipped_variance),
+        "log_betas": np.log(betas),
+        "fixed_large_variance": large_variance,
+        "fixed_large_log_variance": np.log(large_variance),
+    }
+    return np.stack([tables[name] for name in Coefficients._fields], axis=1)
+
+
+def _constant(values: npt.NDArray[np.generic], dtype: torch.dtype, device: torch.device) -> Tensor:
+    # Outside inference mode, or a table first made while sampling could not be saved for a later backward
+    # pass.
+    with torch.inference_mode(False):
+        return torch.from_numpy(values).to(dtype).to(device)
