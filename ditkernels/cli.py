@@ -1,0 +1,95 @@
+"""The command line: `ditkernels COMMAND ...`.
+
+A command is a module with `add_arguments(parser)` and `run(args) -> int`; only the one asked for is imported.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from typing import NamedTuple, NoReturn
+
+from ditkernels._version import __version__
+
+TRACEBACK_VARIABLE = "DITKERNELS_TRACEBACK"
+
+
+class Command(NamedTuple):
+    """Where a command lives, and its line in `ditkernels --help`."""
+
+    module: str
+    summary: str
+
+
+COMMANDS = {
+    "demo": Command(
+        "ditkernels.demo",
+        "train a small DiT on real handwritten digits, sample it with guidance, show the picture",
+    ),
+    "check": Command("ditkernels.check", "run the parity of every op and backend that this machine has"),
+    "flops": Command("ditkernels.flops", "parameters and Gflops of the models, beside the paper's numbers"),
+    "info": Command("ditkernels.info", "machine, versions, and for every op the backend chosen and why"),
+}
+
+
+class UsageError(ValueError):
+    """The command line itself is wrong."""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message} (see '{self.prog} --help')")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        argv: arguments without the program's name; default: those of the process.
+
+    Returns:
+        The exit status: the command's own; 2 for bad input, told in one line on stderr (with the environment
+        variable DITKERNELS_TRACEBACK=1, raised instead); 130 when interrupted.
+    """
+    argv = sys.argv[1:] if argv is None else list(argv)
+    try:
+        return _run(argv)
+    except (ValueError, FloatingPointError, OSError, ImportError) as error:
+        if os.environ.get(TRACEBACK_VARIABLE):
+            raise
+        print(f"ditkernels: error: {_one_line(error)}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("ditkernels: interrupted", file=sys.stderr)
+        return 130
+
+
+def _run(argv: list[str]) -> int:
+    parser = _Parser(
+        prog="ditkernels", description="Fused kernels, training and sampling for Diffusion Transformers."
+    )
+    parser.add_argument("--version", action="version", version=f"ditkernels {__version__}")
+    asked_for = next((argument for argument in argv if not argument.startswith("-")), None)
+    if asked_for is not None and asked_for not in COMMANDS:
+        raise UsageError(f"command: got {asked_for!r}, allowed are {', '.join(COMMANDS)}")
+    subparsers = parser.add_subparsers(title="commands", metavar="COMMAND")
+    for name, command in COMMANDS.items():
+        subparser = subparsers.add_parser(name, help=command.summary, description=command.summary)
+        if name == asked_for:
+            module = importlib.import_module(command.module)
+            module.add_arguments(subparser)
+            subparser.set_defaults(run=module.run)
+    args = parser.parse_args(argv)
+    if asked_for is None:
+        parser.print_help(sys.stderr)
+        return 2
+    status: int = args.run(args)
+    return status
+
+
+def _one_line(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    return text or type(error).__name__
