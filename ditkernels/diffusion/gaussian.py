@@ -67,8 +67,7 @@ class Reverse(NamedTuple):
 
 
 class DiffusionProcess:
-    """A diffusion process over a :class:`NoiseSchedule`; :func:`ditkernels.diffusion.create_diffusion` makes
-    one.
+    """The two processes over a :class:`NoiseSchedule`, and the losses that make the second undo the first.
 
     ``prediction``: what the model returns, "epsilon" or "x_start". ``variance``: "learned_range" (the model
     returns v too), "fixed_small" (β̃) or "fixed_large" (β). ``loss``: "mse", "rescaled_mse" (variational term
@@ -144,6 +143,7 @@ class DiffusionProcess:
         The log variance at t = 0, where β̃ is 0, is that of t = 1.
         """
         x_t, t = self._check(x_t, t)
+        x_start = widened(x_start, "x_start")
         check_like("x_start", x_start, x_t)
         c = self.schedule.at(t, x_t)
         return (
@@ -165,8 +165,7 @@ class DiffusionProcess:
         denoised_fn: DenoisedFn | None = None,
         model_kwargs: ModelKwargs | None = None,
     ) -> Sample:
-        """p(x_{t−1} | x_t) as a dict of ``mean``, ``variance``, ``log_variance``, ``pred_xstart``, each of
-        x's shape.
+        """p(x_{t−1} | x_t): a dict of ``mean``, ``variance``, ``log_variance``, ``pred_xstart``, each like x.
 
         ``denoised_fn`` is applied to the predicted x_0 before it is clipped to [−1, 1]. Raises ValueError
         where the model's output has not the shape that the variance asks for.
@@ -180,20 +179,15 @@ class DiffusionProcess:
         return self._interpret(denoiser, c, x, output, v)
 
     def _call(self, denoiser: Denoiser, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The model's prediction, (B, C, …), and its v of the same shape, or None where the variance is
-        fixed."""
+        """The prediction, (B, C, …), and v of the same shape, or None where the variance is fixed."""
         output = denoiser.model(x, self.schedule.original_timesteps(t), **(denoiser.model_kwargs or {}))
         learned = self.variance == "learned_range"
         expected = (x.shape[0], x.shape[1] * (2 if learned else 1), *x.shape[2:])
         if not isinstance(output, Tensor) or output.shape != expected:
             came = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
             raise ValueError(
-                f"model: got output {came} for x {tuple(x.shape)}, allowed is {expected}: "
-                + (
-                    "learn_sigma=True takes two halves of channels"
-                    if learned
-                    else "learn_sigma=False takes x's channels"
-                )
+                f"model: got output {came} for x {tuple(x.shape)}, allowed is {expected} "
+                f"with a variance that is {self.variance!r}"
             )
         output = output.to(x.dtype)
         if not learned:
@@ -268,8 +262,7 @@ class DiffusionProcess:
     def _variational_term(
         self, reverse: Reverse, c: Coefficients, x_start: Tensor, x_t: Tensor, t: Tensor
     ) -> Tensor:
-        """One term of the variational bound, (B,) in bits per dimension: KL(q || p), at t = 0 the decoder's
-        NLL."""
+        """One term of the bound, (B,) bits per dimension: KL(q || p), at t = 0 the decoder's NLL."""
         true_mean = posterior_mean(c, x_start, x_t)
         kl = normal_kl(true_mean, c.posterior_log_variance_clipped, reverse.mean, reverse.log_variance)
         nll = -discretized_gaussian_log_likelihood(x_start, reverse.mean, 0.5 * reverse.log_variance)
@@ -287,9 +280,9 @@ class DiffusionProcess:
     ) -> Sample:
         """The whole variational bound of x_start, in bits per dimension, with one noise draw a step.
 
-        A dict: ``total_bpd`` (B,) = ``prior_bpd`` (B,), KL(q(x_T | x_0) || N(0, 1)), + the sum of ``vb`` (B,
-        T); and ``xstart_mse`` and ``mse``, (B, T), the mean square errors of the predicted x_0 and noise.
-        Column k is step T − 1 − k.
+        A dict: ``total_bpd`` (B,), which is ``prior_bpd`` (B,), KL(q(x_T | x_0) || N(0, 1)), plus the sum of
+        ``vb`` (B, T); and ``xstart_mse`` and ``mse`` (B, T), the mean square errors of the predicted x_0 and
+        noise. T = num_timesteps; column k is step T − 1 − k.
         """
         x_start, _ = self._check(x_start, step_of(x_start, 0))
         denoiser = Denoiser(model, clip_denoised, model_kwargs=model_kwargs)

@@ -29,7 +29,7 @@ from ditkernels.diffusion.schedule import Coefficients
 
 
 class GaussianDiffusion(DiffusionProcess):
-    """A Gaussian diffusion one can draw from."""
+    """A diffusion one can train on and draw from; :func:`ditkernels.diffusion.create_diffusion` makes one."""
 
     # --------------------------------------------------------------------------------------------------------
     # One step of a sampler
@@ -48,8 +48,7 @@ class GaussianDiffusion(DiffusionProcess):
         noise: Tensor | None = None,
         generator: torch.Generator | None = None,
     ) -> Sample:
-        """x_{t−1} from x_t by ancestral sampling (DDPM): a dict of ``sample`` and ``pred_xstart``, each of
-        x's shape.
+        """x_{t−1} from x_t by ancestral sampling (DDPM): a dict of ``sample`` and ``pred_xstart``, like x.
 
         No noise is added at t = 0. ``cond_fn(x, timesteps, **model_kwargs)`` returns ∇ log p(y | x), of x's
         shape, and moves the mean by variance times that.
@@ -83,16 +82,14 @@ class GaussianDiffusion(DiffusionProcess):
         noise: Tensor | None = None,
         generator: torch.Generator | None = None,
     ) -> Sample:
-        """x_{t−1} from x_t by DDIM: a dict of ``sample`` and ``pred_xstart``, each of x's shape.
+        """x_{t−1} from x_t by DDIM: a dict of ``sample`` and ``pred_xstart``, like x.
 
         σ = eta·√β̃: eta = 0 is deterministic and draws no noise, eta = 1 is DDPM with the fixed small
         variance. A learned variance plays no part. ``cond_fn`` shifts the predicted noise by −√(1 − ᾱ) times
-        its gradient. Raises ValueError for eta outside [0, 1], or noise given with eta = 0.
+        its gradient. Raises ValueError for eta outside [0, 1].
         """
         x, t = self._check(x, t)
         _check_eta(eta)
-        if eta == 0 and noise is not None:
-            raise ValueError("noise: got a tensor with eta=0, which adds none; allowed is None")
         denoiser = Denoiser(model, clip_denoised, denoised_fn, cond_fn, model_kwargs)
         return self._ddim_step(denoiser, x, t, eta, noise_for(x, noise, generator) if eta else None)
 
@@ -101,8 +98,7 @@ class GaussianDiffusion(DiffusionProcess):
     ) -> Sample:
         c = self.schedule.at(t, x)
         pred_xstart, epsilon = self._denoise(denoiser, c, x, t)
-        # 1 − ᾱ_prev − σ², written without the difference: it would cancel, even to below zero, at long
-        # strides.
+        # 1 − ᾱ_prev − σ² without the difference, which would cancel, even to below zero, at long strides.
         squared = (1 - eta**2) * c.one_minus_alphas_cumprod_prev
         squared = squared + eta**2 * c.posterior_mean_coef2.square() * c.one_minus_alphas_cumprod
         sample = c.sqrt_alphas_cumprod_prev * pred_xstart + squared.sqrt() * epsilon
@@ -120,15 +116,13 @@ class GaussianDiffusion(DiffusionProcess):
         cond_fn: CondFn | None = None,
         model_kwargs: ModelKwargs | None = None,
     ) -> Sample:
-        """x_{t+1} from x_t by the DDIM ODE run backwards: a dict of ``sample`` and ``pred_xstart``, each of
-        x's shape.
+        """x_{t+1} from x_t by DDIM run backwards: a dict of ``sample`` and ``pred_xstart``, like x.
 
         After the last step ᾱ is taken as 0, so there the sample is the predicted noise itself.
         """
         x, t = self._check(x, t)
-        return self._ddim_reverse_step(
-            Denoiser(model, clip_denoised, denoised_fn, cond_fn, model_kwargs), x, t
-        )
+        denoiser = Denoiser(model, clip_denoised, denoised_fn, cond_fn, model_kwargs)
+        return self._ddim_reverse_step(denoiser, x, t)
 
     def _ddim_reverse_step(self, denoiser: Denoiser, x: Tensor, t: Tensor) -> Sample:
         c = self.schedule.at(t, x)
@@ -137,8 +131,7 @@ class GaussianDiffusion(DiffusionProcess):
         return {"sample": sample, "pred_xstart": pred_xstart}
 
     def _denoise(self, denoiser: Denoiser, c: Coefficients, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        """The predicted x_0 and the noise consistent with it, after clipping and guidance: what ODE samplers
-        step on."""
+        """The predicted x_0, clipped and guided, and the noise to go with it: what ODE samplers step on."""
         output, _ = self._call(denoiser, x, t)
         pred_xstart = self._predict_xstart(denoiser, c, x, output)
         epsilon = epsilon_from_xstart(c, x, pred_xstart)
@@ -229,8 +222,7 @@ class GaussianDiffusion(DiffusionProcess):
         *,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """Samples of ``shape`` (B, C, …) by DDIM over all steps; arguments as of p_sample_loop and
-        ddim_sample."""
+        """Samples of ``shape`` (B, C, …) by DDIM over all steps: as p_sample_loop, and eta of ddim_sample."""
         steps = self.ddim_sample_loop_progressive(
             model,
             shape,
@@ -281,8 +273,7 @@ class GaussianDiffusion(DiffusionProcess):
         model_kwargs: ModelKwargs | None = None,
         progress: bool = False,
     ) -> Tensor:
-        """The latent, of x_start's shape, from which ``ddim_sample_loop(noise=latent)`` comes back to
-        x_start.
+        """The latent, like x_start, from which ``ddim_sample_loop(noise=latent)`` comes back to x_start.
 
         x_start is taken as the state at step 0; num_timesteps − 1 steps lead to the state at the last step,
         which is where sampling begins. Exact for a model whose prediction does not change along a step, else
@@ -306,9 +297,8 @@ class GaussianDiffusion(DiffusionProcess):
         """ddim_reverse_sample_loop, yielding the result of every step: num_timesteps − 1 dicts."""
         x, _ = self._check(x_start, step_of(x_start, 0))
         denoiser = Denoiser(model, clip_denoised, denoised_fn, cond_fn, model_kwargs)
-        return _trajectory(
-            partial(self._ddim_reverse_step, denoiser), x, range(self.num_timesteps - 1), progress
-        )
+        step = partial(self._ddim_reverse_step, denoiser)
+        return _trajectory(step, x, range(self.num_timesteps - 1), progress)
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -240,13 +240,11 @@ def _respace(betas: FloatArray, kept: list[int]) -> FloatArray:
 
 
 def _pack(betas: FloatArray, alphas_cumprod: FloatArray) -> FloatArray:
-    """Every field of Coefficients as a column: (T, number of fields), so that one gather serves a whole
-    batch."""
+    """Every field of Coefficients as a column, (T, number of fields): one gather serves a whole batch."""
     prev = np.append(1.0, alphas_cumprod[:-1])
     following = np.append(alphas_cumprod[1:], 0.0)
     posterior_variance = betas * (1 - prev) / (1 - alphas_cumprod)
-    # β̃ is 0 at the first step: its logarithm, and the large choice of sigma there, take the second step's
-    # instead.
+    # β̃ is 0 at the first step: its logarithm, and the large variance there, use the second step's instead.
     clipped_variance = np.append(posterior_variance[1], posterior_variance[1:])
     large_variance = np.append(posterior_variance[1], betas[1:])
     tables = {
@@ -272,7 +270,6 @@ def _pack(betas: FloatArray, alphas_cumprod: FloatArray) -> FloatArray:
 
 
 def _constant(values: npt.NDArray[np.generic], dtype: torch.dtype, device: torch.device) -> Tensor:
-    # Outside inference mode, or a table first made while sampling could not be saved for a later backward
-    # pass.
+    # Outside inference mode, or a table made while sampling could not be saved for a later backward pass.
     with torch.inference_mode(False):
         return torch.from_numpy(values).to(dtype).to(device)
