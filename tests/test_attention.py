@@ -1,0 +1,834 @@
+"""attention: every backend that runs here against fp64, and the choice among all of them."""
+
+from __future__ import annotations
+
+import math
+import sys
+import types
+
+import numerics
+import pytest
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.nn.attention import SDPBackend
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from ditkernels import reference
+from ditkernels.ops import _registry
+from ditkernels.ops import attention as module
+from ditkernels.ops._registry import ATTENTION_BACKENDS, BackendError, use_backend
+from ditkernels.ops.attention import BACKENDS, Problem, attention, choose, describe, explain, explain_problem
+
+CPU_BACKENDS = ("plain", "torch_flash")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# batch, tokens, heads, head_dim: the lengths of 256 px at p = 2 and 8, odd ones, one token; head_dim of XL,
+# of the other models, and odd.
+PACKED = ((2, 256, 2, 72), (3, 17, 4, 64), (2, 49, 3, 20), (2, 16, 2, 5), (2, 1, 3, 72))
+# The same with a context length: two conditioning vectors, more keys than queries.
+CROSS = ((2, 17, 2, 3, 72), (3, 16, 2, 2, 64), (2, 5, 33, 2, 20))
+COPIES = {"clone", "copy_", "_to_copy", "contiguous", "constant_pad_nd", "cat"}
+
+
+@pytest.fixture(autouse=True)
+def clean_settings(monkeypatch):
+    monkeypatch.delenv("DITKERNELS_ATTENTION_BACKEND", raising=False)
+    with use_backend(attention="auto"):
+        yield
+
+
+@pytest.fixture
+def deterministic():
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator, dtype=torch.float64).to(device, dtype)
+
+
+def textbook(qkv_or_q: Tensor, kv: Tensor | None = None) -> Tensor:
+    """Attention as anybody would write it, in the dtype of its inputs."""
+    q, k, v = qkv_or_q.unbind(2) if kv is None else (qkv_or_q, *kv.unbind(2))
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    weights = (q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])).softmax(-1)
+    return (weights @ v).transpose(1, 2).flatten(2)
+
+
+def with_gradients(function, inputs: tuple[Tensor, ...], grad_out: Tensor) -> tuple[Tensor, ...]:
+    leaves = tuple(t.detach().requires_grad_() for t in inputs)
+    out = function(*leaves)
+    return out.detach(), *torch.autograd.grad(out, leaves, grad_out.to(out.dtype))
+
+
+def assert_right(inputs: tuple[Tensor, ...], **kwargs) -> None:
+    """Output and every gradient of ``attention`` against fp64, by the contract on numerics."""
+    batch, tokens, heads, head_dim = (inputs[0][:, :, 0] if len(inputs) == 1 else inputs[0]).shape
+    grad_out = random(
+        batch, tokens, heads * head_dim, seed=9, dtype=inputs[0].dtype, device=inputs[0].device.type
+    )
+    actual = with_gradients(lambda *t: attention(*t, **kwargs), inputs, grad_out)
+    low = with_gradients(textbook, inputs, grad_out)
+    exact = with_gradients(textbook, tuple(t.double() for t in inputs), grad_out.double())
+    for a, b, c in zip(actual, low, exact, strict=True):
+        assert a.dtype == b.dtype
+        assert a.shape == b.shape
+        numerics.assert_contract(a, b, c)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Numbers
+# ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", PACKED, ids=str)
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
+def test_packed_forward_and_gradient(backend, shape, dtype):
+    batch, tokens, heads, head_dim = shape
+    assert_right((random(batch, tokens, 3, heads, head_dim, dtype=dtype),), backend=backend)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", CROSS, ids=str)
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
+def test_cross_attention_forward_and_gradients(backend, shape, dtype):
+    batch, tokens, context, heads, head_dim = shape
+    q = random(batch, tokens, heads, head_dim, dtype=dtype)
+    kv = random(batch, context, 2, heads, head_dim, seed=1, dtype=dtype)
+    assert_right((q, kv), backend=backend)
+
+
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
+def test_a_single_key_returns_its_value(backend):
+    q, kv, grad_out = random(3, 16, 2, 64), random(3, 1, 2, 2, 64, seed=1), random(3, 16, 128, seed=2)
+    out, *gradients = with_gradients(lambda *t: attention(*t, backend=backend), (q, kv), grad_out)
+    value = kv[:, :, 1].flatten(2).expand_as(out)
+    numerics.assert_contract(out, value, value.double())
+    # The gradients of q and k are zero, up to rounding on the scale of the one of v.
+    exact = torch.stack(
+        [torch.zeros(3, 2, 64), grad_out.double().sum(1).unflatten(-1, (2, 64))], dim=1
+    ).unsqueeze(1)
+    numerics.assert_contract(gradients[1], exact.float(), exact)
+    numerics.assert_contract(
+        gradients[0] + exact[:, :, 1].float(), exact[:, :, 1].float().expand_as(q), exact[:, :, 1]
+    )
+
+
+def strided_packed() -> dict[str, Tensor]:
+    sliced = random(4, 34, 3, 2, 80)[::2, ::2, :, :, 4:76]
+    qkv_first = random(3, 2, 17, 2, 72).permute(1, 2, 0, 3, 4)
+    heads_first = random(2, 2, 17, 3, 72).permute(0, 2, 3, 1, 4)
+    channels_strided = random(2, 17, 3, 2, 144)[..., ::2]
+    expanded = random(1, 17, 3, 2, 72).expand(2, -1, -1, -1, -1)
+    return {
+        "sliced": sliced,
+        "qkv first": qkv_first,
+        "heads first": heads_first,
+        "channels strided": channels_strided,
+        "expanded": expanded,
+    }
+
+
+@pytest.mark.parametrize("layout", strided_packed())
+def test_strided_views_give_the_same_as_contiguous_ones(layout):
+    qkv = strided_packed()[layout]
+    assert not qkv.is_contiguous()
+    assert_right((qkv,))
+
+
+def test_channels_that_are_not_contiguous_are_refused_by_the_kernel_and_served_by_plain():
+    qkv = strided_packed()["channels strided"]
+    assert choose(describe(*qkv.unbind(2))) == "plain"
+    with pytest.raises(
+        BackendError, match=r"'torch_flash' cannot serve: the last axis .* must have stride 1"
+    ):
+        attention(qkv, backend="torch_flash")
+
+
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
+def test_gradcheck(backend):
+    qkv = random(2, 5, 3, 2, 6, dtype=torch.float64).requires_grad_()
+    assert torch.autograd.gradcheck(lambda t: attention(t, backend=backend), (qkv,))
+    q = random(2, 5, 2, 6, dtype=torch.float64).requires_grad_()
+    kv = random(2, 3, 2, 2, 6, seed=1, dtype=torch.float64).requires_grad_()
+    assert torch.autograd.gradcheck(lambda *t: attention(*t, backend=backend), (q, kv))
+
+
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
+def test_scale(backend):
+    qkv = random(2, 17, 3, 2, 72)
+    out = attention(qkv, scale=0.5, backend=backend)
+    exact = textbook(torch.cat([qkv[:, :, :1].double() * 0.5 * math.sqrt(72), qkv[:, :, 1:].double()], dim=2))
+    low = textbook(torch.cat([qkv[:, :, :1] * 0.5 * math.sqrt(72), qkv[:, :, 1:]], dim=2))
+    numerics.assert_contract(out, low, exact)
+
+
+def test_agrees_with_the_reference():
+    q, kv, qkv = random(2, 17, 3, 72), random(2, 2, 2, 3, 72, seed=1), random(2, 17, 3, 3, 72, seed=2)
+    for inputs in ((qkv,), (q, kv)):
+        exact = reference.attention(*(t.double() for t in inputs))
+        numerics.assert_contract(attention(*inputs), reference.attention(*inputs), exact)
+
+
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
+def test_large_logits_do_not_overflow_half_precision(backend):
+    qkv = random(2, 17, 3, 2, 72) * torch.tensor([60.0, 60.0, 1.0])[:, None, None]
+    assert_half = attention(qkv.half(), backend=backend)
+    assert assert_half.isfinite().all()
+
+
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
+def test_same_bits_twice(backend):
+    qkv, grad_out = (
+        random(2, 49, 3, 2, 72, dtype=torch.bfloat16),
+        random(2, 49, 144, seed=1, dtype=torch.bfloat16),
+    )
+    first, second = (
+        with_gradients(lambda t: attention(t, backend=backend), (qkv,), grad_out) for _ in range(2)
+    )
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# A citizen of torch
+# ------------------------------------------------------------------------------------------------------------
+
+
+class RecordOps(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(function.overloadpacket.__name__)
+        return function(*args, **(kwargs or {}))
+
+
+def test_no_copies_around_the_kernel():
+    qkv = random(2, 49, 3, 2, 72)
+    with RecordOps() as ops:
+        out = attention(qkv, backend="torch_flash")
+    assert any("flash_attention" in name for name in ops.names)
+    assert not COPIES & set(ops.names)
+    assert out.is_contiguous()
+
+
+@pytest.mark.parametrize("backend", ["auto", *CPU_BACKENDS])
+def test_compiles_as_one_graph(backend):
+    qkv, grad_out = random(2, 17, 3, 2, 72), random(2, 17, 144, seed=1)
+    compiled = torch.compile(lambda t: attention(t, backend=backend), fullgraph=True, backend="aot_eager")
+    for n in (17, 49):
+        qkv, grad_out = random(3, n, 3, 2, 72), random(3, n, 144, seed=1)
+        expected = with_gradients(lambda t: attention(t, backend=backend), (qkv,), grad_out)
+        actual = with_gradients(compiled, (qkv,), grad_out)
+        assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
+
+
+def test_cross_attention_compiles_with_inductor():
+    q, kv = random(2, 17, 2, 72), random(2, 2, 2, 2, 72, seed=1)
+    grad_out = random(2, 17, 144, seed=2)
+    actual = with_gradients(torch.compile(attention, fullgraph=True), (q, kv), grad_out)
+    low = with_gradients(textbook, (q, kv), grad_out)
+    exact = with_gradients(textbook, (q.double(), kv.double()), grad_out.double())
+    for a, b, c in zip(actual, low, exact, strict=True):
+        numerics.assert_contract(a, b, c)
+
+
+def test_a_compiled_call_follows_the_settings():
+    qkv = random(2, 17, 3, 2, 72)
+    kernels = []
+
+    def count(graph, inputs):
+        kernels.append(any("scaled_dot_product" in str(node.target) for node in graph.graph.nodes))
+        return graph
+
+    compiled = torch.compile(attention, fullgraph=True, backend=count)
+    compiled(qkv)
+    with use_backend(attention="plain"):
+        compiled(qkv)
+    assert kernels == [True, False]
+
+
+def test_autocast_computes_in_its_dtype():
+    qkv, grad_out = random(2, 17, 3, 2, 72), random(2, 17, 144, seed=1)
+    for backend in CPU_BACKENDS:
+        half = qkv.bfloat16()
+        expected = with_gradients(lambda t, b=backend: attention(t, backend=b), (half,), grad_out)
+        with torch.autocast("cpu", torch.bfloat16):
+            out = attention(qkv, backend=backend)
+            leaf = qkv.clone().requires_grad_()
+            out_of_leaf = attention(leaf, backend=backend)
+            double = attention(qkv.double(), backend=backend)
+        (gradient,) = torch.autograd.grad(out_of_leaf, leaf, grad_out.bfloat16())
+        assert out.dtype == torch.bfloat16
+        assert torch.equal(out, expected[0])
+        assert gradient.dtype == torch.float32
+        assert torch.equal(gradient, expected[1].float())
+        assert double.dtype == torch.float64
+
+
+def test_autocast_brings_q_and_kv_together():
+    q, kv = random(2, 17, 2, 72), random(2, 2, 2, 2, 72, seed=1, dtype=torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(attention(q, kv), attention(q.bfloat16(), kv))
+
+
+def test_meta_tensors_count_the_products():
+    batch, n, m, heads, head_dim = 2, 17, 5, 3, 72
+    q, kv = (
+        torch.empty(batch, n, heads, head_dim, device="meta"),
+        torch.empty(batch, m, 2, heads, head_dim, device="meta"),
+    )
+    with FlopCounterMode(display=False) as counter:
+        assert attention(q, kv).shape == (batch, n, heads * head_dim)
+    assert counter.get_total_flops() == 2 * 2 * batch * heads * n * m * head_dim
+
+
+@pytest.mark.parametrize("how", ["jvp", "dual"])
+def test_forward_mode_is_right_or_refused(how):
+    qkv, tangent = (
+        random(2, 5, 3, 2, 8, dtype=torch.float64),
+        random(2, 5, 3, 2, 8, seed=1, dtype=torch.float64),
+    )
+
+    def derivative(backend: str | None) -> Tensor:
+        if how == "jvp":
+            return torch.func.jvp(lambda t: attention(t, backend=backend), (qkv,), (tangent,))[1]
+        with forward_ad.dual_level():
+            out = attention(forward_ad.make_dual(qkv, tangent), backend=backend)
+            return forward_ad.unpack_dual(out).tangent
+
+    jacobian = torch.autograd.functional.jacobian(textbook, qkv)
+    expected = torch.tensordot(jacobian, tangent, dims=tangent.ndim)
+    numerics.assert_contract(derivative("plain"), expected, expected)
+    numerics.assert_contract(derivative(None), expected, expected)
+    with pytest.raises(BackendError, match=r"it has no forward-mode derivative.*plain: can serve"):
+        derivative("torch_flash")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Edges and errors
+# ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", [None, "auto", *ATTENTION_BACKENDS])
+@pytest.mark.parametrize("batch, tokens", [(0, 17), (2, 0)])
+def test_nothing_to_compute(batch, tokens, backend):
+    qkv = torch.empty(batch, tokens, 3, 2, 72, requires_grad=True)
+    out = attention(qkv, backend=backend)
+    assert out.shape == (batch, tokens, 144)
+    out.sum().backward()
+    assert qkv.grad is not None
+    assert qkv.grad.shape == qkv.shape
+
+
+BAD = {
+    "too few axes": ((random(2, 17, 3, 144),), {}, ValueError, r"qkv: got shape \(2, 17, 3, 144\)"),
+    "packed 2": ((random(2, 17, 2, 2, 72),), {}, ValueError, r"qkv: .*expected \(B, N, 3, heads, head_dim\)"),
+    "no heads": ((random(2, 17, 3, 0, 72),), {}, ValueError, "qkv: .*at least 1"),
+    "no channels": ((random(2, 17, 3, 2, 0),), {}, ValueError, "qkv: .*at least 1"),
+    "integers": (
+        (torch.ones(2, 17, 3, 2, 72, dtype=torch.int32),),
+        {},
+        TypeError,
+        "qkv: got dtype torch.int32",
+    ),
+    "q packed": ((random(2, 17, 3, 2, 72), random(2, 2, 2, 2, 72)), {}, ValueError, "q: got shape"),
+    "kv packed 3": ((random(2, 17, 2, 72), random(2, 2, 3, 2, 72)), {}, ValueError, "kv: .*heads, head_dim"),
+    "batch": ((random(2, 17, 2, 72), random(3, 2, 2, 2, 72)), {}, ValueError, "kv: got shape .* must agree"),
+    "heads": ((random(2, 17, 2, 72), random(2, 2, 2, 3, 72)), {}, ValueError, "kv: got shape .* must agree"),
+    "head_dim": (
+        (random(2, 17, 2, 72), random(2, 2, 2, 2, 64)),
+        {},
+        ValueError,
+        "kv: got shape .* must agree",
+    ),
+    "no keys": ((random(2, 17, 2, 72), random(2, 0, 2, 2, 72)), {}, ValueError, "over no keys is undefined"),
+    "dtypes": (
+        (random(2, 17, 2, 72), random(2, 2, 2, 2, 72).half()),
+        {},
+        TypeError,
+        "kv: got dtype torch.float16",
+    ),
+    "devices": (
+        (random(2, 17, 2, 72), random(2, 2, 2, 2, 72).to("meta")),
+        {},
+        ValueError,
+        "kv: got device meta",
+    ),
+    "backend": (
+        (random(2, 17, 3, 2, 72),),
+        {"backend": "cuddn"},
+        ValueError,
+        "backend: got 'cuddn', .*xformers",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_names_the_argument(case):
+    args, kwargs, error, message = BAD[case]
+    with pytest.raises(error, match=message):
+        attention(*args, **kwargs)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Choice
+# ------------------------------------------------------------------------------------------------------------
+
+
+def used_backend(monkeypatch, call) -> str:
+    used = []
+    for name in CPU_BACKENDS:
+        run = BACKENDS[name].run
+        monkeypatch.setattr(BACKENDS[name], "run", lambda *a, n=name, r=run: used.append(n) or r(*a))
+    call()
+    assert len(used) == 1
+    return used[0]
+
+
+def test_the_argument_goes_before_the_setting_and_the_setting_before_the_environment(monkeypatch):
+    qkv = random(2, 17, 3, 2, 72)
+    assert used_backend(monkeypatch, lambda: attention(qkv)) == "torch_flash"
+    # "auto" set for the process hides the environment, so take the setting of the fixture away first.
+    monkeypatch.setitem(_registry._settings, "attention", None)
+    monkeypatch.setenv("DITKERNELS_ATTENTION_BACKEND", "plain")
+    assert used_backend(monkeypatch, lambda: attention(qkv)) == "plain"
+    with use_backend(attention="torch_flash"):
+        assert used_backend(monkeypatch, lambda: attention(qkv)) == "torch_flash"
+        assert used_backend(monkeypatch, lambda: attention(qkv, backend="plain")) == "plain"
+    assert used_backend(monkeypatch, lambda: attention(qkv, backend="auto")) == "torch_flash"
+
+
+def test_a_forced_backend_that_cannot_serve_says_why_and_what_the_others_say():
+    with pytest.raises(BackendError) as caught:
+        attention(random(2, 17, 3, 2, 72), backend="cudnn")
+    message = str(caught.value)
+    assert "backend 'cudnn' cannot serve: it needs a CUDA device, and the tensors are on cpu" in message
+    assert all(f"{name}: " in message for name in ATTENTION_BACKENDS if name != "cudnn")
+    assert "plain: can serve" in message
+
+
+def test_explain_tells_of_every_backend():
+    reasons = dict(explain(*random(2, 17, 3, 2, 72).unbind(2)))
+    assert tuple(reasons) == ATTENTION_BACKENDS == tuple(BACKENDS)
+    assert [name for name, reason in reasons.items() if reason is None] == ["torch_flash", "plain"]
+
+
+def test_every_backend_declares_itself():
+    for backend in BACKENDS.values():
+        assert isinstance(backend.deterministic_backward, bool)
+        assert backend.status
+    untested = {name for name, backend in BACKENDS.items() if backend.status.startswith("untested")}
+    assert untested == {"flash_attn_4", "flash_attn_3", "flash_attn_2", "xformers"}
+
+
+def test_a_kernel_that_the_user_switched_off_is_not_used(monkeypatch):
+    monkeypatch.setattr(module, "_switched_off", lambda kernel: kernel == SDPBackend.FLASH_ATTENTION)
+    assert choose(describe(*random(2, 17, 3, 2, 72).unbind(2))) == "plain"
+
+
+def test_switches_of_torch_are_read():
+    torch.backends.cuda.enable_flash_sdp(False)
+    try:
+        assert module._switched_off(SDPBackend.FLASH_ATTENTION)
+        assert not module._switched_off(SDPBackend.CUDNN_ATTENTION)
+    finally:
+        torch.backends.cuda.enable_flash_sdp(True)
+
+
+def test_describe():
+    qkv = random(2, 17, 3, 4, 72, dtype=torch.bfloat16).requires_grad_()
+    problem = describe(*qkv.unbind(2))
+    assert problem == Problem(qkv.device, torch.bfloat16, 2, 17, 17, 4, 72, needs_grad=True)
+    with torch.no_grad():
+        assert not describe(*qkv.unbind(2)).needs_grad
+    assert module._rows_aligned(qkv[:, :, 0])
+    assert not module._rows_aligned(qkv[:, :, 0, :, 4:])
+    assert not module._rows_aligned(random(2, 17, 3, 4, 20, dtype=torch.bfloat16)[:, :, 0])
+
+
+def test_determinism_is_described(deterministic):
+    q = random(2, 17, 2, 8)
+    assert describe(q, q, q).deterministic
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert not describe(q, q, q).deterministic
+
+
+# A stand-in for a GPU: what the machine would say of itself. The kernels are not run.
+HOPPER, AMPERE, ADA, BLACKWELL, RTX50, TURING = (9, 0), (8, 0), (8, 9), (10, 0), (12, 0), (7, 5)
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """Sets the compute capability that torch is taken to see, with every optional package there."""
+
+    def pretend(capability: tuple[int, int], cudnn: int = 92400) -> None:
+        monkeypatch.setattr(module, "_capability", lambda index: capability)
+        monkeypatch.setattr(module, "_cudnn_version", lambda: cudnn)
+        monkeypatch.setattr(module, "_package_reason", lambda module, function: None)
+
+    return pretend
+
+
+XL = Problem(torch.device("cuda", 0), torch.bfloat16, 256, 256, 256, 16, 72, needs_grad=True)
+
+
+@pytest.mark.parametrize(
+    "capability, change, expected",
+    [
+        (HOPPER, {}, "cudnn"),
+        (BLACKWELL, {}, "cudnn"),
+        (AMPERE, {}, "torch_flash"),
+        (ADA, {}, "torch_flash"),
+        (RTX50, {}, "torch_flash"),
+        (TURING, {}, "plain"),
+        (HOPPER, {"dtype": torch.float32}, "torch_efficient"),
+        (HOPPER, {"dtype": torch.float64}, "plain"),
+        (HOPPER, {"deterministic": True}, "torch_flash"),
+        (HOPPER, {"q_len": 64, "kv_len": 64}, "torch_flash"),
+        (HOPPER, {"q_len": 64, "kv_len": 64, "needs_grad": False}, "cudnn"),
+        (HOPPER, {"kv_len": 2}, "torch_flash"),
+        (HOPPER, {"kv_len": 1, "needs_grad": False}, "torch_flash"),
+        (HOPPER, {"batch": 70000}, "torch_flash"),
+        (HOPPER, {"head_dim": 20, "aligned": False}, "torch_flash"),
+        (HOPPER, {"head_dim": 72, "aligned": False}, "plain"),
+        (HOPPER, {"head_dim": 512}, "torch_efficient"),
+        (HOPPER, {"unit_stride": False}, "plain"),
+        (HOPPER, {"forward_ad": True}, "plain"),
+        (ADA, {"head_dim": 256}, "torch_efficient"),
+        (ADA, {"head_dim": 256, "needs_grad": False}, "torch_flash"),
+    ],
+)
+def test_the_automatic_choice(gpu, capability, change, expected):
+    gpu(capability)
+    assert choose(XL._replace(**change)) == expected
+
+
+def test_the_automatic_choice_elsewhere(gpu, monkeypatch):
+    gpu(HOPPER, cudnn=91500)
+    assert choose(XL) == "torch_flash"
+    monkeypatch.setattr(module, "_capability", lambda index: None)
+    assert choose(XL) == "plain"
+    assert choose(XL._replace(device=torch.device("meta"))) == "plain"
+
+
+def serving(problem: Problem) -> set[str]:
+    return {name for name, reason in explain_problem(problem) if reason is None}
+
+
+PACKAGES = {"flash_attn_4", "flash_attn_3", "flash_attn_2", "xformers"}
+
+
+@pytest.mark.parametrize(
+    "capability, change, expected",
+    [
+        (HOPPER, {"head_dim": 64}, PACKAGES),
+        (HOPPER, {"head_dim": 72}, PACKAGES - {"flash_attn_4"}),
+        (HOPPER, {"head_dim": 72, "needs_grad": False}, PACKAGES),
+        (BLACKWELL, {"head_dim": 72}, {"flash_attn_2", "xformers"}),
+        (BLACKWELL, {"head_dim": 64}, {"flash_attn_4", "flash_attn_2", "xformers"}),
+        (AMPERE, {"head_dim": 64}, {"flash_attn_2", "xformers"}),
+        (TURING, {"head_dim": 64}, set()),
+        (HOPPER, {"head_dim": 64, "deterministic": True}, PACKAGES - {"xformers"}),
+        (HOPPER, {"head_dim": 20}, set()),
+        (HOPPER, {"head_dim": 264}, set()),
+        (HOPPER, {"head_dim": 64, "dtype": torch.float32}, set()),
+        (HOPPER, {"head_dim": 64, "aligned": False}, set()),
+        (ADA, {"head_dim": 200}, {"xformers"}),
+    ],
+)
+def test_what_the_optional_packages_take(gpu, capability, change, expected):
+    gpu(capability)
+    assert serving(XL._replace(**change)) & PACKAGES == expected
+
+
+def test_the_silently_wrong_gradient_of_flash_attention_4_is_refused_wherever_it_hides(gpu, monkeypatch):
+    gpu(HOPPER)
+    assert "wrong gradients, silently" in str(BACKENDS["flash_attn_4"].refuse(XL))
+    assert BACKENDS["torch_flash"].refuse(XL) is None
+    monkeypatch.setattr(module, "_flash_implementation", lambda: "FA4")
+    assert "wrong gradients, silently" in str(BACKENDS["torch_flash"].refuse(XL))
+    assert BACKENDS["torch_flash"].refuse(XL._replace(head_dim=64)) is None
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Optional packages: stand-ins with the documented signatures, computing with plain products
+# ------------------------------------------------------------------------------------------------------------
+
+
+def flash_attn_2(seen: list) -> dict[str, object]:
+    """flash-attn 2.8: flash_attn/flash_attn_interface.py."""
+
+    def flash_attn_func(
+        q,
+        k,
+        v,
+        dropout_p=0.0,
+        softmax_scale=None,
+        causal=False,
+        window_size=(-1, -1),
+        softcap=0.0,
+        alibi_slopes=None,
+        deterministic=False,
+        return_attn_probs=False,
+    ):
+        assert (dropout_p, causal) == (0.0, False)
+        seen.append(("flash_attn_func", deterministic))
+        return module._plain(q, k, v, softmax_scale)
+
+    def flash_attn_qkvpacked_func(
+        qkv,
+        dropout_p=0.0,
+        softmax_scale=None,
+        causal=False,
+        window_size=(-1, -1),
+        softcap=0.0,
+        alibi_slopes=None,
+        deterministic=False,
+        return_attn_probs=False,
+    ):
+        assert (dropout_p, causal) == (0.0, False)
+        seen.append(("flash_attn_qkvpacked_func", deterministic))
+        return module._plain(*qkv.unbind(2), softmax_scale)
+
+    return {"flash_attn_func": flash_attn_func, "flash_attn_qkvpacked_func": flash_attn_qkvpacked_func}
+
+
+def flash_attn_3(seen: list, with_lse: bool = False) -> dict[str, object]:
+    """flash-attention 3: hopper/flash_attn_interface.py; its first versions returned the log-sum-exp too."""
+
+    def result(out):
+        return (out, torch.zeros(())) if with_lse else out
+
+    def flash_attn_func(
+        q,
+        k,
+        v,
+        softmax_scale=None,
+        causal=False,
+        qv=None,
+        q_descale=None,
+        k_descale=None,
+        v_descale=None,
+        window_size=(-1, -1),
+        attention_chunk=0,
+        softcap=0.0,
+        num_splits=1,
+        pack_gqa=None,
+        deterministic=False,
+        sm_margin=0,
+        return_attn_probs=False,
+    ):
+        assert (causal, qv) == (False, None)
+        seen.append(("flash_attn_func", deterministic))
+        return result(module._plain(q, k, v, softmax_scale))
+
+    def flash_attn_qkvpacked_func(
+        qkv,
+        softmax_scale=None,
+        causal=False,
+        q_descale=None,
+        k_descale=None,
+        v_descale=None,
+        window_size=(-1, -1),
+        attention_chunk=0,
+        softcap=0.0,
+        deterministic=False,
+        num_heads_q=None,
+        sm_margin=0,
+        return_attn_probs=False,
+    ):
+        assert (causal, num_heads_q) == (False, None)
+        seen.append(("flash_attn_qkvpacked_func", deterministic))
+        return result(module._plain(*qkv.unbind(2), softmax_scale))
+
+    return {"flash_attn_func": flash_attn_func, "flash_attn_qkvpacked_func": flash_attn_qkvpacked_func}
+
+
+def flash_attn_3_with_lse(seen: list) -> dict[str, object]:
+    return flash_attn_3(seen, with_lse=True)
+
+
+def flash_attn_4(seen: list) -> dict[str, object]:
+    """flash-attn-4 4.0.0b36: flash_attn/cute/interface.py."""
+
+    def flash_attn_func(
+        q,
+        k,
+        v,
+        qv=None,
+        gather_kv_indices=None,
+        softmax_scale=None,
+        causal=False,
+        window_size=(None, None),
+        learnable_sink=None,
+        softcap=0.0,
+        num_splits=1,
+        pack_gqa=None,
+        deterministic=False,
+        score_mod=None,
+        score_mod_bwd=None,
+        mask_mod=None,
+        aux_tensors=None,
+        aux_scalars=None,
+        block_sparse_tensors=None,
+        block_sparse_tensors_bwd=None,
+        return_lse=False,
+        gather_bwd_recompute_p=False,
+        gather_bwd_token_chunk=None,
+    ):
+        assert (causal, qv, gather_kv_indices) == (False, None, None)
+        seen.append(("flash_attn_func", deterministic))
+        return module._plain(q, k, v, softmax_scale), None
+
+    return {"flash_attn_func": flash_attn_func}
+
+
+def xformers(seen: list) -> dict[str, object]:
+    """xformers 0.0.35: xformers/ops/fmha/__init__.py."""
+
+    def memory_efficient_attention(
+        query, key, value, attn_bias=None, p=0.0, scale=None, *, op=None, output_dtype=None
+    ):
+        assert (attn_bias, p, op, output_dtype) == (None, 0.0, None, None)
+        seen.append(("memory_efficient_attention", False))
+        return module._plain(query, key, value, scale)
+
+    return {"memory_efficient_attention": memory_efficient_attention}
+
+
+STAND_INS = {
+    "flash_attn_2": ("flash_attn", flash_attn_2),
+    "flash_attn_3": ("flash_attn_interface", flash_attn_3),
+    "flash_attn_3 with lse": ("flash_attn_interface", flash_attn_3_with_lse),
+    "flash_attn_4": ("flash_attn.cute", flash_attn_4),
+    "xformers": ("xformers.ops", xformers),
+}
+
+
+@pytest.fixture
+def installed(monkeypatch):
+    """Installs a stand-in for a package, lets CPU tensors through to it, returns the list of its calls."""
+
+    def install(case: str) -> list:
+        path, functions = STAND_INS[case]
+        seen: list = []
+        for depth in range(len(path.split("."))):
+            name = ".".join(path.split(".")[: depth + 1])
+            monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+        for name, function in functions(seen).items():
+            monkeypatch.setattr(sys.modules[path], name, function, raising=False)
+        monkeypatch.setattr(module, "_loaded", {})
+        monkeypatch.setattr(module, "_cuda_device_reason", lambda problem: None)
+        monkeypatch.setattr(
+            module, "_capability", torch.compiler.assume_constant_result(lambda index: HOPPER)
+        )
+        return seen
+
+    return install
+
+
+@pytest.mark.parametrize("case", STAND_INS)
+def test_packages_are_called_by_their_documented_signatures(installed, case, deterministic):
+    seen = installed(case)
+    name = case.split()[0]
+    head_dim = 64 if name == "flash_attn_4" else 72
+    qkv = random(2, 17, 3, 2, head_dim, dtype=torch.bfloat16)
+    q, kv = (
+        random(2, 17, 2, head_dim, dtype=torch.bfloat16),
+        random(2, 2, 2, 2, head_dim, dtype=torch.bfloat16),
+    )
+    if name == "xformers":
+        with pytest.raises(BackendError, match="its backward is not deterministic"):
+            attention(qkv.requires_grad_(), backend=name)
+        torch.use_deterministic_algorithms(False)
+    grad_out = random(2, 17, 2 * head_dim, seed=1)
+    for inputs in ((qkv,), (q, kv)):
+        actual = with_gradients(lambda *t: attention(*t, scale=0.3, backend=name), inputs, grad_out)
+        expected = with_gradients(lambda *t: attention(*t, scale=0.3, backend="plain"), inputs, grad_out)
+        assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
+    assert len(seen) == 2
+    assert all(deterministic == (name != "xformers") for _, deterministic in seen)
+    assert (seen[0][0] == "flash_attn_qkvpacked_func") == (name in ("flash_attn_2", "flash_attn_3"))
+
+
+@pytest.mark.parametrize("case", ["flash_attn_2", "flash_attn_3"])
+def test_packages_compile_as_one_graph(installed, case):
+    installed(case)
+    qkv = random(2, 17, 3, 2, 72, dtype=torch.bfloat16)
+    compiled = torch.compile(lambda t: attention(t, backend=case), fullgraph=True, backend="eager")
+    assert torch.equal(compiled(qkv), attention(qkv, backend="plain"))
+
+
+def test_autocast_reaches_the_packages(installed):
+    installed("xformers")
+    qkv = random(2, 17, 3, 2, 72)
+    with pytest.raises(BackendError, match=r"it takes torch\.float16, .* are torch\.float32"):
+        attention(qkv, backend="xformers")
+    with torch.autocast("cpu", torch.bfloat16):
+        assert attention(qkv, backend="xformers").dtype == torch.bfloat16
+
+
+def test_packages_that_are_missing_or_broken_say_so(monkeypatch, gpu):
+    find_reason = module._package_reason
+    gpu(HOPPER)
+    monkeypatch.setattr(module, "_package_reason", find_reason)
+    monkeypatch.setattr(module, "_loaded", {})
+    # With flash-attn-4 alone, flash_attn is a namespace without functions.
+    monkeypatch.setitem(sys.modules, "flash_attn", types.ModuleType("flash_attn"))
+    monkeypatch.setitem(sys.modules, "flash_attn_interface", None)
+    problem = XL._replace(head_dim=64)
+    assert "flash_attn.flash_attn_func cannot be imported" in str(BACKENDS["flash_attn_2"].refuse(problem))
+    assert "flash_attn_interface.flash_attn_func cannot be" in str(BACKENDS["flash_attn_3"].refuse(problem))
+
+    def broken(name: str) -> None:
+        raise OSError("libcudart.so.12: cannot open shared object file")
+
+    monkeypatch.setattr(module.importlib, "import_module", broken)
+    assert "libcudart.so.12" in str(BACKENDS["xformers"].refuse(problem))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# On a GPU
+# ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "shape", [(8, 256, 16, 72), (8, 1024, 4, 64), (8, 64, 6, 64), (3, 17, 4, 72), (2, 49, 3, 20)], ids=str
+)
+@pytest.mark.parametrize("backend", ATTENTION_BACKENDS)
+def test_gpu_packed(backend, shape, dtype):
+    batch, tokens, heads, head_dim = shape
+    qkv = random(batch, tokens, 3, heads, head_dim, dtype=dtype, device="cuda").requires_grad_()
+    reason = BACKENDS[backend].refuse(describe(*qkv.unbind(2)))
+    if reason is not None:
+        pytest.skip(reason)
+    assert_right((qkv.detach(),), backend=backend)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["auto", *ATTENTION_BACKENDS])
+def test_gpu_cross_attention_compiled_and_deterministic(backend, deterministic):
+    q = random(4, 256, 16, 72, dtype=torch.bfloat16, device="cuda").requires_grad_()
+    kv = random(4, 2, 2, 16, 72, seed=1, dtype=torch.bfloat16, device="cuda")
+    reason = None if backend == "auto" else BACKENDS[backend].refuse(describe(q, *kv.unbind(2)))
+    if reason is not None:
+        pytest.skip(reason)
+    assert_right((q.detach(), kv), backend=backend)
+    grad_out = random(4, 256, 16 * 72, seed=2, device="cuda")
+    eager, again = (
+        with_gradients(lambda *t: attention(*t, backend=backend), (q.detach(), kv), grad_out)
+        for _ in range(2)
+    )
+    compiled = torch.compile(lambda *t: attention(*t, backend=backend), fullgraph=True, backend="aot_eager")
+    traced = with_gradients(compiled, (q.detach(), kv), grad_out)
+    for a, b, c in zip(eager, again, traced, strict=True):
+        assert torch.equal(a, b)
+        assert torch.equal(a, c)
