@@ -460,17 +460,21 @@ def test_determinism_is_described(deterministic):
 
 
 # A stand-in for a GPU: what the machine would say of itself. The kernels are not run.
-HOPPER, AMPERE, ADA, BLACKWELL, RTX50, TURING = (9, 0), (8, 0), (8, 9), (10, 0), (12, 0), (7, 5)
+HOPPER, AMPERE, ADA, BLACKWELL, RTX50, TURING = 90, 80, 89, 100, 120, 75
 
 
 @pytest.fixture
 def gpu(monkeypatch):
     """Sets the compute capability that torch is taken to see, with every optional package there."""
 
-    def pretend(capability: tuple[int, int], cudnn: int = 92400) -> None:
-        monkeypatch.setattr(module, "_capability", lambda index: capability)
-        monkeypatch.setattr(module, "_cudnn_version", lambda: cudnn)
-        monkeypatch.setattr(module, "_package_reason", lambda module, function: None)
+    def pretend(capability: int, cudnn: int = 92400) -> None:
+        facts = {
+            "_capability": lambda index: capability,
+            "_cudnn_version": lambda: cudnn,
+            "_package_reason": lambda module, function: None,
+        }
+        for name, fact in facts.items():
+            monkeypatch.setattr(module, name, torch.compiler.assume_constant_result(fact))
 
     return pretend
 
@@ -512,9 +516,23 @@ def test_the_automatic_choice(gpu, capability, change, expected):
 def test_the_automatic_choice_elsewhere(gpu, monkeypatch):
     gpu(HOPPER, cudnn=91500)
     assert choose(XL) == "torch_flash"
-    monkeypatch.setattr(module, "_capability", lambda index: None)
+    monkeypatch.setattr(module, "_capability", lambda index: 0)
     assert choose(XL) == "plain"
     assert choose(XL._replace(device=torch.device("meta"))) == "plain"
+
+
+@pytest.mark.parametrize("capability", [HOPPER, AMPERE, ADA])
+def test_the_choice_on_a_gpu_can_be_traced(gpu, capability):
+    gpu(capability)
+
+    def reasons(t: Tensor) -> tuple[Tensor, str, list]:
+        q, k, v = t.unbind(2)
+        problem = describe(q, k, v)._replace(device=torch.device("cuda", 0))
+        return t + 1, choose(problem), [reason for _, reason in explain_problem(problem)]
+
+    torch._dynamo.reset()  # facts about the machine are baked into what was compiled before
+    qkv = random(2, 128, 3, 2, 72, dtype=torch.bfloat16).requires_grad_()
+    assert torch.compile(reasons, fullgraph=True, backend="eager")(qkv)[1:] == reasons(qkv)[1:]
 
 
 def serving(problem: Problem) -> set[str]:

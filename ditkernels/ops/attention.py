@@ -100,11 +100,12 @@ def _carries_tangent(*tensors: Tensor) -> bool:
 
 
 @torch.compiler.assume_constant_result
-def _capability(device_index: int | None) -> tuple[int, int] | None:
-    """Compute capability of an NVIDIA GPU; None where torch sees none."""
+def _capability(device_index: int | None) -> int:
+    """Compute capability of an NVIDIA GPU, times ten: 90 for Hopper; 0 where torch sees none."""
     if torch.version.cuda is None or not torch.cuda.is_available():
-        return None
-    return torch.cuda.get_device_capability(device_index)
+        return 0
+    major, minor = torch.cuda.get_device_capability(device_index)
+    return 10 * major + minor
 
 
 @torch.compiler.assume_constant_result
@@ -405,7 +406,7 @@ def _without_lse(out: Tensor | tuple[Tensor, ...]) -> Tensor:
 def _cuda_device_reason(problem: Problem) -> str | None:
     if problem.device.type != "cuda":
         return f"it needs a CUDA device, and the tensors are on {problem.device.type}"
-    if _capability(problem.device.index) is None:
+    if _capability(problem.device.index) == 0:
         return "torch sees no NVIDIA GPU here"
     return None
 
@@ -418,9 +419,8 @@ def _cuda_reason(
     if reason is not None:
         return reason
     capability = _capability(problem.device.index)
-    assert capability is not None
-    if capability < (8, 0):
-        return f"it needs compute capability 8.0 or newer, and this GPU has {capability[0]}.{capability[1]}"
+    if capability < 80:
+        return f"it needs compute capability 8.0 or newer, and this GPU has {capability / 10}"
     if problem.dtype not in dtypes:
         return f"it takes {', '.join(map(str, dtypes))}, and q, k and v are {problem.dtype}"
     if problem.head_dim % multiple or problem.head_dim > largest:
@@ -433,18 +433,16 @@ def _cuda_reason(
 
 def _architecture_reason(problem: Problem, majors: tuple[int, ...]) -> str | None:
     capability = _capability(problem.device.index)
-    if capability is not None and capability[0] not in majors:
-        allowed = ", ".join(f"{major}.x" for major in majors)
-        return (
-            f"it is made for compute capability {allowed}, and this GPU has {capability[0]}.{capability[1]}"
-        )
+    if capability // 10 not in majors:
+        allowed = " and ".join(f"{major}.x" for major in majors)
+        return f"it is made for compute capability {allowed}, and this GPU has {capability / 10}"
     return None
 
 
 def _consumer_backward_reason(problem: Problem) -> str | None:
     """flash-attention 2's backward at large head_dims outgrows the shared memory of 8.6, 8.9 and 12.x."""
     capability = _capability(problem.device.index)
-    small = capability is not None and ((8, 6) <= capability <= (8, 9) or capability[0] == 12)
+    small = 86 <= capability <= 89 or capability // 10 == 12
     if small and problem.needs_grad and problem.head_dim > 192:
         return f"on this GPU its backward takes head_dim up to 192, and this is {problem.head_dim}"
     return None
@@ -485,8 +483,7 @@ def _auto_order(problem: Problem) -> tuple[str, ...]:
         return ("torch_flash", "plain")
     if problem.device.type != "cuda":
         return ("plain",)
-    capability = _capability(problem.device.index)
-    if capability is not None and capability[0] in (9, 10):
+    if _capability(problem.device.index) // 10 in (9, 10):
         return ("cudnn", "torch_flash", "torch_efficient", "plain")
     return ("torch_flash", "torch_efficient", "plain")
 
