@@ -39,7 +39,8 @@ def clean_settings(monkeypatch):
 
 
 @pytest.fixture
-def deterministic():
+def deterministic(monkeypatch):
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # torch asks for it in this mode, on a GPU
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)

@@ -95,7 +95,7 @@ def _carries_tangent(*tensors: Tensor) -> bool:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Facts about the machine: constant while a process lives, so torch.compile may bake them in
+# Facts about the machine and what is installed: torch.compile bakes them in as they are at compilation
 # ------------------------------------------------------------------------------------------------------------
 
 
@@ -256,7 +256,7 @@ class CuDNN(TorchBackend):
         if problem.deterministic:
             return "PyTorch does not run cuDNN attention under torch.use_deterministic_algorithms"
         if _cudnn_version() <= 91500:
-            return "cuDNN before 9.15.1 is wrong at lengths that are no multiple of 128 (pytorch#169849)"
+            return "cuDNN before 9.15.1 is faulty at lengths that are no multiple of 128 (pytorch#169849)"
         if problem.batch > 65535 or problem.heads > 65535:
             return "it takes at most 65535 samples and heads"
         if problem.kv_len == 1:
@@ -491,6 +491,8 @@ def _auto_order(problem: Problem) -> tuple[str, ...]:
 def choose(problem: Problem, backend: str | None = None) -> str:
     """The backend that serves ``problem``: the forced one, or the first of the automatic order that can.
 
+    Where there is nothing to compute (B or N is 0) it is "plain", whatever is asked for: no kernel runs.
+
     Args:
         backend: a name of ``ATTENTION_BACKENDS`` or "auto"; None takes ``use_backend(attention=...)``, then
             the environment variable DITKERNELS_ATTENTION_BACKEND, then "auto".
@@ -500,10 +502,12 @@ def choose(problem: Problem, backend: str | None = None) -> str:
         BackendError: the forced backend cannot serve; the message says why, and what the others say.
     """
     forced = _registry.attention_setting() if backend is None else backend
+    if forced not in (None, "auto", *BACKENDS):
+        raise ValueError(f"backend: got {forced!r}, allowed are auto, {', '.join(ATTENTION_BACKENDS)}")
+    if problem.batch == 0 or problem.q_len == 0:
+        return "plain"
     if forced is None or forced == "auto":
         return next(name for name in _auto_order(problem) if BACKENDS[name].refuse(problem) is None)
-    if forced not in BACKENDS:
-        raise ValueError(f"backend: got {forced!r}, allowed are auto, {', '.join(ATTENTION_BACKENDS)}")
     reason = BACKENDS[forced].refuse(problem)
     if reason is not None:
         rest = (f"{name}: {why or 'can serve'}" for name, why in explain_problem(problem) if name != forced)
@@ -543,8 +547,7 @@ def attention(
             strides. fp16, bf16, fp32 or fp64; under autocast it is computed in autocast's dtype.
         kv: packed k and v (B, M, 2, heads, head_dim) for cross-attention.
         scale: head_dim^-1/2 by default.
-        backend: a name of ``ATTENTION_BACKENDS`` or "auto"; see ``choose``. Where there is nothing to compute
-            (B or N is 0) no kernel runs, whatever is asked for.
+        backend: a name of ``ATTENTION_BACKENDS`` or "auto"; see ``choose``.
 
     Returns:
         (B, N, heads·head_dim), in the dtype computed in.
@@ -557,16 +560,16 @@ def attention(
     _check(qkv_or_q, kv)
     q, k, v = qkv_or_q.unbind(2) if kv is None else (qkv_or_q, *kv.unbind(2))
     problem = describe(q, k, v)
-    chosen = BACKENDS[choose(problem, backend) if q.numel() else "plain"]
+    chosen = BACKENDS[choose(problem, backend)]
     scale = problem.head_dim**-0.5 if scale is None else scale
     out = chosen.run_packed(qkv_or_q, scale) if kv is None else chosen.run(q, k, v, scale)
     return out.flatten(2)
 
 
 def _autocast(t: Tensor) -> Tensor:
-    """``t`` as autocast would hand it to a matrix product: fp64 is left alone."""
+    """``t`` as autocast would hand it to a matrix product: fp64 and integers are left alone."""
     dtype = _registry.autocast_dtype(t)
-    return t if dtype is None or t.dtype == torch.float64 else t.to(dtype)
+    return t.to(dtype) if dtype is not None and t.dtype in (*HALF, torch.float32) else t
 
 
 def _check(qkv_or_q: Tensor, kv: Tensor | None) -> None:
