@@ -69,6 +69,8 @@ def save_checkpoint(directory: str | os.PathLike[str], checkpoint: Checkpoint) -
         TypeError: the config is not JSON.
         OSError: the disk refused; the old checkpoint is untouched.
     """
+    # Through JSON first: it refuses what a manifest cannot hold, before anything is written.
+    config = json.loads(json.dumps(dict(checkpoint.config)))
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     parts = {"model": checkpoint.model}
@@ -80,7 +82,7 @@ def save_checkpoint(directory: str | os.PathLike[str], checkpoint: Checkpoint) -
         "format_version": FORMAT_VERSION,
         "ditkernels": __version__,
         "step": checkpoint.step,
-        "config": dict(checkpoint.config),
+        "config": config,
         "files": files,
     }
     # The new files must be on the disk before a manifest that names them is.
@@ -167,7 +169,11 @@ def _first_line(error: BaseException) -> str:
 def _write_tensors(directory: Path, part: str, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     temporary = _temporary(directory / f"{part}.safetensors")
+    temporary.touch()
+    mode = temporary.stat().st_mode
     save_file(on_cpu, temporary)
+    # safetensors makes files that only their owner can read; the user's umask should decide.
+    temporary.chmod(mode)
     _sync_file(temporary)
     digest = _sha256(temporary)
     name = f"{part}-{digest[:16]}.safetensors"
@@ -211,9 +217,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
 
 
 def _digest_of_body(body: Mapping[str, Any]) -> str:
-    # Through JSON and back first, so that tuples and integer keys digest as what a reader will see.
-    canonical = json.dumps(json.loads(json.dumps(body)), sort_keys=True)
-    return hashlib.sha256(canonical.encode()).hexdigest()
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
 
 
 def _write_atomically(path: Path, write: Callable[[Path], object]) -> None:

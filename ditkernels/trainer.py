@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,8 @@ from tqdm import tqdm
 
 from ditkernels.data import LabelledImages, ShuffledStream
 from ditkernels.diffusion import GaussianDiffusion
+
+Model = TypeVar("Model", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -55,10 +58,10 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
-class TrainResult:
+class TrainResult(Generic[Model]):
     """What training leaves beside the model: its moving average, in eval mode, and every step's loss."""
 
-    ema: nn.Module
+    ema: Model
     losses: list[float]
 
 
@@ -66,13 +69,13 @@ class NonFiniteLossError(FloatingPointError):
     """The loss became NaN or infinite; the message names the step."""
 
 
-class EMA:
+class EMA(Generic[Model]):
     """The exponential moving average of a model's weights, as a model in eval mode.
 
     Frozen parameters and buffers are copied once, at the start, and never touched again.
     """
 
-    def __init__(self, model: nn.Module, decay: float) -> None:
+    def __init__(self, model: Model, decay: float) -> None:
         self.decay = decay
         self.model = copy.deepcopy(model).eval().requires_grad_(False)
         pairs = zip(self.model.parameters(), model.parameters(), strict=True)
@@ -87,13 +90,13 @@ class EMA:
 
 
 def train(
-    model: nn.Module,
+    model: Model,
     diffusion: GaussianDiffusion,
     data: LabelledImages,
     config: TrainConfig,
     *,
     progress: bool = True,
-) -> TrainResult:
+) -> TrainResult[Model]:
     """Train `model` in place on `data`, on the device that the model is on.
 
     The same seed gives the same weights, bit for bit, on the same device with the same number of threads. The
@@ -168,7 +171,7 @@ def _seeded(seed: int, device: torch.device) -> Iterator[None]:
 class _Bar:
     """The progress bar: step, smoothed loss, images/s, time left."""
 
-    FORMAT = "{desc} {percentage:3.0f}%|{bar}| {rate_fmt}, {remaining} left{postfix}"
+    FORMAT = "{desc}{percentage:3.0f}%|{bar}| {rate_fmt}, {remaining} left{postfix}"
     SMOOTHING_STEPS = 50
 
     def __init__(self, config: TrainConfig, *, shown: bool) -> None:
@@ -177,6 +180,7 @@ class _Bar:
             total=config.steps * config.batch_size,
             unit=" images",
             unit_scale=True,
+            desc=f"step 0/{config.steps}",
             bar_format=self.FORMAT,
             disable=not shown,
             # A log file gets a line now and then, a terminal a bar that moves.

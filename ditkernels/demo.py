@@ -1,0 +1,362 @@
+"""`ditkernels demo`: a small DiT learns real handwritten digits, draws some, and a classifier reads them."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import platform
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ditkernels._version import __version__
+from ditkernels.checkpoint import Checkpoint, save_checkpoint
+from ditkernels.data import LabelledImages, load_digits
+from ditkernels.diffusion import GaussianDiffusion, create_diffusion
+from ditkernels.reference import DiT
+from ditkernels.sampler import SampleConfig, sample_progressive
+from ditkernels.trainer import TrainConfig, train
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+CLASSES = 10
+PER_CLASS = 10
+MODEL: dict[str, Any] = {
+    "input_size": 8,
+    "patch_size": 2,
+    "in_channels": 1,
+    "hidden_size": 64,
+    "depth": 4,
+    "num_heads": 4,
+    "num_classes": CLASSES,
+}
+TRAINING = TrainConfig(steps=2000, batch_size=64, learning_rate=3e-3, ema_decay=0.995)
+# All channels are guided, since there is only one; x_0 is clipped, since these are pixels.
+SAMPLING = SampleConfig(guidance_scale=3.0, guided_channels=None, clip_denoised=True)
+SAMPLING_STEPS = 100
+
+Classifier = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Read:
+    """Images (N, 1, 8, 8) on the CPU, the labels they should show (N,), and those the classifier saw (N,)."""
+
+    images: Tensor
+    labels: Tensor
+    readings: Tensor
+
+    @property
+    def accuracy(self) -> float:
+        """The share of images that are read as what they should show."""
+        return (self.readings == self.labels).double().mean().item()
+
+    def first_of_each_class(self, count: int) -> Read:
+        """`count` of each class, ordered by class."""
+        chosen = torch.cat([(self.labels == label).nonzero().flatten()[:count] for label in range(CLASSES)])
+        return Read(self.images[chosen], self.labels[chosen], self.readings[chosen])
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of `ditkernels demo`."""
+    default = "(default: %(default)s)"
+    parser.add_argument("--out", type=Path, default=Path("demo-out"), help=f"folder to write to {default}")
+    parser.add_argument("--steps", type=int, default=TRAINING.steps, help=f"training steps {default}")
+    parser.add_argument("--seed", type=int, default=0, help=f"same seed, same picture {default}")
+    parser.add_argument(
+        "--device", default="auto", help="cpu, cuda, cuda:1 ...; auto is cuda if there is one"
+    )
+    parser.add_argument(
+        "--guidance", type=float, default=SAMPLING.guidance_scale, help=f"guidance scale, 1 is none {default}"
+    )
+    parser.add_argument(
+        "--sampling-steps", type=int, default=SAMPLING_STEPS, help=f"DDPM steps, 1..1000 {default}"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Check, train, sample, score, draw. Returns 0, or 1 if `ditkernels check` fails on this machine.
+
+    On a CPU the same flags write the same samples.png and loss.png, byte for byte, however many cores it has.
+
+    Raises:
+        ValueError: a flag out of range, or a device that is not there.
+        ImportError: scikit-learn or matplotlib is not installed.
+    """
+    _require_demo_extra()
+    device = _resolve_device(args.device)
+    training = replace(TRAINING, steps=args.steps, seed=args.seed)
+    sampling = replace(SAMPLING, guidance_scale=args.guidance, seed=args.seed)
+    sampling_diffusion = create_diffusion(str(args.sampling_steps))
+    args.out.mkdir(parents=True, exist_ok=True)
+
+    from ditkernels import check
+
+    if not check.report(sys.stdout):
+        print("The check failed, so nothing is trained: its results could not be trusted.")
+        return 1
+    with _one_cpu_thread():
+        _demonstrate(args.out, device, training, sampling, sampling_diffusion)
+    return 0
+
+
+def _demonstrate(
+    out: Path,
+    device: torch.device,
+    training: TrainConfig,
+    sampling: SampleConfig,
+    sampling_diffusion: GaussianDiffusion,
+) -> None:
+    digits, held_out = load_digits()
+    classify = _train_classifier(digits)
+    model = _new_model(training.seed).to(device)
+    size = sum(parameter.numel() for parameter in model.parameters())
+    print(f"\nTraining a DiT of {size:,} parameters on {len(digits):,} handwritten digits, on {device}")
+    with _Stopwatch() as training_time:
+        trained = train(model, create_diffusion(""), digits, training)
+    save_checkpoint(
+        out / "checkpoint",
+        Checkpoint(
+            model.state_dict(),
+            trained.ema.state_dict(),
+            training.steps,
+            {"model": MODEL, "training": asdict(training)},
+        ),
+    )
+
+    print(f"Drawing {CLASSES * PER_CLASS} digits with guidance, and as many without")
+    with _Stopwatch() as sampling_time:
+        guided_steps = _draw(trained.ema, sampling_diffusion, sampling)
+        unguided_steps = _draw(trained.ema, sampling_diffusion, replace(sampling, guidance_scale=1.0))
+
+    guided = Read(guided_steps[-1], _wanted_labels(), classify(guided_steps[-1]))
+    unguided = Read(unguided_steps[-1], _wanted_labels(), classify(unguided_steps[-1]))
+    real = Read(held_out.images, held_out.labels, classify(held_out.images))
+    metrics = {
+        "guided_sample_accuracy": guided.accuracy,
+        "unguided_sample_accuracy": unguided.accuracy,
+        "real_accuracy": real.accuracy,
+        "training_seconds": round(training_time.seconds, 2),
+        "images_per_second": round(training.steps * training.batch_size / training_time.seconds, 1),
+        "sampling_seconds": round(sampling_time.seconds, 2),
+        "last_100_losses_mean": float(np.mean(trained.losses[-100:])),
+        "parameters": size,
+        "device": str(device),
+        "machine": platform.machine(),
+        "versions": {
+            "ditkernels": __version__,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        },
+        "model": MODEL,
+        "training": asdict(training),
+        "sampling": {**asdict(sampling), "steps": sampling_diffusion.num_timesteps},
+    }
+    (out / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+    _save(_picture_of_samples(guided, unguided, real, guided_steps, sampling), out / "samples.png")
+    _save(_picture_of_losses(trained.losses), out / "loss.png")
+
+    print(
+        f"\nguided_sample_accuracy {guided.accuracy:.3f}   (drawn with guidance {sampling.guidance_scale:g})"
+    )
+    print(f"unguided_sample_accuracy {unguided.accuracy:.3f}")
+    print(
+        f"real_accuracy {real.accuracy:.3f}   (the same classifier on {len(held_out)} held-out real digits)"
+    )
+    for name in ("samples.png", "loss.png", "metrics.json", "checkpoint/"):
+        print(f"wrote {out / name}")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Parts of the run
+# ------------------------------------------------------------------------------------------------------------
+
+
+def _require_demo_extra() -> None:
+    missing = [name for name in ("sklearn", "matplotlib") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ImportError(f"the demo needs {' and '.join(missing)}: pip install ditkernels[demo]")
+
+
+def _resolve_device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"--device: got {name!r}, allowed are auto, cpu, cuda, cuda:N") from error
+    gpus = torch.cuda.device_count()
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"--device: got {name!r}, allowed are auto, cpu, cuda, cuda:N")
+    if device.type == "cuda" and (device.index or 0) >= gpus:
+        raise ValueError(f"--device: got {name!r}, but this machine has {gpus} usable CUDA devices")
+    return device
+
+
+@contextmanager
+def _one_cpu_thread() -> Iterator[None]:
+    # Rounding depends on the number of threads, so the picture would depend on the number of cores. A model
+    # this small gains little from more, and loses much when another process competes for them.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+class _Stopwatch:
+    seconds = 0.0
+
+    def __enter__(self) -> _Stopwatch:
+        self._start = time.perf_counter()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.seconds = time.perf_counter() - self._start
+
+
+def _new_model(seed: int) -> DiT:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return DiT(**MODEL)
+
+
+def _train_classifier(digits: LabelledImages) -> Classifier:
+    """A support vector machine on the real digits: exact, quick, and not a network like the one it judges."""
+    from sklearn.svm import SVC
+
+    machine = SVC(C=10.0, gamma=0.064).fit(digits.images.flatten(1).numpy(), digits.labels.numpy())
+
+    def classify(images: Tensor) -> Tensor:
+        return torch.from_numpy(machine.predict(images.flatten(1).numpy()))
+
+    return classify
+
+
+def _wanted_labels() -> Tensor:
+    return torch.arange(CLASSES).repeat_interleave(PER_CLASS)
+
+
+def _draw(model: DiT, diffusion: GaussianDiffusion, config: SampleConfig) -> list[Tensor]:
+    steps = sample_progressive(model, diffusion, _wanted_labels(), config, progress=True)
+    return [state.cpu() for state in steps]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Pictures
+# ------------------------------------------------------------------------------------------------------------
+
+ENLARGED = 8
+STRIP_LENGTH = 32
+STRIP_DIGITS = (3, 8)
+BACKGROUND, TEXT, MUTED, ACCENT, WRONG = "#101418", "#f2f5f7", "#9fb0c0", "#7cc4ff", "#ff5a4f"
+
+
+def _picture_of_samples(
+    guided: Read, unguided: Read, real: Read, guided_steps: Sequence[Tensor], sampling: SampleConfig
+) -> Figure:
+    """Three grids, a row a class, with what the classifier misread framed; below, two digits emerging."""
+    figure = _new_figure(width=12.0, height=5.55)
+    layout = figure.add_gridspec(
+        2,
+        3,
+        height_ratios=[10, 2.05],
+        left=0.035,
+        right=0.985,
+        top=0.94,
+        bottom=0.025,
+        wspace=0.07,
+        hspace=0.14,
+    )
+    panels = {
+        f"drawn with guidance {sampling.guidance_scale:g}": guided,
+        "drawn without guidance": unguided,
+        "real, never seen in training": real,
+    }
+    for column, (title, read) in enumerate(panels.items()):
+        axes = figure.add_subplot(layout[0, column])
+        shown = read.first_of_each_class(PER_CLASS)
+        _show_grid(axes, shown.images, [str(label) for label in range(CLASSES)])
+        _frame_misread(axes, shown)
+        axes.set_title(f"{title}: {read.accuracy:.0%} recognised", color=TEXT, fontsize=11)
+    # More frames from the end, where a digit emerges from the noise.
+    fraction = 1 - (1 - np.linspace(0, 1, STRIP_LENGTH)) ** 1.6
+    frames = np.round(fraction * (len(guided_steps) - 1)).astype(int)
+    strip = torch.stack(
+        [guided_steps[frame][digit * PER_CLASS] for digit in STRIP_DIGITS for frame in frames]
+    )
+    axes = figure.add_subplot(layout[1, :])
+    _show_grid(axes, strip, [str(digit) for digit in STRIP_DIGITS])
+    axes.set_title("from noise to digit", color=TEXT, fontsize=11)
+    return figure
+
+
+def _picture_of_losses(losses: Sequence[float]) -> Figure:
+    figure = _new_figure(width=8.0, height=4.0)
+    axes = figure.add_axes((0.09, 0.14, 0.88, 0.76), facecolor=BACKGROUND)
+    steps = np.arange(1, len(losses) + 1)
+    window = min(50, len(losses))
+    mean = np.convolve(losses, np.full(window, 1 / window), mode="valid")
+    axes.plot(steps, losses, color=MUTED, alpha=0.35, linewidth=0.6, label="each step")
+    axes.plot(steps[window - 1 :], mean, color=ACCENT, linewidth=1.8, label=f"mean of {window} steps")
+    axes.set_yscale("log")
+    axes.set_title("training loss: noise error + variance term", color=TEXT, fontsize=11)
+    axes.set_xlabel("step", color=MUTED)
+    axes.tick_params(which="both", colors=MUTED)
+    axes.grid(which="both", color=MUTED, alpha=0.15, linewidth=0.5)
+    axes.spines[:].set_visible(False)
+    axes.legend(frameon=False, labelcolor=TEXT)
+    return figure
+
+
+def _new_figure(*, width: float, height: float) -> Figure:
+    # Not through pyplot: it would look for a display and leave global state behind.
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), dpi=150, facecolor=BACKGROUND)
+
+
+def _save(figure: Figure, path: Path) -> None:
+    figure.savefig(path, metadata={"Software": None})
+
+
+def _show_grid(axes: Axes, images: Tensor, row_names: Sequence[str]) -> None:
+    rows = len(row_names)
+    grid = _grid(images, rows)
+    cell = grid.shape[0] // rows
+    axes.imshow(grid, cmap="bone", vmin=-1, vmax=1, interpolation="nearest")
+    axes.set_xticks([])
+    axes.set_yticks([cell * (row + 0.5) for row in range(rows)], row_names)
+    axes.tick_params(length=0, colors=MUTED, labelsize=10)
+    axes.spines[:].set_visible(False)
+
+
+def _grid(images: Tensor, rows: int) -> np.ndarray:
+    """Images (rows·columns, 1, 8, 8), row by row, as one enlarged picture (height, width) in [-1, 1]."""
+    with_border = F.pad(images, (1, 1, 1, 1), value=-1)
+    enlarged = F.interpolate(with_border, scale_factor=ENLARGED, mode="bicubic").clamp(-1, 1)
+    cells = enlarged[:, 0].unflatten(0, (rows, -1))
+    return cells.permute(0, 2, 1, 3).flatten(0, 1).flatten(1).numpy()
+
+
+def _frame_misread(axes: Axes, read: Read) -> None:
+    from matplotlib.patches import Rectangle
+
+    cell = ENLARGED * (read.images.shape[-1] + 2)
+    for index in (read.readings != read.labels).nonzero().flatten().tolist():
+        row, column = divmod(index, PER_CLASS)
+        corner = (column * cell + 2, row * cell + 2)
+        axes.add_patch(Rectangle(corner, cell - 4, cell - 4, fill=False, edgecolor=WRONG, linewidth=1.2))

@@ -1,0 +1,291 @@
+"""Checkpoints: exact, whole at every instant, and honest about damage."""
+
+import argparse
+import json
+import os
+import stat
+from collections import OrderedDict
+
+import pytest
+import torch
+
+from ditkernels import checkpoint as checkpoint_module
+from ditkernels.checkpoint import (
+    MANIFEST,
+    Checkpoint,
+    CheckpointError,
+    load_checkpoint,
+    load_public_checkpoint,
+    save_checkpoint,
+)
+
+
+def make(seed, *, ema=True):
+    generator = torch.Generator().manual_seed(seed)
+
+    def state():
+        return {
+            "blocks.0.weight": torch.randn(8, 4, generator=generator),
+            "half": torch.randn(3, generator=generator).bfloat16(),
+            "transposed": torch.randn(5, 3, generator=generator).t(),
+            "count": torch.tensor(seed),
+        }
+
+    return Checkpoint(
+        state(), state() if ema else None, step=seed, config={"model": {"depth": 4}, "lr": 1e-3}
+    )
+
+
+def assert_same(loaded, saved):
+    assert (loaded.step, loaded.config) == (saved.step, saved.config)
+    assert (loaded.ema is None) == (saved.ema is None)
+    for mine, theirs in ((loaded.model, saved.model), (loaded.ema or {}, saved.ema or {})):
+        assert mine.keys() == theirs.keys()
+        for name in theirs:
+            assert mine[name].dtype == theirs[name].dtype
+            assert torch.equal(mine[name], theirs[name])
+
+
+@pytest.mark.parametrize("ema", [True, False])
+def test_what_is_loaded_is_what_was_saved(tmp_path, ema):
+    saved = make(1, ema=ema)
+    save_checkpoint(tmp_path / "new" / "folder", saved)
+    loaded = load_checkpoint(tmp_path / "new" / "folder")
+    assert_same(loaded, saved)
+    assert loaded.sampling_weights is (loaded.ema if ema else loaded.model)
+
+
+def test_a_new_checkpoint_takes_the_old_ones_place_and_leaves_other_files(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    save_checkpoint(tmp_path, make(1))
+    save_checkpoint(tmp_path, make(2))
+    assert_same(load_checkpoint(tmp_path), make(2))
+    assert len(list(tmp_path.iterdir())) == 4
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def test_files_follow_the_umask(tmp_path):
+    previous = os.umask(0o027)
+    try:
+        save_checkpoint(tmp_path, make(1))
+    finally:
+        os.umask(previous)
+    assert {stat.S_IMODE(path.stat().st_mode) for path in tmp_path.iterdir()} == {0o640}
+
+
+class Crash(BaseException):
+    """Stands for the process dying: nothing in the package catches it."""
+
+
+SYSTEM_CALLS = ("fsync", "replace", "unlink")
+
+
+def crash_at(monkeypatch, call_number):
+    """Let the process die instead of making the system call with that number."""
+    calls = []
+
+    def intercept(name):
+        genuine = getattr(os, name)
+
+        def call(*args, **kwargs):
+            if len(calls) == call_number:
+                raise Crash
+            calls.append(name)
+            return genuine(*args, **kwargs)
+
+        return call
+
+    for name in SYSTEM_CALLS:
+        monkeypatch.setattr(os, name, intercept(name))
+
+
+def test_a_crash_at_any_system_call_leaves_the_old_checkpoint_or_the_new_one(tmp_path, monkeypatch):
+    survivors = []
+    for call_number in range(100):
+        directory = tmp_path / str(call_number)
+        save_checkpoint(directory, make(1))
+        with monkeypatch.context() as patch:
+            crash_at(patch, call_number)
+            try:
+                save_checkpoint(directory, make(2))
+            except Crash:
+                pass
+            else:
+                break
+        survivor = load_checkpoint(directory)
+        assert_same(survivor, make(survivor.step))
+        survivors.append(survivor.step)
+        save_checkpoint(directory, make(3))
+        assert_same(load_checkpoint(directory), make(3))
+        assert len(list(directory.iterdir())) == 3, "leftovers of the crash"
+    assert survivors == sorted(survivors)
+    assert {1, 2} == set(survivors)
+
+
+def test_everything_is_on_the_disk_before_the_manifest_takes_its_name(tmp_path, monkeypatch):
+    events = []
+    genuine_fsync, genuine_replace = os.fsync, os.replace
+
+    def fsync(descriptor):
+        kind = "directory" if stat.S_ISDIR(os.fstat(descriptor).st_mode) else "file"
+        events.append(f"fsync {kind}")
+        genuine_fsync(descriptor)
+
+    def replace(source, target):
+        events.append(f"rename {os.path.basename(target).split('-')[0]}")
+        genuine_replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "replace", replace)
+    save_checkpoint(tmp_path, make(1))
+    assert events == [
+        *("fsync file", "rename model"),
+        *("fsync file", "rename ema"),
+        "fsync directory",
+        *("fsync file", f"rename {MANIFEST}"),
+        "fsync directory",
+    ]
+
+
+def test_a_refused_write_leaves_the_old_checkpoint(tmp_path, monkeypatch):
+    save_checkpoint(tmp_path, make(1))
+
+    def full_disk(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint_module, "save_file", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        save_checkpoint(tmp_path, make(2))
+    assert_same(load_checkpoint(tmp_path), make(1))
+
+
+def flip_a_bit(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def cut_short(path):
+    path.write_bytes(path.read_bytes()[:-3])
+
+
+@pytest.mark.parametrize("damage", [flip_a_bit, cut_short, os.unlink])
+@pytest.mark.parametrize("pattern", ["model-*", "ema-*", MANIFEST])
+def test_damage_is_found_and_the_file_named(tmp_path, pattern, damage):
+    save_checkpoint(tmp_path, make(1))
+    (victim,) = tmp_path.glob(pattern)
+    damage(victim)
+    with pytest.raises(CheckpointError, match=victim.name):
+        load_checkpoint(tmp_path)
+
+
+def test_an_edited_manifest_is_refused(tmp_path):
+    save_checkpoint(tmp_path, make(1))
+    path = tmp_path / MANIFEST
+    path.write_text(path.read_text().replace('"depth": 4', '"depth": 5'))
+    with pytest.raises(CheckpointError, match="does not match its own SHA-256"):
+        load_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"format": "other"}, "not the manifest"),
+        ({"format_version": 99}, "format version 99"),
+        ({"files": {}}, "no model weights"),
+        ({"files": {"model": {"name": "../secret", "bytes": 1, "sha256": ""}}}, "leaves the directory"),
+    ],
+)
+def test_a_foreign_manifest_is_refused(tmp_path, change, message):
+    save_checkpoint(tmp_path, make(1))
+    body = json.loads((tmp_path / MANIFEST).read_text())
+    del body["sha256"]
+    body.update(change)
+    body["sha256"] = checkpoint_module._digest_of_body(body)
+    (tmp_path / MANIFEST).write_text(json.dumps(body))
+    with pytest.raises(CheckpointError, match=message):
+        load_checkpoint(tmp_path)
+
+
+def test_a_config_that_is_not_json_is_refused_before_the_old_checkpoint_is_touched(tmp_path):
+    save_checkpoint(tmp_path, make(1))
+    with pytest.raises(TypeError, match="JSON"):
+        save_checkpoint(tmp_path, Checkpoint(make(2).model, config={"device": torch.device("cpu")}))
+    assert len(list(tmp_path.iterdir())) == 3
+    assert_same(load_checkpoint(tmp_path), make(1))
+
+
+def test_tuples_and_integer_keys_in_the_config_come_back_as_json(tmp_path):
+    save_checkpoint(tmp_path, Checkpoint(make(1).model, config={"betas": (0.9, 0.999), "table": {3: "x"}}))
+    assert load_checkpoint(tmp_path).config == {"betas": [0.9, 0.999], "table": {"3": "x"}}
+
+
+def test_a_bare_public_state_dict_loads(tmp_path):
+    state = OrderedDict(make(1).model)
+    torch.save(state, tmp_path / "DiT.pt")
+    loaded = load_public_checkpoint(tmp_path / "DiT.pt")
+    assert_same(loaded, Checkpoint(state))
+    assert loaded.sampling_weights is loaded.model
+
+
+def test_a_public_training_checkpoint_loads(tmp_path):
+    saved = make(7)
+    parameter = torch.nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.AdamW([parameter])
+    parameter.sum().backward()
+    optimizer.step()
+    args = argparse.Namespace(model="DiT-XL/2", image_size=256, vae="ema")
+    content = {"model": saved.model, "ema": saved.ema, "opt": optimizer.state_dict(), "args": args}
+    torch.save(content, tmp_path / "0400000.pt")
+    loaded = load_public_checkpoint(tmp_path / "0400000.pt")
+    assert_same(loaded, Checkpoint(saved.model, saved.ema, config=vars(args)))
+
+
+class Exploit:
+    def __reduce__(self):
+        return (os.mkdir, (os.environ["EXPLOIT_TARGET"],))
+
+
+def test_a_public_file_with_code_is_refused_and_the_code_not_run(tmp_path, monkeypatch):
+    monkeypatch.setenv("EXPLOIT_TARGET", str(tmp_path / "owned"))
+    torch.save({"model": make(1).model, "args": Exploit()}, tmp_path / "evil.pt")
+    with pytest.raises(CheckpointError, match=r"evil\.pt.*was not loaded"):
+        load_public_checkpoint(tmp_path / "evil.pt")
+    assert not (tmp_path / "owned").exists()
+
+
+def test_the_allowed_namespace_stays_local_to_the_load(tmp_path):
+    torch.save({"model": make(1).model, "args": argparse.Namespace(a=1)}, tmp_path / "a.pt")
+    load_public_checkpoint(tmp_path / "a.pt")
+    assert argparse.Namespace not in torch.serialization.get_safe_globals()
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ({"weights": {"a": torch.ones(1)}}, "neither a state dict"),
+        ({}, "neither a state dict"),
+        ([torch.ones(1)], "a list"),
+        ({"model": {"a": torch.ones(1)}, "ema": [1]}, "'ema' is no state dict"),
+    ],
+)
+def test_a_public_file_without_weights_is_refused(tmp_path, content, message):
+    torch.save(content, tmp_path / "odd.pt")
+    with pytest.raises(CheckpointError, match=rf"odd\.pt.*{message}"):
+        load_public_checkpoint(tmp_path / "odd.pt")
+
+
+@pytest.mark.parametrize("content", [b"", b"not a torch file", None])
+def test_a_damaged_public_file_is_named(tmp_path, content):
+    path = tmp_path / "broken.pt"
+    if content is None:
+        torch.save(make(1).model, path)
+        content = path.read_bytes()[:-200]
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"broken\.pt"):
+        load_public_checkpoint(path)
+
+
+def test_a_missing_public_file_is_named(tmp_path):
+    with pytest.raises(CheckpointError, match=r"absent\.pt: no such file"):
+        load_public_checkpoint(tmp_path / "absent.pt")

@@ -1,0 +1,132 @@
+"""The command line: finds commands, imports only the one asked for, tells user errors in one line."""
+
+import subprocess
+import sys
+import types
+
+import pytest
+
+from ditkernels import __version__, cli
+
+
+def add_command(monkeypatch, name, run, add_arguments=lambda parser: None):
+    module = types.ModuleType(f"fake_{name}")
+    module.run, module.add_arguments = run, add_arguments
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setitem(cli.COMMANDS, name, cli.Command(module.__name__, f"what {name} does"))
+
+
+def raising(error):
+    def run(args):
+        raise error
+
+    return run
+
+
+def test_a_command_gets_its_arguments_and_gives_the_exit_status(monkeypatch):
+    seen = []
+
+    def run(args):
+        seen.append((args.count, args.name))
+        return 7
+
+    def add_arguments(parser):
+        parser.add_argument("--count", type=int)
+        parser.add_argument("name")
+
+    add_command(monkeypatch, "greet", run, add_arguments)
+    assert cli.main(["greet", "--count", "3", "you"]) == 7
+    assert seen == [(3, "you")]
+
+
+def test_only_the_command_asked_for_is_imported(monkeypatch):
+    add_command(monkeypatch, "wanted", lambda args: 0)
+    monkeypatch.setitem(cli.COMMANDS, "broken", cli.Command("no.such.module", ""))
+    assert cli.main(["wanted"]) == 0
+    assert cli.main(["broken"]) == 2
+
+
+def test_help_lists_every_command_without_importing_one(monkeypatch, capsys):
+    add_command(monkeypatch, "wanted", lambda args: 0)
+    monkeypatch.setitem(cli.COMMANDS, "broken", cli.Command("no.such.module", "is not there"))
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["--help"])
+    assert stop.value.code == 0
+    shown = capsys.readouterr().out
+    for name, command in cli.COMMANDS.items():
+        assert name in shown
+        assert command.summary.split(",")[0] in " ".join(shown.split())
+
+
+def test_no_command_shows_the_help(capsys):
+    assert cli.main([]) == 2
+    assert "demo" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("argv", [["frobnicate"], ["frobnicate", "--help"], ["--verbose"]])
+def test_what_is_unknown_is_an_error_of_one_line(argv, capsys):
+    assert cli.main(argv) == 2
+    shown = capsys.readouterr().err
+    assert shown.startswith("ditkernels: error: ")
+    assert argv[0] in shown
+    assert shown.count("\n") == 1
+
+
+def test_an_unknown_command_lists_what_exists(capsys):
+    cli.main(["frobnicate"])
+    assert "allowed are demo, check, flops, info" in capsys.readouterr().err
+
+
+def test_a_flags_wrong_value_is_named(monkeypatch, capsys):
+    add_command(monkeypatch, "greet", lambda args: 0, lambda parser: parser.add_argument("--count", type=int))
+    assert cli.main(["greet", "--count", "many"]) == 2
+    shown = capsys.readouterr().err
+    assert "--count" in shown
+    assert "'many'" in shown
+    assert "see 'ditkernels greet --help'" in shown
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ValueError("steps: got 0,\n    allowed is 1 or more"),
+        FileNotFoundError(2, "No such file or directory", "/nowhere"),
+        FloatingPointError("the loss became nan at step 3"),
+        ImportError("the demo needs matplotlib: pip install ditkernels[demo]"),
+    ],
+)
+def test_the_users_errors_are_one_line_and_exit_2(monkeypatch, capsys, error):
+    add_command(monkeypatch, "fail", raising(error))
+    assert cli.main(["fail"]) == 2
+    shown = capsys.readouterr().err
+    assert shown == f"ditkernels: error: {' '.join(str(error).split())}\n"
+
+
+def test_the_users_errors_can_be_traced(monkeypatch):
+    add_command(monkeypatch, "fail", raising(ValueError("bad")))
+    monkeypatch.setenv(cli.TRACEBACK_VARIABLE, "1")
+    with pytest.raises(ValueError, match="bad"):
+        cli.main(["fail"])
+
+
+@pytest.mark.parametrize("error", [TypeError("a bug"), RuntimeError("a bug"), AssertionError("a bug")])
+def test_our_own_errors_keep_their_traceback(monkeypatch, error):
+    add_command(monkeypatch, "fail", raising(error))
+    with pytest.raises(type(error), match="a bug"):
+        cli.main(["fail"])
+
+
+def test_an_interrupt_exits_130(monkeypatch, capsys):
+    add_command(monkeypatch, "wait", raising(KeyboardInterrupt()))
+    assert cli.main(["wait"]) == 130
+    assert capsys.readouterr().err == "ditkernels: interrupted\n"
+
+
+def test_it_runs_as_a_module():
+    command = [sys.executable, "-m", "ditkernels"]
+    version = subprocess.run([*command, "--version"], capture_output=True, text=True, timeout=120)
+    assert (version.returncode, version.stdout) == (0, f"ditkernels {__version__}\n")
+    unknown = subprocess.run([*command, "frobnicate"], capture_output=True, text=True, timeout=120)
+    assert unknown.returncode == 2
+    assert unknown.stderr.startswith("ditkernels: error: ")
+    assert "Traceback" not in unknown.stderr
