@@ -327,7 +327,16 @@ def test_nothing_to_compute(batch, tokens, backend):
     assert qkv.grad.shape == qkv.shape
 
 
+def test_integers_do_not_slip_through_autocast():
+    with (
+        torch.autocast("cpu", torch.bfloat16),
+        pytest.raises(TypeError, match=r"qkv: got dtype torch\.int32"),
+    ):
+        attention(torch.ones(2, 17, 3, 2, 72, dtype=torch.int32))
+
+
 BAD = {
+    "backend, empty": ((random(0, 17, 3, 2, 72),), {"backend": "cuddn"}, ValueError, "backend: got 'cuddn'"),
     "too few axes": ((random(2, 17, 3, 144),), {}, ValueError, r"qkv: got shape \(2, 17, 3, 144\)"),
     "packed 2": ((random(2, 17, 2, 2, 72),), {}, ValueError, r"qkv: .*expected \(B, N, 3, heads, head_dim\)"),
     "no heads": ((random(2, 17, 3, 0, 72),), {}, ValueError, "qkv: .*at least 1"),
