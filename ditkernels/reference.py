@@ -1,0 +1,624 @@
+"""The specification: what every op means and what a DiT is, in plain PyTorch.
+
+Everything else in the package is held against this file. It uses no op of the package and favours being read over being fast.
+
+Shapes: B samples, N tokens, D channels, p patch size, C input channels, O output channels, (H, W) latent size,
+(h, w) = (H/p, W/p) token grid, N = h·w. Vectors per sample (shift, scale, gate) are (B, D).
+
+Sources: Peebles & Xie, "Scalable Diffusion Models with Transformers" (arXiv 2212.09748) for the architecture, its four
+conditioning blocks and the twelve configurations; Vaswani et al. 2017 for sinusoidal embeddings; Ho & Salimans 2022 for
+classifier-free guidance. Constructor, state-dict keys and initialisation are those of the public DiT checkpoints.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+NORMS = ("layernorm", "rmsnorm")
+CONDITIONINGS = ("adaln_zero", "adaln", "cross_attention", "in_context")
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Ops
+# ------------------------------------------------------------------------------------------------------------------
+
+
+def normalize(
+    x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, *, norm: str = "layernorm", eps: float = 1e-6
+) -> Tensor:
+    """Layer norm, or RMS norm, over the last axis, with optional affine weight and bias of shape (D,)."""
+    if norm == "layernorm":
+        return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
+    if norm == "rmsnorm":
+        y = F.rms_norm(x, x.shape[-1:], weight, eps)
+        return y if bias is None else y + bias
+    raise ValueError(f"norm: got {norm!r}, allowed are {', '.join(NORMS)}")
+
+
+def modulate(x: Tensor, shift: Tensor | None, scale: Tensor | None) -> Tensor:
+    """x·(1 + scale) + shift, with shift and scale (B, D) applied to every token of x (B, N, D)."""
+    if scale is not None:
+        x = x * (1 + scale.unsqueeze(1))
+    return x if shift is None else x + shift.unsqueeze(1)
+
+
+def modulate_norm(
+    x: Tensor,
+    shift: Tensor | None = None,
+    scale: Tensor | None = None,
+    *,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    norm: str = "layernorm",
+    eps: float = 1e-6,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """norm(x)·(1 + scale) + shift. x: (B, N, D) -> (B, N, D) in ``out_dtype`` (default: x's)."""
+    return modulate(normalize(x, weight, bias, norm=norm, eps=eps), shift, scale).to(out_dtype or x.dtype)
+
+
+def gated_residual(
+    x: Tensor, branch: Tensor, gate: Tensor | None = None, *, branch_bias: Tensor | None = None
+) -> Tensor:
+    """x + gate·(branch + branch_bias), in x's dtype. x, branch: (B, N, D); gate: (B, D); branch_bias: (D,)."""
+    if branch_bias is not None:
+        branch = branch + branch_bias
+    if gate is not None:
+        branch = gate.unsqueeze(1) * branch
+    return (x + branch).to(x.dtype)
+
+
+def gated_residual_norm(
+    x: Tensor,
+    branch: Tensor,
+    gate: Tensor | None = None,
+    shift: Tensor | None = None,
+    scale: Tensor | None = None,
+    *,
+    branch_bias: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    norm: str = "layernorm",
+    eps: float = 1e-6,
+    out_dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:
+    """x1 = x + gate·(branch + branch_bias); h = norm(x1)·(1 + scale) + shift. Returns (x1, h).
+
+    x1 keeps x's dtype; h comes in ``out_dtype`` (default: x's).
+    """
+    x1 = gated_residual(x, branch, gate, branch_bias=branch_bias)
+    h = modulate_norm(x1, shift, scale, weight=weight, bias=bias, norm=norm, eps=eps, out_dtype=out_dtype)
+    return x1, h
+
+
+def patch_embed(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    pos_embed: Tensor | None = None,
+    *,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """p x p convolution with stride p, flattened to tokens in row-major order, plus bias and positions.
+
+    x: (B, C, H, W); weight: (D, C, p, p); bias: (D,); pos_embed: (N, D) or (1, N, D). Returns (B, N, D).
+    """
+    tokens = F.conv2d(x, weight, bias, stride=weight.shape[-1]).flatten(2).transpose(1, 2)
+    if pos_embed is not None:
+        tokens = tokens + pos_embed
+    return tokens.to(out_dtype or tokens.dtype)
+
+
+def unpatchify(tokens: Tensor, *, grid: tuple[int, int], patch_size: int) -> Tensor:
+    """(B, h·w, p·p·O) -> (B, O, h·p, w·p); a token's channels are ordered (row in patch, column in patch, output channel)."""
+    h, w = grid
+    p = patch_size
+    x = tokens.reshape(tokens.shape[0], h, w, p, p, tokens.shape[-1] // (p * p))
+    return torch.einsum("bhwpqo->bohpwq", x).reshape(tokens.shape[0], -1, h * p, w * p)
+
+
+def final_layer(
+    x: Tensor,
+    shift: Tensor | None,
+    scale: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    grid: tuple[int, int],
+    patch_size: int,
+    branch: Tensor | None = None,
+    gate: Tensor | None = None,
+    branch_bias: Tensor | None = None,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    norm: str = "layernorm",
+    eps: float = 1e-6,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """unpatchify(linear(norm(x1)·(1 + scale) + shift)), where x1 = x, or x + gate·(branch + branch_bias) given a branch.
+
+    x, branch: (B, N, D); weight: (p·p·O, D); bias: (p·p·O,). Returns (B, O, h·p, w·p) in ``out_dtype`` (default: weight's).
+    """
+    if branch is not None:
+        x = gated_residual(x, branch, gate, branch_bias=branch_bias)
+    h = modulate_norm(
+        x, shift, scale, weight=norm_weight, bias=norm_bias, norm=norm, eps=eps, out_dtype=weight.dtype
+    )
+    image = unpatchify(F.linear(h, weight, bias), grid=grid, patch_size=patch_size)
+    return image.to(out_dtype or image.dtype)
+
+
+def attention(qkv_or_q: Tensor, kv: Tensor | None = None, *, scale: float | None = None) -> Tensor:
+    """softmax(q·kᵀ·scale)·v with scale = head_dim^-1/2 by default.
+
+    Packed self-attention: qkv (B, N, 3, heads, head_dim). Cross-attention: q (B, N, heads, head_dim) and
+    kv (B, M, 2, heads, head_dim). Returns (B, N, heads·head_dim).
+    """
+    q, k, v = qkv_or_q.unbind(2) if kv is None else (qkv_or_q, *kv.unbind(2))
+    out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), scale=scale)
+    return out.transpose(1, 2).flatten(2)
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Embeddings
+# ------------------------------------------------------------------------------------------------------------------
+
+
+def _sincos_1d(positions: Tensor, dim: int) -> Tensor:
+    omega = 10000.0 ** -(torch.arange(dim // 2, dtype=torch.float64) / (dim / 2))
+    angles = positions.reshape(-1, 1) * omega
+    return torch.cat([angles.sin(), angles.cos()], dim=1)
+
+
+def sincos_positions(dim: int, grid: tuple[int, int]) -> Tensor:
+    """2-D sine-cosine positions, (h·w, dim) fp32: the first half of the channels encodes the column, the second the row.
+
+    Raises ValueError if dim is no multiple of 4.
+    """
+    if dim % 4:
+        raise ValueError(f"hidden_size: got {dim}; sine-cosine positions need a multiple of 4")
+    rows, columns = torch.meshgrid(*(torch.arange(n, dtype=torch.float64) for n in grid), indexing="ij")
+    return torch.cat([_sincos_1d(columns, dim // 2), _sincos_1d(rows, dim // 2)], dim=1).float()
+
+
+def timestep_frequencies(t: Tensor, dim: int, max_period: float = 10000.0) -> Tensor:
+    """Sinusoids of the timesteps t (B,), cosines first: (B, dim) fp32, frequencies max_period^(-i / (dim/2))."""
+    half = dim // 2
+    exponents = torch.arange(half, dtype=torch.float32, device=t.device) / half
+    angles = t.float().unsqueeze(1) * torch.exp(-math.log(max_period) * exponents)
+    return torch.cat([angles.cos(), angles.sin()], dim=1)
+
+
+class PatchEmbed(nn.Module):
+    """Latents (B, C, H, W) -> tokens (B, N, D) with positions. State: ``proj.weight`` (D, C, p, p), ``proj.bias`` (D,)."""
+
+    def __init__(self, patch_size: int, in_channels: int, hidden_size: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(in_channels, hidden_size, kernel_size=patch_size, stride=patch_size)
+
+    def forward(self, x: Tensor, pos_embed: Tensor) -> Tensor:
+        return patch_embed(x, self.proj.weight, self.proj.bias, pos_embed)
+
+
+class TimestepEmbedder(nn.Module):
+    """Timesteps (B,) -> (B, D): sinusoids, linear, SiLU, linear."""
+
+    def __init__(self, hidden_size: int, frequency_embedding_size: int = 256) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(
+            nn.Linear(frequency_embedding_size, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size)
+        )
+        self.frequency_embedding_size = frequency_embedding_size
+
+    def forward(self, t: Tensor) -> Tensor:
+        frequencies = timestep_frequencies(t, self.frequency_embedding_size)
+        return self.mlp(frequencies.to(self.mlp[0].weight.dtype))
+
+
+class LabelEmbedder(nn.Module):
+    """Class labels (B,) -> (B, D). In training a label becomes the null class ``num_classes`` with probability ``dropout_prob``.
+
+    The table has a row for the null class only if ``dropout_prob`` > 0, as in the public checkpoints.
+    """
+
+    def __init__(self, num_classes: int, hidden_size: int, dropout_prob: float) -> None:
+        super().__init__()
+        self.embedding_table = nn.Embedding(num_classes + (dropout_prob > 0), hidden_size)
+        self.num_classes = num_classes
+        self.dropout_prob = dropout_prob
+
+    def drop(self, labels: Tensor) -> Tensor:
+        dropped = torch.rand(labels.shape[0], device=labels.device) < self.dropout_prob
+        return torch.where(dropped, self.num_classes, labels)
+
+    def forward(self, labels: Tensor) -> Tensor:
+        check_labels(labels, self.embedding_table.num_embeddings)
+        if self.training and self.dropout_prob > 0:
+            labels = self.drop(labels)
+        return self.embedding_table(labels)
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Blocks: the four ways of conditioning in section 3.2 of the paper
+# ------------------------------------------------------------------------------------------------------------------
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention. State: ``qkv`` (3·D x D), ``proj`` (D x D), both with bias."""
+
+    def __init__(self, hidden_size: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
+        self.proj = nn.Linear(hidden_size, hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj(attention(self.qkv(x).unflatten(-1, (3, self.num_heads, -1))))
+
+
+class CrossAttention(nn.Module):
+    """Multi-head attention from tokens (B, N, D) to a short context (B, M, D). State: ``q``, ``kv``, ``proj``."""
+
+    def __init__(self, hidden_size: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.q = nn.Linear(hidden_size, hidden_size)
+        self.kv = nn.Linear(hidden_size, 2 * hidden_size)
+        self.proj = nn.Linear(hidden_size, hidden_size)
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        q = self.q(x).unflatten(-1, (self.num_heads, -1))
+        kv = self.kv(context).unflatten(-1, (2, self.num_heads, -1))
+        return self.proj(attention(q, kv))
+
+
+class Mlp(nn.Module):
+    """Linear, tanh-GELU, linear."""
+
+    def __init__(self, hidden_size: int, mlp_ratio: float) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(hidden_size, int(hidden_size * mlp_ratio))
+        self.fc2 = nn.Linear(int(hidden_size * mlp_ratio), hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+
+
+class DiTBlock(nn.Module):
+    """The adaLN-Zero block. x: (B, N, D), c: (B, D) -> (B, N, D).
+
+    Six vectors per sample come from c: shift, scale and gate of the attention, then of the MLP.
+    """
+
+    def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float) -> None:
+        super().__init__()
+        self.attn = Attention(hidden_size, num_heads)
+        self.mlp = Mlp(hidden_size, mlp_ratio)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = self.adaLN_modulation(c).chunk(6, dim=1)
+        x = gated_residual(x, self.attn(modulate_norm(x, shift_msa, scale_msa)), gate_msa)
+        return gated_residual(x, self.mlp(modulate_norm(x, shift_mlp, scale_mlp)), gate_mlp)
+
+
+class AdaLNBlock(nn.Module):
+    """The adaLN block: shifts and scales as in adaLN-Zero, but no gates. x: (B, N, D), c: (B, D)."""
+
+    def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float) -> None:
+        super().__init__()
+        self.attn = Attention(hidden_size, num_heads)
+        self.mlp = Mlp(hidden_size, mlp_ratio)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 4 * hidden_size))
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        shift_msa, scale_msa, shift_mlp, scale_mlp = self.adaLN_modulation(c).chunk(4, dim=1)
+        x = gated_residual(x, self.attn(modulate_norm(x, shift_msa, scale_msa)))
+        return gated_residual(x, self.mlp(modulate_norm(x, shift_mlp, scale_mlp)))
+
+
+class CrossAttentionBlock(nn.Module):
+    """A ViT block with a cross-attention to the context c (B, 2, D), timestep and label, after the self-attention."""
+
+    def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(hidden_size, eps=1e-6)
+        self.attn = Attention(hidden_size, num_heads)
+        self.norm_cross = nn.LayerNorm(hidden_size, eps=1e-6)
+        self.cross_attn = CrossAttention(hidden_size, num_heads)
+        self.norm2 = nn.LayerNorm(hidden_size, eps=1e-6)
+        self.mlp = Mlp(hidden_size, mlp_ratio)
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        x = gated_residual(x, self.attn(self.norm1(x)))
+        x = gated_residual(x, self.cross_attn(self.norm_cross(x), c))
+        return gated_residual(x, self.mlp(self.norm2(x)))
+
+
+class InContextBlock(nn.Module):
+    """A plain ViT block; the conditioning, timestep and label, is two more tokens of x (B, N + 2, D). ``c`` is not read."""
+
+    def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(hidden_size, eps=1e-6)
+        self.attn = Attention(hidden_size, num_heads)
+        self.norm2 = nn.LayerNorm(hidden_size, eps=1e-6)
+        self.mlp = Mlp(hidden_size, mlp_ratio)
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        x = gated_residual(x, self.attn(self.norm1(x)))
+        return gated_residual(x, self.mlp(self.norm2(x)))
+
+
+class FinalLayer(nn.Module):
+    """Adaptive layer norm, linear to p·p·O channels a token, unpatchify. x: (B, N, D), c: (B, D) -> (B, O, H, W)."""
+
+    def __init__(self, hidden_size: int, patch_size: int, out_channels: int) -> None:
+        super().__init__()
+        self.patch_size = patch_size
+        self.linear = nn.Linear(hidden_size, patch_size * patch_size * out_channels)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size))
+
+    def forward(self, x: Tensor, c: Tensor, grid: tuple[int, int]) -> Tensor:
+        shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
+        tokens = self.linear(modulate_norm(x, shift, scale))
+        return unpatchify(tokens, grid=grid, patch_size=self.patch_size)
+
+
+class PlainFinalLayer(nn.Module):
+    """Affine layer norm, linear, unpatchify: for the conditionings without adaLN. ``c`` is not read."""
+
+    def __init__(self, hidden_size: int, patch_size: int, out_channels: int) -> None:
+        super().__init__()
+        self.patch_size = patch_size
+        self.norm_final = nn.LayerNorm(hidden_size, eps=1e-6)
+        self.linear = nn.Linear(hidden_size, patch_size * patch_size * out_channels)
+
+    def forward(self, x: Tensor, c: Tensor, grid: tuple[int, int]) -> Tensor:
+        return unpatchify(self.linear(self.norm_final(x)), grid=grid, patch_size=self.patch_size)
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# The model
+# ------------------------------------------------------------------------------------------------------------------
+
+
+class DiT(nn.Module):
+    """Diffusion Transformer.
+
+    Args:
+        input_size: latent height and width, an int if square. Divisible by ``patch_size``.
+        patch_size: edge of a patch in latent pixels.
+        in_channels: latent channels C.
+        hidden_size, depth, num_heads, mlp_ratio: transformer dimensions.
+        class_dropout_prob: probability that a label is replaced by the null class in training.
+        num_classes: labels are 0..num_classes-1, the null class is ``num_classes``.
+        learn_sigma: predict 2·C channels, noise and variance interpolation, instead of C.
+        conditioning: "adaln_zero", "adaln", "cross_attention" or "in_context".
+
+    Raises:
+        ValueError: sizes that do not divide, an unknown conditioning.
+    """
+
+    embed_class: ClassVar[type[nn.Module]] = PatchEmbed
+    block_classes: ClassVar[dict[str, type[nn.Module]]] = {
+        "adaln_zero": DiTBlock,
+        "adaln": AdaLNBlock,
+        "cross_attention": CrossAttentionBlock,
+        "in_context": InContextBlock,
+    }
+    final_classes: ClassVar[dict[str, type[nn.Module]]] = {
+        "adaln_zero": FinalLayer,
+        "adaln": FinalLayer,
+        "cross_attention": PlainFinalLayer,
+        "in_context": PlainFinalLayer,
+    }
+
+    def __init__(
+        self,
+        input_size: int | tuple[int, int] = 32,
+        patch_size: int = 2,
+        in_channels: int = 4,
+        hidden_size: int = 1152,
+        depth: int = 28,
+        num_heads: int = 16,
+        mlp_ratio: float = 4.0,
+        class_dropout_prob: float = 0.1,
+        num_classes: int = 1000,
+        learn_sigma: bool = True,
+        *,
+        conditioning: str = "adaln_zero",
+    ) -> None:
+        super().__init__()
+        height, width = (input_size, input_size) if isinstance(input_size, int) else input_size
+        _check_config(height, width, patch_size, hidden_size, num_heads, class_dropout_prob, num_classes, conditioning)
+        self.input_size = (height, width)
+        self.grid = (height // patch_size, width // patch_size)
+        self.patch_size = patch_size
+        self.in_channels = in_channels
+        self.out_channels = 2 * in_channels if learn_sigma else in_channels
+        self.num_heads = num_heads
+        self.num_classes = num_classes
+        self.learn_sigma = learn_sigma
+        self.conditioning = conditioning
+
+        self.x_embedder = self.embed_class(patch_size, in_channels, hidden_size)
+        self.t_embedder = TimestepEmbedder(hidden_size)
+        self.y_embedder = LabelEmbedder(num_classes, hidden_size, class_dropout_prob)
+        self.pos_embed = nn.Parameter(sincos_positions(hidden_size, self.grid).unsqueeze(0), requires_grad=False)
+        block = self.block_classes[conditioning]
+        self.blocks = nn.ModuleList(block(hidden_size, num_heads, mlp_ratio) for _ in range(depth))
+        self.final_layer = self.final_classes[conditioning](hidden_size, patch_size, self.out_channels)
+        self.initialize_weights()
+
+    def initialize_weights(self) -> None:
+        """Xavier-uniform linears with zero bias, N(0, 0.02) label table and timestep MLP, zero modulation and final linear.
+
+        A fresh model therefore returns exactly zero.
+        """
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        projection = self.x_embedder.proj
+        nn.init.xavier_uniform_(projection.weight.view(projection.weight.shape[0], -1))
+        nn.init.zeros_(projection.bias)
+        nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
+        nn.init.normal_(self.t_embedder.mlp[0].weight, std=0.02)
+        nn.init.normal_(self.t_embedder.mlp[2].weight, std=0.02)
+        for module in (*self.blocks, self.final_layer):
+            if hasattr(module, "adaLN_modulation"):
+                nn.init.zeros_(module.adaLN_modulation[1].weight)
+        nn.init.zeros_(self.final_layer.linear.weight)
+
+    def embed(self, x: Tensor, t: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens and conditioning: (B, N, D) and (B, D) for adaLN, (B, 2, D) for cross-attention; (B, N + 2, D) in context."""
+        check_inputs(self, x, t, y)
+        tokens = self.x_embedder(x, self.pos_embed)
+        t_embedding, y_embedding = self.t_embedder(t), self.y_embedder(y)
+        if self.conditioning in ("adaln_zero", "adaln"):
+            return tokens, t_embedding + y_embedding
+        context = torch.stack([t_embedding, y_embedding.to(t_embedding.dtype)], dim=1)
+        if self.conditioning == "cross_attention":
+            return tokens, context
+        return torch.cat([tokens, context.to(tokens.dtype)], dim=1), context
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        """Predicted noise, and variance interpolation if learn_sigma.
+
+        Args:
+            x: latents (B, C, H, W).
+            t: timesteps (B,), integers of the diffusion or floats.
+            y: labels (B,), int64 in 0..num_classes.
+
+        Returns:
+            (B, 2·C or C, H, W).
+        """
+        tokens, c = self.embed(x, t, y)
+        for block in self.blocks:
+            tokens = block(tokens, c)
+        return self.final_layer(tokens[:, : self.grid[0] * self.grid[1]], c, self.grid)
+
+    def forward_with_cfg(
+        self, x: Tensor, t: Tensor, y: Tensor, cfg_scale: float, guided_channels: int | None = 3
+    ) -> Tensor:
+        """Classifier-free guidance on a batch whose second half of ``y`` is the null class.
+
+        The first half of ``x`` is used for both halves. Guided channels become uncond + cfg_scale·(cond − uncond); the
+        others keep their own prediction. By default the first 3 channels are guided, as in the published samples (a
+        model with fewer guides all it has); ``guided_channels=None`` guides all in_channels. The variance channels never are.
+
+        Args:
+            x, t, y: as in ``forward``, with an even batch.
+            cfg_scale: 1 is the conditional, 0 the unconditional prediction.
+
+        Returns:
+            (B, 2·C or C, H, W); both halves hold the same guided channels.
+        """
+        if x.shape[0] % 2:
+            raise ValueError(f"x: got a batch of {x.shape[0]}; guidance needs an even one, labels then null classes")
+        guided = self.in_channels if guided_channels is None else min(guided_channels, self.in_channels)
+        if guided < 1:
+            raise ValueError(f"guided_channels: got {guided_channels}, allowed are 1..{self.in_channels} or None for all")
+        half = x[: x.shape[0] // 2]
+        out = self.forward(torch.cat([half, half]), t, y)
+        eps, rest = out[:, :guided], out[:, guided:]
+        cond, uncond = eps.chunk(2)
+        guided_eps = uncond + cfg_scale * (cond - uncond)
+        return torch.cat([torch.cat([guided_eps, guided_eps]), rest], dim=1)
+
+
+def _check_config(
+    height: int,
+    width: int,
+    patch_size: int,
+    hidden_size: int,
+    num_heads: int,
+    class_dropout_prob: float,
+    num_classes: int,
+    conditioning: str,
+) -> None:
+    if conditioning not in CONDITIONINGS:
+        raise ValueError(f"conditioning: got {conditioning!r}, allowed are {', '.join(CONDITIONINGS)}")
+    if patch_size < 1 or height < 1 or width < 1 or height % patch_size or width % patch_size:
+        raise ValueError(
+            f"input_size: got {height} x {width}, which is not a positive multiple of patch_size {patch_size}"
+        )
+    if num_heads < 1 or hidden_size % num_heads:
+        raise ValueError(f"hidden_size: got {hidden_size}, which is no multiple of num_heads {num_heads}")
+    if not 0 <= class_dropout_prob <= 1:
+        raise ValueError(f"class_dropout_prob: got {class_dropout_prob}, allowed is 0..1")
+    if num_classes < 1:
+        raise ValueError(f"num_classes: got {num_classes}; at least 1 is needed (use 1 for unconditional data)")
+
+
+def check_inputs(model: DiT, x: Tensor, t: Tensor, y: Tensor) -> None:
+    """Raises ValueError or TypeError, naming the argument, if (x, t, y) is no input of the model."""
+    if x.ndim != 4 or x.shape[1] != model.in_channels or tuple(x.shape[2:]) != model.input_size:
+        expected = f"(B, {model.in_channels}, {model.input_size[0]}, {model.input_size[1]})"
+        raise ValueError(f"x: got shape {tuple(x.shape)}, expected {expected}")
+    for name, vector in (("t", t), ("y", y)):
+        if tuple(vector.shape) != (x.shape[0],):
+            raise ValueError(f"{name}: got shape {tuple(vector.shape)}, expected ({x.shape[0]},) for a batch of {x.shape[0]}")
+        if vector.device != x.device:
+            raise ValueError(f"{name}: got device {vector.device}, but x is on {x.device}")
+    if y.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"y: got dtype {y.dtype}, allowed are torch.int64 and torch.int32")
+
+
+def check_labels(labels: Tensor, rows: int) -> None:
+    """Raises on labels outside 0..rows-1; on a GPU the check runs on the device, without a synchronisation."""
+    message = f"y: a label is outside 0..{rows - 1}"
+    if labels.device.type == "cpu" and not torch.compiler.is_compiling():
+        outside = labels[(labels < 0) | (labels >= rows)]
+        if outside.numel():
+            raise ValueError(f"y: got label {outside[0].item()}, allowed are 0..{rows - 1}")
+    elif labels.device.type != "meta":
+        torch._assert_async(((labels >= 0) & (labels < rows)).all(), message)
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# The twelve configurations of the paper
+# ------------------------------------------------------------------------------------------------------------------
+
+SIZES: dict[str, dict[str, int]] = {
+    "S": {"depth": 12, "hidden_size": 384, "num_heads": 6},
+    "B": {"depth": 12, "hidden_size": 768, "num_heads": 12},
+    "L": {"depth": 24, "hidden_size": 1024, "num_heads": 16},
+    "XL": {"depth": 28, "hidden_size": 1152, "num_heads": 16},
+}
+PATCH_SIZES = (2, 4, 8)
+
+
+class ModelTable(dict[str, Callable[..., Any]]):
+    """Constructors by name, "DiT-XL/2" and so on; an unknown name raises a KeyError that lists the known ones."""
+
+    def __missing__(self, name: str) -> Callable[..., Any]:
+        raise KeyError(f"unknown model {name!r}, known are {', '.join(self)}")
+
+
+def make_constructor(model_class: type[DiT], size: str, patch_size: int) -> Callable[..., Any]:
+    """A function that builds ``model_class`` in one of the paper's configurations; keywords override or add to it."""
+
+    def constructor(**kwargs: Any) -> DiT:
+        return model_class(**{**SIZES[size], "patch_size": patch_size, **kwargs})
+
+    constructor.__name__ = constructor.__qualname__ = f"{model_class.__name__}_{size}_{patch_size}"
+    constructor.__doc__ = f"DiT-{size}/{patch_size}: {SIZES[size]}, patch_size {patch_size}."
+    return constructor
+
+
+def make_models(model_class: type[DiT]) -> ModelTable:
+    """The twelve constructors of ``model_class`` by name."""
+    return ModelTable(
+        {f"DiT-{size}/{p}": make_constructor(model_class, size, p) for size in reversed(SIZES) for p in PATCH_SIZES}
+    )
+
+
+DiT_models = make_models(DiT)
