@@ -15,6 +15,7 @@ from ditkernels.checkpoint import load_checkpoint
 from ditkernels.cli import main
 from ditkernels.demo import Read
 from ditkernels.reference import DiT
+from ditkernels.trainer import train
 
 SHORT = ("--device", "cpu", "--steps", "3", "--sampling-steps", "2")
 PICTURES = ("samples.png", "loss.png")
@@ -68,7 +69,14 @@ def test_the_checkpoint_makes_the_model_again(tmp_path):
     )
 
 
-def test_same_seed_same_bytes_whatever_the_number_of_threads(tmp_path):
+def test_same_seed_same_bytes_whatever_the_number_of_threads(tmp_path, monkeypatch):
+    threads_in_training = []
+
+    def spied_train(*args):
+        threads_in_training.append(torch.get_num_threads())
+        return train(*args)
+
+    monkeypatch.setattr(demo, "train", spied_train)
     first = run(tmp_path / "a")
     threads = torch.get_num_threads()
     torch.set_num_threads(threads + 1)
@@ -77,7 +85,10 @@ def test_same_seed_same_bytes_whatever_the_number_of_threads(tmp_path):
         assert torch.get_num_threads() == threads + 1
     finally:
         torch.set_num_threads(threads)
+    assert threads_in_training == [1, 1]
     other_seed = run(tmp_path / "c", "--seed", "1")
+    metrics = json.loads((other_seed / "metrics.json").read_text())
+    assert (metrics["training"]["seed"], metrics["sampling"]["seed"]) == (1, 1)
     for name in PICTURES:
         assert (first / name).read_bytes() == (second / name).read_bytes()
         assert (first / name).read_bytes() != (other_seed / name).read_bytes()

@@ -135,6 +135,47 @@ def test_ema_update_is_one_foreach_pass():
     assert calls == ["_foreach_lerp_"]
 
 
+class RecordingDiffusion:
+    """A diffusion that keeps the batches it is given."""
+
+    num_timesteps = 1000
+
+    def __init__(self):
+        self.images, self.timesteps, self.labels = [], [], []
+
+    def training_losses(self, model, x, t, model_kwargs):
+        self.images.append(x)
+        self.timesteps.append(t)
+        self.labels.append(model_kwargs["y"])
+        return {"loss": model(x, t, **model_kwargs).square().flatten(1).mean(1)}
+
+
+def batches(seed):
+    n = 10
+    data = LabelledImages(torch.arange(n).float().reshape(n, 1, 1, 1).expand(n, 1, 4, 4), torch.arange(n) % 3)
+    diffusion = RecordingDiffusion()
+    train(small_model(), diffusion, data, TrainConfig(steps=5, batch_size=4, seed=seed), progress=False)
+    samples = torch.cat(diffusion.images)[:, 0, 0, 0].long()
+    assert torch.equal(torch.cat(diffusion.labels), samples % 3), "a label was parted from its image"
+    return samples.tolist(), torch.cat(diffusion.timesteps).tolist()
+
+
+def test_batches_run_through_shuffled_epochs_at_timesteps_of_the_whole_chain():
+    samples, timesteps = batches(seed=0)
+    assert sorted(samples[:10]) == sorted(samples[10:]) == list(range(10))
+    assert samples[:10] != samples[10:]
+    assert min(timesteps) < 300
+    assert max(timesteps) > 700
+
+
+def test_the_seed_fixes_the_order_of_the_data_and_the_timesteps():
+    assert batches(seed=0) == batches(seed=0)
+    samples, timesteps = batches(seed=0)
+    other_samples, other_timesteps = batches(seed=1)
+    assert samples != other_samples
+    assert timesteps != other_timesteps
+
+
 class PoisonedDiffusion:
     """A diffusion whose loss becomes `value` at one step."""
 
@@ -144,7 +185,8 @@ class PoisonedDiffusion:
         self.step, self.value, self.calls, self.seen = step, value, 0, None
 
     def training_losses(self, model, x, t, model_kwargs):
-        loss = model(x, t, **model_kwargs).square().flatten(1).mean(1) + 1
+        # A fresh DiT predicts 0, which this loss moves away from.
+        loss = (model(x, t, **model_kwargs) - 1).square().flatten(1).mean(1)
         if self.calls == self.step:
             loss = loss + self.value
             self.seen = copy.deepcopy(model.state_dict())
