@@ -1,0 +1,38 @@
+"""Every tolerance of the suite, each with its origin."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+CONTRACT_FACTOR = 2.0
+"""An op may err at most twice as much as plain PyTorch at the same dtypes (the library's numerical contract) ..."""
+
+CONTRACT_ULPS = 2.0
+"""... plus two units in the last place of the largest value: one rounding of the result, one of an intermediate."""
+
+
+def contract_bound(low: Tensor, exact: Tensor) -> float:
+    """The largest error allowed by the contract, given plain PyTorch's result ``low`` and the fp64 result ``exact``."""
+    exact = exact.double()
+    largest = exact.abs().max().item()
+    plain_error = (low.double() - exact).abs().max().item()
+    return CONTRACT_FACTOR * plain_error + CONTRACT_ULPS * torch.finfo(low.dtype).eps * largest
+
+
+def assert_contract(actual: Tensor, low: Tensor, exact: Tensor, name: str = "result") -> None:
+    """Holds ``actual`` to the numerical contract against fp64.
+
+    Args:
+        actual: what the op returned.
+        low: the same computation in plain PyTorch at the same dtypes.
+        exact: the same computation in fp64 on the same (exactly converted) inputs.
+    """
+    assert actual.shape == exact.shape, f"{name}: shape {tuple(actual.shape)}, expected {tuple(exact.shape)}"
+    assert actual.dtype == low.dtype, f"{name}: dtype {actual.dtype}, expected {low.dtype}"
+    if exact.numel() == 0:
+        return
+    assert torch.isfinite(actual).all(), f"{name}: not finite"
+    error = (actual.double() - exact.double()).abs().max().item()
+    bound = contract_bound(low, exact)
+    assert error <= bound, f"{name}: error {error:.3e} exceeds the contract's {bound:.3e}"
