@@ -52,11 +52,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit status: the command's own; 2 for bad input, told in one line on stderr (with the environment
-        variable DITKERNELS_TRACEBACK=1, raised instead); 130 when interrupted.
+        variable DITKERNELS_TRACEBACK=1, raised instead); 130 when interrupted; 141 when the reader of a pipe
+        left, as `head` does.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
     try:
-        return _run(argv)
+        status = _run(argv)
+        # Here, so that a pipe whose reader has left breaks inside the try.
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:
+        _discard_stdout()
+        return 141
     except (ValueError, FloatingPointError, OSError, ImportError) as error:
         if os.environ.get(TRACEBACK_VARIABLE):
             raise
@@ -88,6 +95,12 @@ def _run(argv: list[str]) -> int:
         return 2
     status: int = args.run(args)
     return status
+
+
+def _discard_stdout() -> None:
+    # What is still buffered would fail again at the interpreter's exit, with a message nobody asked for.
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), sys.stdout.fileno())
 
 
 def _one_line(error: BaseException) -> str:

@@ -47,8 +47,9 @@ class SampleConfig:
             raise ValueError(f"guidance_scale: got {self.guidance_scale}, allowed is 0 or more")
         if self.guided_channels is not None and self.guided_channels < 1:
             raise ValueError(f"guided_channels: got {self.guided_channels}, allowed is 1 or more, or None")
-        if self.seed < 0:
-            raise ValueError(f"seed: got {self.seed}, allowed is 0 or more")
+        if not 0 <= self.seed < 2**32:
+            # torch's CPU generator reads the low 32 bits only.
+            raise ValueError(f"seed: got {self.seed}, allowed are 0..{2**32 - 1}")
 
 
 def sample(

@@ -53,8 +53,9 @@ class TrainConfig:
             raise ValueError(f"weight_decay: got {self.weight_decay}, allowed is 0 or more")
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay: got {self.ema_decay}, allowed is 0 up to, not including, 1")
-        if self.seed < 0:
-            raise ValueError(f"seed: got {self.seed}, allowed is 0 or more")
+        if not 0 <= self.seed < 2**32:
+            # torch's CPU generator reads the low 32 bits only.
+            raise ValueError(f"seed: got {self.seed}, allowed are 0..{2**32 - 1}")
 
 
 @dataclass(frozen=True)

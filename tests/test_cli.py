@@ -122,6 +122,33 @@ def test_an_interrupt_exits_130(monkeypatch, capsys):
     assert capsys.readouterr().err == "ditkernels: interrupted\n"
 
 
+WORDY = """
+import sys
+from ditkernels import cli
+
+def add_arguments(parser):
+    pass
+
+def run(args):
+    print("word " * 10**6)
+    return 0
+
+cli.COMMANDS["wordy"] = cli.Command("wordy", "talks")
+if __name__ == "__main__":
+    sys.exit(cli.main(["wordy"]))
+"""
+
+
+def test_a_reader_that_leaves_is_no_error(tmp_path):
+    (tmp_path / "wordy.py").write_text(WORDY)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, str(tmp_path / "wordy.py")], **pipes) as process:
+        assert process.stdout.read(4) == b"word"
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 141
+
+
 def test_it_runs_as_a_module():
     command = [sys.executable, "-m", "ditkernels"]
     version = subprocess.run([*command, "--version"], capture_output=True, text=True, timeout=120)

@@ -167,6 +167,7 @@ def test_a_model_without_a_null_class_samples_unguided_only(diffusion):
         ("guidance_scale", float("inf")),
         ("guided_channels", 0),
         ("seed", -1),
+        ("seed", 2**32),
     ],
 )
 def test_a_value_out_of_range_is_named(name, value):

@@ -232,6 +232,7 @@ def test_the_bar_shows_step_loss_speed_and_time_left(capfd):
         ("ema_decay", 1.0),
         ("ema_decay", -0.1),
         ("seed", -1),
+        ("seed", 2**32),
     ],
 )
 def test_a_value_out_of_range_is_named(name, value):
