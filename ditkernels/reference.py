@@ -30,15 +30,24 @@ CONDITIONINGS = ("adaln_zero", "adaln", "cross_attention", "in_context")
 
 
 def normalize(
-    x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, *, norm: str = "layernorm", eps: float = 1e-6
+    x: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    norm: str = "layernorm",
+    eps: float = 1e-6,
 ) -> Tensor:
     """Layer norm, or RMS norm, over the last axis, with optional affine weight and bias of shape (D,)."""
-    if norm == "layernorm":
-        return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
-    if norm == "rmsnorm":
-        y = F.rms_norm(x, x.shape[-1:], weight, eps)
-        return y if bias is None else y + bias
-    raise ValueError(f"norm: got {norm!r}, allowed are {', '.join(NORMS)}")
+    if norm not in NORMS:
+        raise ValueError(f"norm: got {norm!r}, allowed are {', '.join(NORMS)}")
+    y = (
+        F.layer_norm(x, x.shape[-1:], eps=eps)
+        if norm == "layernorm"
+        else F.rms_norm(x, x.shape[-1:], eps=eps)
+    )
+    if weight is not None:
+        y = y * weight
+    return y if bias is None else y + bias
 
 
 def modulate(x: Tensor, shift: Tensor | None, scale: Tensor | None) -> Tensor:
@@ -303,7 +312,9 @@ class DiTBlock(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = self.adaLN_modulation(c).chunk(6, dim=1)
+        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = self.adaLN_modulation(c).chunk(
+            6, dim=1
+        )
         x = gated_residual(x, self.attn(modulate_norm(x, shift_msa, scale_msa)), gate_msa)
         return gated_residual(x, self.mlp(modulate_norm(x, shift_mlp, scale_mlp)), gate_mlp)
 
@@ -437,7 +448,9 @@ class DiT(nn.Module):
     ) -> None:
         super().__init__()
         height, width = (input_size, input_size) if isinstance(input_size, int) else input_size
-        _check_config(height, width, patch_size, hidden_size, num_heads, class_dropout_prob, num_classes, conditioning)
+        _check_config(
+            height, width, patch_size, hidden_size, num_heads, class_dropout_prob, num_classes, conditioning
+        )
         self.input_size = (height, width)
         self.grid = (height // patch_size, width // patch_size)
         self.patch_size = patch_size
@@ -451,7 +464,9 @@ class DiT(nn.Module):
         self.x_embedder = self.embed_class(patch_size, in_channels, hidden_size)
         self.t_embedder = TimestepEmbedder(hidden_size)
         self.y_embedder = LabelEmbedder(num_classes, hidden_size, class_dropout_prob)
-        self.pos_embed = nn.Parameter(sincos_positions(hidden_size, self.grid).unsqueeze(0), requires_grad=False)
+        self.pos_embed = nn.Parameter(
+            sincos_positions(hidden_size, self.grid).unsqueeze(0), requires_grad=False
+        )
         block = self.block_classes[conditioning]
         self.blocks = nn.ModuleList(block(hidden_size, num_heads, mlp_ratio) for _ in range(depth))
         self.final_layer = self.final_classes[conditioning](hidden_size, patch_size, self.out_channels)
@@ -522,10 +537,14 @@ class DiT(nn.Module):
             (B, 2·C or C, H, W); both halves hold the same guided channels.
         """
         if x.shape[0] % 2:
-            raise ValueError(f"x: got a batch of {x.shape[0]}; guidance needs an even one, labels then null classes")
+            raise ValueError(
+                f"x: got a batch of {x.shape[0]}; guidance needs an even one, labels then null classes"
+            )
         guided = self.in_channels if guided_channels is None else min(guided_channels, self.in_channels)
         if guided < 1:
-            raise ValueError(f"guided_channels: got {guided_channels}, allowed are 1..{self.in_channels} or None for all")
+            raise ValueError(
+                f"guided_channels: got {guided_channels}, allowed are 1..{self.in_channels} or None for all"
+            )
         half = x[: x.shape[0] // 2]
         out = self.forward(torch.cat([half, half]), t, y)
         eps, rest = out[:, :guided], out[:, guided:]
@@ -555,7 +574,9 @@ def _check_config(
     if not 0 <= class_dropout_prob <= 1:
         raise ValueError(f"class_dropout_prob: got {class_dropout_prob}, allowed is 0..1")
     if num_classes < 1:
-        raise ValueError(f"num_classes: got {num_classes}; at least 1 is needed (use 1 for unconditional data)")
+        raise ValueError(
+            f"num_classes: got {num_classes}; at least 1 is needed (use 1 for unconditional data)"
+        )
 
 
 def check_inputs(model: DiT, x: Tensor, t: Tensor, y: Tensor) -> None:
@@ -565,7 +586,9 @@ def check_inputs(model: DiT, x: Tensor, t: Tensor, y: Tensor) -> None:
         raise ValueError(f"x: got shape {tuple(x.shape)}, expected {expected}")
     for name, vector in (("t", t), ("y", y)):
         if tuple(vector.shape) != (x.shape[0],):
-            raise ValueError(f"{name}: got shape {tuple(vector.shape)}, expected ({x.shape[0]},) for a batch of {x.shape[0]}")
+            raise ValueError(
+                f"{name}: got shape {tuple(vector.shape)}, expected ({x.shape[0]},) for a batch of {x.shape[0]}"
+            )
         if vector.device != x.device:
             raise ValueError(f"{name}: got device {vector.device}, but x is on {x.device}")
     if y.dtype not in (torch.int64, torch.int32):
@@ -617,7 +640,11 @@ def make_constructor(model_class: type[DiT], size: str, patch_size: int) -> Call
 def make_models(model_class: type[DiT]) -> ModelTable:
     """The twelve constructors of ``model_class`` by name."""
     return ModelTable(
-        {f"DiT-{size}/{p}": make_constructor(model_class, size, p) for size in reversed(SIZES) for p in PATCH_SIZES}
+        {
+            f"DiT-{size}/{p}": make_constructor(model_class, size, p)
+            for size in reversed(SIZES)
+            for p in PATCH_SIZES
+        }
     )
 
 

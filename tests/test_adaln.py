@@ -1,0 +1,295 @@
+"""modulate_norm, gated_residual, gated_residual_norm: parity, gradients and torch citizenship."""
+
+from __future__ import annotations
+
+import itertools
+
+import numerics
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from ditkernels import reference
+from ditkernels.ops import adaln
+from ditkernels.ops import _registry as registry
+
+OPS = ("modulate_norm", "gated_residual", "gated_residual_norm")
+VECTORS = ("gate", "shift", "scale", "branch_bias", "weight", "bias")
+TAKES = {
+    "modulate_norm": ("x", "shift", "scale", "weight", "bias"),
+    "gated_residual": ("x", "branch", "gate", "branch_bias"),
+    "gated_residual_norm": ("x", "branch", *VECTORS),
+}
+F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
+
+
+def make_inputs(
+    op: str,
+    batch: int,
+    length: int,
+    width: int,
+    stream: torch.dtype,
+    branch: torch.dtype,
+    present: str = "all",
+) -> dict[str, Tensor]:
+    """Random leaves; the vectors of a sample are strided chunks of one tensor, as a model makes them."""
+    generator = torch.Generator().manual_seed(batch * 1000 + length * 10 + width)
+    chunks = torch.randn(batch, 3 * width, generator=generator).chunk(3, dim=1)
+    made = {
+        "x": torch.randn(batch, length, 2 * width, generator=generator)[..., ::2],
+        "branch": torch.randn(length, batch, width, generator=generator).transpose(0, 1),
+        **dict(zip(("gate", "shift", "scale"), chunks)),
+        **{name: torch.randn(width, generator=generator) for name in ("branch_bias", "weight", "bias")},
+    }
+    kept = [n for n in TAKES[op] if present == "all" or n in ("x", "branch") or n in present.split()]
+    return {n: made[n].to(stream if n == "x" else branch) for n in kept}
+
+
+def run(function: object, inputs: dict[str, Tensor]) -> list[Tensor]:
+    """Outputs, then the gradient of every input, for a fixed random cotangent."""
+    leaves = {n: v.detach().requires_grad_() for n, v in inputs.items()}
+    outputs = function(**leaves)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    generator = torch.Generator().manual_seed(1)
+    cotangents = [torch.randn(o.shape, generator=generator).to(o.dtype) for o in outputs]
+    return [*outputs, *torch.autograd.grad(outputs, list(leaves.values()), cotangents)]
+
+
+def results(
+    op: str, inputs: dict[str, Tensor], **options: object
+) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[str]]:
+    """Of the op, of plain PyTorch at the same dtypes, and of plain PyTorch in fp64, for equal inputs and cotangents."""
+    generator = torch.Generator().manual_seed(1)
+    cotangents: list[Tensor] = []
+    collected = []
+    for function, wide in (
+        (getattr(adaln, op), False),
+        (getattr(reference, op), False),
+        (getattr(reference, op), True),
+    ):
+        leaves = {n: (v.double() if wide else v).detach().requires_grad_() for n, v in inputs.items()}
+        chosen = {**options, "out_dtype": F64} if wide and "out_dtype" in options else options
+        outputs = function(**leaves, **chosen)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        if not cotangents:
+            cotangents = [torch.randn(o.shape, generator=generator).to(o.dtype) for o in outputs]
+        grads = torch.autograd.grad(
+            outputs, list(leaves.values()), [c.to(o.dtype) for c, o in zip(cotangents, outputs)]
+        )
+        collected.append([*outputs, *grads])
+    names = [f"output {i}" for i in range(len(cotangents))] + [f"d{n}" for n in inputs]
+    return (*collected, names)
+
+
+def assert_parity(op: str, inputs: dict[str, Tensor], **options: object) -> None:
+    for actual, low, exact, name in zip(*results(op, inputs, **options)):
+        numerics.assert_contract(actual, low, exact, f"{op} {name}")
+
+
+# Each pair of (batch, length, width, stream dtype, branch dtype, norm) values that matters occurs in some row.
+COVERING = [
+    (1, 1, 384, F32, F32, "layernorm"),
+    (2, 17, 96, F32, BF16, "rmsnorm"),
+    (3, 49, 768, BF16, BF16, "layernorm"),
+    (8, 1, 1152, BF16, F32, "rmsnorm"),
+    (2, 256, 1024, F16, F16, "layernorm"),
+    (3, 17, 1152, F32, BF16, "layernorm"),
+    (8, 49, 100, F16, F32, "rmsnorm"),
+    (1, 256, 96, BF16, BF16, "rmsnorm"),
+    (2, 49, 1152, F32, F32, "rmsnorm"),
+    (3, 256, 100, F32, F16, "layernorm"),
+    (8, 17, 384, BF16, BF16, "layernorm"),
+    (1, 49, 1024, F32, BF16, "rmsnorm"),
+    (3, 1, 768, F16, F16, "rmsnorm"),
+    (2, 17, 7, F32, F32, "layernorm"),
+]
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("case", COVERING, ids=lambda c: "-".join(str(v).replace("torch.", "") for v in c))
+def test_parity(op: str, case: tuple) -> None:
+    *shape, stream, branch, norm = case
+    options = {} if op == "gated_residual" else {"norm": norm, "out_dtype": branch}
+    assert_parity(op, make_inputs(op, *shape, stream, branch), **options)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_every_combination_of_optional_arguments(op: str) -> None:
+    optional = [n for n in TAKES[op] if n in VECTORS]
+    for count in range(len(optional) + 1):
+        for names in itertools.combinations(optional, count):
+            for norm in ("layernorm", "rmsnorm") if op != "gated_residual" else (None,):
+                inputs = make_inputs(op, 2, 5, 12, F32, F32, " ".join(names) or "none")
+                assert_parity(op, inputs, **({"norm": norm} if norm else {}))
+
+
+@pytest.mark.parametrize("op", OPS)
+@settings(max_examples=25, deadline=None)
+@given(
+    shape=st.tuples(st.integers(0, 4), st.integers(0, 20), st.integers(1, 70)),
+    eps=st.sampled_from([1e-6, 1e-5, 0.1]),
+)
+def test_parity_of_any_shape(op: str, shape: tuple[int, int, int], eps: float) -> None:
+    assert_parity(op, make_inputs(op, *shape, F32, F32), **({} if op == "gated_residual" else {"eps": eps}))
+
+
+@pytest.mark.parametrize("norm", reference.NORMS)
+@pytest.mark.parametrize("op", OPS)
+def test_hand_derived_backward_by_gradcheck(op: str, norm: str) -> None:
+    inputs = {n: v.detach().requires_grad_() for n, v in make_inputs(op, 2, 3, 5, F64, F64).items()}
+    options = {} if op == "gated_residual" else {"norm": norm}
+    call = lambda *values: getattr(adaln, op)(**dict(zip(inputs, values)), **options)  # noqa: E731
+    assert torch.autograd.gradcheck(call, list(inputs.values()))
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_gradient_through_one_output_alone(which: int) -> None:
+    inputs = make_inputs("gated_residual_norm", 2, 5, 12, F32, F32)
+
+    def gradients(function: object, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        leaves = {n: v.to(dtype).detach().requires_grad_() for n, v in inputs.items()}
+        loss = function(**leaves)[which].square().sum()
+        return torch.autograd.grad(loss, list(leaves.values()), allow_unused=True, materialize_grads=True)
+
+    plain = reference.gated_residual_norm
+    fused, low, exact = (
+        gradients(adaln.gated_residual_norm, F32),
+        gradients(plain, F32),
+        gradients(plain, F64),
+    )
+    for actual, rounded, ideal, name in zip(fused, low, exact, inputs):
+        numerics.assert_contract(actual, rounded, ideal, f"d{name} through output {which}")
+
+
+def raw_arguments(op: str) -> tuple:
+    inputs = {n: v.detach().requires_grad_() for n, v in make_inputs(op, 2, 5, 12, F32, F32).items()}
+    values = tuple(inputs.values())
+    if op == "modulate_norm":
+        return (*values, "layernorm", 1e-6, BF16)
+    if op == "gated_residual":
+        return values
+    x, branch, gate, shift, scale, branch_bias, weight, bias = values
+    return (x, branch, gate, shift, scale, branch_bias, weight, bias, "rmsnorm", 1e-6, F32)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_opcheck(op: str) -> None:
+    torch.library.opcheck(registry.OPS[op].call, raw_arguments(op))
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_opcheck_of_the_backward(op: str) -> None:
+    x, dy, branch = (torch.randn(2, 5, 12) for _ in range(3))
+    shift, scale, gate = (torch.randn(2, 12) for _ in range(3))
+    weight, mean, rstd = torch.randn(12), torch.randn(2, 5), torch.rand(2, 5)
+    arguments = {
+        "modulate_norm": (dy, x, scale, weight, None, mean, rstd, shift, "layernorm"),
+        "gated_residual": (dy, branch, gate, weight),
+        "gated_residual_norm": (
+            None,
+            dy,
+            x,
+            branch,
+            gate,
+            None,
+            None,
+            weight,
+            weight,
+            mean,
+            rstd,
+            shift,
+            "layernorm",
+        ),
+    }
+    torch.library.opcheck(registry.OPS[f"{op}_backward"].call, arguments[op])
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_compiles_as_one_graph(op: str) -> None:
+    inputs = make_inputs(op, 2, 17, 12, F32, F32)
+    compiled = torch.compile(getattr(adaln, op), fullgraph=True, backend="aot_eager")
+    for got, want in zip(run(compiled, inputs), run(getattr(adaln, op), inputs)):
+        assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_repeats_bit_for_bit_and_writes_every_output(op: str) -> None:
+    inputs = make_inputs(op, 3, 17, 100, BF16, BF16)
+    first = run(getattr(adaln, op), inputs)
+    torch.use_deterministic_algorithms(True)  # fills fresh memory with NaN
+    try:
+        second = run(getattr(adaln, op), inputs)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(torch.equal(a, b) for a, b in zip(first, second))
+
+
+def test_autocast_keeps_the_stream_and_lowers_the_normed_output() -> None:
+    inputs = make_inputs("gated_residual_norm", 2, 5, 12, F32, BF16)
+    with torch.autocast("cpu", dtype=BF16):
+        stream, normed = adaln.gated_residual_norm(**inputs)
+        alone = adaln.modulate_norm(inputs["x"])
+        residual = adaln.gated_residual(inputs["x"], inputs["branch"], inputs["gate"])
+    assert (stream.dtype, normed.dtype, alone.dtype, residual.dtype) == (F32, BF16, BF16, F32)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_forward_mode_is_refused(op: str) -> None:
+    inputs = make_inputs(op, 2, 5, 12, F32, F32)
+    call = lambda x: getattr(adaln, op)(**{**inputs, "x": x})  # noqa: E731
+    with pytest.raises(NotImplementedError, match=f"{op}: forward-mode"):
+        torch.func.jvp(call, (inputs["x"],), (inputs["x"],))
+    with torch.autograd.forward_ad.dual_level(), pytest.raises(NotImplementedError, match="forward-mode"):
+        call(torch.autograd.forward_ad.make_dual(inputs["x"], inputs["x"]))
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_second_derivatives_are_refused(op: str) -> None:
+    inputs = {n: v.detach().requires_grad_() for n, v in make_inputs(op, 2, 5, 12, F32, F32).items()}
+    out = getattr(adaln, op)(**inputs)
+    out = out[-1] if isinstance(out, tuple) else out
+    (first,) = torch.autograd.grad(
+        out.square().sum(), inputs["gate" if "gate" in inputs else "x"], create_graph=True
+    )
+    with pytest.raises(NotImplementedError, match="not differentiable"):
+        first.sum().backward()
+
+
+@pytest.mark.parametrize(
+    "change, error, words",
+    [
+        ({"x": torch.zeros(2, 12)}, ValueError, r"x: got shape \(2, 12\)"),
+        (
+            {"branch": torch.zeros(2, 5, 11)},
+            ValueError,
+            r"branch: got shape \(2, 5, 11\), expected \(2, 5, 12\)",
+        ),
+        ({"gate": torch.zeros(1, 12)}, ValueError, r"gate: got shape \(1, 12\), expected \(2, 12\)"),
+        ({"shift": torch.zeros(12)}, ValueError, r"shift: got shape \(12,\)"),
+        (
+            {"scale": torch.zeros(2, 12, dtype=torch.int64)},
+            TypeError,
+            r"scale: got dtype torch.int64, allowed are",
+        ),
+        ({"weight": torch.zeros(11)}, ValueError, r"weight: got shape"),
+        ({"branch_bias": torch.zeros(12, device="meta")}, ValueError, r"branch_bias: got device meta"),
+        ({"norm": "batchnorm"}, ValueError, r"norm: got 'batchnorm', allowed are layernorm, rmsnorm"),
+        ({"eps": -1.0}, ValueError, r"eps: got -1.0"),
+        ({"out_dtype": torch.int8}, TypeError, r"out_dtype: got dtype torch.int8"),
+    ],
+)
+def test_errors_name_the_argument(change: dict, error: type, words: str) -> None:
+    inputs = make_inputs("gated_residual_norm", 2, 5, 12, F32, F32)
+    with pytest.raises(error, match=words):
+        adaln.gated_residual_norm(**{**inputs, **change})
+
+
+def test_a_forced_backend_that_is_missing_says_why() -> None:
+    missing = next(b for b in registry.BACKENDS if b not in adaln.MODULATE_NORM.implementations)
+    with (
+        registry.use_backend(missing),
+        pytest.raises(registry.BackendError, match=rf"{missing}.*torch: can serve"),
+    ):
+        adaln.modulate_norm(torch.zeros(1, 2, 3))
