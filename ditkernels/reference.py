@@ -227,7 +227,7 @@ class TimestepEmbedder(nn.Module):
 
     def forward(self, t: Tensor) -> Tensor:
         frequencies = timestep_frequencies(t, self.frequency_embedding_size)
-        return self.mlp(frequencies.to(self.mlp[0].weight.dtype))
+        return self.mlp(frequencies.to(next(self.mlp.parameters()).dtype))
 
 
 class LabelEmbedder(nn.Module):
@@ -299,7 +299,16 @@ class Mlp(nn.Module):
         return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
 
 
-class DiTBlock(nn.Module):
+class Block(nn.Module):
+    """What the four blocks share: the classes their attentions are made of."""
+
+    attention_class: ClassVar[type[Attention]] = Attention
+    cross_attention_class: ClassVar[type[CrossAttention]] = CrossAttention
+    attn: Attention
+    cross_attn: CrossAttention
+
+
+class DiTBlock(Block):
     """The adaLN-Zero block. x: (B, N, D), c: (B, D) -> (B, N, D).
 
     Six vectors per sample come from c: shift, scale and gate of the attention, then of the MLP.
@@ -307,7 +316,7 @@ class DiTBlock(nn.Module):
 
     def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float) -> None:
         super().__init__()
-        self.attn = Attention(hidden_size, num_heads)
+        self.attn = self.attention_class(hidden_size, num_heads)
         self.mlp = Mlp(hidden_size, mlp_ratio)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
 
@@ -319,12 +328,12 @@ class DiTBlock(nn.Module):
         return gated_residual(x, self.mlp(modulate_norm(x, shift_mlp, scale_mlp)), gate_mlp)
 
 
-class AdaLNBlock(nn.Module):
+class AdaLNBlock(Block):
     """The adaLN block: shifts and scales as in adaLN-Zero, but no gates. x: (B, N, D), c: (B, D)."""
 
     def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float) -> None:
         super().__init__()
-        self.attn = Attention(hidden_size, num_heads)
+        self.attn = self.attention_class(hidden_size, num_heads)
         self.mlp = Mlp(hidden_size, mlp_ratio)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 4 * hidden_size))
 
@@ -334,15 +343,15 @@ class AdaLNBlock(nn.Module):
         return gated_residual(x, self.mlp(modulate_norm(x, shift_mlp, scale_mlp)))
 
 
-class CrossAttentionBlock(nn.Module):
+class CrossAttentionBlock(Block):
     """A ViT block with a cross-attention to the context c (B, 2, D), timestep and label, after the self-attention."""
 
     def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(hidden_size, eps=1e-6)
-        self.attn = Attention(hidden_size, num_heads)
+        self.attn = self.attention_class(hidden_size, num_heads)
         self.norm_cross = nn.LayerNorm(hidden_size, eps=1e-6)
-        self.cross_attn = CrossAttention(hidden_size, num_heads)
+        self.cross_attn = self.cross_attention_class(hidden_size, num_heads)
         self.norm2 = nn.LayerNorm(hidden_size, eps=1e-6)
         self.mlp = Mlp(hidden_size, mlp_ratio)
 
@@ -352,13 +361,13 @@ class CrossAttentionBlock(nn.Module):
         return gated_residual(x, self.mlp(self.norm2(x)))
 
 
-class InContextBlock(nn.Module):
+class InContextBlock(Block):
     """A plain ViT block; the conditioning, timestep and label, is two more tokens of x (B, N + 2, D). ``c`` is not read."""
 
     def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(hidden_size, eps=1e-6)
-        self.attn = Attention(hidden_size, num_heads)
+        self.attn = self.attention_class(hidden_size, num_heads)
         self.norm2 = nn.LayerNorm(hidden_size, eps=1e-6)
         self.mlp = Mlp(hidden_size, mlp_ratio)
 
@@ -417,7 +426,7 @@ class DiT(nn.Module):
         ValueError: sizes that do not divide, an unknown conditioning.
     """
 
-    embed_class: ClassVar[type[nn.Module]] = PatchEmbed
+    embed_class: ClassVar[type[PatchEmbed]] = PatchEmbed
     block_classes: ClassVar[dict[str, type[nn.Module]]] = {
         "adaln_zero": DiTBlock,
         "adaln": AdaLNBlock,
@@ -469,7 +478,7 @@ class DiT(nn.Module):
         )
         block = self.block_classes[conditioning]
         self.blocks = nn.ModuleList(block(hidden_size, num_heads, mlp_ratio) for _ in range(depth))
-        self.final_layer = self.final_classes[conditioning](hidden_size, patch_size, self.out_channels)
+        self.final_layer: Any = self.final_classes[conditioning](hidden_size, patch_size, self.out_channels)
         self.initialize_weights()
 
     def initialize_weights(self) -> None:
@@ -478,18 +487,17 @@ class DiT(nn.Module):
         A fresh model therefore returns exactly zero.
         """
         for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
-        projection = self.x_embedder.proj
-        nn.init.xavier_uniform_(projection.weight.view(projection.weight.shape[0], -1))
-        nn.init.zeros_(projection.bias)
+            if isinstance(module, (nn.Linear, nn.Conv2d)):
+                nn.init.xavier_uniform_(module.weight.view(module.weight.shape[0], -1))
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
         nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
-        nn.init.normal_(self.t_embedder.mlp[0].weight, std=0.02)
-        nn.init.normal_(self.t_embedder.mlp[2].weight, std=0.02)
-        for module in (*self.blocks, self.final_layer):
-            if hasattr(module, "adaLN_modulation"):
-                nn.init.zeros_(module.adaLN_modulation[1].weight)
+        for layer in self.t_embedder.mlp:
+            if isinstance(layer, nn.Linear):
+                nn.init.normal_(layer.weight, std=0.02)
+        for name, parameter in self.named_parameters():
+            if "adaLN_modulation" in name:
+                nn.init.zeros_(parameter)
         nn.init.zeros_(self.final_layer.linear.weight)
 
     def embed(self, x: Tensor, t: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ditkernels import reference
-from ditkernels.ops import adaln
 from ditkernels.ops import _registry as registry
+from ditkernels.ops import adaln
 
 OPS = ("modulate_norm", "gated_residual", "gated_residual_norm")
 VECTORS = ("gate", "shift", "scale", "branch_bias", "weight", "bias")

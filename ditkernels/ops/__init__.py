@@ -1,0 +1,16 @@
+"""The fused ops. Each file tells one family's whole story; ``ditkernels.reference`` says what each op means."""
+
+from ditkernels.ops.adaln import gated_residual, gated_residual_norm, modulate_norm
+from ditkernels.ops.attention import attention
+from ditkernels.ops.final_layer import final_layer, unpatchify
+from ditkernels.ops.patch_embed import patch_embed
+
+__all__ = [
+    "attention",
+    "final_layer",
+    "gated_residual",
+    "gated_residual_norm",
+    "modulate_norm",
+    "patch_embed",
+    "unpatchify",
+]

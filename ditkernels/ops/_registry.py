@@ -33,7 +33,7 @@ ATTENTION_BACKENDS = (
 
 Refusal = Callable[..., "str | None"]
 
-_LIBRARY = torch.library.Library("ditkernels", "DEF")  # noqa: TOR901
+_LIBRARY = torch.library.Library("ditkernels", "DEF")
 
 
 class BackendError(RuntimeError):

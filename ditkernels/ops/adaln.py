@@ -122,7 +122,9 @@ def gated_residual_norm(
     Raises:
         As ``modulate_norm``.
     """
-    registry.refuse_forward_ad("gated_residual_norm", x, branch, gate, shift, scale, branch_bias, weight, bias)
+    registry.refuse_forward_ad(
+        "gated_residual_norm", x, branch, gate, shift, scale, branch_bias, weight, bias
+    )
     out_dtype = out_dtype or registry.autocast_dtype(x) or x.dtype
     x1, h, _, _ = torch.ops.ditkernels.gated_residual_norm(
         x, branch, gate, shift, scale, branch_bias, weight, bias, norm, eps, out_dtype
@@ -280,7 +282,9 @@ def _fake_gated_residual_norm_backward(  # type: ignore[no-untyped-def]
 # Declarations
 # ------------------------------------------------------------------------------------------------------------------
 
-_NORM = "Tensor? shift, Tensor? scale, Tensor? weight, Tensor? bias, str norm, float eps, ScalarType out_dtype"
+_NORM = (
+    "Tensor? shift, Tensor? scale, Tensor? weight, Tensor? bias, str norm, float eps, ScalarType out_dtype"
+)
 _SAVED = "Tensor? weight, Tensor? bias, Tensor mean, Tensor rstd, Tensor? shift, str norm"
 
 MODULATE_NORM = registry.declare(
@@ -407,9 +411,7 @@ def per_token(vector: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return vector.to(dtype).unsqueeze(1) if vector.dim() == 2 else vector.to(dtype)
 
 
-def residual_forward(
-    x: Tensor, branch: Tensor, gate: Tensor | None, branch_bias: Tensor | None
-) -> Tensor:
+def residual_forward(x: Tensor, branch: Tensor, gate: Tensor | None, branch_bias: Tensor | None) -> Tensor:
     """x1 = x + gate·(branch + branch_bias), rounded once to x's dtype."""
     wide = accumulator(x)
     u = branch.to(wide)

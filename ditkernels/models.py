@@ -1,0 +1,274 @@
+"""The drop-in DiT: the reference's constructor, initialisation and state dict, with the forward built from the fused ops.
+
+A block ends in a gated residual and the next begins with a norm of the sum, so the sum is left open: between blocks travel the
+stream and the branch still to be added (``Stream``), and one kernel closes the residual and makes the next normed rows. A block
+costs two such kernels forward and two backward, and reads only its own weights, so that FSDP2 can shard block by block.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from ditkernels import ops, reference
+from ditkernels.ops import _registry as registry
+from ditkernels.reference import make_models
+
+CHECKPOINTING = ("none", "selective", "full")
+
+# What selective checkpointing keeps: results of products and attention, the costly part; norms, gates and GELU are recomputed.
+_KEPT = {
+    "mm",
+    "addmm",
+    "bmm",
+    "_scaled_dot_product_flash_attention",
+    "_scaled_dot_product_flash_attention_for_cpu",
+    "_scaled_dot_product_efficient_attention",
+    "_scaled_dot_product_cudnn_attention",
+}
+
+
+class Stream(NamedTuple):
+    """The residual stream (B, N, D), and a branch (B, N, D) with its gate (B, D) that is still to be added to it."""
+
+    x: Tensor
+    branch: Tensor | None = None
+    gate: Tensor | None = None
+
+
+def normed(
+    stream: Stream,
+    norm: nn.LayerNorm | None,
+    shift: Tensor | None,
+    scale: Tensor | None,
+    out_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """Closes the open residual of ``stream``; returns the new x and its modulated norm in ``out_dtype``."""
+    affine: dict[str, Any] = (
+        {} if norm is None else {"weight": norm.weight, "bias": norm.bias, "eps": norm.eps}
+    )
+    if stream.branch is None:
+        return stream.x, ops.modulate_norm(stream.x, shift, scale, **affine, out_dtype=out_dtype)
+    return ops.gated_residual_norm(
+        stream.x, stream.branch, stream.gate, shift, scale, **affine, out_dtype=out_dtype
+    )
+
+
+def closed(stream: Stream) -> Stream:
+    """The stream with nothing left to add."""
+    return (
+        stream if stream.branch is None else Stream(ops.gated_residual(stream.x, stream.branch, stream.gate))
+    )
+
+
+def compute_dtype(weight: Tensor) -> torch.dtype:
+    """What a linear with this weight computes in."""
+    return registry.autocast_dtype(weight) or weight.dtype
+
+
+class PatchEmbed(reference.PatchEmbed):
+    """Patches to tokens with positions in one kernel; ``residual_dtype`` is the stream's, None for the plain model's."""
+
+    residual_dtype: torch.dtype | None = None
+
+    def forward(self, x: Tensor, pos_embed: Tensor) -> Tensor:
+        return ops.patch_embed(x, self.proj.weight, self.proj.bias, pos_embed, out_dtype=self.residual_dtype)
+
+
+class Attention(reference.Attention):
+    """Self-attention over packed qkv; ``backend`` as in ``ops.attention``."""
+
+    backend: str | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj(
+            ops.attention(self.qkv(x).unflatten(-1, (3, self.num_heads, -1)), backend=self.backend)
+        )
+
+
+class CrossAttention(reference.CrossAttention):
+    """Attention to the context; ``backend`` as in ``ops.attention``."""
+
+    backend: str | None = None
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        q = self.q(x).unflatten(-1, (self.num_heads, -1))
+        kv = self.kv(context).unflatten(-1, (2, self.num_heads, -1))
+        return self.proj(ops.attention(q, kv, backend=self.backend))
+
+
+class Fused:
+    """Gives a block of the reference the attentions of this file."""
+
+    attention_class: ClassVar[type[reference.Attention]] = Attention
+    cross_attention_class: ClassVar[type[reference.CrossAttention]] = CrossAttention
+
+
+class DiTBlock(Fused, reference.DiTBlock):
+    """The adaLN-Zero block on an open stream."""
+
+    def forward(self, stream: Stream, c: Tensor) -> Stream:  # type: ignore[override]
+        dtype = compute_dtype(self.attn.qkv.weight)
+        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = self.adaLN_modulation(c).chunk(
+            6, dim=1
+        )
+        x, h = normed(stream, None, shift_msa, scale_msa, dtype)
+        x, h = normed(Stream(x, self.attn(h), gate_msa), None, shift_mlp, scale_mlp, dtype)
+        return Stream(x, self.mlp(h), gate_mlp)
+
+
+class AdaLNBlock(Fused, reference.AdaLNBlock):
+    """The adaLN block on an open stream."""
+
+    def forward(self, stream: Stream, c: Tensor) -> Stream:  # type: ignore[override]
+        dtype = compute_dtype(self.attn.qkv.weight)
+        shift_msa, scale_msa, shift_mlp, scale_mlp = self.adaLN_modulation(c).chunk(4, dim=1)
+        x, h = normed(stream, None, shift_msa, scale_msa, dtype)
+        x, h = normed(Stream(x, self.attn(h)), None, shift_mlp, scale_mlp, dtype)
+        return Stream(x, self.mlp(h))
+
+
+class CrossAttentionBlock(Fused, reference.CrossAttentionBlock):
+    """The cross-attention block on an open stream."""
+
+    def forward(self, stream: Stream, c: Tensor) -> Stream:  # type: ignore[override]
+        dtype = compute_dtype(self.attn.qkv.weight)
+        x, h = normed(stream, self.norm1, None, None, dtype)
+        x, h = normed(Stream(x, self.attn(h)), self.norm_cross, None, None, dtype)
+        x, h = normed(Stream(x, self.cross_attn(h, c)), self.norm2, None, None, dtype)
+        return Stream(x, self.mlp(h))
+
+
+class InContextBlock(Fused, reference.InContextBlock):
+    """The in-context block on an open stream."""
+
+    def forward(self, stream: Stream, c: Tensor) -> Stream:  # type: ignore[override]
+        dtype = compute_dtype(self.attn.qkv.weight)
+        x, h = normed(stream, self.norm1, None, None, dtype)
+        x, h = normed(Stream(x, self.attn(h)), self.norm2, None, None, dtype)
+        return Stream(x, self.mlp(h))
+
+
+class FinalLayer(reference.FinalLayer):
+    """The last residual, norm, modulation, linear and unpatchify in one kernel."""
+
+    def forward(self, stream: Stream, c: Tensor, grid: tuple[int, int]) -> Tensor:  # type: ignore[override]
+        shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
+        return _final(stream, shift, scale, self.linear, grid, self.patch_size)
+
+
+class PlainFinalLayer(reference.PlainFinalLayer):
+    """The last residual, affine norm, linear and unpatchify in one kernel."""
+
+    def forward(self, stream: Stream, c: Tensor, grid: tuple[int, int]) -> Tensor:  # type: ignore[override]
+        norm = self.norm_final
+        affine = {"norm_weight": norm.weight, "norm_bias": norm.bias, "eps": norm.eps}
+        return _final(stream, None, None, self.linear, grid, self.patch_size, **affine)
+
+
+def _final(
+    stream: Stream,
+    shift: Tensor | None,
+    scale: Tensor | None,
+    linear: nn.Linear,
+    grid: tuple[int, int],
+    patch_size: int,
+    **affine: Any,
+) -> Tensor:
+    image_tokens = grid[0] * grid[1]
+    return ops.final_layer(
+        stream.x[:, :image_tokens],
+        shift,
+        scale,
+        linear.weight,
+        linear.bias,
+        grid=grid,
+        patch_size=patch_size,
+        branch=None if stream.branch is None else stream.branch[:, :image_tokens],
+        gate=stream.gate,
+        **affine,
+    )
+
+
+class DiT(reference.DiT):
+    """``reference.DiT`` on fused ops: same constructor, initialisation, state dict and outputs.
+
+    Args:
+        conditioning, and all positional arguments: as in ``reference.DiT``.
+        residual_dtype: of the residual stream; None keeps what the plain model would have (fp32 under autocast).
+        attention_backend: as ``backend`` in ``ditkernels.ops.attention``.
+        checkpointing: "none"; "selective" keeps products and attention and recomputes the rest in backward; "full" keeps
+            only each block's input.
+
+    Raises:
+        ValueError: as ``reference.DiT``; an unknown attention backend or checkpointing.
+    """
+
+    embed_class: ClassVar[type[reference.PatchEmbed]] = PatchEmbed
+    x_embedder: PatchEmbed
+    block_classes: ClassVar[dict[str, type[nn.Module]]] = {
+        "adaln_zero": DiTBlock,
+        "adaln": AdaLNBlock,
+        "cross_attention": CrossAttentionBlock,
+        "in_context": InContextBlock,
+    }
+    final_classes: ClassVar[dict[str, type[nn.Module]]] = {
+        "adaln_zero": FinalLayer,
+        "adaln": FinalLayer,
+        "cross_attention": PlainFinalLayer,
+        "in_context": PlainFinalLayer,
+    }
+
+    def __init__(
+        self,
+        *args: Any,
+        residual_dtype: torch.dtype | None = None,
+        attention_backend: str | None = None,
+        checkpointing: str = "none",
+        **kwargs: Any,
+    ) -> None:
+        if checkpointing not in CHECKPOINTING:
+            raise ValueError(f"checkpointing: got {checkpointing!r}, allowed are {', '.join(CHECKPOINTING)}")
+        if attention_backend not in (None, "auto", *registry.ATTENTION_BACKENDS):
+            allowed = ", ".join(("auto", *registry.ATTENTION_BACKENDS))
+            raise ValueError(f"attention_backend: got {attention_backend!r}, allowed are {allowed}")
+        super().__init__(*args, **kwargs)
+        self.checkpointing = checkpointing
+        self.x_embedder.residual_dtype = residual_dtype
+        for module in self.modules():
+            if isinstance(module, (Attention, CrossAttention)):
+                module.backend = attention_backend
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        """As ``reference.DiT.forward``."""
+        tokens, c = self.embed(x, t, y)
+        stream = Stream(tokens)
+        for block in self.blocks:
+            stream = self._run(block, stream, c)
+        return self.final_layer(stream, c, self.grid)
+
+    def _run(self, block: nn.Module, stream: Stream, c: Tensor) -> Stream:
+        if self.checkpointing == "none" or not torch.is_grad_enabled():
+            return block(stream, c)
+        if self.checkpointing == "selective":
+            keep = partial(create_selective_checkpoint_contexts, _selective_policy)
+            return checkpoint(block, stream, c, use_reentrant=False, context_fn=keep)
+        # An open residual would double what a fully checkpointed block keeps, so it is closed inside.
+        return checkpoint(_closed_block, block, stream.x, c, use_reentrant=False)
+
+
+def _closed_block(block: nn.Module, x: Tensor, c: Tensor) -> Stream:
+    return closed(block(Stream(x), c))
+
+
+def _selective_policy(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    kept = getattr(op, "_overloadpacket", None)
+    name = kept.__name__ if kept is not None else ""
+    return CheckpointPolicy.MUST_SAVE if name in _KEPT else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+DiT_models = make_models(DiT)
