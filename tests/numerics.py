@@ -36,3 +36,25 @@ def assert_contract(actual: Tensor, low: Tensor, exact: Tensor, name: str = "res
     error = (actual.double() - exact.double()).abs().max().item()
     bound = contract_bound(low, exact)
     assert error <= bound, f"{name}: error {error:.3e} exceeds the contract's {bound:.3e}"
+
+
+MODEL_FACTOR = 4.0
+"""A whole model rounds in many places, and two orders of the same sums then differ by chance; twice the op's allowance."""
+
+
+def assert_model_contract(actual: Tensor, low: Tensor, exact: Tensor, name: str = "result") -> None:
+    """As ``assert_contract``, for outputs and gradients of a whole model."""
+    assert actual.shape == exact.shape, f"{name}: shape {tuple(actual.shape)}, expected {tuple(exact.shape)}"
+    error = (actual.double() - exact.double()).abs().max().item()
+    bound = MODEL_FACTOR / CONTRACT_FACTOR * contract_bound(low, exact)
+    assert error <= bound, f"{name}: error {error:.3e} exceeds the model's {bound:.3e}"
+
+
+FP64_AGREEMENT = 1e-11
+"""Two fp64 evaluations of one model, relative to the largest value: some 1e4 roundings of 1.1e-16 that do not cancel."""
+
+
+def assert_fp64_agreement(actual: Tensor, expected: Tensor, name: str = "result") -> None:
+    error = (actual - expected).abs().max().item()
+    bound = FP64_AGREEMENT * expected.abs().max().item() + FP64_AGREEMENT
+    assert error <= bound, f"{name}: error {error:.3e} exceeds {bound:.3e}"
