@@ -1,0 +1,462 @@
+"""`ditkernels check`: every op, on every backend this machine has, held against the reference in fp64.
+
+Forward and every gradient, in shapes that are tiny and awkward: a batch of 3, because one sample hides a mixed-up
+batch index; odd numbers of tokens and channels, because powers of two hide a missing mask; gates that are not zero,
+because adaLN-Zero starts where nothing shows.
+
+The numerical contract: against fp64 an op may err at most ``CONTRACT_FACTOR`` times as much as plain PyTorch does at
+the same dtypes, plus ``CONTRACT_ULPS``·eps(dtype)·max|result|.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from itertools import groupby
+from types import MappingProxyType
+from typing import Any, NamedTuple, TextIO
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ditkernels import ops, reference
+from ditkernels.ops import _registry as registry
+from ditkernels.ops.attention import explain
+
+CONTRACT_FACTOR = 2.0
+CONTRACT_ULPS = 2.0
+
+FAULTS = (RuntimeError, ValueError, TypeError)
+"""What an op raises when it cannot do what it should, BackendError and CUDA errors among them."""
+
+Inputs = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Precision:
+    """The dtypes of a check: of the residual stream, the argument ``x``, and of all other tensors."""
+
+    name: str
+    stream: torch.dtype
+    others: torch.dtype
+
+    @property
+    def mixed(self) -> bool:
+        return self.stream != self.others
+
+
+PRECISIONS = (
+    Precision("fp32", torch.float32, torch.float32),
+    Precision("bf16", torch.bfloat16, torch.bfloat16),
+    Precision("fp32+bf16", torch.float32, torch.bfloat16),
+)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call of an op.
+
+    Attributes:
+        op: the function's name in ``ditkernels.ops``, and in ``ditkernels.reference``.
+        shapes: of its tensor arguments, by name.
+        options: its other arguments.
+    """
+
+    op: str
+    shapes: Mapping[str, tuple[int, ...]]
+    options: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+
+    @property
+    def has_stream(self) -> bool:
+        """Whether ``x`` is a residual stream (B, N, D), whose dtype is independent of the others'."""
+        return len(self.shapes.get("x", ())) == 3
+
+    def inputs(self, precision: Precision, device: torch.device) -> Inputs:
+        """Standard normal tensors, the same on every run."""
+        dtypes = {name: precision.stream if name == "x" else precision.others for name in self.shapes}
+        return {
+            name: _normal(f"{self.op}.{name}", shape, dtypes[name], device)
+            for name, shape in self.shapes.items()
+        }
+
+
+def _normal(name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    # Drawn on the CPU, so that a GPU is given the same numbers.
+    generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+    return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype).to(device)
+
+
+_ODD = (3, 7, 45)  # B, N, D
+_WIDE = (3, 5, 1152)  # the width of DiT-XL
+
+
+def _vectors(size: tuple[int, int, int], *names: str) -> dict[str, tuple[int, ...]]:
+    return dict.fromkeys(names, (size[0], size[2]))
+
+
+def _parameters(size: tuple[int, int, int], *names: str) -> dict[str, tuple[int, ...]]:
+    return dict.fromkeys(names, (size[2],))
+
+
+def _cases() -> Iterator[Case]:
+    yield Case("modulate_norm", {"x": _ODD, **_vectors(_ODD, "shift", "scale")})
+    yield Case("modulate_norm", {"x": _ODD, **_parameters(_ODD, "weight", "bias")})
+    everything = {**_vectors(_WIDE, "shift", "scale"), **_parameters(_WIDE, "weight", "bias")}
+    yield Case("modulate_norm", {"x": _WIDE, **everything}, {"norm": "rmsnorm"})
+
+    yield Case("gated_residual", {"x": _ODD, "branch": _ODD})
+    vectors = {**_vectors(_ODD, "gate"), **_parameters(_ODD, "branch_bias")}
+    yield Case("gated_residual", {"x": _ODD, "branch": _ODD, **vectors})
+    yield Case("gated_residual", {"x": _WIDE, "branch": _WIDE, **_vectors(_WIDE, "gate")})
+
+    vectors = _vectors(_ODD, "gate", "shift", "scale")
+    yield Case("gated_residual_norm", {"x": _ODD, "branch": _ODD, **vectors})
+    vectors = _parameters(_ODD, "branch_bias", "weight", "bias")
+    yield Case("gated_residual_norm", {"x": _ODD, "branch": _ODD, **vectors})
+    everything |= {**_vectors(_WIDE, "gate"), **_parameters(_WIDE, "branch_bias")}
+    yield Case("gated_residual_norm", {"x": _WIDE, "branch": _WIDE, **everything}, {"norm": "rmsnorm"})
+
+    image = {"x": (3, 3, 6, 10), "weight": (45, 3, 2, 2)}
+    yield Case("patch_embed", {**image, "bias": (45,), "pos_embed": (15, 45)})
+    yield Case("patch_embed", {"x": (3, 4, 12, 4), "weight": (45, 4, 4, 4)})
+
+    grid, tokens = {"grid": (3, 5), "patch_size": 2}, (3, 15, 45)
+    vectors = _vectors(tokens, "shift", "scale")
+    linear = {"weight": (12, 45), "bias": (12,)}
+    yield Case("final_layer", {"x": tokens, **vectors, **linear}, grid)
+    residual = {"branch": tokens, **_vectors(tokens, "gate"), **_parameters(tokens, "branch_bias")}
+    yield Case("final_layer", {"x": tokens, **vectors, **linear, **residual}, grid)
+    affine = _parameters(tokens, "norm_weight", "norm_bias")
+    yield Case(
+        "final_layer", {"x": tokens, "weight": (48, 45), **affine}, {**grid, "patch_size": 4, **_NO_ADALN}
+    )
+
+    yield Case("unpatchify", {"tokens": (3, 15, 12)}, grid)
+
+    yield Case("attention", {"qkv_or_q": (3, 37, 3, 2, 72)})
+    yield Case("attention", {"qkv_or_q": (3, 128, 3, 2, 64)})
+    yield Case("attention", {"qkv_or_q": (3, 37, 2, 72), "kv": (3, 2, 2, 2, 72)})
+
+
+_NO_ADALN = {"shift": None, "scale": None}
+CASES = tuple(_cases())
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Which backends can serve a case
+# ------------------------------------------------------------------------------------------------------------------
+
+
+class Call(NamedTuple):
+    """A call of an op of the registry, with the arguments of its schema."""
+
+    op: registry.Op
+    args: tuple[Any, ...]
+
+
+class _Recorder(TorchDispatchMode):
+    """Collects the calls of the registry's ops."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[Call] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        namespace, _, name = func.name().partition("::")
+        if namespace == "ditkernels" and name in registry.OPS:
+            self.calls.append(Call(registry.OPS[name], args))
+        return func(*args, **(kwargs or {}))
+
+
+def recorded_calls(case: Case, inputs: Inputs) -> list[Call]:
+    """The calls of registered ops that a forward and a backward of ``case`` make; none for attention, which is no such op."""
+    cotangents = _cotangents(case, inputs)
+    # An op that raises here raises in ``parity`` too, which reports it.
+    with registry.use_backend("torch"), _Recorder() as recorder, suppress(*FAULTS):
+        _evaluate(getattr(ops, case.op), case, inputs, cotangents)
+    return recorder.calls
+
+
+def refusals(case: Case, inputs: Inputs) -> dict[str, str | None]:
+    """For every backend of the case's op: why it cannot serve forward and backward, or None if it can."""
+    if case.op == "attention":
+        leaves = {name: tensor.detach().requires_grad_() for name, tensor in inputs.items()}
+        q, k, v = _heads(**leaves)
+        return dict(explain(q, k, v))
+    calls = recorded_calls(case, inputs)
+    if not calls:
+        return dict.fromkeys(registry.BACKENDS, "the function reached no op of the registry")
+    return {
+        backend: next(filter(None, (call.op.reasons(*call.args)[backend] for call in calls)), None)
+        for backend in registry.BACKENDS
+    }
+
+
+def _heads(qkv_or_q: Tensor, kv: Tensor | None = None) -> tuple[Tensor, ...]:
+    return qkv_or_q.unbind(2) if kv is None else (qkv_or_q, *kv.unbind(2))
+
+
+def _forced(case: Case, backend: str) -> registry.use_backend:
+    if case.op == "attention":
+        return registry.use_backend(attention=backend)
+    return registry.use_backend(backend)
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Parity of one case
+# ------------------------------------------------------------------------------------------------------------------
+
+
+class Parity(NamedTuple):
+    """How far a case is from fp64.
+
+    Attributes:
+        ratio: the largest error over the error the contract allows; at most 1 if the contract holds.
+        where: the output or gradient it occurs in, or what went wrong.
+    """
+
+    ratio: float
+    where: str
+
+
+def parity(case: Case, inputs: Inputs, backend: str) -> Parity:
+    """Runs ``case`` forward and backward on ``backend`` and compares every output and gradient with fp64."""
+    cotangents = _cotangents(case, inputs)
+    specification = getattr(reference, case.op)
+    with _plain_arithmetic():
+        plain = _evaluate(specification, case, inputs, cotangents)
+        exact = _evaluate(specification, case, {k: t.double() for k, t in inputs.items()}, cotangents)
+    # An op that raises has failed its check; it must not keep the others from theirs.
+    try:
+        with _forced(case, backend):
+            actual = _evaluate(getattr(ops, case.op), case, inputs, cotangents)
+    except FAULTS as error:
+        return Parity(math.inf, f"{type(error).__name__}: {' '.join(str(error).split())}")
+    return max((_compare(name, actual[name], plain[name], exact[name]) for name in exact), key=_badness)
+
+
+def _badness(found: Parity) -> float:
+    return found.ratio
+
+
+def _compare(name: str, actual: Tensor, plain: Tensor, exact: Tensor) -> Parity:
+    got, expected = (tuple(actual.shape), actual.dtype), (tuple(exact.shape), plain.dtype)
+    if got != expected:
+        return Parity(math.inf, f"{name} is {got[0]} {got[1]}, not {expected[0]} {expected[1]}")
+    if not actual.isfinite().all():
+        return Parity(math.inf, f"{name} is not finite")
+    error = (actual.double() - exact).abs().max().item()
+    plain_error = (plain.double() - exact).abs().max().item()
+    rounding = torch.finfo(plain.dtype).eps * exact.abs().max().item()
+    allowed = CONTRACT_FACTOR * plain_error + CONTRACT_ULPS * rounding
+    if error == 0:
+        return Parity(0.0, name)
+    return Parity(error / allowed if allowed > 0 else math.inf, name)
+
+
+def _call(function: Callable[..., Any], case: Case, inputs: Inputs) -> tuple[Tensor, ...]:
+    outputs = function(**inputs, **case.options)
+    return outputs if isinstance(outputs, tuple) else (outputs,)
+
+
+def _cotangents(case: Case, inputs: Inputs) -> list[Tensor]:
+    """Gradients to feed backward, in the dtypes of the outputs."""
+    with torch.no_grad():
+        outputs = _call(getattr(reference, case.op), case, inputs)
+    return [
+        _normal(f"{case.op}.output{i}", tuple(output.shape), output.dtype, output.device)
+        for i, output in enumerate(outputs)
+    ]
+
+
+def _evaluate(
+    function: Callable[..., Any], case: Case, inputs: Inputs, cotangents: list[Tensor]
+) -> dict[str, Tensor]:
+    """Every output, and the gradient of every input, by name."""
+    leaves = {name: tensor.detach().requires_grad_() for name, tensor in inputs.items()}
+    outputs = _call(function, case, leaves)
+    weights = [cotangent.to(output.dtype) for cotangent, output in zip(cotangents, outputs)]
+    gradients = torch.autograd.grad(outputs, tuple(leaves.values()), weights)
+    names = ["output"] if len(outputs) == 1 else [f"output {i}" for i in range(len(outputs))]
+    return {
+        **{name: output.detach() for name, output in zip(names, outputs)},
+        **{f"d{name}": gradient for name, gradient in zip(leaves, gradients)},
+    }
+
+
+@contextmanager
+def _plain_arithmetic() -> Iterator[None]:
+    # What the ops are held against must not itself be loose: no TF32, which convolutions have by default on a GPU,
+    # and attention by its definition, whichever kernel PyTorch would prefer.
+    with (
+        torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False),
+        sdpa_kernel(SDPBackend.MATH),
+    ):
+        yield
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# All of them
+# ------------------------------------------------------------------------------------------------------------------
+
+
+class Result(NamedTuple):
+    """One op on one backend in one precision, over all its cases.
+
+    Attributes:
+        op, backend, precision: names.
+        ratio: of the worst case; None if nothing ran.
+        note: where the worst error is, or what went wrong, or why nothing ran.
+    """
+
+    op: str
+    backend: str
+    precision: str
+    ratio: float | None
+    note: str
+
+    @property
+    def failed(self) -> bool:
+        return self.ratio is not None and not self.ratio <= 1
+
+
+def results(device: torch.device) -> Iterator[Result]:
+    """Every op on every backend in every precision, on ``device``."""
+    for op, cases_of_op in groupby(CASES, key=lambda case: case.op):
+        cases = tuple(cases_of_op)
+        for precision in PRECISIONS:
+            if not precision.mixed or cases[0].has_stream:
+                yield from _results_of(op, cases, precision, device)
+
+
+def _results_of(
+    op: str, cases: tuple[Case, ...], precision: Precision, device: torch.device
+) -> Iterator[Result]:
+    found: dict[str, list[Parity]] = {}
+    reasons: dict[str, str] = {}
+    for case in cases:
+        inputs = case.inputs(precision, device)
+        for backend, reason in refusals(case, inputs).items():
+            ran = found.setdefault(backend, [])
+            if reason is None:
+                ran.append(parity(case, inputs, backend))
+            else:
+                reasons[backend] = reason
+    for backend, ran in found.items():
+        if ran:
+            worst = max(ran, key=_badness)
+            yield Result(op, backend, precision.name, worst.ratio, worst.where)
+        else:
+            yield Result(op, backend, precision.name, None, reasons[backend])
+
+
+def passed(found: list[Result]) -> bool:
+    """Whether no result failed, and every op ran somewhere in every precision asked for."""
+    asked = {(result.op, result.precision) for result in found}
+    ran = {(result.op, result.precision) for result in found if result.ratio is not None}
+    return asked == ran and not any(result.failed for result in found)
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# The command
+# ------------------------------------------------------------------------------------------------------------------
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of `ditkernels check`."""
+    parser.add_argument(
+        "--device", default="auto", help="cpu, cuda, cuda:1 ...; auto is cuda if there is one"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Prints the table; returns 0, or 1 if a check failed.
+
+    Raises:
+        ValueError: a device that is not there.
+    """
+    return 0 if report(sys.stdout, resolve_device(args.device)) else 1
+
+
+def report(file: TextIO, device: torch.device | None = None) -> bool:
+    """Checks every op on every backend on ``device`` (default: a GPU if there is one) and prints a table.
+
+    Returns:
+        Whether everything held.
+    """
+    device = device or resolve_device("auto")
+    print(f"Checking every op against fp64 on {_device_name(device)}, forward and every gradient", file=file)
+    print(_ROW.format("op", "backend", "dtype", "error/allowed", "worst in"), file=file)
+    found = []
+    for result in results(device):
+        found.append(result)
+        if result.ratio is not None:
+            print(_line(result), file=file)
+    for line in _not_run(found):
+        print(line, file=file)
+    print(_verdict(found), file=file, flush=True)
+    return passed(found)
+
+
+_ROW = "  {:<20} {:<15} {:<10} {:>13}  {}"
+
+
+def _line(result: Result) -> str:
+    note = f"{result.note}  FAILED" if result.failed else result.note
+    return _ROW.format(result.op, result.backend, result.precision, f"{result.ratio:.2f}", note)
+
+
+def _not_run(found: list[Result]) -> Iterator[str]:
+    """One line a reason, with the backends that give it."""
+    served = {(result.op, result.backend) for result in found if result.ratio is not None}
+    backends: dict[str, dict[str, None]] = {}
+    for result in found:
+        if result.ratio is None:
+            partly = (result.op, result.backend) in served
+            name = f"{result.backend} in {result.precision}" if partly else result.backend
+            backends.setdefault(result.note, {})[name] = None
+    for reason, names in backends.items():
+        yield f"  not run: {', '.join(names)}: {reason}"
+
+
+def _verdict(found: list[Result]) -> str:
+    ran = [result for result in found if result.ratio is not None]
+    failures = sum(result.failed for result in ran)
+    if failures:
+        return f"{failures} of {len(ran)} checks FAILED: an error over 1 breaks the numerical contract."
+    if not passed(found):
+        return "FAILED: some op has no backend that serves here."
+    return f"All {len(ran)} checks passed."
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device of that name; "auto" is a GPU if there is one.
+
+    Raises:
+        ValueError: no such device here.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    allowed = "allowed are auto, cpu, cuda, cuda:N"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"--device: got {name!r}, {allowed}") from error
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"--device: got {name!r}, {allowed}")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(
+            f"--device: got {name!r}, but this machine has {torch.cuda.device_count()} usable CUDA devices"
+        )
+    return device
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "the CPU"
