@@ -58,3 +58,28 @@ def assert_fp64_agreement(actual: Tensor, expected: Tensor, name: str = "result"
     error = (actual - expected).abs().max().item()
     bound = FP64_AGREEMENT * expected.abs().max().item() + FP64_AGREEMENT
     assert error <= bound, f"{name}: error {error:.3e} exceeds {bound:.3e}"
+
+
+DIFFUSION_ROUNDINGS = 32
+"""An identity of the diffusion schedulers is a handful of products and sums on each side; 32 roundings cover the longest."""
+
+EPSILON_AMPLIFICATION = 157.41
+"""On the linear schedule an error of the noise grows by √(1/ᾱ − 1) <= 157.41 on its way into the predicted x_0."""
+
+DIFFUSION_TABLE_RTOL = 1e-10
+"""1 − ᾱ loses 2.2e-16 / (1 − ᾱ_0) <= 5.5e-12 in float64, a few times over where a table is a quotient of such differences."""
+
+DIFFUSION_TABLE_ATOL = 2.3e-16
+"""One rounding at 1: what log(1 − ᾱ) loses where a cosine schedule ends in ᾱ = 2e-9."""
+
+NORMAL_CDF_APPROXIMATION = 2 * 1.79e-4
+"""max |tanh approximation − normal distribution function| is 1.789e-4, at z = ±2.592; a bin has two ends."""
+
+
+def assert_identity(actual: Tensor, expected: Tensor, amplification: float = 1.0) -> None:
+    """|actual − expected| <= DIFFUSION_ROUNDINGS·eps(actual's dtype)·amplification·max(1, max|expected|), everywhere."""
+    assert actual.shape == expected.shape, f"shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
+    largest = max(1.0, expected.abs().max().item())
+    bound = DIFFUSION_ROUNDINGS * torch.finfo(actual.dtype).eps * amplification * largest
+    error = (actual.double() - expected.double()).abs().max().item()
+    assert error <= bound, f"error {error:.3e} exceeds {bound:.3e}"

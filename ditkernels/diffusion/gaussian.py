@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ditkernels.diffusion.inputs import check_choice, check_like, checked_timesteps, noise_for, widened
+from ditkernels.diffusion.inputs import check_choice, check_like, check_timesteps, noise_for, widened
 from ditkernels.diffusion.likelihood import (
     bits_per_dim,
     discretized_gaussian_log_likelihood,
@@ -320,9 +320,10 @@ class DiffusionProcess:
         return bits_per_dim(normal_kl(mean, log_variance, zero, zero))
 
     def _check(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        """x in the dtype of the computation and t as int64, or an error that says what is wrong with them."""
+        """x in the dtype of the computation, and t: or an error that says what is wrong with them."""
         x = widened(x)
-        return x, checked_timesteps(t, x, self.num_timesteps)
+        check_timesteps(t, x, self.num_timesteps)
+        return x, t
 
 
 def step_of(x: Tensor, index: int) -> Tensor:

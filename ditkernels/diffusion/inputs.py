@@ -41,8 +41,8 @@ def widened(x: Tensor, name: str = "x") -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def checked_timesteps(t: Tensor, x: Tensor, steps: int) -> Tensor:
-    """t as int64 if it is one step of 0 … steps − 1 for each sample of x, on x's device."""
+def check_timesteps(t: Tensor, x: Tensor, steps: int) -> None:
+    """t must be one step of 0 … steps − 1 for each sample of x, on x's device."""
     if not isinstance(t, Tensor) or t.dtype not in (torch.int64, torch.int32):
         came = t.dtype if isinstance(t, Tensor) else type(t).__name__
         raise TypeError(f"t: got {came}, allowed is a tensor of int64 or int32")
@@ -56,7 +56,6 @@ def checked_timesteps(t: Tensor, x: Tensor, steps: int) -> Tensor:
         torch._assert_async(inside, f"t: got a step out of range, allowed are 0 to {steps - 1}")
     elif not inside:
         raise ValueError(f"t: got steps from {int(t.min())} to {int(t.max())}, allowed are 0 to {steps - 1}")
-    return t.long()
 
 
 def noise_for(x: Tensor, noise: Tensor | None, generator: torch.Generator | None) -> Tensor:

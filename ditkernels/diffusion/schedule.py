@@ -199,10 +199,9 @@ class NoiseSchedule:
         self.timestep_map = list(range(len(original)) if timesteps is None else timesteps)
         _check_kept(self.timestep_map, self.original_num_steps)
         self.num_timesteps = len(self.timestep_map)
-        self.betas = (
-            original.copy() if self.num_timesteps == len(original) else _respace(original, self.timestep_map)
-        )
-        self.alphas_cumprod = np.cumprod(1 - self.betas)
+        self.alphas_cumprod = np.cumprod(1 - original)[self.timestep_map]
+        respaced = 1 - self.alphas_cumprod / np.append(1.0, self.alphas_cumprod[:-1])
+        self.betas = respaced if self.num_timesteps < len(original) else original.copy()
         self._packed = _pack(self.betas, self.alphas_cumprod)
         for table in (self.betas, self.alphas_cumprod):
             table.flags.writeable = False
@@ -234,11 +233,6 @@ def _check_kept(kept: list[int], steps: int) -> None:
         raise ValueError(f"timesteps: got {kept}, allowed are ascending steps out of 0..{steps - 1}")
 
 
-def _respace(betas: FloatArray, kept: list[int]) -> FloatArray:
-    alphas_cumprod = np.cumprod(1 - betas)[kept]
-    return 1 - alphas_cumprod / np.append(1.0, alphas_cumprod[:-1])
-
-
 def _pack(betas: FloatArray, alphas_cumprod: FloatArray) -> FloatArray:
     """Every field of Coefficients as a column, (T, number of fields): one gather serves a whole batch."""
     prev = np.append(1.0, alphas_cumprod[:-1])
@@ -259,7 +253,7 @@ def _pack(betas: FloatArray, alphas_cumprod: FloatArray) -> FloatArray:
         "sqrt_recip_alphas_cumprod": np.sqrt(1 / alphas_cumprod),
         "sqrt_recipm1_alphas_cumprod": np.sqrt(1 / alphas_cumprod - 1),
         "posterior_mean_coef1": betas * np.sqrt(prev) / (1 - alphas_cumprod),
-        "posterior_mean_coef2": (1 - prev) * np.sqrt(1 - betas) / (1 - alphas_cumprod),
+        "posterior_mean_coef2": (1 - prev) * np.sqrt(alphas_cumprod / prev) / (1 - alphas_cumprod),
         "posterior_variance": posterior_variance,
         "posterior_log_variance_clipped": np.log(clipped_variance),
         "log_betas": np.log(betas),
@@ -270,6 +264,5 @@ def _pack(betas: FloatArray, alphas_cumprod: FloatArray) -> FloatArray:
 
 
 def _constant(values: npt.NDArray[np.generic], dtype: torch.dtype, device: torch.device) -> Tensor:
-    # Outside inference mode, or a table made while sampling could not be saved for a later backward pass.
-    with torch.inference_mode(False):
-        return torch.from_numpy(values).to(dtype).to(device)
+    # from_numpy, unlike tensor(), does not obey a default device; the cast comes first, for devices without float64.
+    return torch.from_numpy(values).to(dtype).to(device)
