@@ -414,15 +414,18 @@ def _torch_final_layer_backward(
     rows = _modulated_rows(stream, shift, scale, norm_weight, norm_bias, mean, rstd, norm)
     rows = rows.to(weight.dtype).to(wide)
     dweight = product(dtokens.flatten(0, 1).t(), rows.flatten(0, 1)).to(weight.dtype)
-    dbias = x.new_empty(0) if bias is None else dtokens.sum((0, 1)).to(bias.dtype)
+    dbias = None if bias is None else dtokens.sum((0, 1)).to(bias.dtype)
     drows = product(dtokens, weight.to(wide))
     dx, p, q = adaln.norm_backward(drows, stream, scale, norm_weight, mean, rstd, norm)
     vectors = adaln.norm_vector_gradients(p, q, shift, scale, norm_weight, norm_bias)
-    dbranch, dgate, dbranch_bias = x.new_empty(0), x.new_empty(0), x.new_empty(0)
-    if branch is not None:
-        dbranch, dgate, dbranch_bias = adaln.residual_backward(dx, branch, gate, branch_bias)
-    grads = (dx.to(x.dtype), dbranch, dgate, dbranch_bias, *vectors, dweight, dbias)
-    return tuple(grad.contiguous() for grad in grads)
+    residual = (None,) * 3 if branch is None else adaln.residual_backward(dx, branch, gate, branch_bias)
+    grads = (dx.to(x.dtype), *residual, *vectors, dweight, dbias)
+    gated = None if gate is None else branch
+    inputs = (x, gated, gate, branch_bias, shift, scale, norm_weight, norm_bias, weight, bias)
+    return tuple(
+        x.new_empty(0) if value is None or grad is None else grad.contiguous()
+        for value, grad in zip(inputs, grads)
+    )
 
 
 registry.implement(UNPATCHIFY, "torch", _torch_unpatchify)
