@@ -5,7 +5,7 @@ batch index; odd numbers of tokens and channels, because powers of two hide a mi
 because adaLN-Zero starts where nothing shows.
 
 The numerical contract: against fp64 an op may err at most ``CONTRACT_FACTOR`` times as much as plain PyTorch does at
-the same dtypes, plus ``CONTRACT_ULPS``·eps(dtype)·max|result|.
+the same dtypes, plus ``CONTRACT_ULPS``·eps(dtype)·max|result|; ``ATTENTION_ULPS`` says what attention may on top.
 """
 
 from __future__ import annotations
@@ -32,10 +32,14 @@ from ditkernels.ops.attention import explain
 
 CONTRACT_FACTOR = 2.0
 CONTRACT_ULPS = 2.0
+ATTENTION_ULPS = 20.0
+"""In fp32, on attention: fused kernels trade accuracy of the exponential for speed. PyTorch's own on CPUs is declared to err
+by 20 units in the last place (``exp_u20`` in ATen/cpu/vec), where plain PyTorch errs by one."""
 
 FAULTS = (RuntimeError, ValueError, TypeError)
 """What an op raises when it cannot do what it should, BackendError and CUDA errors among them."""
 
+_EPS_FP32 = torch.finfo(torch.float32).eps
 Inputs = dict[str, Tensor]
 
 
@@ -239,14 +243,16 @@ def parity(case: Case, inputs: Inputs, backend: str) -> Parity:
             actual = _evaluate(getattr(ops, case.op), case, inputs, cotangents)
     except FAULTS as error:
         return Parity(math.inf, f"{type(error).__name__}: {' '.join(str(error).split())}")
-    return max((_compare(name, actual[name], plain[name], exact[name]) for name in exact), key=_badness)
+    ulps_fp32 = ATTENTION_ULPS if case.op == "attention" else 0.0
+    found = [_compare(name, actual[name], plain[name], exact[name], ulps_fp32) for name in exact]
+    return max(found, key=_badness)
 
 
 def _badness(found: Parity) -> float:
     return found.ratio
 
 
-def _compare(name: str, actual: Tensor, plain: Tensor, exact: Tensor) -> Parity:
+def _compare(name: str, actual: Tensor, plain: Tensor, exact: Tensor, ulps_fp32: float) -> Parity:
     got, expected = (tuple(actual.shape), actual.dtype), (tuple(exact.shape), plain.dtype)
     if got != expected:
         return Parity(math.inf, f"{name} is {got[0]} {got[1]}, not {expected[0]} {expected[1]}")
@@ -254,8 +260,8 @@ def _compare(name: str, actual: Tensor, plain: Tensor, exact: Tensor) -> Parity:
         return Parity(math.inf, f"{name} is not finite")
     error = (actual.double() - exact).abs().max().item()
     plain_error = (plain.double() - exact).abs().max().item()
-    rounding = torch.finfo(plain.dtype).eps * exact.abs().max().item()
-    allowed = CONTRACT_FACTOR * plain_error + CONTRACT_ULPS * rounding
+    rounding = CONTRACT_ULPS * torch.finfo(plain.dtype).eps + ulps_fp32 * _EPS_FP32
+    allowed = CONTRACT_FACTOR * plain_error + rounding * exact.abs().max().item()
     if error == 0:
         return Parity(0.0, name)
     return Parity(error / allowed if allowed > 0 else math.inf, name)
