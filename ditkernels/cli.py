@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from typing import NamedTuple, NoReturn
 
-from ditkernels._version import __version__
+from ditkernels import BackendError, __version__
 
 TRACEBACK_VARIABLE = "DITKERNELS_TRACEBACK"
 
@@ -64,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         _discard_stdout()
         return 141
-    except (ValueError, FloatingPointError, OSError, ImportError) as error:
+    except (ValueError, FloatingPointError, OSError, ImportError, BackendError) as error:
         if os.environ.get(TRACEBACK_VARIABLE):
             raise
         print(f"ditkernels: error: {_one_line(error)}", file=sys.stderr)

@@ -23,7 +23,7 @@ from ditkernels._version import __version__
 from ditkernels.checkpoint import Checkpoint, save_checkpoint
 from ditkernels.data import LabelledImages, load_digits
 from ditkernels.diffusion import GaussianDiffusion, create_diffusion
-from ditkernels.reference import DiT
+from ditkernels.models import DiT
 from ditkernels.sampler import SampleConfig, sample_progressive
 from ditkernels.trainer import TrainConfig, train
 
@@ -42,7 +42,7 @@ MODEL: dict[str, Any] = {
     "num_heads": 4,
     "num_classes": CLASSES,
 }
-TRAINING = TrainConfig(steps=2000, batch_size=64, learning_rate=3e-3, ema_decay=0.995)
+TRAINING = TrainConfig(steps=1500, batch_size=64, learning_rate=3e-3, ema_decay=0.995)
 # All channels are guided, since there is only one; x_0 is clipped, since these are pixels.
 SAMPLING = SampleConfig(guidance_scale=3.0, guided_channels=None, clip_denoised=True)
 SAMPLING_STEPS = 100
