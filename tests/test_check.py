@@ -1,0 +1,214 @@
+"""`ditkernels check`: passes on what is right, catches each kind of fault, and checks nothing vacuously."""
+
+import io
+import math
+
+import numerics
+import pytest
+import torch
+
+from ditkernels import check, cli, ops
+from ditkernels.ops import _registry as registry
+from ditkernels.ops import adaln
+
+CPU = torch.device("cpu")
+FP32 = check.PRECISIONS[0]
+
+
+def case(op, index=0):
+    return [case for case in check.CASES if case.op == op][index]
+
+
+def parity_of(op, index=0, precision=FP32, backend="torch"):
+    chosen = case(op, index)
+    return check.parity(chosen, chosen.inputs(precision, CPU), backend)
+
+
+def replace_kernel(monkeypatch, op, wrap):
+    """Puts ``wrap(kernel's own result)`` in the place of the torch kernel of ``op``."""
+    implementation = registry.OPS[op].implementations["torch"]
+    call = implementation.call
+    monkeypatch.setattr(implementation, "call", lambda *args: wrap(call(*args)))
+
+
+@pytest.fixture(scope="module")
+def found():
+    return list(check.results(CPU))
+
+
+def test_everything_holds_here(found):
+    assert check.passed(found), [result for result in found if result.failed]
+
+
+def test_every_public_op_runs_in_fp32_and_bf16(found):
+    ran = {(result.op, result.precision) for result in found if result.ratio is not None}
+    assert {(op, precision) for op in ops.__all__ for precision in ("fp32", "bf16")} <= ran
+
+
+def test_every_registered_op_and_its_backward_is_reached():
+    reached = {
+        call.op.name
+        for chosen in check.CASES
+        for call in check.recorded_calls(chosen, chosen.inputs(FP32, CPU))
+    }
+    assert reached == set(registry.OPS)
+
+
+def test_every_backend_runs_or_says_why_not(found):
+    expected = {(op, b) for op in ops.__all__ if op != "attention" for b in registry.BACKENDS}
+    expected |= {("attention", b) for b in registry.ATTENTION_BACKENDS}
+    assert {(result.op, result.backend) for result in found} == expected
+    assert all(result.note for result in found)
+
+
+def test_the_contract_is_the_suites():
+    assert check.CONTRACT_FACTOR == numerics.CONTRACT_FACTOR
+    assert check.CONTRACT_ULPS == numerics.CONTRACT_ULPS
+
+
+def test_every_case_has_three_samples_and_every_op_an_odd_length():
+    names = {
+        "gated_residual": "x",
+        "unpatchify": "tokens",
+        "attention": "qkv_or_q",
+        "patch_embed": "pos_embed",
+    }
+    odd = set()
+    for chosen in check.CASES:
+        first = next(iter(chosen.shapes.values()))
+        assert first[0] == 3
+        tokens = chosen.shapes.get(names.get(chosen.op, "x"), first)
+        length = tokens[0] if chosen.op == "patch_embed" else tokens[1]
+        odd |= {chosen.op} if length % 2 else set()
+    assert odd == set(ops.__all__)
+
+
+@pytest.mark.parametrize("op", [op for op in ops.__all__ if op != "attention"])
+@pytest.mark.parametrize("suffix", ["", "_backward"])
+def test_a_kernel_that_is_slightly_off_fails(monkeypatch, op, suffix):
+    def off(outputs):
+        scale = 1 + 1e-4
+        return tuple(o * scale for o in outputs) if isinstance(outputs, tuple) else outputs * scale
+
+    replace_kernel(monkeypatch, op + suffix, off)
+    worst = max(parity_of(op, i).ratio for i in range(2 if op != "unpatchify" else 1))
+    assert 1 < worst < math.inf
+
+
+def test_a_mixed_up_batch_index_fails_and_names_the_gradient(monkeypatch):
+    replace_kernel(monkeypatch, "modulate_norm_backward", lambda out: (*out[:2], out[2].roll(1, 0), *out[3:]))
+    found = parity_of("modulate_norm")
+    assert found.ratio > 1
+    assert found.where == "dscale"
+
+
+def test_a_bf16_kernel_is_held_to_bf16(monkeypatch):
+    bf16 = check.PRECISIONS[1]
+    replace_kernel(monkeypatch, "gated_residual", lambda out: out + 0.25)
+    assert parity_of("gated_residual", precision=bf16).ratio > 1
+
+
+@pytest.mark.parametrize(
+    ("wrap", "complaint"),
+    [
+        (lambda out: out.double(), "torch.float64"),
+        (lambda out: out[:, :1], "Mismatch in shape"),
+        (lambda out: out.index_fill(0, torch.tensor([1]), math.nan), "output is not finite"),
+    ],
+)
+def test_wrong_dtypes_shapes_and_nans_fail_and_are_named(monkeypatch, wrap, complaint):
+    monkeypatch.setattr(ops, "gated_residual", lambda *a, **k: wrap(adaln.gated_residual(*a, **k)))
+    found = parity_of("gated_residual")
+    assert found.ratio == math.inf
+    assert complaint in found.where
+
+
+def test_an_op_that_raises_fails_alone(monkeypatch):
+    def broken(*args):
+        raise RuntimeError("an illegal\n memory access")
+
+    monkeypatch.setattr(registry.OPS["patch_embed"].implementations["torch"], "call", broken)
+    monkeypatch.setattr(check, "CASES", (case("patch_embed"), case("unpatchify")))
+    results = {(result.op, result.precision): result for result in check.results(CPU)}
+    assert {key for key, result in results.items() if result.failed} == {
+        ("patch_embed", "fp32"),
+        ("patch_embed", "bf16"),
+    }
+    assert results["patch_embed", "fp32"].note == "RuntimeError: an illegal memory access"
+
+
+def test_a_public_function_that_bypasses_its_op_is_no_pass(monkeypatch):
+    monkeypatch.setattr(ops, "unpatchify", check.reference.unpatchify)
+    monkeypatch.setattr(check, "CASES", (case("unpatchify"),))
+    found = list(check.results(CPU))
+    assert [result.ratio for result in found] == [None] * len(found)
+    assert not check.passed(found)
+    shown = io.StringIO()
+    assert not check.report(shown)
+    assert "FAILED: some op has no backend that serves here." in shown.getvalue()
+
+
+def test_a_second_backend_is_found_and_checked(monkeypatch):
+    forward, backward = registry.OPS["unpatchify"], registry.OPS["unpatchify_backward"]
+    for op, factor in ((forward, 1.0), (backward, 1.01)):
+        call = op.implementations["torch"].call
+        kernel = registry.Implementation(lambda *a, c=call, f=factor: c(*a) * f, lambda *a: None)
+        monkeypatch.setitem(op.implementations, "cuda", kernel)
+    monkeypatch.setattr(check, "CASES", (case("unpatchify"),))
+    failed = {(result.backend, result.note) for result in check.results(CPU) if result.failed}
+    assert failed == {("cuda", "dtokens")}
+
+
+def test_a_backend_without_a_backward_does_not_run(monkeypatch):
+    kernel = registry.OPS["unpatchify"].implementations["torch"]
+    monkeypatch.setitem(registry.OPS["unpatchify"].implementations, "cuda", kernel)
+    chosen = case("unpatchify")
+    reasons = check.refusals(chosen, chosen.inputs(FP32, CPU))
+    assert reasons["torch"] is None
+    assert reasons["cuda"] == "there is no cuda kernel of this op"
+
+
+def test_the_inputs_are_the_same_on_every_run():
+    chosen = case("final_layer", 1)
+    first, second = chosen.inputs(FP32, CPU), chosen.inputs(FP32, CPU)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert not torch.equal(first["x"], first["branch"])
+    assert first["gate"].abs().min() > 0
+
+
+def test_mixed_precision_lowers_all_but_the_stream():
+    mixed = check.PRECISIONS[2]
+    inputs = case("gated_residual_norm").inputs(mixed, CPU)
+    assert inputs.pop("x").dtype == torch.float32
+    assert {tensor.dtype for tensor in inputs.values()} == {torch.bfloat16}
+
+
+def test_the_command_prints_a_table_and_the_verdict(capsys):
+    assert cli.main(["check", "--device", "cpu"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "Checking every op against fp64 on the CPU, forward and every gradient"
+    assert any(line.split()[:3] == ["gated_residual_norm", "torch", "fp32+bf16"] for line in lines)
+    assert any("not run" in line and "flash_attn_3" in line and "CUDA" in line for line in lines)
+    assert lines[-1].startswith("All ")
+
+
+def test_the_command_fails_when_a_check_does(monkeypatch, capsys):
+    replace_kernel(monkeypatch, "unpatchify", lambda out: out + 1)
+    monkeypatch.setattr(check, "CASES", (case("unpatchify"), case("gated_residual")))
+    assert cli.main(["check", "--device", "cpu"]) == 1
+    shown = capsys.readouterr().out
+    assert "2 of 5 checks FAILED" in shown
+    assert [line for line in shown.splitlines() if line.endswith("output  FAILED")]
+
+
+@pytest.mark.parametrize("name", ["tpu", "meta", "cuda:99"])
+def test_a_device_that_is_not_there_is_named(name, capsys):
+    assert cli.main(["check", "--device", name]) == 2
+    assert repr(name) in capsys.readouterr().err
+
+
+def test_the_users_choice_of_backend_survives():
+    with registry.use_backend("triton", attention="plain"):
+        assert parity_of("unpatchify").ratio <= 1
+        assert registry.backend_setting() == "triton"
+        assert registry.attention_setting() == "plain"

@@ -1,0 +1,116 @@
+"""`ditkernels info`: tells what is here, which backend serves and why the others do not."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from ditkernels import cli, info
+from ditkernels.ops import _registry as registry
+
+# The fixture below replaces it.
+DRIVER_VERSION = info.driver_version
+
+
+def shown(capsys, *flags):
+    assert cli.main(["info", *flags]) == 0
+    return capsys.readouterr().out
+
+
+@pytest.fixture(autouse=True)
+def no_driver(monkeypatch):
+    monkeypatch.setattr(info, "driver_version", lambda: None)
+
+
+def test_it_names_machine_versions_and_every_backend(capsys):
+    text = shown(capsys, "--device", "cpu")
+    assert f"torch {torch.__version__}" in text
+    for name in (*registry.BACKENDS, *registry.ATTENTION_BACKENDS):
+        assert f"{name}: " in text or f"-> {name}" in text
+
+
+def test_every_op_is_listed_once(capsys):
+    text = shown(capsys, "--device", "cpu").replace(",", " ")
+    words = text[text.index("Ops ") : text.index("Attention ")].split()
+    assert [words.count(name) for name in registry.OPS] == [1] * len(registry.OPS)
+
+
+def test_without_a_gpu_torch_serves_and_the_others_say_why_not(capsys):
+    text = shown(capsys, "--device", "cpu")
+    assert "-> torch\n" in text
+    assert "-> triton" not in text
+    assert "cudnn: it needs a CUDA device, and the tensors are on cpu" in text
+    assert "flash_attn_2: untested" in text
+
+
+def test_a_backend_that_the_environment_forces_is_seen(capsys, monkeypatch):
+    monkeypatch.setenv("DITKERNELS_ATTENTION_BACKEND", "plain")
+    text = shown(capsys, "--device", "cpu")
+    assert "DITKERNELS_ATTENTION_BACKEND=plain" in text
+    assert "training -> plain" in text
+
+
+def test_a_forced_backend_that_cannot_serve_is_seen(capsys, monkeypatch):
+    monkeypatch.setenv("DITKERNELS_BACKEND", "cuda")
+    monkeypatch.setenv("DITKERNELS_ATTENTION_BACKEND", "cudnn")
+    text = shown(capsys, "--device", "cpu")
+    assert "-> torch" not in text
+    assert "torch: can serve" in text
+    assert "sampling -> NONE: the backend that the environment asks for cannot serve" in text
+
+
+def test_an_unknown_forced_backend_is_an_error(capsys, monkeypatch):
+    monkeypatch.setenv("DITKERNELS_BACKEND", "tpu")
+    assert cli.main(["info"]) == 2
+    assert "DITKERNELS_BACKEND: unknown backend 'tpu'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("cuda", "driver", "line"),
+    [
+        (None, None, "torch is built without CUDA"),
+        ("13.0", None, "torch is built for CUDA 13.0, which needs NVIDIA driver 580 or newer; there is none"),
+        (
+            "13.0",
+            "580.65.06",
+            "torch is built for CUDA 13.0, which needs NVIDIA driver 580 or newer; here is 580.65.06",
+        ),
+        (
+            "12.8",
+            "520.61",
+            "torch is built for CUDA 12.8, which needs NVIDIA driver 525 or newer; here is 520.61: TOO OLD",
+        ),
+        ("99.0", "580.65.06", "torch is built for CUDA 99.0; here is 580.65.06"),
+    ],
+)
+def test_the_driver_is_held_against_its_floor(cuda, driver, line):
+    assert info._cuda_line(cuda, driver) == line
+
+
+@pytest.mark.parametrize(
+    ("script", "version"),
+    [
+        ("echo 580.65.06; echo 580.65.06", "580.65.06"),
+        ("echo 'NVIDIA-SMI has failed'; exit 9", None),
+        ("echo 580.65.06; exit 9", None),
+        ("echo No devices were found", None),
+    ],
+)
+def test_the_driver_is_what_nvidia_smi_says(monkeypatch, tmp_path, script, version):
+    program = tmp_path / "nvidia-smi"
+    program.write_text(f"#!/bin/sh\n{script}\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert DRIVER_VERSION() == version
+
+
+def test_without_nvidia_smi_there_is_no_driver(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert DRIVER_VERSION() is None
+
+
+def test_importing_it_initialises_no_cuda_and_asks_no_driver():
+    code = "import torch, ditkernels.info, ditkernels.check; print(torch.cuda.is_initialized())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout) == (0, "False\n"), done.stderr
