@@ -55,6 +55,11 @@ FP64_AGREEMENT = 1e-11
 
 
 def assert_fp64_agreement(actual: Tensor, expected: Tensor, name: str = "result") -> None:
+    assert actual.shape == expected.shape, (
+        f"{name}: shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
+    )
+    if expected.numel() == 0:
+        return
     error = (actual - expected).abs().max().item()
     bound = FP64_AGREEMENT * expected.abs().max().item() + FP64_AGREEMENT
     assert error <= bound, f"{name}: error {error:.3e} exceeds {bound:.3e}"

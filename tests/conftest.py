@@ -1,0 +1,22 @@
+"""Every test begins with no backend forced and leaves none, and runs on one thread, since the suite itself runs in parallel."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from ditkernels.ops import _registry as registry
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def no_forced_backend(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.delenv("DITKERNELS_BACKEND", raising=False)
+    monkeypatch.delenv("DITKERNELS_ATTENTION_BACKEND", raising=False)
+    before = dict(registry._settings)
+    registry._settings.update(ops=None, attention=None)
+    yield
+    registry._settings.update(before)
