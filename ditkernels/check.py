@@ -34,7 +34,7 @@ CONTRACT_FACTOR = 2.0
 CONTRACT_ULPS = 2.0
 ATTENTION_ULPS = 20.0
 """In fp32, on attention: fused kernels trade accuracy of the exponential for speed. PyTorch's own on CPUs is declared to err
-by 20 units in the last place (``exp_u20`` in ATen/cpu/vec), where plain PyTorch errs by one."""
+by 20 units in the last place (``exp_u20`` in ATen/cpu/vec and FlashAttentionKernel.cpp), where plain PyTorch errs by one."""
 
 FAULTS = (RuntimeError, ValueError, TypeError)
 """What an op raises when it cannot do what it should, BackendError and CUDA errors among them."""

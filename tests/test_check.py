@@ -95,6 +95,15 @@ def test_a_kernel_that_is_slightly_off_fails(monkeypatch, op, suffix):
     assert 1 < worst < math.inf
 
 
+def test_a_fault_in_one_of_an_ops_cases_is_enough(monkeypatch):
+    implementation = registry.OPS["gated_residual"].implementations["torch"]
+    call = implementation.call
+    monkeypatch.setattr(implementation, "call", lambda *args: call(*args) + (args[2] is not None))
+    monkeypatch.setattr(check, "CASES", (case("gated_residual", 0), case("gated_residual", 1)))
+    assert case("gated_residual", 0).shapes.keys() == {"x", "branch"}
+    assert [result.failed for result in check.results(CPU) if result.backend == "torch"] == [True] * 3
+
+
 def test_a_mixed_up_batch_index_fails_and_names_the_gradient(monkeypatch):
     replace_kernel(monkeypatch, "modulate_norm_backward", lambda out: (*out[:2], out[2].roll(1, 0), *out[3:]))
     found = parity_of("modulate_norm")
