@@ -40,6 +40,23 @@ def _probe():  # type: ignore[no-untyped-def]
 INTERPRETED = type(_probe).__name__ == "InterpretedFunction"
 """Whether kernels run in Triton's interpreter, on CPU tensors: TRITON_INTERPRET=1 was set when this file was imported."""
 
+
+def _mend_interpreter() -> None:
+    """Lets loops run to a bound that is an argument: Triton 3.6's interpreter makes it an index in a way NumPy 2.4 refuses."""
+    from triton.runtime import interpreter
+
+    patch = interpreter._patch_lang_tensor
+
+    def patched(tensor: Any, scope: Any) -> None:
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    interpreter._patch_lang_tensor = patched
+
+
+if INTERPRETED:
+    _mend_interpreter()
+
 # ------------------------------------------------------------------------------------------------------------------
 # When the kernels can serve
 # ------------------------------------------------------------------------------------------------------------------

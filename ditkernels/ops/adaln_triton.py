@@ -47,6 +47,15 @@ from ditkernels.ops._triton import Tile, batch_stride, ceil_div, jit, packed, pi
 
 
 @jit
+def _tail_columns(HEAD: tl.constexpr, TAIL: tl.constexpr, ROWS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The tail's channels, (ROWS, TAIL): spread over the rows, so that vectors are loaded in the layout of the rows.
+
+    A narrow piece of one row would be laid out differently, and every use of the vector would pass through shared memory.
+    """
+    return HEAD + tl.arange(0, TAIL).to(tl.int64)[None, :] + tl.zeros([ROWS, 1], tl.int64)
+
+
+@jit
 def _mask(live, columns, END: tl.constexpr, D: tl.constexpr):  # type: ignore[no-untyped-def]
     """The mask of a piece that ends before channel END; its columns are tested only where the piece sticks out of the row."""
     mask = live
@@ -163,7 +172,7 @@ def forward_rows(  # type: ignore[no-untyped-def]
         x1 += line * D
     value = _new_stream(x, x_d, branch, branch_d, gate, branch_bias, x1, head, head_mask, HEAD, D)
     if TAIL > 0:
-        tail = HEAD + tl.arange(0, TAIL).to(tl.int64)[None, :]
+        tail = _tail_columns(HEAD, TAIL, ROWS)
         tail_mask = _mask(live, tail, HEAD + TAIL, D)
         tail_value = _new_stream(
             x, x_d, branch, branch_d, gate, branch_bias, x1, tail, tail_mask, HEAD + TAIL, D
@@ -225,6 +234,19 @@ def _through_norm(dnormed, normed, r, along_mean, along_normed):  # type: ignore
 
 
 @jit
+def _along(piece, ROWS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The sum of each row of a piece.
+
+    Of a single row it is a scalar: as a tensor it would have the layout of its piece, and to add those of head and tail
+    the compiler would move a whole piece through shared memory.
+    """
+    if ROWS == 1:
+        return tl.sum(tl.sum(piece, 1), 0)
+    else:
+        return tl.sum(piece, 1, keep_dims=True)
+
+
+@jit
 def _over_rows(piece):  # type: ignore[no-untyped-def]
     return tl.sum(piece, 0, keep_dims=True)
 
@@ -282,7 +304,7 @@ def backward_rows(  # type: ignore[no-untyped-def]
     first = (program % chunks) * chunk_rows
     head = tl.arange(0, HEAD).to(tl.int64)[None, :]
     if TAIL > 0:
-        tail = HEAD + tl.arange(0, TAIL).to(tl.int64)[None, :]
+        tail = _tail_columns(HEAD, TAIL, ROWS)
     if dx1 is not None:
         dx1 += sample * dx1_b
     if dh is not None:
@@ -305,10 +327,10 @@ def backward_rows(  # type: ignore[no-untyped-def]
     r = tl.zeros([1, HEAD], tl.float32)
     s = tl.zeros([1, HEAD], tl.float32)
     if TAIL > 0:
-        tail_p = tl.zeros([1, TAIL], tl.float32)
-        tail_q = tl.zeros([1, TAIL], tl.float32)
-        tail_r = tl.zeros([1, TAIL], tl.float32)
-        tail_s = tl.zeros([1, TAIL], tl.float32)
+        tail_p = tl.zeros([ROWS, TAIL], tl.float32)
+        tail_q = tl.zeros([ROWS, TAIL], tl.float32)
+        tail_r = tl.zeros([ROWS, TAIL], tl.float32)
+        tail_s = tl.zeros([ROWS, TAIL], tl.float32)
 
     last = tl.minimum(first + chunk_rows, N)
     for start in range(first, last, ROWS):
@@ -319,45 +341,60 @@ def backward_rows(  # type: ignore[no-untyped-def]
         if TAIL > 0:
             tail_mask = _mask(live, tail, HEAD + TAIL, D)
 
+        # All loads come before the first reduction: nothing is moved across its barrier, so these would
+        # wait for it. Those needed last stay in their own dtype, which takes fewer registers.
+        if dx1 is not None:
+            stream = tl.load(dx1 + rows * dx1_n + head * dx1_d, mask, 0.0)
+            if TAIL > 0:
+                tail_stream = tl.load(dx1 + rows * dx1_n + tail * dx1_d, tail_mask, 0.0)
+        if dbranch is not None:
+            u = tl.load(branch + rows * branch_n + head * branch_d, mask, 0.0)
+            if TAIL > 0:
+                tail_u = tl.load(branch + rows * branch_n + tail * branch_d, tail_mask, 0.0)
+
         if dh is not None:
-            mu = None
-            if mean is not None:
-                mu = tl.load(mean + line, live, 0.0)
-            scaling = tl.load(rstd + line, live, 0.0)
+            if ROWS == 1:
+                mu = tl.load(mean + sample * N + start) if mean is not None else None
+                scaling = tl.load(rstd + sample * N + start)
+            else:
+                mu = tl.load(mean + line, live, 0.0) if mean is not None else None
+                scaling = tl.load(rstd + line, live, 0.0)
             dnormed = _load(dh + rows * dh_n, dh_d, head, mask)
             normed = _normed(x1 + rows * x1_n, x1_d, mu, scaling, head, mask)
-            if SUM_P >= 0:
-                p += _over_rows(dnormed)
-            if SUM_Q >= 0:
-                q += _over_rows(dnormed * normed)
-            dnormed *= slope
-            along_normed = tl.sum(dnormed * normed, 1, keep_dims=True)
-            if mean is not None:
-                along_mean = tl.sum(dnormed, 1, keep_dims=True)
             if TAIL > 0:
                 tail_dnormed = _load(dh + rows * dh_n, dh_d, tail, tail_mask)
                 tail_normed = _normed(x1 + rows * x1_n, x1_d, mu, scaling, tail, tail_mask)
-                if SUM_P >= 0:
-                    tail_p += _over_rows(tail_dnormed)
-                if SUM_Q >= 0:
-                    tail_q += _over_rows(tail_dnormed * tail_normed)
+            if SUM_P >= 0:
+                p += _over_rows(dnormed)
+                if TAIL > 0:
+                    tail_p += tail_dnormed
+            if SUM_Q >= 0:
+                q += _over_rows(dnormed * normed)
+                if TAIL > 0:
+                    tail_q += tail_dnormed * tail_normed
+
+            dnormed *= slope
+            along_normed = _along(dnormed * normed, ROWS)
+            along_mean = _along(dnormed, ROWS) if mean is not None else None
+            if TAIL > 0:
                 tail_dnormed *= tail_slope
-                along_normed += tl.sum(tail_dnormed * tail_normed, 1, keep_dims=True)
+                along_normed += _along(tail_dnormed * tail_normed, ROWS)
                 if mean is not None:
-                    along_mean += tl.sum(tail_dnormed, 1, keep_dims=True)
+                    along_mean += _along(tail_dnormed, ROWS)
             along_normed = tl.div_rn(along_normed, D * 1.0)
-            along_mean = tl.div_rn(along_mean, D * 1.0) if mean is not None else None
+            if mean is not None:
+                along_mean = tl.div_rn(along_mean, D * 1.0)
             d = _through_norm(dnormed, normed, scaling, along_mean, along_normed)
             if TAIL > 0:
                 tail_d = _through_norm(tail_dnormed, tail_normed, scaling, along_mean, along_normed)
             if dx1 is not None:
-                d += _load(dx1 + rows * dx1_n, dx1_d, head, mask)
+                d += stream.to(tl.float32)
                 if TAIL > 0:
-                    tail_d += _load(dx1 + rows * dx1_n, dx1_d, tail, tail_mask)
+                    tail_d += tail_stream.to(tl.float32)
         else:
-            d = _load(dx1 + rows * dx1_n, dx1_d, head, mask)
+            d = stream.to(tl.float32)
             if TAIL > 0:
-                tail_d = _load(dx1 + rows * dx1_n, dx1_d, tail, tail_mask)
+                tail_d = tail_stream.to(tl.float32)
 
         if dx is not None:
             tl.store(dx + line * D + head, d.to(dx.dtype.element_ty), mask)
@@ -365,34 +402,35 @@ def backward_rows(  # type: ignore[no-untyped-def]
                 tl.store(dx + line * D + tail, tail_d.to(dx.dtype.element_ty), tail_mask)
         if dbranch is not None:
             tl.store(dbranch + line * D + head, (g * d).to(dbranch.dtype.element_ty), mask)
-            r += _over_rows(d * _load(branch + rows * branch_n, branch_d, head, mask))
+            r += _over_rows(d * u.to(tl.float32))
             if TAIL > 0:
                 tl.store(dbranch + line * D + tail, (tail_g * tail_d).to(dbranch.dtype.element_ty), tail_mask)
-                tail_r += _over_rows(tail_d * _load(branch + rows * branch_n, branch_d, tail, tail_mask))
+                tail_r += tail_d * tail_u.to(tl.float32)
         if SUM_S >= 0:
             s += _over_rows(d)
             if TAIL > 0:
-                tail_s += _over_rows(tail_d)
+                tail_s += tail_d
 
     if partial is not None:
+        tail = HEAD + tl.arange(0, TAIL).to(tl.int64)[None, :] if TAIL > 0 else None
         sums: tl.constexpr = (SUM_P >= 0) + (SUM_Q >= 0) + (SUM_R >= 0) + (SUM_S >= 0)
         partial += program.to(tl.int64) * (sums * D)
         if SUM_P >= 0:
             _store_sum(partial, SUM_P, p, head, HEAD, D)
             if TAIL > 0:
-                _store_sum(partial, SUM_P, tail_p, tail, HEAD + TAIL, D)
+                _store_sum(partial, SUM_P, _over_rows(tail_p), tail, HEAD + TAIL, D)
         if SUM_Q >= 0:
             _store_sum(partial, SUM_Q, q, head, HEAD, D)
             if TAIL > 0:
-                _store_sum(partial, SUM_Q, tail_q, tail, HEAD + TAIL, D)
+                _store_sum(partial, SUM_Q, _over_rows(tail_q), tail, HEAD + TAIL, D)
         if SUM_R >= 0:
             _store_sum(partial, SUM_R, r, head, HEAD, D)
             if TAIL > 0:
-                _store_sum(partial, SUM_R, tail_r, tail, HEAD + TAIL, D)
+                _store_sum(partial, SUM_R, _over_rows(tail_r), tail, HEAD + TAIL, D)
         if SUM_S >= 0:
             _store_sum(partial, SUM_S, s, head, HEAD, D)
             if TAIL > 0:
-                _store_sum(partial, SUM_S, tail_s, tail, HEAD + TAIL, D)
+                _store_sum(partial, SUM_S, _over_rows(tail_s), tail, HEAD + TAIL, D)
 
 
 @jit
@@ -506,9 +544,28 @@ def add_samples(  # type: ignore[no-untyped-def]
 # Tiles
 # ------------------------------------------------------------------------------------------------------------------
 
-# (rows, warps) by width, forward and backward.
-_FORWARD = {384: Tile(8, 4), 768: Tile(4, 4), 1024: Tile(2, 4), 1152: Tile(2, 4)}
-_BACKWARD = {384: Tile(4, 2), 768: Tile(2, 2), 1024: Tile(1, 4), 1152: Tile(1, 4)}
+# By width, and by the bytes of an element of the narrowest (B, N, D) tensor: rows and warps such that 128-bit accesses move the
+# head, and where it can be the tail, and that nothing spills.
+_FORWARD = {
+    (384, 2): Tile(2, 1),
+    (384, 4): Tile(2, 1),
+    (768, 2): Tile(2, 2),
+    (768, 4): Tile(2, 2),
+    (1024, 2): Tile(2, 4),
+    (1024, 4): Tile(2, 4),
+    (1152, 2): Tile(2, 4),
+    (1152, 4): Tile(2, 4),
+}
+_BACKWARD = {
+    (384, 2): Tile(2, 1),
+    (384, 4): Tile(1, 1),
+    (768, 2): Tile(1, 1),
+    (768, 4): Tile(1, 2),
+    (1024, 2): Tile(2, 4),
+    (1024, 4): Tile(2, 4),
+    (1152, 2): Tile(1, 4),
+    (1152, 4): Tile(1, 4),
+}
 
 _PROGRAMS = 1024
 _SHORTEST_CHUNK = 16
@@ -522,12 +579,16 @@ def _other_width(width: int) -> Tile:
     return Tile(max(1, min(8, 1024 // head)), max(4, min(32, head // 256)))
 
 
-def forward_tile(width: int) -> Tile:
-    return _FORWARD.get(width) or _other_width(width)
+def _narrowest(*tensors: Tensor | None) -> int:
+    return min(t.element_size() for t in tensors if t is not None)
 
 
-def backward_tile(width: int) -> Tile:
-    return _BACKWARD.get(width) or _other_width(width)
+def forward_tile(width: int, itemsize: int) -> Tile:
+    return _FORWARD.get((width, itemsize)) or _other_width(width)
+
+
+def backward_tile(width: int, itemsize: int) -> Tile:
+    return _BACKWARD.get((width, itemsize)) or _other_width(width)
 
 
 def chunking(batch: int, length: int, rows: int) -> tuple[int, int]:
@@ -561,7 +622,7 @@ def _forward(
     eps: float,
 ) -> None:
     batch, length, width = x.shape
-    tile = forward_tile(width)
+    tile = forward_tile(width, _narrowest(x, branch, h))
     head, tail = pieces(width)
     blocks = ceil_div(length, tile.rows)
     gate, shift, scale, branch_bias, weight, bias = map(
@@ -673,7 +734,7 @@ def _backward(
         gate is not None,
         branch_bias is not None,
     )
-    tile = backward_tile(width)
+    tile = backward_tile(width, _narrowest(dx1, dh, x1, branch))
     head, tail = pieces(width)
     chunks, chunk_rows = chunking(batch, length, tile.rows)
     partial = like.new_empty((batch, chunks, count, width), dtype=torch.float32) if count else None

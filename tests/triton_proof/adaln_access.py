@@ -1,0 +1,242 @@
+"""adaLN ops on the triton backend, interpreted: what the kernels read and write, in any order of programs, at any offset."""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from interpreted import Launch, guarded, in_place, load_source, reordered, shuffled, traced
+from test_adaln import BF16, F32, OPS, make_inputs, run
+from torch import Tensor
+from triton.runtime.errors import InterpreterError
+
+from ditkernels.ops import _registry as registry
+from ditkernels.ops import adaln, adaln_triton
+
+ALL = "gate shift scale branch_bias weight bias"
+# Reads and writes of (B, N, D) tensors, forward and backward, with these vectors present.
+PASSES = [
+    ("modulate_norm", ALL, 2, 3),
+    ("modulate_norm", "none", 2, 3),
+    ("gated_residual", ALL, 3, 3),
+    ("gated_residual", "gate", 3, 3),
+    ("gated_residual", "branch_bias", 3, 1),
+    ("gated_residual_norm", ALL, 4, 6),
+    ("gated_residual_norm", "gate shift scale", 4, 6),
+    ("gated_residual_norm", "weight bias", 4, 4),
+]
+
+
+@pytest.fixture(autouse=True)
+def _on_triton():
+    with registry.use_backend("triton"):
+        yield
+
+
+def passes(launches: list[Launch], shape: tuple[int, ...]) -> int:
+    """Checks that a (B, N, D) tensor is read once and wholly, or written so, or left alone; returns how many are touched."""
+    total = 0
+    for launch in launches:
+        for name, tensor in launch.tensors().items():
+            if tuple(tensor.shape) != shape:
+                assert tensor.numel() < shape.numel(), f"{launch.kernel}: {name} is a (B, N, D) temporary"
+                continue
+            for store in (False, True):
+                counts = launch.counts(name, store=store).unique().tolist()
+                assert counts in ([0], [1]), f"{launch.kernel}: {name} is touched {counts} times"
+                total += counts[0]
+    return total
+
+
+@pytest.mark.parametrize("width, length", [(1152, 5), (384, 5), (768, 5), (100, 17)])
+@pytest.mark.parametrize("op, present, forward, backward", PASSES)
+def test_every_tensor_is_touched_once_per_pass(
+    op: str, present: str, forward: int, backward: int, width: int, length: int
+) -> None:
+    inputs = make_inputs(op, 2, length, width, F32, BF16, present)
+    with traced() as launches:
+        run(getattr(adaln, op), inputs)
+    counted = Counter()
+    for launch in launches:
+        kind = "forward" if launch.kernel == "forward_rows" else "backward"
+        counted[kind] += passes([launch], inputs["x"].shape)
+    assert counted == {"forward": forward, "backward": backward}
+
+
+@pytest.mark.parametrize("width", [1152, 100])
+@pytest.mark.parametrize("op", OPS)
+def test_no_program_depends_on_another(op: str, width: int) -> None:
+    """Disjoint writes, no reads of another program's writes, nothing outside the arguments, equal bits in any order."""
+    inputs = (
+        make_inputs(op, 2, 33, width, F32, BF16) if width == 100 else make_inputs(op, 2, 3, width, F32, F32)
+    )
+    with traced() as launches:
+        straight = run(getattr(adaln, op), inputs)
+    for launch in launches:
+        assert not launch.writers_clash(), launch.kernel
+        assert not launch.crosstalk(), launch.kernel
+        assert launch.strays() == 0, launch.kernel
+    assert max(launch.programs for launch in launches if launch.kernel == "backward_rows") > 1
+    for seed in range(2):
+        with reordered(shuffled(seed)):
+            assert all(torch.equal(a, b) for a, b in zip(straight, run(getattr(adaln, op), inputs)))
+
+
+def test_the_number_of_chunks_depends_on_the_shape_alone_and_fills_a_gpu() -> None:
+    for batch, length, rows in [
+        (1, 256, 1),
+        (256, 256, 1),
+        (7, 1024, 2),
+        (3, 17, 2),
+        (2000, 5, 1),
+        (0, 5, 1),
+    ]:
+        chunks, chunk_rows = adaln_triton.chunking(batch, length, rows)
+        assert chunk_rows % rows == 0
+        assert (chunks - 1) * chunk_rows < length <= chunks * chunk_rows
+    assert adaln_triton.chunking(256, 256, 1) == (4, 64)
+    assert adaln_triton.chunking(1, 256, 1) == (16, 16)
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Offsets beyond 2^31
+# ------------------------------------------------------------------------------------------------------------------
+
+FAR = 1 << 31
+WIDTH, ROWS = 96, 8
+
+# A tensor of these shapes has more than 2^31 elements; its memory is never touched but for the rows a test writes.
+FAR_SHAPES = {"far row": (1, 22_400_000), "far sample": (1_400_000, 16)}
+
+
+def last(count: int) -> object:
+    return lambda programs: range(max(programs - count, 0), programs)
+
+
+def norm_there_and_back(kernels: dict, tensors: list[Tensor], vectors: list[Tensor]) -> list[Tensor]:
+    """x1, h, dx, dbranch of gated_residual_norm."""
+    x, branch, dx1, dh = tensors
+    gate, shift, scale = vectors
+    nothing = (None, None, None)
+    x1, h, mean, rstd = kernels["gated_residual_norm"](
+        x, branch, gate, shift, scale, *nothing, "layernorm", 1e-6, BF16
+    )
+    dx, dbranch, *_ = kernels["gated_residual_norm_backward"](
+        dx1, dh, x1, branch, gate, scale, *nothing, mean, rstd, shift, "layernorm"
+    )
+    return [x1, h, dx, dbranch]
+
+
+def check_rows_beyond(kernels: dict, batch: int, length: int) -> None:
+    """The last rows of tensors of more than 2^31 elements give the bits that the same rows give in small tensors."""
+    generator = torch.Generator().manual_seed(0)
+    near = [torch.randn(1, ROWS, WIDTH, generator=generator).to(BF16) for _ in range(4)]
+    tensors = [torch.empty(batch, length, WIDTH, dtype=BF16) for _ in near]
+    assert tensors[0].numel() > FAR + WIDTH * ROWS
+    for tensor, rows in zip(tensors, near):
+        tensor[-1, -ROWS:] = rows[0]
+    vectors = [torch.randn(1, WIDTH, generator=generator) for _ in range(3)]
+    expected = norm_there_and_back(kernels, near, vectors)
+    with in_place(), guarded(), reordered(last(1)):
+        got = norm_there_and_back(kernels, tensors, [v.expand(batch, WIDTH) for v in vectors])
+    for name, far, small in zip(("x1", "h", "dx", "dbranch"), got, expected):
+        assert torch.equal(far[-1, -ROWS:], small[0]), name
+
+
+def check_strides_beyond(kernels: dict) -> None:
+    """Tensors and vectors whose samples, rows or channels lie more than 2^31 elements apart give the bits of packed ones."""
+    generator = torch.Generator().manual_seed(0)
+    packed = [torch.randn(2, 2, 3, generator=generator).to(BF16) for _ in range(4)]
+    vectors = [torch.randn(2, 3, generator=generator).to(BF16) for _ in range(3)]
+    expected = norm_there_and_back(kernels, packed, vectors)
+    spread_vectors = [spread(v, (FAR + 8, 1)) for v in vectors]
+    for strides in ((FAR + 8, 3, 1), (3, FAR + 8, 1), (3, 6, FAR // 2 + 24)):
+        with in_place(), guarded():
+            got = norm_there_and_back(kernels, [spread(t, strides) for t in packed], spread_vectors)
+        assert all(map(torch.equal, got, expected)), strides
+
+
+def spread(tensor: Tensor, strides: tuple[int, ...]) -> Tensor:
+    extent = sum((n - 1) * s for n, s in zip(tensor.shape, strides)) + 1
+    return torch.empty(extent, dtype=tensor.dtype).as_strided(tensor.shape, strides).copy_(tensor)
+
+
+def check_sums_beyond(module: object) -> None:
+    """Partial sums and samples' terms of more than 2^31 elements: the last ones are found and added."""
+    samples, width, columns = 6_000_000, 96, 96
+    partial = torch.empty(samples, 1, 4, width)
+    partial[-1, 0] = torch.arange(4.0).unsqueeze(1) + 1
+    gate, scale = (torch.zeros(1, width).expand(samples, width) for _ in range(2))
+    dgate, dshift, dscale = (torch.empty(samples, width) for _ in range(3))
+    weight, bias, branch_bias = (torch.zeros(width) for _ in range(3))
+    terms = torch.empty(samples, 3, width)
+    assert partial.numel() > FAR
+    with in_place(), guarded(), reordered(last(1)):
+        module._triton.launch(
+            module.add_chunks,
+            samples,
+            module.Tile(1, 4),
+            partial.device,
+            *(partial, 1, gate, 0, scale, 0, branch_bias, weight, bias, dgate, dshift, dscale, terms),
+            D=width,
+            SUM_P=0,
+            SUM_Q=1,
+            SUM_R=2,
+            SUM_S=3,
+            COLUMNS=columns + 32,
+        )
+    assert [t[-1, -1].item() for t in (dshift, dgate)] == [1, 3]
+
+    samples, width = 44_000, 16384
+    terms = torch.empty(samples, 3, width)
+    assert terms.numel() > FAR
+    terms[-1, -1, -32:] = 5
+    outs = [torch.empty(width) for _ in range(3)]
+    with in_place(), guarded(), reordered(last(1)):
+        module._triton.launch(
+            module.add_samples,
+            width // 32,
+            module.Tile(1, 4),
+            terms.device,
+            *(terms, samples, *outs),
+            D=width,
+            KINDS=3,
+            SAMPLES=1024,
+            COLUMNS=32,
+        )
+    assert outs[2][-32:].tolist() == [5] * 32
+
+
+KERNELS = {
+    name: getattr(adaln_triton, f"_{name}")
+    for name in ("gated_residual_norm", "gated_residual_norm_backward")
+}
+
+
+@pytest.mark.parametrize("shape", FAR_SHAPES.values(), ids=FAR_SHAPES)
+def test_rows_beyond_2_to_the_31_elements(shape: tuple[int, int]) -> None:
+    check_rows_beyond(KERNELS, *shape)
+
+
+def test_strides_beyond_2_to_the_31_elements() -> None:
+    check_strides_beyond(KERNELS)
+
+
+def test_sums_beyond_2_to_the_31_elements() -> None:
+    check_sums_beyond(adaln_triton)
+
+
+def test_kernels_with_32_bit_offsets_would_be_found(tmp_path: Path) -> None:
+    source = Path(adaln_triton.__file__).read_text().replace(".to(tl.int64)", "")
+    narrow = load_source(adaln_triton, source, tmp_path / "narrow.py")
+    module = sys.modules["narrow"]
+    for shape in FAR_SHAPES.values():
+        with pytest.raises((InterpreterError, AssertionError)):
+            check_rows_beyond(narrow, *shape)
+    with pytest.raises((InterpreterError, AssertionError)):
+        check_strides_beyond(narrow)
+    with pytest.raises((InterpreterError, AssertionError)):
+        check_sums_beyond(module)

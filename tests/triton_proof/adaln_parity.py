@@ -1,0 +1,159 @@
+"""adaLN ops on the triton backend, interpreted: forward and every gradient by the numerical contract."""
+
+from __future__ import annotations
+
+import itertools
+
+import numerics
+import pytest
+import torch
+from test_adaln import BF16, F16, F32, F64, OPS, TAKES, VECTORS, assert_parity, make_inputs, run
+from torch import Tensor
+
+from ditkernels import reference
+from ditkernels.ops import _registry as registry
+from ditkernels.ops import adaln, adaln_triton
+
+# Each pair of (batch, length, width, stream dtype, branch dtype, norm) values that matters occurs in some row: one token, a
+# length that fills no block, several chunks; the paper's widths, an exact pair of pieces, a masked tail, tiny ones.
+COVERING = [
+    (1, 1, 384, F32, F32, "layernorm"),
+    (2, 17, 96, F32, BF16, "rmsnorm"),
+    (3, 5, 768, BF16, BF16, "layernorm"),
+    (4, 1, 1152, BF16, F32, "rmsnorm"),
+    (2, 33, 1024, F16, F16, "layernorm"),
+    (2, 19, 1152, F32, BF16, "layernorm"),
+    (4, 5, 100, F16, F32, "rmsnorm"),
+    (1, 33, 96, BF16, BF16, "rmsnorm"),
+    (2, 5, 768, F32, F32, "rmsnorm"),
+    (3, 33, 100, F32, F16, "layernorm"),
+    (4, 17, 384, BF16, BF16, "layernorm"),
+    (1, 5, 1024, F32, BF16, "rmsnorm"),
+    (3, 1, 768, F16, F16, "rmsnorm"),
+    (2, 17, 7, F32, F32, "layernorm"),
+    (2, 3, 1, BF16, BF16, "layernorm"),
+    (1, 2, 2500, F32, F32, "layernorm"),
+]
+
+
+@pytest.fixture(autouse=True)
+def _on_triton():
+    with registry.use_backend("triton"):
+        yield
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("case", COVERING, ids=lambda c: "-".join(str(v).replace("torch.", "") for v in c))
+def test_parity(op: str, case: tuple) -> None:
+    *shape, stream, branch, norm = case
+    options = {} if op == "gated_residual" else {"norm": norm, "out_dtype": branch}
+    assert_parity(op, make_inputs(op, *shape, stream, branch), **options)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_every_combination_of_optional_arguments(op: str) -> None:
+    optional = [n for n in TAKES[op] if n in VECTORS]
+    norms = itertools.cycle(reference.NORMS)
+    for count in range(len(optional) + 1):
+        for names in itertools.combinations(optional, count):
+            inputs = make_inputs(op, 2, 3, 11, F32, F32, " ".join(names) or "none")
+            assert_parity(op, inputs, **({} if op == "gated_residual" else {"norm": next(norms)}))
+
+
+@pytest.mark.parametrize("norm", reference.NORMS)
+@pytest.mark.parametrize("eps", [1e-6, 0.1])
+def test_eps_beside_a_variance_of_its_size(norm: str, eps: float) -> None:
+    inputs = make_inputs("modulate_norm", 2, 3, 12, F32, F32)
+    inputs["x"] = inputs["x"] * eps**0.5
+    assert_parity("modulate_norm", inputs, norm=norm, eps=eps)
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("shape", [(0, 5, 12), (2, 0, 12), (0, 0, 12)])
+def test_nothing_in_gives_nothing_out_and_zero_gradients(op: str, shape: tuple[int, int, int]) -> None:
+    inputs = make_inputs(op, *shape, F32, F32)
+    assert_parity(op, inputs)
+    gradients = run(getattr(adaln, op), inputs)[-len(inputs) :]
+    assert all((g == 0).all() for g in gradients)
+
+
+@pytest.mark.parametrize("layout", ["expanded", "transposed", "sliced"])
+@pytest.mark.parametrize("op", OPS)
+def test_cotangents_of_any_strides(op: str, layout: str) -> None:
+    """Autograd hands on cotangents as they come: expanded by a sum, transposed by a permute, sliced by a split."""
+    inputs = make_inputs(op, 2, 5, 12, F32, F32)
+
+    def gradients(function: object, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        leaves = {n: v.to(dtype).detach().requires_grad_() for n, v in inputs.items()}
+        outputs = function(**leaves)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        made = {
+            "expanded": torch.ones((), dtype=dtype).expand(2, 5, 12),
+            "transposed": torch.arange(120, dtype=dtype).reshape(12, 5, 2).transpose(0, 2) / 120,
+            "sliced": (torch.arange(240, dtype=dtype).reshape(2, 10, 12) / 240)[:, ::2],
+        }
+        return torch.autograd.grad(outputs, list(leaves.values()), [made[layout]] * len(outputs))
+
+    plain = getattr(reference, op)
+    results = gradients(getattr(adaln, op), F32), gradients(plain, F32), gradients(plain, F64)
+    for actual, low, exact, name in zip(*results, inputs):
+        numerics.assert_contract(actual, low, exact, f"d{name} from a {layout} cotangent")
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_gradient_through_one_output_alone(which: int) -> None:
+    inputs = make_inputs("gated_residual_norm", 2, 5, 12, F32, F32)
+
+    def gradients(function: object, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        leaves = {n: v.to(dtype).detach().requires_grad_() for n, v in inputs.items()}
+        loss = function(**leaves)[which].square().sum()
+        return torch.autograd.grad(loss, list(leaves.values()), allow_unused=True, materialize_grads=True)
+
+    plain = reference.gated_residual_norm
+    results = gradients(adaln.gated_residual_norm, F32), gradients(plain, F32), gradients(plain, F64)
+    for actual, low, exact, name in zip(*results, inputs):
+        numerics.assert_contract(actual, low, exact, f"d{name} through output {which}")
+
+
+def test_the_statistics_are_those_of_the_stream_as_stored() -> None:
+    x, branch = torch.randn(2, 3, 96, dtype=BF16), torch.randn(2, 3, 96)
+    x1, _, mean, _ = adaln_triton._gated_residual_norm(
+        x, branch, None, None, None, None, None, None, "layernorm", 1e-6, F32
+    )
+    numerics.assert_contract(mean, x1.float().mean(-1), x1.double().mean(-1), "mean of the stored stream")
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_repeats_bit_for_bit_and_writes_every_output(op: str) -> None:
+    inputs = make_inputs(op, 2, 19, 100, BF16, BF16)
+    first = run(getattr(adaln, op), inputs)
+    torch.use_deterministic_algorithms(True)  # fills fresh memory with NaN
+    try:
+        second = run(getattr(adaln, op), inputs)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(torch.equal(a, b) for a, b in zip(first, second))
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_agrees_with_the_torch_backend_on_which_gradients_exist(op: str) -> None:
+    inputs = make_inputs(op, 2, 3, 12, BF16, F32)
+    fused = run(getattr(adaln, op), inputs)
+    with registry.use_backend("torch"):
+        plain = run(getattr(adaln, op), inputs)
+    described = [[(t.shape, t.dtype, t.is_contiguous()) for t in results] for results in (fused, plain)]
+    assert described[0] == described[1]
+
+
+@pytest.mark.parametrize(
+    "make, words",
+    [
+        (lambda: torch.zeros(1, 2, 8, dtype=F64), "torch.float64 is not among the kernels' dtypes"),
+        (lambda: torch.zeros(1, 1, 16385), "a row of 16385 channels does not fit in registers"),
+    ],
+)
+def test_what_the_kernels_cannot_take_is_refused_before_launch(make: object, words: str) -> None:
+    with pytest.raises(registry.BackendError, match=words):
+        adaln.modulate_norm(make())
+    with registry.use_backend("auto"):
+        assert adaln.MODULATE_NORM.choose(make(), None, None, None, None, "layernorm", 1e-6, F32) == "torch"

@@ -1,0 +1,242 @@
+"""What the interpreter lets us see of a kernel: every address it touches, and what happens when programs run in another order.
+
+Needs a process with TRITON_INTERPRET=1.
+
+    with traced() as launches: ...           every launch with its arguments and every load and store of each program
+    with reordered(lambda n: order): ...     programs run in another order, or only some of them
+    with in_place(): ...                     arguments are not copied, so that they may be views of storage too large to copy
+    with guarded(): ...                      a stray load or store is an exception and not a crash
+    with mutant(module, old, new, folder):   the ops run on the kernels of ``module`` with ``old`` replaced by ``new`` in its source
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import itertools
+import sys
+import types
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+from torch import Tensor
+from triton.runtime import interpreter
+
+from ditkernels.ops import _registry as registry
+from ditkernels.ops import _triton
+
+BUILDER = interpreter.interpreter_builder
+
+
+@dataclass
+class Touch:
+    """The elements one program loads or stores in one instruction: their addresses, masked ones left out."""
+
+    program: int
+    store: bool
+    addresses: np.ndarray
+
+
+@dataclass
+class Launch:
+    """One launch: the kernel's name, its arguments by name, and what its programs touched."""
+
+    kernel: str
+    programs: int
+    arguments: dict[str, Any]
+    touches: list[Touch] = field(default_factory=list)
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {n: v for n, v in self.arguments.items() if isinstance(v, Tensor) and v.numel()}
+
+    def counts(self, name: str, *, store: bool) -> Tensor:
+        """How often each element of an argument was loaded, or stored: integers in the argument's shape."""
+        tensor = self.arguments[name]
+        addresses = element_addresses(tensor)
+        touched = [t.addresses for t in self.touches if t.store == store] or [np.empty(0, np.uint64)]
+        seen, times = np.unique(np.concatenate(touched), return_counts=True)
+        if len(seen) == 0:
+            return torch.zeros(tensor.shape, dtype=torch.int64)
+        at = np.searchsorted(seen, addresses).clip(max=len(seen) - 1)
+        return torch.from_numpy(np.where(seen[at] == addresses, times[at], 0)).reshape(tensor.shape)
+
+    def strays(self) -> int:
+        """Accesses to an address that is no element of an argument."""
+        known = np.unique(np.concatenate([element_addresses(t) for t in self.tensors().values()]))
+        return sum(int((~np.isin(t.addresses, known)).sum()) for t in self.touches)
+
+    def writers_clash(self) -> bool:
+        """Whether two programs store to the same address."""
+        pairs = [
+            np.stack([np.unique(t.addresses), np.full(len(np.unique(t.addresses)), t.program, np.uint64)])
+            for t in self.touches
+            if t.store
+        ]
+        if not pairs:
+            return False
+        unique = np.unique(np.concatenate(pairs, axis=1), axis=1)
+        return len(np.unique(unique[0])) != unique.shape[1]
+
+    def crosstalk(self) -> bool:
+        """Whether a program loads what another program of the launch stores."""
+        stored = {p: set() for p in range(self.programs)}
+        for t in self.touches:
+            if t.store:
+                stored[t.program].update(t.addresses.tolist())
+        everything = np.array(sorted(itertools.chain.from_iterable(stored.values())), np.uint64)
+        return any(
+            bool(set(t.addresses[np.isin(t.addresses, everything)].tolist()) - stored[t.program])
+            for t in self.touches
+            if not t.store
+        )
+
+
+def element_addresses(tensor: Tensor) -> np.ndarray:
+    """The address of every element, in row-major order of its shape."""
+    offsets = torch.zeros((), dtype=torch.int64)
+    for size, stride in zip(tensor.shape, tensor.stride()):
+        offsets = offsets.unsqueeze(-1) + torch.arange(size) * stride
+    return (tensor.data_ptr() + offsets.flatten().numpy() * tensor.element_size()).astype(np.uint64)
+
+
+@contextlib.contextmanager
+def traced() -> Iterator[list[Launch]]:
+    """Records every launch made through ``_triton.launch``."""
+    launches: list[Launch] = []
+    launch, load, store = _triton.launch, BUILDER.create_masked_load, BUILDER.create_masked_store
+
+    def recording(kernel: Any, programs: int, tile: Any, device: Any, *args: Any, **constants: Any) -> None:
+        names = list(inspect.signature(kernel.fn).parameters)
+        launches.append(Launch(kernel.fn.__name__, programs, {**dict(zip(names, args)), **constants}))
+        launch(kernel, programs, tile, device, *args, **constants)
+
+    def note(pointers: Any, mask: Any, store: bool) -> None:
+        addresses = pointers.data.reshape(-1)[np.broadcast_to(mask.data, pointers.data.shape).reshape(-1)]
+        launches[-1].touches.append(Touch(int(BUILDER.grid_idx[0]), store, addresses.astype(np.uint64)))
+
+    def loading(pointers: Any, mask: Any, *rest: Any) -> Any:
+        note(pointers, mask, False)
+        return load(pointers, mask, *rest)
+
+    def storing(pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
+        note(pointers, mask, True)
+        return store(pointers, value, mask, *rest)
+
+    with (
+        mock.patch.object(_triton, "launch", recording),
+        mock.patch.object(BUILDER, "create_masked_load", loading),
+        mock.patch.object(BUILDER, "create_masked_store", storing),
+    ):
+        yield launches
+
+
+@contextlib.contextmanager
+def reordered(order: Callable[[int], Sequence[int]]) -> Iterator[None]:
+    """Runs the programs ``order(n)`` of every launch of n programs, in that order; it may leave programs out."""
+    launch, set_index = _triton.launch, BUILDER.set_grid_idx
+
+    def chosen(kernel: Any, programs: int, tile: Any, device: Any, *args: Any, **constants: Any) -> None:
+        indices = list(order(programs)) if programs else []
+        with mock.patch.object(BUILDER, "set_grid_idx", lambda x, y, z: set_index(indices[x], y, z)):
+            launch(kernel, len(indices), tile, device, *args, **constants)
+
+    with mock.patch.object(_triton, "launch", chosen):
+        yield
+
+
+def shuffled(seed: int) -> Callable[[int], list[int]]:
+    return lambda n: torch.randperm(n, generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+@contextlib.contextmanager
+def in_place() -> Iterator[None]:
+    """Stops the interpreter from copying the storage of every argument to the host and back."""
+
+    def as_they_are(self: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        return args, kwargs
+
+    def nothing(self: Any, *args: Any) -> None:
+        return None
+
+    with (
+        mock.patch.object(interpreter.GridExecutor, "_init_args_hst", as_they_are),
+        mock.patch.object(interpreter.GridExecutor, "_restore_args_dev", nothing),
+    ):
+        yield
+
+
+class OutOfBounds(AssertionError):
+    """A kernel would have touched memory outside the storage of its arguments."""
+
+
+@contextlib.contextmanager
+def guarded() -> Iterator[None]:
+    """Raises OutOfBounds before a load or store outside the storage of the launch's arguments, which could end the process."""
+    launch, load, store = _triton.launch, BUILDER.create_masked_load, BUILDER.create_masked_store
+    starts, ends = np.empty(0, np.uint64), np.empty(0, np.uint64)
+
+    def watching(kernel: Any, programs: int, tile: Any, device: Any, *args: Any, **constants: Any) -> None:
+        nonlocal starts, ends
+        storages = {
+            a.untyped_storage().data_ptr(): a.untyped_storage() for a in args if isinstance(a, Tensor)
+        }
+        starts = np.array(sorted(storages), np.uint64)
+        ends = np.array([p + storages[p].nbytes() for p in sorted(storages)], np.uint64)
+        launch(kernel, programs, tile, device, *args, **constants)
+
+    def check(pointers: Any, mask: Any) -> None:
+        addresses = pointers.data.reshape(-1)[np.broadcast_to(mask.data, pointers.data.shape).reshape(-1)]
+        at = np.searchsorted(starts, addresses.astype(np.uint64), side="right") - 1
+        if ((at < 0) | (addresses >= ends[at])).any():
+            raise OutOfBounds("an address outside the storage of the arguments")
+
+    def loading(pointers: Any, mask: Any, *rest: Any) -> Any:
+        check(pointers, mask)
+        return load(pointers, mask, *rest)
+
+    def storing(pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
+        check(pointers, mask)
+        return store(pointers, value, mask, *rest)
+
+    with (
+        mock.patch.object(_triton, "launch", watching),
+        mock.patch.object(BUILDER, "create_masked_load", loading),
+        mock.patch.object(BUILDER, "create_masked_store", storing),
+    ):
+        yield
+
+
+def load_source(module: types.ModuleType, source: str, path: Path) -> dict[str, Callable[..., Any]]:
+    """Runs ``source`` as another copy of ``module``; returns the kernels it would register, by op, without registering them."""
+    path.write_text(source)  # the interpreter reads a kernel's source from its file
+    copy = types.ModuleType(path.stem)
+    copy.__file__ = str(path)
+    registered: dict[str, Callable[..., Any]] = {}
+
+    def collect(op: Any, backend: str, kernel: Callable[..., Any], *, refuse: Any = None) -> None:
+        registered[op.name] = kernel
+
+    sys.modules[path.stem] = copy
+    with mock.patch.object(registry, "implement", collect):
+        exec(compile(source, str(path), "exec"), copy.__dict__)
+    return registered
+
+
+@contextlib.contextmanager
+def mutant(module: types.ModuleType, old: str, new: str, folder: Path) -> Iterator[None]:
+    """Runs the ops on the kernels of ``module`` with ``old``, which must occur in its source, replaced by ``new`` everywhere."""
+    source = Path(module.__file__ or "").read_text()
+    assert old in source, f"the source of {module.__name__} has no {old!r}"
+    path = folder / f"mutant_{abs(hash((old, new)))}.py"
+    registered = load_source(module, source.replace(old, new), path)
+    with contextlib.ExitStack() as stack:
+        for name, kernel in registered.items():
+            stack.enter_context(
+                mock.patch.object(registry.OPS[name].implementations["triton"], "call", kernel)
+            )
+        yield
