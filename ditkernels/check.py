@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
+import subprocess
 import sys
 import zlib
 from collections.abc import Callable, Iterator, Mapping
@@ -28,6 +30,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ditkernels import ops, reference
 from ditkernels.ops import _registry as registry
+from ditkernels.ops import _triton
 from ditkernels.ops.attention import explain
 
 CONTRACT_FACTOR = 2.0
@@ -333,23 +336,25 @@ class Result(NamedTuple):
         return self.ratio is not None and not self.ratio <= 1
 
 
-def results(device: torch.device) -> Iterator[Result]:
-    """Every op on every backend in every precision, on ``device``."""
+def results(device: torch.device, only: str | None = None) -> Iterator[Result]:
+    """Every op on every backend, or on the one named ``only``, in every precision, on ``device``."""
     for op, cases_of_op in groupby(CASES, key=lambda case: case.op):
         cases = tuple(cases_of_op)
         for precision in PRECISIONS:
             if not precision.mixed or cases[0].has_stream:
-                yield from _results_of(op, cases, precision, device)
+                yield from _results_of(op, cases, precision, device, only)
 
 
 def _results_of(
-    op: str, cases: tuple[Case, ...], precision: Precision, device: torch.device
+    op: str, cases: tuple[Case, ...], precision: Precision, device: torch.device, only: str | None
 ) -> Iterator[Result]:
     found: dict[str, list[Parity]] = {}
     reasons: dict[str, str] = {}
     for case in cases:
         inputs = case.inputs(precision, device)
         for backend, reason in refusals(case, inputs).items():
+            if only not in (None, backend):
+                continue
             ran = found.setdefault(backend, [])
             if reason is None:
                 ran.append(parity(case, inputs, backend))
@@ -380,19 +385,41 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--device", default="auto", help="cpu, cuda, cuda:1 ...; auto is cuda if there is one"
     )
+    parser.add_argument(
+        "--backend", choices=registry.BACKENDS, help="check the ops on this backend alone, without attention"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     """Prints the table; returns 0, or 1 if a check failed.
 
+    On a CPU the Triton kernels follow in a process of their own, in Triton's interpreter.
+
     Raises:
         ValueError: a device that is not there.
     """
-    return 0 if report(sys.stdout, resolve_device(args.device)) else 1
+    device = resolve_device(args.device)
+    interpret = device.type == "cpu" and _triton.MISSING is None and not _triton.INTERPRETED
+    if interpret and args.backend == "triton":
+        return 0 if _interpreted() else 1
+    held = report(sys.stdout, device, args.backend)
+    if interpret and args.backend is None:
+        held = _interpreted() and held
+    return 0 if held else 1
 
 
-def report(file: TextIO, device: torch.device | None = None) -> bool:
+def _interpreted() -> bool:
+    """Checks the Triton kernels in Triton's interpreter, which has to be chosen before Triton is imported."""
+    print("\nThe Triton kernels, in Triton's interpreter:", flush=True)
+    command = [sys.executable, "-m", "ditkernels", "check", "--device", "cpu", "--backend", "triton"]
+    return subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, check=False).returncode == 0
+
+
+def report(file: TextIO, device: torch.device | None = None, only: str | None = None) -> bool:
     """Checks every op on every backend on ``device`` (default: a GPU if there is one) and prints a table.
+
+    Args:
+        only: a backend of the ops, to check that one alone.
 
     Returns:
         Whether everything held.
@@ -401,7 +428,7 @@ def report(file: TextIO, device: torch.device | None = None) -> bool:
     print(f"Checking every op against fp64 on {_device_name(device)}, forward and every gradient", file=file)
     print(_ROW.format("op", "backend", "dtype", "error/allowed", "worst in"), file=file)
     found = []
-    for result in results(device):
+    for result in results(device, only):
         found.append(result)
         if result.ratio is not None:
             print(_line(result), file=file)

@@ -96,13 +96,13 @@ def run(args: argparse.Namespace) -> int:
         ImportError: scikit-learn or matplotlib is not installed.
     """
     _require_demo_extra()
-    device = _resolve_device(args.device)
+    from ditkernels import check
+
+    device = check.resolve_device(args.device)
     training = replace(TRAINING, steps=args.steps, seed=args.seed)
     sampling = replace(SAMPLING, guidance_scale=args.guidance, seed=args.seed)
     sampling_diffusion = create_diffusion(str(args.sampling_steps))
     args.out.mkdir(parents=True, exist_ok=True)
-
-    from ditkernels import check
 
     if not check.report(sys.stdout):
         print("The check failed, so nothing is trained: its results could not be trusted.")
@@ -188,21 +188,6 @@ def _require_demo_extra() -> None:
     missing = [name for name in ("sklearn", "matplotlib") if importlib.util.find_spec(name) is None]
     if missing:
         raise ImportError(f"the demo needs {' and '.join(missing)}: pip install ditkernels[demo]")
-
-
-def _resolve_device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(f"--device: got {name!r}, allowed are auto, cpu, cuda, cuda:N") from error
-    gpus = torch.cuda.device_count()
-    if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"--device: got {name!r}, allowed are auto, cpu, cuda, cuda:N")
-    if device.type == "cuda" and (device.index or 0) >= gpus:
-        raise ValueError(f"--device: got {name!r}, but this machine has {gpus} usable CUDA devices")
-    return device
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 import io
 import math
+import re
 
 import numerics
 import pytest
@@ -192,6 +193,13 @@ def test_mixed_precision_lowers_all_but_the_stream():
     assert {tensor.dtype for tensor in inputs.values()} == {torch.bfloat16}
 
 
+@pytest.fixture
+def nothing_interpreted(monkeypatch):
+    """Leaves out the Triton kernels, which take most of a minute in the interpreter."""
+    monkeypatch.setattr(check, "_interpreted", lambda: True)
+
+
+@pytest.mark.usefixtures("nothing_interpreted")
 def test_the_command_prints_a_table_and_the_verdict(capsys):
     assert cli.main(["check", "--device", "cpu"]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -201,6 +209,7 @@ def test_the_command_prints_a_table_and_the_verdict(capsys):
     assert lines[-1].startswith("All ")
 
 
+@pytest.mark.usefixtures("nothing_interpreted")
 def test_the_command_fails_when_a_check_does(monkeypatch, capsys):
     replace_kernel(monkeypatch, "unpatchify", lambda out: out + 1)
     monkeypatch.setattr(check, "CASES", (case("unpatchify"), case("gated_residual")))
@@ -221,3 +230,22 @@ def test_the_users_choice_of_backend_survives():
         assert parity_of("unpatchify").ratio <= 1
         assert registry.backend_setting() == "triton"
         assert registry.attention_setting() == "plain"
+
+
+def test_the_triton_kernels_are_interpreted_in_a_process_of_their_own(capfd):
+    assert cli.main(["check", "--device", "cpu", "--backend", "triton"]) == 0
+    printed = capfd.readouterr().out
+    assert "in Triton's interpreter" in printed
+    assert re.search(r"gated_residual_norm +triton +fp32\+bf16", printed)
+    assert not re.search(r"^ +\w+ +torch ", printed, re.MULTILINE)
+
+
+def test_the_command_fails_when_the_interpreted_kernels_do(monkeypatch, capsys):
+    monkeypatch.setattr(check, "CASES", (case("unpatchify"),))
+    monkeypatch.setattr(check, "_interpreted", lambda: False)
+    assert cli.main(["check", "--device", "cpu"]) == 1
+
+
+def test_a_backend_that_is_not_here_has_checked_nothing(capsys):
+    assert cli.main(["check", "--device", "cpu", "--backend", "cuda"]) == 1
+    assert "cuda: " in capsys.readouterr().out

@@ -255,7 +255,7 @@ class CuDNN(TorchBackend):
     kernel = SDPBackend.CUDNN_ATTENTION
     # PyTorch never asks cuDNN for its deterministic backward and refuses the kernel in that mode instead.
     deterministic_backward = False
-    status = "its refusals are tested; its numbers only by the GPU tests"
+    status = "its refusals are tested; its numbers never, the GPU tests have not run yet"
 
     def refuse(self, problem: Problem) -> str | None:
         reason = _cuda_reason(problem, HALF, multiple=8, largest=128) or super().refuse(problem)
@@ -282,7 +282,7 @@ class TorchFlash(TorchBackend):
 
     name = "torch_flash"
     kernel = SDPBackend.FLASH_ATTENTION
-    status = "tested on CPU; on a GPU its numbers only by the GPU tests"
+    status = "tested on CPU; on a GPU never, the GPU tests have not run yet"
 
     def refuse(self, problem: Problem) -> str | None:
         if problem.device.type == "cpu":
@@ -299,7 +299,7 @@ class TorchEfficient(TorchBackend):
 
     name = "torch_efficient"
     kernel = SDPBackend.EFFICIENT_ATTENTION
-    status = "its refusals are tested; its numbers only by the GPU tests"
+    status = "its refusals are tested; its numbers never, the GPU tests have not run yet"
 
     def refuse(self, problem: Problem) -> str | None:
         multiple = 4 if problem.dtype == torch.float32 else 8
