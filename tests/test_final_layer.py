@@ -245,17 +245,26 @@ def test_repeats_bit_for_bit_and_writes_every_output() -> None:
     assert all(torch.equal(a, b) for a, b in zip(first, second))
 
 
-def test_the_backward_recomputes_the_rows_of_the_forward() -> None:
-    """With one-hot cotangents dW is a row of h itself: it must be the h that the forward multiplied, to the bit."""
-    inputs = make_inputs(1, (1, 1), 96, 1, F32, BF16, channels=96)
-    inputs["weight"] = torch.eye(96, dtype=BF16)
+def test_rows_are_rounded_to_the_weights_dtype_forward_and_backward() -> None:
+    """Every backend multiplies the same rows: with an identity for weight the image shows them, and dW sums them."""
+    inputs = make_inputs(1, (1, 2), 96, 1, F32, BF16, channels=96)
+    inputs["weight"] = torch.eye(96, dtype=BF16).requires_grad_()
     del inputs["bias"]
-    out, *_, dweight = forward_and_gradients(final_layer, inputs, grid=(1, 1), patch_size=1)
-    leaves = {n: v.detach().requires_grad_() for n, v in inputs.items()}
-    image = final_layer(**leaves, grid=(1, 1), patch_size=1)
-    image[0, 0, 0, 0].backward()
-    assert dweight.shape == (96, 96)
-    assert torch.equal(leaves["weight"].grad[0], out.flatten())
+    rows = final_layer(**inputs, grid=(1, 2), patch_size=1, out_dtype=F32)
+    assert torch.equal(rows, rows.to(BF16).float())
+    rows[0, 0].sum().backward()
+    assert torch.equal(inputs["weight"].grad[0], rows[0].sum((1, 2)).to(BF16))
+
+
+def test_a_wider_image_is_not_rounded_to_the_weights_dtype() -> None:
+    image = final_layer(**make_inputs(2, GRID, 96, 2, BF16, BF16), grid=GRID, patch_size=2, out_dtype=F32)
+    assert not torch.equal(image, image.to(BF16).float())
+
+
+def test_the_statistics_of_the_rows_take_no_gradient() -> None:
+    tensors = [t.detach().requires_grad_() for t in make_inputs(2, GRID, 12, 2).values()]
+    out, mean, rstd = FINAL_LAYER.call(*tensors, *GRID, 2, "layernorm", 1e-6, F32)
+    assert (out.requires_grad, mean.requires_grad, rstd.requires_grad) == (True, False, False)
 
 
 def test_autocast_gives_what_the_plain_model_gives() -> None:

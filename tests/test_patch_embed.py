@@ -228,6 +228,20 @@ def test_autocast_gives_what_the_plain_model_gives(
         assert patch_embed(**inputs).dtype == expected
 
 
+def test_x_and_weight_are_rounded_for_the_product() -> None:
+    """Every backend multiplies the same values: x in the weight's dtype, and under autocast both in autocast's."""
+    inputs = make_inputs(2, (3, 2), 12, 2)
+    rounded = {n: v.to(BF16) if n in ("x", "weight") else v for n, v in inputs.items()}
+    want = forward_and_gradients(patch_embed, rounded, out_dtype=F32)
+    half = forward_and_gradients(patch_embed, {**rounded, "x": inputs["x"]}, out_dtype=F32)
+    with torch.autocast("cpu", dtype=BF16):
+        lowered = forward_and_gradients(patch_embed, inputs, out_dtype=F32)
+    assert torch.equal(half[0], want[0])
+    assert torch.equal(lowered[0], want[0])
+    assert torch.equal(half[2], want[2])
+    assert torch.equal(lowered[2], want[2].float())
+
+
 def test_autocast_does_not_round_inside_the_op() -> None:
     inputs = make_inputs(2, (3, 2), 12, 2)
     dy, needs = torch.randn(2, 6, 12), [True] * 4

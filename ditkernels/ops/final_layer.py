@@ -362,8 +362,7 @@ def _torch_final_layer(
     tokens = product(rows.to(weight.dtype).to(wide), weight.to(wide).t())
     if bias is not None:
         tokens = tokens + bias.to(wide)
-    image = _torch_unpatchify(tokens.to(out_dtype), grid_h, grid_w, patch_size)
-    return image, mean.contiguous(), rstd.contiguous()
+    return _torch_unpatchify(tokens.to(out_dtype), grid_h, grid_w, patch_size), mean, rstd
 
 
 def _modulated_rows(
@@ -423,8 +422,7 @@ def _torch_final_layer_backward(
     gated = None if gate is None else branch
     inputs = (x, gated, gate, branch_bias, shift, scale, norm_weight, norm_bias, weight, bias)
     return tuple(
-        x.new_empty(0) if value is None or grad is None else grad.contiguous()
-        for value, grad in zip(inputs, grads)
+        x.new_empty(0) if value is None or grad is None else grad for value, grad in zip(inputs, grads)
     )
 
 
