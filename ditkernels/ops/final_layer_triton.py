@@ -5,18 +5,21 @@ An absent argument (branch, gate, scale ...) is None and its code is not compile
     forward_rows     a program owns ``ROWS`` tokens of one sample. Reads x (and the branch) once, writes the image, and mean
                      and rstd of each row (B, N), fp32: 1 pass (2 with a branch).
 
-    backward_rows    a program owns one chunk of the tokens of one sample and walks through it, ``ROWS`` tokens at a time.
-                     Gathers dz from dout, reads x (and the branch), writes dx (and dbranch): 2 passes (4), and adds up the
-                     sums P, Q, R, S of adaln.py in fp32; those that are needed go to partial sums (B, chunks, sums, D),
-                     fp32, which ``add_chunks`` and ``add_samples`` of adaln_triton.py bring together.
-                     dh is multiplied out twice, once for its two means along the row and once for dx, because keeping it
-                     beside the stream and the branch would outgrow the registers.
+    row_means        a program owns ``ROWS`` tokens of one sample. Gathers dz from dout, reads x (and the branch): 1 pass (2);
+                     writes the means of dx̂ and dx̂·x̂ along each row (B, N), fp32.
 
-    weight_products  a program owns ``COLUMNS`` channels and one group of consecutive tokens, samples in order. Reads x (and
-                     the branch) a second time, 1 pass (2), or ceil(V / 512) for more values than that; writes partial
-                     sums of dW (groups, V, D) and of dbias (groups, V), fp32, which patch_embed_triton.py's ``add_groups`` adds up.
-                     It is a kernel of its own because at D = 1152 the sums of dW (147 KB at V = 32), the stream and the branch
-                     of 16 rows do not fit in one program's registers together.
+    backward_columns a program owns ``COLUMNS`` channels and one group of chunks, a chunk being consecutive tokens of a sample.
+                     Reads x (and the branch) a second time, writes dx (and dbranch): 2 passes (4). Adds up the sums P, Q,
+                     R, S of adaln.py over each chunk; those that are needed go to partial sums (B, chunks, sums, D), fp32,
+                     which ``add_chunks`` and ``add_samples`` of adaln_triton.py bring together. For V <= 128 it adds up dW
+                     and dbias too, in partial sums (groups, V, D) and (groups, V), fp32, which patch_embed_triton.py's
+                     ``add_groups`` brings together.
+
+    weight_products  dW and dbias for V > 128, in the same kind of partial sums: a program owns ``COLUMNS`` channels and a group of
+                     consecutive tokens. Reads x (and the branch) once more for every 512 values.
+
+                     The whole backward is 3 passes (6), where 2 (4) would do if a program could hold a row: at D = 1152 the
+                     sums of dW (147 KB at V = 32), the stream and the branch of 16 rows outgrow its registers.
 
     place_values     unpatchify: a program owns part of one row of patches of one sample; writes the image side by side.
     gather_values    its backward: the same the other way round.
@@ -169,26 +172,27 @@ def forward_rows(  # type: ignore[no-untyped-def]
     if scale is not None:
         scale += sample * scale_b
 
+    # Sums along a row are kept per column of a piece to the end, so that warps meet once and not at every piece.
     stream = ()
-    mu = tl.zeros([ROWS, 1], tl.float32)
+    sums = tl.zeros([ROWS, PIECE], tl.float32)
     for i in tl.static_range(PIECES):
         columns = (i * PIECE + tl.arange(0, PIECE)).to(tl.int64)[None, :]
         mask = _mask(live, columns, (i + 1) * PIECE, D)
         piece = _stream_piece(x, x_d, branch, branch_d, gate, branch_bias, columns, mask, (i + 1) * PIECE, D)
-        mu += tl.sum(piece, 1, keep_dims=True)
+        sums += piece
         stream = stream + (piece,)  # type: ignore[assignment]  # noqa: RUF005
     if mean is not None:
-        mu = tl.div_rn(mu, D * 1.0)
+        mu = tl.div_rn(tl.sum(sums, 1, keep_dims=True), D * 1.0)
         tl.store(mean + sample * N + rows, mu, live)
     else:
         mu = tl.zeros([ROWS, 1], tl.float32)
 
-    squares = tl.zeros([ROWS, 1], tl.float32)
+    squares = tl.zeros([ROWS, PIECE], tl.float32)
     for i in tl.static_range(PIECES):
         columns = (i * PIECE + tl.arange(0, PIECE)).to(tl.int64)[None, :]
         centred = _centred(stream[i], mu, columns, (i + 1) * PIECE, D)
-        squares += tl.sum(centred * centred, 1, keep_dims=True)
-    scaling = tl.rsqrt(tl.div_rn(squares, D * 1.0) + eps)
+        squares += centred * centred
+    scaling = tl.rsqrt(tl.div_rn(tl.sum(squares, 1, keep_dims=True), D * 1.0) + eps)
     tl.store(rstd + sample * N + rows, scaling, live)
 
     hidden = ()
@@ -216,7 +220,6 @@ def forward_rows(  # type: ignore[no-untyped-def]
 @jit
 def _dh(  # type: ignore[no-untyped-def]
     dout,
-    dz,
     tokens,
     grid_w,
     dout_o,
@@ -233,26 +236,21 @@ def _dh(  # type: ignore[no-untyped-def]
     P: tl.constexpr,
     PRODUCT: tl.constexpr,
     VALUES: tl.constexpr,
+    COLUMNS: tl.constexpr,
     ROWS: tl.constexpr,
-    PIECE: tl.constexpr,
 ):
-    """One piece of dh = Wᵀ·dz in fp32. dz is at hand where one tile holds all its values, else None and gathered here."""
-    dh = tl.zeros([ROWS, PIECE], tl.float32)
+    """One tile of dh = Wᵀ·dz in fp32."""
+    dh = tl.zeros([ROWS, COLUMNS], tl.float32)
     for first in range(0, V, VALUES):
         places = first + tl.arange(0, VALUES)
-        if dz is None:
-            part = _patch_values(
-                dout, tokens, places[None, :], grid_w, dout_o, dout_y, dout_x, live, V, P
-            ).to(PRODUCT)
-        else:
-            part = dz
+        dz = _patch_values(dout, tokens, places[None, :], grid_w, dout_o, dout_y, dout_x, live, V, P)
         w = _weight_tile(weight, w_v, w_d, places[:, None], columns, V, END, D)
-        dh = tl.dot(part, w.to(PRODUCT), dh, input_precision="ieee")
+        dh = tl.dot(dz.to(PRODUCT), w.to(PRODUCT), dh, input_precision="ieee")
     return dh
 
 
 @jit
-def backward_rows(  # type: ignore[no-untyped-def]
+def row_means(  # type: ignore[no-untyped-def]
     dout,
     dout_b,
     dout_o,
@@ -277,12 +275,100 @@ def backward_rows(  # type: ignore[no-untyped-def]
     w_d,
     mean,
     rstd,
+    mean_dnormed,
+    mean_product,
+    N,
+    blocks,
+    grid_w,
+    D: tl.constexpr,
+    V: tl.constexpr,
+    P: tl.constexpr,
+    PRODUCT: tl.constexpr,
+    VALUES: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    program = tl.program_id(0)
+    ROUND: tl.constexpr = (D + COLUMNS - 1) // COLUMNS * COLUMNS
+    sample = (program // blocks).to(tl.int64)
+    tokens = (program % blocks) * ROWS + tl.arange(0, ROWS)[:, None]
+    live = tokens < N
+    rows = tokens.to(tl.int64)
+    line = sample * N + rows
+    dout += sample * dout_b
+    x += sample * x_b + rows * x_n
+    if branch is not None:
+        branch += sample * branch_b + rows * branch_n
+    if gate is not None:
+        gate += sample * gate_b
+    if scale is not None:
+        scale += sample * scale_b
+    scaling = tl.load(rstd + line, live, 0.0)
+    if mean is not None:
+        mu = tl.load(mean + line, live, 0.0)
+
+    products = tl.zeros([ROWS, COLUMNS], tl.float32)
+    dnormeds = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for start in range(0, D, COLUMNS):
+        columns = (start + tl.arange(0, COLUMNS)).to(tl.int64)[None, :]
+        mask = _mask(live, columns, ROUND, D)
+        normed = _stream_piece(x, x_d, branch, branch_d, gate, branch_bias, columns, mask, ROUND, D)
+        if mean is not None:
+            normed -= mu
+        normed *= scaling
+        dh = _dh(
+            *(dout, tokens, grid_w, dout_o, dout_y, dout_x, live, weight, w_v, w_d, columns),
+            *(ROUND, D, V, P, PRODUCT, VALUES, COLUMNS, ROWS),
+        )
+        dnormed = dh * _slope(scale, norm_weight, columns, ROUND, D)
+        products += dnormed * normed
+        dnormeds += dnormed
+    tl.store(mean_product + line, tl.div_rn(tl.sum(products, 1, keep_dims=True), D * 1.0), live)
+    if mean is not None:
+        tl.store(mean_dnormed + line, tl.div_rn(tl.sum(dnormeds, 1, keep_dims=True), D * 1.0), live)
+
+
+@jit
+def backward_columns(  # type: ignore[no-untyped-def]
+    dout,
+    dout_b,
+    dout_o,
+    dout_y,
+    dout_x,
+    x,
+    x_b,
+    x_n,
+    x_d,
+    branch,
+    branch_b,
+    branch_n,
+    branch_d,
+    gate,
+    gate_b,
+    shift,
+    shift_b,
+    scale,
+    scale_b,
+    branch_bias,
+    norm_weight,
+    norm_bias,
+    weight,
+    w_v,
+    w_d,
+    mean,
+    rstd,
+    mean_dnormed,
+    mean_product,
     dx,
     dbranch,
     partial,
+    weight_partial,
+    bias_partial,
     N,
     chunks,
     chunk_rows,
+    all_chunks,
+    group_chunks,
     grid_w,
     D: tl.constexpr,
     SUM_P: tl.constexpr,
@@ -292,110 +378,116 @@ def backward_rows(  # type: ignore[no-untyped-def]
     V: tl.constexpr,
     P: tl.constexpr,
     PRODUCT: tl.constexpr,
-    PIECE: tl.constexpr,
-    PIECES: tl.constexpr,
-    SLOTS: tl.constexpr,
     VALUES: tl.constexpr,
+    HELD: tl.constexpr,
+    COLUMNS: tl.constexpr,
     ROWS: tl.constexpr,
 ):
     program = tl.program_id(0)
-    sample = (program // chunks).to(tl.int64)
-    start = (program % chunks) * chunk_rows
-    dout += sample * dout_b
-    x += sample * x_b
-    if branch is not None:
-        branch += sample * branch_b
-    if gate is not None:
-        gate += sample * gate_b
-    if scale is not None:
-        scale += sample * scale_b
+    tiles: tl.constexpr = (D + COLUMNS - 1) // COLUMNS
+    ROUND: tl.constexpr = tiles * COLUMNS
+    sums: tl.constexpr = (SUM_P >= 0) + (SUM_Q >= 0) + (SUM_R >= 0) + (SUM_S >= 0)
+    column_tile = program % tiles
+    columns = (column_tile * COLUMNS + tl.arange(0, COLUMNS)).to(tl.int64)[None, :]
+    inside = _mask(columns >= 0, columns, ROUND, D)
+    group = program // tiles
+    places = tl.arange(0, HELD)
 
-    # A sum over rows is wanted per channel: slot i of these holds piece i, so that all threads share the whole row of sums.
-    slots = tl.arange(0, SLOTS)[:, None]
-    p = tl.zeros([SLOTS, PIECE], tl.float32)
-    q = tl.zeros([SLOTS, PIECE], tl.float32)
-    r = tl.zeros([SLOTS, PIECE], tl.float32)
-    s = tl.zeros([SLOTS, PIECE], tl.float32)
-
-    last = tl.minimum(start + chunk_rows, N)
-    for first in range(start, last, ROWS):
-        tokens = first + tl.arange(0, ROWS)[:, None]
-        live = tokens < last
-        rows = tokens.to(tl.int64)
-        line = sample * N + rows
-        mu = tl.zeros([ROWS, 1], tl.float32)
-        if mean is not None:
-            mu = tl.load(mean + line, live, 0.0)
-        scaling = tl.load(rstd + line, live, 0.0)
-        dz = None
-        if V <= VALUES:
-            values = tl.arange(0, VALUES)[None, :]
-            dz = _patch_values(dout, tokens, values, grid_w, dout_o, dout_y, dout_x, live, V, P).to(PRODUCT)
-
-        stream = ()
-        branches = ()
-        along_mean = tl.zeros([ROWS, 1], tl.float32)
-        along_normed = tl.zeros([ROWS, 1], tl.float32)
-        for i in tl.static_range(PIECES):
-            columns = (i * PIECE + tl.arange(0, PIECE)).to(tl.int64)[None, :]
-            mask = _mask(live, columns, (i + 1) * PIECE, D)
-            value = _load(x + rows * x_n, x_d, columns, mask)
+    dw = tl.zeros([HELD, COLUMNS], tl.float32)
+    db = tl.zeros([HELD], tl.float32)
+    start = group * group_chunks
+    for chunk in range(start, tl.minimum(start + group_chunks, all_chunks)):
+        sample = (chunk // chunks).to(tl.int64)
+        first = (chunk % chunks) * chunk_rows
+        last = tl.minimum(first + chunk_rows, N)
+        own_gate = None
+        own_shift = None
+        own_scale = None
+        if gate is not None:
+            own_gate = gate + sample * gate_b
+        if shift is not None:
+            own_shift = shift + sample * shift_b
+        if scale is not None:
+            own_scale = scale + sample * scale_b
+        p = tl.zeros([1, COLUMNS], tl.float32)
+        q = tl.zeros([1, COLUMNS], tl.float32)
+        r = tl.zeros([1, COLUMNS], tl.float32)
+        s = tl.zeros([1, COLUMNS], tl.float32)
+        for block in range(first, last, ROWS):
+            tokens = block + tl.arange(0, ROWS)[:, None]
+            live = tokens < last
+            rows = tokens.to(tl.int64)
+            line = sample * N + rows
+            mask = _mask(live, columns, ROUND, D)
+            value = _load(x + sample * x_b + rows * x_n, x_d, columns, mask)
             if branch is not None:
-                u = tl.load(branch + rows * branch_n + columns * branch_d, mask, 0.0)
-                branches = branches + (u,)  # type: ignore[assignment]  # noqa: RUF005
-                u = u.to(tl.float32)
+                u = _load(branch + sample * branch_b + rows * branch_n, branch_d, columns, mask)
+                through = u
                 if branch_bias is not None:
-                    u += _channels(branch_bias, columns, (i + 1) * PIECE, D)
+                    through += _channels(branch_bias, columns, ROUND, D)
                 if gate is not None:
-                    u *= _channels(gate, columns, (i + 1) * PIECE, D)
-                value += u
-            stored = value.to(x.dtype.element_ty)
-            stream = stream + (stored,)  # type: ignore[assignment]  # noqa: RUF005
-            normed = (stored.to(tl.float32) - mu) * scaling
+                    through *= _channels(own_gate, columns, ROUND, D)
+                value += through
+            normed = value.to(x.dtype.element_ty).to(tl.float32)
+            if mean is not None:
+                normed -= tl.load(mean + line, live, 0.0)
+            scaling = tl.load(rstd + line, live, 0.0)
+            normed *= scaling
             dh = _dh(
-                *(dout, dz, tokens, grid_w, dout_o, dout_y, dout_x, live, weight, w_v, w_d, columns),
-                *((i + 1) * PIECE, D, V, P, PRODUCT, VALUES, ROWS, PIECE),
+                *(dout + sample * dout_b, tokens, grid_w, dout_o, dout_y, dout_x, live, weight, w_v, w_d),
+                *(columns, ROUND, D, V, P, PRODUCT, VALUES, COLUMNS, ROWS),
             )
             if SUM_P >= 0:
-                p += tl.where(slots == i, _over_rows(dh), 0.0)
+                p += _over_rows(dh)
             if SUM_Q >= 0:
-                q += tl.where(slots == i, _over_rows(dh * normed), 0.0)
-            dnormed = dh * _slope(scale, norm_weight, columns, (i + 1) * PIECE, D)
-            along_normed += tl.sum(dnormed * normed, 1, keep_dims=True)
-            along_mean += tl.sum(dnormed, 1, keep_dims=True)
-        along_normed = tl.div_rn(along_normed, D * 1.0)
-        along_mean = tl.div_rn(along_mean, D * 1.0) if mean is not None else None
-
-        for i in tl.static_range(PIECES):
-            columns = (i * PIECE + tl.arange(0, PIECE)).to(tl.int64)[None, :]
-            mask = _mask(live, columns, (i + 1) * PIECE, D)
-            normed = (stream[i].to(tl.float32) - mu) * scaling
-            dh = _dh(
-                *(dout, dz, tokens, grid_w, dout_o, dout_y, dout_x, live, weight, w_v, w_d, columns),
-                *((i + 1) * PIECE, D, V, P, PRODUCT, VALUES, ROWS, PIECE),
-            )
-            dnormed = dh * _slope(scale, norm_weight, columns, (i + 1) * PIECE, D)
-            d = _through_norm(dnormed, normed, scaling, along_mean, along_normed)
+                q += _over_rows(dh * normed)
+            if weight_partial is not None:
+                h = _modulated(normed, own_shift, own_scale, norm_weight, norm_bias, columns, ROUND, D)
+                h = h.to(weight.dtype.element_ty).to(PRODUCT)
+                dz = _patch_values(
+                    dout + sample * dout_b,
+                    tokens,
+                    places[None, :],
+                    grid_w,
+                    dout_o,
+                    dout_y,
+                    dout_x,
+                    live,
+                    V,
+                    P,
+                )
+                dw = tl.dot(tl.trans(dz).to(PRODUCT), h, dw, input_precision="ieee")
+                if bias_partial is not None:
+                    db += tl.sum(dz.to(tl.float32), 0)
+            along_mean = None
+            if mean is not None:
+                along_mean = tl.load(mean_dnormed + line, live, 0.0)
+            dnormed = dh * _slope(own_scale, norm_weight, columns, ROUND, D)
+            d = _through_norm(dnormed, normed, scaling, along_mean, tl.load(mean_product + line, live, 0.0))
             tl.store(dx + line * D + columns, d.to(dx.dtype.element_ty), mask)
             if dbranch is not None:
-                through_gate = d * _channels(gate, columns, (i + 1) * PIECE, D)
+                through_gate = d * _channels(own_gate, columns, ROUND, D)
                 tl.store(dbranch + line * D + columns, through_gate.to(dbranch.dtype.element_ty), mask)
-                r += tl.where(slots == i, _over_rows(d * branches[i].to(tl.float32)), 0.0)
+                r += _over_rows(d * u)
             if SUM_S >= 0:
-                s += tl.where(slots == i, _over_rows(d), 0.0)
+                s += _over_rows(d)
 
-    if partial is not None:
-        sums: tl.constexpr = (SUM_P >= 0) + (SUM_Q >= 0) + (SUM_R >= 0) + (SUM_S >= 0)
-        channels = slots * PIECE + tl.arange(0, PIECE)[None, :]
-        partial += program.to(tl.int64) * (sums * D) + channels
-        if SUM_P >= 0:
-            tl.store(partial + SUM_P * D, p, channels < D)
-        if SUM_Q >= 0:
-            tl.store(partial + SUM_Q * D, q, channels < D)
-        if SUM_R >= 0:
-            tl.store(partial + SUM_R * D, r, channels < D)
-        if SUM_S >= 0:
-            tl.store(partial + SUM_S * D, s, channels < D)
+        if partial is not None:
+            at = partial + tl.cast(chunk, tl.int64) * (sums * D) + columns
+            if SUM_P >= 0:
+                tl.store(at + SUM_P * D, p, inside)
+            if SUM_Q >= 0:
+                tl.store(at + SUM_Q * D, q, inside)
+            if SUM_R >= 0:
+                tl.store(at + SUM_R * D, r, inside)
+            if SUM_S >= 0:
+                tl.store(at + SUM_S * D, s, inside)
+
+    if weight_partial is not None:
+        lines = group.to(tl.int64) * V + places
+        tl.store(weight_partial + lines[:, None] * D + columns, dw, (places < V)[:, None] & inside)
+        if bias_partial is not None:
+            tl.store(bias_partial + lines, db, (places < V) & (column_tile == 0))
 
 
 @jit
@@ -567,6 +659,9 @@ _GROUPS = 32
 _ROWS_PER_VALUE = 8  # so that the partial sums of dW stay below 1/8 of the elements of x
 _ACCUMULATORS = 16384
 
+_MEANS = Tile(32, 4)
+_MERGED = 128  # values of a patch whose dW fits beside the rest in the registers
+
 _ELEMENTS = 1024
 
 
@@ -585,6 +680,25 @@ def product_tile(values: int) -> tuple[int, int, Tile]:
     """(values, columns, tile) of ``weight_products``: all values up to 512, then as many columns as the registers hold."""
     held = value_tile(values, 512)
     return held, max(32, min(128, _ACCUMULATORS // held)), Tile(_PRODUCT_ROWS, 4 if held <= 32 else 8)
+
+
+def column_tile(values: int) -> tuple[int, int, Tile]:
+    """(values whose dW is held, columns, tile) of ``backward_columns``."""
+    held = value_tile(values, _MERGED)
+    return held, 128 if held <= 32 else 64, Tile(32, 8)
+
+
+def chunk_groups(batch: int, length: int, values: int) -> tuple[int, int, int, int]:
+    """(chunks of a sample, rows of a chunk, groups, chunks of a group) of ``backward_columns``, from shapes alone."""
+    chunks, chunk_rows = adaln_triton.chunking(batch, length, _PRODUCT_ROWS)
+    shortest = ceil_div(_ROWS_PER_VALUE * min(values, _MERGED), chunk_rows)
+    group_chunks = max(ceil_div(batch * chunks, _GROUPS), shortest)
+    return chunks, chunk_rows, ceil_div(batch * chunks, group_chunks), group_chunks
+
+
+def _values_at_a_time(product: Any) -> int:
+    """fp32 operands are kept in registers, halves are read from shared memory as the tensor cores need them."""
+    return 32 if product == tl.float32 else 128
 
 
 def grouping(batch: int, length: int, values: int) -> tuple[int, int, int]:
@@ -705,14 +819,40 @@ def _final_layer_backward(
         grid_w=grid_w,
         patch_size=patch_size,
     )
-    dx, dbranch, *dvectors = _row_gradients(arguments)
-    dweight, dbias = _weight_gradients(arguments, bias)
+    dx, dbranch, *dvectors, dweight, dbias = _gradients(arguments, bias)
     gradients = (dx, dbranch, *dvectors, dweight, dbias)
     return tuple(x.new_empty(0) if g is None else g for g in gradients)
 
 
-def _row_gradients(a: _Arguments) -> tuple[Tensor | None, ...]:
-    """dx, dbranch and the gradients of gate, branch_bias, shift, scale, norm_weight, norm_bias; None for what is absent."""
+def _row_means(a: _Arguments) -> tuple[Tensor | None, Tensor]:
+    """The means of dx̂ and of dx̂·x̂ along each row, (B, N) in fp32; none of the first for rmsnorm."""
+    batch, length, width = a.x.shape
+    values = a.weight.shape[0]
+    means = None if a.mean is None else torch.empty_like(a.rstd)
+    product_means = torch.empty_like(a.rstd)
+    product = product_dtype(a.dout, a.weight)
+    blocks = ceil_div(length, _MEANS.rows)
+    _triton.launch(
+        row_means,
+        batch * blocks,
+        _MEANS,
+        a.x.device,
+        *(a.dout, *a.dout.stride(), a.x, *strides(a.x), a.branch, *strides(a.branch)),
+        *(a.gate, batch_stride(a.gate), a.scale, batch_stride(a.scale), a.branch_bias, a.norm_weight),
+        *(a.weight, *a.weight.stride(), a.mean, a.rstd, means, product_means, length, blocks, a.grid_w),
+        D=width,
+        V=values,
+        P=a.patch_size,
+        PRODUCT=product,
+        VALUES=value_tile(values, _values_at_a_time(product)),
+        COLUMNS=_PIECE,
+        ROWS=_MEANS.rows,
+    )
+    return means, product_means
+
+
+def _gradients(a: _Arguments, bias: Tensor | None) -> tuple[Tensor | None, ...]:
+    """All gradients in the order of the op's outputs, None for what is absent."""
     batch, length, width = a.x.shape
     values = a.weight.shape[0]
     places, count = adaln_triton._sum_indices(
@@ -721,36 +861,47 @@ def _row_gradients(a: _Arguments) -> tuple[Tensor | None, ...]:
         a.gate is not None,
         a.branch_bias is not None,
     )
-    tile = row_tile(width)
-    piece, pieces = row_pieces(width)
-    chunks, chunk_rows = adaln_triton.chunking(batch, length, tile.rows)
+    means = _row_means(a)
+    merged = values <= _MERGED
+    product = product_dtype(a.dout, a.weight)
+    held, columns, tile = column_tile(values)
+    chunks, chunk_rows, groups, group_chunks = chunk_groups(batch, length, values)
     dx = adaln_triton._contiguous(a.x)
     dbranch = None if a.branch is None or a.gate is None else adaln_triton._contiguous(a.branch)
     partial = a.x.new_empty((batch, chunks, count, width), dtype=torch.float32) if count else None
+    weight_partial = a.x.new_empty((groups, values * width), dtype=torch.float32) if merged else None
+    bias_partial = (
+        a.x.new_empty((groups, values), dtype=torch.float32) if merged and bias is not None else None
+    )
     _triton.launch(
-        backward_rows,
-        batch * chunks,
+        backward_columns,
+        groups * ceil_div(width, columns),
         tile,
         a.x.device,
         *(a.dout, *a.dout.stride(), a.x, *strides(a.x), a.branch, *strides(a.branch)),
-        *(a.gate, batch_stride(a.gate), a.scale, batch_stride(a.scale), a.branch_bias, a.norm_weight),
-        *(a.weight, *a.weight.stride(), a.mean, a.rstd, dx, dbranch, partial),
-        *(length, chunks, chunk_rows, a.grid_w),
+        *(a.gate, batch_stride(a.gate), a.shift, batch_stride(a.shift), a.scale, batch_stride(a.scale)),
+        *(a.branch_bias, a.norm_weight, a.norm_bias, a.weight, *a.weight.stride(), a.mean, a.rstd),
+        *(*means, dx, dbranch, partial, weight_partial, bias_partial),
+        *(length, chunks, chunk_rows, batch * chunks, group_chunks, a.grid_w),
         **places,
         D=width,
         V=values,
         P=a.patch_size,
-        PRODUCT=product_dtype(a.dout, a.weight),
-        PIECE=piece,
-        PIECES=pieces,
-        SLOTS=1 << (pieces - 1).bit_length(),
-        VALUES=value_tile(values, 128),
+        PRODUCT=product,
+        VALUES=value_tile(values, _values_at_a_time(product)),
+        HELD=held,
+        COLUMNS=columns,
         ROWS=tile.rows,
     )
     dgate, dshift, dscale, dbranch_bias, dnorm_weight, dnorm_bias = _add_partial(
         partial, places, a.gate, a.shift, a.scale, a.branch_bias, a.norm_weight, a.norm_bias
     )
-    return dx, dbranch, dgate, dbranch_bias, dshift, dscale, dnorm_weight, dnorm_bias
+    if not merged:
+        weight_partial, bias_partial = _weight_products(a, bias)
+    assert weight_partial is not None
+    dweight = sum_groups(weight_partial, a.weight)
+    dbias = sum_groups(bias_partial, bias) if bias is not None and bias_partial is not None else None
+    return dx, dbranch, dgate, dbranch_bias, dshift, dscale, dnorm_weight, dnorm_bias, dweight, dbias
 
 
 def _add_partial(
@@ -788,7 +939,8 @@ def _add_partial(
     return dgate, dshift, dscale, dbranch_bias, dnorm_weight, dnorm_bias
 
 
-def _weight_gradients(a: _Arguments, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+def _weight_products(a: _Arguments, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Partial sums of dweight and dbias, where a patch has too many values for ``backward_columns`` to hold them."""
     batch, length, width = a.x.shape
     values = a.weight.shape[0]
     held, columns, tile = product_tile(values)
@@ -812,8 +964,7 @@ def _weight_gradients(a: _Arguments, bias: Tensor | None) -> tuple[Tensor, Tenso
         COLUMNS=columns,
         ROWS=tile.rows,
     )
-    dbias = None if bias is None or bias_partial is None else sum_groups(bias_partial, bias)
-    return sum_groups(partial, a.weight), dbias
+    return partial, bias_partial
 
 
 def _unpatchify(tokens: Tensor, grid_h: int, grid_w: int, patch_size: int) -> Tensor:
