@@ -11,7 +11,7 @@ import functools
 import re
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -165,10 +165,3 @@ def recorded(capability: int) -> Iterator[list[Compiled]]:
         yield kernels
     finally:
         _triton.launch = before
-
-
-def wide_share(accesses: list[Access], belongs: Callable[[str], bool]) -> tuple[int, float]:
-    """Of the accesses with a source line that ``belongs``: bytes a thread moves in all, and the share by 128-bit accesses."""
-    mine = [a for a in accesses if any(map(belongs, a.lines))]
-    total = sum(a.bytes for a in mine)
-    return total, sum(a.bytes for a in mine if a.bytes >= 16) / max(total, 1)

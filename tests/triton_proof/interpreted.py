@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-import itertools
 import sys
 import types
 from collections.abc import Callable, Iterator, Sequence
@@ -70,30 +69,34 @@ class Launch:
         known = np.unique(np.concatenate([element_addresses(t) for t in self.tensors().values()]))
         return sum(int((~np.isin(t.addresses, known)).sum()) for t in self.touches)
 
+    def _writers(self) -> tuple[np.ndarray, np.ndarray]:
+        """Every stored address with the program that stored it, sorted; an address comes once for each of its programs."""
+        stores = [t for t in self.touches if t.store]
+        addresses = np.concatenate([t.addresses for t in stores] or [np.empty(0, np.uint64)])
+        owners = np.concatenate(
+            [np.full(len(t.addresses), t.program) for t in stores] or [np.empty(0, np.int64)]
+        )
+        order = np.lexsort((owners, addresses))
+        addresses, owners = addresses[order], owners[order]
+        first = np.ones(len(addresses), bool)
+        first[1:] = (addresses[1:] != addresses[:-1]) | (owners[1:] != owners[:-1])
+        return addresses[first], owners[first]
+
     def writers_clash(self) -> bool:
         """Whether two programs store to the same address."""
-        pairs = [
-            np.stack([np.unique(t.addresses), np.full(len(np.unique(t.addresses)), t.program, np.uint64)])
-            for t in self.touches
-            if t.store
-        ]
-        if not pairs:
-            return False
-        unique = np.unique(np.concatenate(pairs, axis=1), axis=1)
-        return len(np.unique(unique[0])) != unique.shape[1]
+        addresses, _ = self._writers()
+        return len(np.unique(addresses)) != len(addresses)
 
     def crosstalk(self) -> bool:
-        """Whether a program loads what another program of the launch stores."""
-        stored = {p: set() for p in range(self.programs)}
-        for t in self.touches:
-            if t.store:
-                stored[t.program].update(t.addresses.tolist())
-        everything = np.array(sorted(itertools.chain.from_iterable(stored.values())), np.uint64)
-        return any(
-            bool(set(t.addresses[np.isin(t.addresses, everything)].tolist()) - stored[t.program])
-            for t in self.touches
-            if not t.store
-        )
+        """Whether a program loads what another program of the launch stores; only asked where no writers clash."""
+        addresses, owners = self._writers()
+        for touch in self.touches:
+            if touch.store or len(addresses) == 0:
+                continue
+            at = np.searchsorted(addresses, touch.addresses).clip(max=len(addresses) - 1)
+            if ((addresses[at] == touch.addresses) & (owners[at] != touch.program)).any():
+                return True
+        return False
 
 
 def element_addresses(tensor: Tensor) -> np.ndarray:
@@ -138,11 +141,15 @@ def traced() -> Iterator[list[Launch]]:
 @contextlib.contextmanager
 def reordered(order: Callable[[int], Sequence[int]]) -> Iterator[None]:
     """Runs the programs ``order(n)`` of every launch of n programs, in that order; it may leave programs out."""
-    launch, set_index = _triton.launch, BUILDER.set_grid_idx
+    launch = _triton.launch
 
     def chosen(kernel: Any, programs: int, tile: Any, device: Any, *args: Any, **constants: Any) -> None:
         indices = list(order(programs)) if programs else []
-        with mock.patch.object(BUILDER, "set_grid_idx", lambda x, y, z: set_index(indices[x], y, z)):
+
+        def set_index(x: int, y: int, z: int) -> None:
+            BUILDER.grid_idx = (indices[x], y, z)
+
+        with mock.patch.object(BUILDER, "set_grid_idx", set_index):
             launch(kernel, len(indices), tile, device, *args, **constants)
 
     with mock.patch.object(_triton, "launch", chosen):

@@ -1,0 +1,151 @@
+"""adaLN kernels compiled for GPUs that are not there: what the machine code of every launch at the paper's widths looks like."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from ahead import Compiled, recorded
+
+from ditkernels.ops import _triton, adaln_triton
+from ditkernels.reference import SIZES
+
+F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
+WIDE_SHARE = 0.88  # of the bytes of a (B, N, D) tensor: 1024 of the 1152 channels of XL
+BATCH, TOKENS = 2, 256
+TENSOR_CORES = (
+    "HMMA",
+    "HGMMA",
+    "QGMMA",
+    "UTCHMMA",
+    "UTCQMMA",
+)  # there is no product here, so nothing to round to TF32
+
+# Where the source touches each (B, N, D) tensor.
+PLACES = {
+    "forward_rows": {
+        "x": "_load(x,",
+        "branch": "_load(branch,",
+        "x1": "tl.store(x1 +",
+        "h": "tl.store(h +",
+    },
+    "backward_rows": {
+        "dx1": "tl.load(dx1 +",
+        "dh": "_load(dh +",
+        "x1": "_normed(x1 +",
+        "branch": "tl.load(branch +",
+        "dx": "tl.store(dx +",
+        "dbranch": "tl.store(dbranch +",
+    },
+}
+TOUCHED = {
+    "modulate_norm": {"forward_rows": ("x", "h"), "backward_rows": ("dh", "x1", "dx")},
+    "gated_residual": {"forward_rows": ("x", "branch", "x1"), "backward_rows": ("dx1", "branch", "dbranch")},
+    "gated_residual_norm": {
+        "forward_rows": tuple(PLACES["forward_rows"]),
+        "backward_rows": tuple(PLACES["backward_rows"]),
+    },
+}
+
+
+def compile_op(
+    op: str, width: int, stream: torch.dtype, branch: torch.dtype, norm: str, capability: int
+) -> list[Compiled]:
+    """Every kernel of the op's forward and backward, as launched with all vectors, those of a sample being chunks of one tensor."""
+    x, dx = (torch.empty(BATCH, TOKENS, width, dtype=stream) for _ in range(2))
+    u, dh = (torch.empty(BATCH, TOKENS, width, dtype=branch) for _ in range(2))
+    gate, shift, scale, *_ = torch.empty(BATCH, 6 * width, dtype=branch).chunk(6, dim=1)
+    weight, bias, branch_bias = (torch.empty(width) for _ in range(3))
+    rstd = torch.empty(BATCH, TOKENS)
+    mean = rstd if norm == "layernorm" else torch.empty(0)
+    saved = (weight, bias, mean, rstd, shift, norm)
+    k = adaln_triton
+    with recorded(capability) as kernels:
+        if op == "modulate_norm":
+            k._modulate_norm(x, shift, scale, weight, bias, norm, 1e-6, branch)
+            k._modulate_norm_backward(dh, x, scale, *saved)
+        elif op == "gated_residual":
+            k._gated_residual(x, u, gate, branch_bias)
+            k._gated_residual_backward(dx, u, gate, branch_bias)
+        else:
+            k._gated_residual_norm(x, u, gate, shift, scale, branch_bias, weight, bias, norm, 1e-6, branch)
+            k._gated_residual_norm_backward(dx, dh, x, u, gate, scale, branch_bias, *saved)
+    return kernels
+
+
+def wide_shares(kernel: Compiled, tensors: tuple[str, ...]) -> dict[str, float]:
+    """Of the bytes of each (B, N, D) tensor that the kernel's code names: the share moved by 128-bit accesses."""
+    shares = {}
+    accesses = kernel.accesses()
+    for name in tensors:
+        place = PLACES[kernel.name][name]
+        mine = [a for a in accesses if any(place in line for line in a.lines)]
+        assert mine, f"{kernel.name}: no access to {name} found"
+        shares[name] = sum(a.bytes for a in mine if a.bytes >= 16) / sum(a.bytes for a in mine)
+    return shares
+
+
+def check(op: str, width: int, stream: torch.dtype, branch: torch.dtype, norm: str, capability: int) -> None:
+    kernels = compile_op(op, width, stream, branch, norm, capability)
+    assert [k.name for k in kernels] == ["forward_rows", "backward_rows", "add_chunks", "add_samples"]
+    for kernel in kernels:
+        assert kernel.resources["REG"] > 0
+        assert kernel.spills == 0, f"{kernel.name} spills"
+        products = [o for o in kernel.opcodes if "TF32" in o or o.startswith(TENSOR_CORES)]
+        assert not products, f"{kernel.name}: {products}"
+        for name, share in wide_shares(kernel, TOUCHED[op].get(kernel.name, ())).items():
+            assert share >= WIDE_SHARE, f"{kernel.name}: {share:.0%} of {name} in 128-bit accesses"
+
+
+WIDTHS = [size["hidden_size"] for size in SIZES.values()]
+DTYPES = [(BF16, BF16), (F32, BF16), (F32, F32), (F16, F16)]
+
+
+@pytest.mark.parametrize("stream, branch", DTYPES)
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("op", TOUCHED)
+def test_hopper(op: str, width: int, stream: torch.dtype, branch: torch.dtype) -> None:
+    check(op, width, stream, branch, "layernorm", 90)
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_hopper_rmsnorm(width: int) -> None:
+    check("gated_residual_norm", width, BF16, BF16, "rmsnorm", 90)
+
+
+@pytest.mark.parametrize("capability", [80, 100])
+@pytest.mark.parametrize("width, stream, branch", [(1152, BF16, BF16), (1152, F32, BF16), (384, F32, F32)])
+def test_ampere_and_blackwell(capability: int, width: int, stream: torch.dtype, branch: torch.dtype) -> None:
+    check("gated_residual_norm", width, stream, branch, "layernorm", capability)
+
+
+@pytest.mark.parametrize("width", [96, 100, 2048, _triton.MAX_WIDTH])
+def test_other_widths_compile_and_do_not_spill(width: int) -> None:
+    for kernel in compile_op("gated_residual_norm", width, BF16, BF16, "layernorm", 90):
+        assert kernel.spills == 0, f"{kernel.name} spills at width {width}"
+
+
+def test_absent_arguments_and_channel_strides_compile() -> None:
+    x = torch.empty(2, 5, 384 * 2)[..., ::2]
+    rstd = torch.empty(2, 5)
+    with recorded(90) as kernels:
+        adaln_triton._modulate_norm(x, None, None, None, None, "rmsnorm", 1e-6, F32)
+        adaln_triton._modulate_norm_backward(x, x, None, None, None, rstd, rstd, None, "rmsnorm")
+        adaln_triton._gated_residual(x, x, None, None)
+        adaln_triton._gated_residual_backward(x, x, None, torch.empty(384))
+        adaln_triton._gated_residual_norm_backward(
+            *(None, x, x, x, None, None, None, None, None, rstd, rstd, None), "layernorm"
+        )
+    assert all(k.cubin for k in kernels)
+
+
+def test_the_reading_of_machine_code_sees_what_it_should() -> None:
+    """A tile too large must be seen to spill, and one row of 768 channels over four warps to be read narrow."""
+    tiles = {key: _triton.Tile(16, 1) for key in adaln_triton._BACKWARD}
+    narrow = {key: _triton.Tile(1, 4) for key in adaln_triton._FORWARD}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(adaln_triton, "_BACKWARD", tiles)
+        patch.setattr(adaln_triton, "_FORWARD", narrow)
+        forward, backward, *_ = compile_op("gated_residual_norm", 384, BF16, BF16, "layernorm", 90)
+    assert backward.spills > 0
+    shares = wide_shares(forward, TOUCHED["gated_residual_norm"]["forward_rows"])
+    assert max(shares.values()) < WIDE_SHARE

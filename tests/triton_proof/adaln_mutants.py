@@ -1,0 +1,130 @@
+"""Every planted fault in the adaLN kernels is found by the parity check: a suite that misses one proves too little."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from interpreted import guarded, mutant
+from test_adaln import BF16, F32, assert_parity, make_inputs
+from triton.runtime.errors import InterpreterError
+
+from ditkernels.ops import _registry as registry
+from ditkernels.ops import adaln_triton
+
+# What is replaced in the kernels' source, and by what.
+MUTANTS = {
+    "shift and scale swapped": ("(value * r, shift, scale,", "(value * r, scale, shift,"),
+    "shift and scale swapped in the tail": ("tail_value * r, shift, scale,", "tail_value * r, scale, shift,"),
+    "scale without the one": ("normed *= 1.0 + _channels(scale", "normed *= _channels(scale"),
+    "bias after the modulation": ("normed += _channels(bias", "normed += 0.0 * _channels(bias"),
+    "weight ignored": ("normed *= _channels(weight", "normed *= 1.0 + 0.0 * _channels(weight"),
+    "gate zeroed": ("u *= _channels(gate", "u *= 0.0 * _channels(gate"),
+    "branch bias ignored": ("u += _channels(branch_bias", "u += 0.0 * _channels(branch_bias"),
+    "batch index of the gate dropped": ("gate += sample * gate_b", "gate += 0 * gate_b"),
+    "batch index of the shift dropped": ("shift += sample * shift_b", "shift += 0 * shift_b"),
+    "batch index of the scale dropped": ("scale += sample * scale_b", "scale += 0 * scale_b"),
+    "batch index of x dropped": ("x += sample * x_b +", "x += 0 * x_b +"),
+    "batch index of the branch dropped": ("branch += sample * branch_b +", "branch += 0 * branch_b +"),
+    "batch index of dh dropped": ("dh += sample * dh_b", "dh += 0 * dh_b"),
+    "batch index of dx1 dropped": ("dx1 += sample * dx1_b", "dx1 += 0 * dx1_b"),
+    "batch index of the sums' scale dropped": ("scale + sample * scale_b", "scale + 0 * scale_b"),
+    "batch index of the sums' gate dropped": ("gate + sample * gate_b", "gate + 0 * gate_b"),
+    "row mask dropped": ("live = rows < N", "live = rows >= 0"),
+    "row mask of a chunk dropped": ("live = rows < last", "live = rows >= 0"),
+    "column mask dropped": ("mask = live & (columns < D)", "mask = live & (columns >= 0)"),
+    "column mask of the squares dropped": (
+        "tl.where(columns < D, centred, 0.0)",
+        "tl.where(columns >= 0, centred, 0.0)",
+    ),
+    "the last chunk runs on": ("last = tl.minimum(first + chunk_rows, N)", "last = first + chunk_rows"),
+    "every chunk starts at the first": ("first = (program % chunks) * chunk_rows", "first = 0 * chunk_rows"),
+    "eps outside the root": (
+        "tl.rsqrt(tl.div_rn(squares, D * 1.0) + eps)",
+        "1.0 / (tl.sqrt(tl.div_rn(squares, D * 1.0)) + eps)",
+    ),
+    "eps divided by D": (
+        "tl.div_rn(squares, D * 1.0) + eps",
+        "tl.div_rn(squares + eps, D * 1.0)",
+    ),
+    "eps dropped": ("tl.div_rn(squares, D * 1.0) + eps", "tl.div_rn(squares, D * 1.0) + 0.0 * eps"),
+    "variance over the piece and not the row": (
+        "tl.div_rn(squares, D * 1.0)",
+        "tl.div_rn(squares, HEAD * 1.0)",
+    ),
+    "tail left out of the mean": ("mu += tl.sum(tail_value, 1", "mu += 0.0 * tl.sum(tail_value, 1"),
+    "tail left out of the squares": ("squares += tl.sum(tail", "squares += 0.0 * tl.sum(tail"),
+    "mean of dx̂ not subtracted": ("dx -= along_mean", "dx -= 0.0 * along_mean"),
+    "tail left out of the mean of dx̂": ("along_mean += _along(tail", "along_mean += 0.0 * _along(tail"),
+    "x̂'s share not subtracted": ("dnormed - normed * along_normed", "dnormed - 0.0 * normed * along_normed"),
+    "tail left out of x̂'s share": ("along_normed += _along(tail", "along_normed += 0.0 * _along(tail"),
+    "rstd forgotten in dx": ("return dx * r", "return dx"),
+    "mean forgotten in x̂": ("value -= mu", "value -= 0.0 * mu"),
+    "weight forgotten in dx̂": ("slope *= _channels(weight", "slope *= 1.0 + 0.0 * _channels(weight"),
+    "stream's gradient lost": ("d += stream.to", "d += 0.0 * stream.to"),
+    "stream's gradient lost in the tail": ("tail_d += tail_stream.to", "tail_d += 0.0 * tail_stream.to"),
+    "dbranch without the gate": ("(g * d).to(", "(d).to("),
+    "dbranch without the gate in the tail": ("(tail_g * tail_d).to(", "(tail_d).to("),
+    "P lost in the tail": ("tail_p += tail_dnormed", "tail_p += 0.0 * tail_dnormed"),
+    "Q lost in the tail": ("tail_q += tail_dnormed", "tail_q += 0.0 * tail_dnormed"),
+    "R lost in the tail": ("tail_r += tail_d", "tail_r += 0.0 * tail_d"),
+    "S lost in the tail": ("tail_s += tail_d", "tail_s += 0.0 * tail_d"),
+    "P summed after the slope": ("p += _over_rows(dnormed)", "p += _over_rows(dnormed * slope)"),
+    "R of the new gradient only": ("r += _over_rows(d *", "r += _over_rows((d - stream.to(tl.float32)) *"),
+    "S of one row in two": ("s += _over_rows(d)", "s += 0.5 * _over_rows(d)"),
+    "one chunk's sums lost": ("for chunk in range(chunks):", "for chunk in range(1, chunks):"),
+    "P and Q swapped": ("p += tl.load(at + SUM_P * D", "p += tl.load(at + SUM_Q * D"),
+    "one sample's terms lost": ("(samples < batch) & inside", "(samples < batch - 1) & inside"),
+    "bias forgotten in dscale": ("through_weight += tl.load(bias", "through_weight += 0.0 * tl.load(bias"),
+    "weight forgotten in dscale": (
+        "through_weight *= tl.load(weight",
+        "through_weight *= 1.0 + 0.0 * tl.load(weight",
+    ),
+    "branch bias forgotten in dgate": ("through_gate += tl.load(", "through_gate += 0.0 * tl.load("),
+    "scale forgotten in dweight": ("q *= slope", "q *= 1.0"),
+    "scale without the one in the sums": ("slope = 1.0 + tl.load(scale", "slope = tl.load(scale"),
+    "gate forgotten in dbranch_bias": ("s *= tl.load(gate", "s *= 1.0 + 0.0 * tl.load(gate"),
+    "dshift and dscale swapped": ("dshift + out, p.to", "dshift + out, q.to"),
+    "gradients of weight and bias swapped": ("tl.store(terms, q, inside)", "tl.store(terms, p, inside)"),
+    "vectors' gradients in one place": ("if kind == 1:", "if kind == 3:"),
+    "statistics of the stream before rounding": ("value = stored.to(tl.float32)", "value = value * 1.0"),
+}
+
+
+def check() -> None:
+    """A masked and an exact tail, several chunks and rows that fill no block, every vector, an eps that matters, two samples."""
+    with guarded():
+        masked = make_inputs("gated_residual_norm", 2, 21, 23, F32, F32)
+        assert_parity("gated_residual_norm", masked, eps=0.1)
+        assert_parity("modulate_norm", make_inputs("modulate_norm", 2, 3, 384, F32, F32), eps=0.1)
+        rounded_statistics()
+
+
+def rounded_statistics() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, branch = (torch.randn(1, 3, 96, generator=generator) for _ in range(2))
+    kernel = registry.OPS["gated_residual_norm"].implementations["triton"].call
+    x1, _, mean, _ = kernel(x.to(BF16), branch, *[None] * 6, "layernorm", 1e-6, F32)
+    torch.testing.assert_close(mean, x1.float().mean(-1))
+
+
+@pytest.fixture(autouse=True)
+def _on_triton():
+    with registry.use_backend("triton"):
+        yield
+
+
+def test_the_kernels_as_they_are_pass() -> None:
+    check()
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_killed(name: str, tmp_path: Path) -> None:
+    with (
+        mutant(adaln_triton, *MUTANTS[name], tmp_path),
+        pytest.raises((AssertionError, InterpreterError)) as caught,
+    ):
+        check()
+    died_of = str(caught.value)
+    assert any(word in died_of for word in ("contract", "OutOfBounds", "not finite", "not close")), died_of
