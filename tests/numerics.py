@@ -88,3 +88,21 @@ def assert_identity(actual: Tensor, expected: Tensor, amplification: float = 1.0
     bound = DIFFUSION_ROUNDINGS * torch.finfo(actual.dtype).eps * amplification * largest
     error = (actual.double() - expected.double()).abs().max().item()
     assert error <= bound, f"error {error:.3e} exceeds {bound:.3e}"
+
+
+DRIFT_FACTOR = 2.0
+"""Runs that round differently part at the same rate: the fused one may stray from fp64 twice as far as the plain one has."""
+
+DRIFT_ULPS = 8.0
+"""Where neither has strayed yet: a loss is the mean of a few hundred rounded squares, each through a few layers."""
+
+
+def assert_drift(actual: list[float], low: list[float], exact: list[float]) -> None:
+    """Losses of the fused run, of the plain run at the same dtype and of the plain run in fp64, step by step."""
+    strayed = 0.0
+    for step, (a, b, c) in enumerate(zip(actual, low, exact, strict=True)):
+        strayed = max(strayed, abs(b - c))
+        bound = DRIFT_FACTOR * strayed + DRIFT_ULPS * torch.finfo(torch.float32).eps * abs(c)
+        assert abs(a - c) <= bound, (
+            f"step {step}: loss {a:.9f} is {abs(a - c):.2e} from fp64, allowed {bound:.2e}"
+        )

@@ -210,11 +210,25 @@ def test_opcheck_of_the_backward(op: str) -> None:
     torch.library.opcheck(registry.OPS[f"{op}_backward"].call, arguments[op])
 
 
+def test_absent_gradients_do_not_alias() -> None:
+    x, dy, rstd = torch.randn(2, 5, 12), torch.randn(2, 5, 12), torch.rand(2, 5)
+    arguments = (dy, x, None, None, None, torch.empty(0), rstd, None, "rmsnorm")
+    torch.library.opcheck(registry.OPS["modulate_norm_backward"].call, arguments)
+    torch.library.opcheck(registry.OPS["gated_residual_backward"].call, (dy, x, None, None))
+
+
 @pytest.mark.parametrize("op", OPS)
 def test_compiles_as_one_graph(op: str) -> None:
     inputs = make_inputs(op, 2, 17, 12, F32, F32)
     compiled = torch.compile(getattr(adaln, op), fullgraph=True, backend="aot_eager")
     for got, want in zip(run(compiled, inputs), run(getattr(adaln, op), inputs)):
+        assert torch.equal(got, want)
+
+
+def test_inductor_compiles_forward_and_backward() -> None:
+    inputs = make_inputs("gated_residual_norm", 2, 5, 12, F32, F32)
+    compiled = torch.compile(adaln.gated_residual_norm, fullgraph=True)
+    for got, want in zip(run(compiled, inputs), run(adaln.gated_residual_norm, inputs)):
         assert torch.equal(got, want)
 
 
@@ -236,6 +250,8 @@ def test_autocast_keeps_the_stream_and_lowers_the_normed_output() -> None:
         stream, normed = adaln.gated_residual_norm(**inputs)
         alone = adaln.modulate_norm(inputs["x"])
         residual = adaln.gated_residual(inputs["x"], inputs["branch"], inputs["gate"])
+        wide = adaln.modulate_norm(inputs["x"].double())
+    assert wide.dtype == F64
     assert (stream.dtype, normed.dtype, alone.dtype, residual.dtype) == (F32, BF16, BF16, F32)
 
 

@@ -254,8 +254,8 @@ def refuse_forward_ad(name: str, *tensors: Tensor | None) -> None:
 
 
 def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
-    """The dtype autocast would compute in on the tensor's device, or None where autocast is off."""
+    """The dtype autocast would compute in on the tensor's device, or None where it is off or, as for fp64, leaves the tensor be."""
     device = tensor.device.type
-    if device == "meta" or not torch.is_autocast_enabled(device):
+    if device == "meta" or tensor.dtype == torch.float64 or not torch.is_autocast_enabled(device):
         return None
     return torch.get_autocast_dtype(device)

@@ -486,8 +486,8 @@ def norm_vector_gradients(
     bias: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dshift, dscale, dweight, dbias from the sums P and Q (B, D); (0,) for an absent argument."""
-    nothing = p.new_empty(0)
-    dshift = dscale = dweight = dbias = nothing
+    # Each absent gradient is a tensor of its own: outputs of an op must not alias.
+    dshift, dscale, dweight, dbias = (p.new_empty(0) for _ in range(4))
     if shift is not None:
         dshift = p.clone().to(shift.dtype)
     if scale is not None:
@@ -508,7 +508,7 @@ def residual_backward(
     wide = dx.dtype
     sums = dx.sum(1)
     dbranch = branch.new_empty(0)
-    dgate = dbranch_bias = dx.new_empty(0)
+    dgate, dbranch_bias = dx.new_empty(0), dx.new_empty(0)
     if gate is not None:
         dbranch = (gate.to(wide).unsqueeze(1) * dx).to(branch.dtype)
         dgate = (dx * branch.to(wide)).sum(1)
