@@ -16,7 +16,7 @@ An absent argument (branch, gate, scale ...) is None and its code is not compile
                      ``add_groups`` brings together.
 
     weight_products  dW and dbias for V > 128, in the same kind of partial sums: a program owns ``COLUMNS`` channels and a group of
-                     consecutive tokens. Reads x (and the branch) once more for every 512 values.
+                     consecutive tokens. Reads x (and the branch) once more for every 256 values.
 
                      The whole backward is 3 passes (6), where 2 (4) would do if a program could hold a row: at D = 1152 the
                      sums of dW (147 KB at V = 32), the stream and the branch of 16 rows outgrow its registers.
@@ -650,25 +650,26 @@ def gather_values(  # type: ignore[no-untyped-def]
 
 MAX_WIDTH = 4096
 _PIECE = 128
-_MOST_PIECES = 16
+_MOST_PIECES = 32
 _ROWS = 16  # the least a product takes on tensor cores
-_WARPS = {384: 4, 768: 8, 1024: 8, 1152: 8}
+_WARPS = {384: 8, 768: 8, 1024: 8, 1152: 8}
 
 _PRODUCT_ROWS = 32
 _GROUPS = 32
 _ROWS_PER_VALUE = 8  # so that the partial sums of dW stay below 1/8 of the elements of x
 _ACCUMULATORS = 16384
 
-_MEANS = Tile(32, 4)
+_MEANS = Tile(32, 8)
 _MERGED = 128  # values of a patch whose dW fits beside the rest in the registers
 
 _ELEMENTS = 1024
 
 
-def row_pieces(width: int) -> tuple[int, int]:
+def row_pieces(width: int, product: Any) -> tuple[int, int]:
     """(channels of a piece, pieces): as few channels as keeps the number of pieces small enough to be written out."""
     narrowest = max(16, 1 << (width - 1).bit_length())
-    piece = min(narrowest, max(_PIECE, narrowest // _MOST_PIECES))
+    usual = _PIECE // 2 if product == tl.float32 else _PIECE
+    piece = min(narrowest, max(usual, narrowest // _MOST_PIECES))
     return piece, ceil_div(width, piece)
 
 
@@ -677,15 +678,15 @@ def row_tile(width: int) -> Tile:
 
 
 def product_tile(values: int) -> tuple[int, int, Tile]:
-    """(values, columns, tile) of ``weight_products``: all values up to 512, then as many columns as the registers hold."""
-    held = value_tile(values, 512)
+    """(values, columns, tile) of ``weight_products``: up to 256 values, and as many columns as the registers hold."""
+    held = value_tile(values, 256)
     return held, max(32, min(128, _ACCUMULATORS // held)), Tile(_PRODUCT_ROWS, 4 if held <= 32 else 8)
 
 
 def column_tile(values: int) -> tuple[int, int, Tile]:
     """(values whose dW is held, columns, tile) of ``backward_columns``."""
     held = value_tile(values, _MERGED)
-    return held, 128 if held <= 32 else 64, Tile(32, 8)
+    return held, 64, Tile(32, 8)
 
 
 def chunk_groups(batch: int, length: int, values: int) -> tuple[int, int, int, int]:
@@ -698,7 +699,7 @@ def chunk_groups(batch: int, length: int, values: int) -> tuple[int, int, int, i
 
 def _values_at_a_time(product: Any) -> int:
     """fp32 operands are kept in registers, halves are read from shared memory as the tensor cores need them."""
-    return 32 if product == tl.float32 else 128
+    return 16 if product == tl.float32 else 128
 
 
 def grouping(batch: int, length: int, values: int) -> tuple[int, int, int]:
@@ -741,7 +742,8 @@ def _final_layer(
         packed, (gate, shift, scale, branch_bias, norm_weight, norm_bias, bias)
     )
     tile = row_tile(width)
-    piece, pieces = row_pieces(width)
+    product = product_dtype(weight)
+    piece, pieces = row_pieces(width, product)
     blocks = ceil_div(length, tile.rows)
     _triton.launch(
         forward_rows,
@@ -755,10 +757,10 @@ def _final_layer(
         D=width,
         V=values,
         P=patch_size,
-        PRODUCT=product_dtype(weight),
+        PRODUCT=product,
         PIECE=piece,
         PIECES=pieces,
-        VALUES=value_tile(values, 64),
+        VALUES=value_tile(values, 32 if product == tl.float32 else 64),
         ROWS=tile.rows,
     )
     return image, adaln_triton._or_nothing(mean, x), rstd
@@ -845,7 +847,7 @@ def _row_means(a: _Arguments) -> tuple[Tensor | None, Tensor]:
         P=a.patch_size,
         PRODUCT=product,
         VALUES=value_tile(values, _values_at_a_time(product)),
-        COLUMNS=_PIECE,
+        COLUMNS=64,
         ROWS=_MEANS.rows,
     )
     return means, product_means

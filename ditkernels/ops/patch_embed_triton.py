@@ -280,10 +280,11 @@ def value_tile(values: int, most: int) -> int:
     return min(most, max(16, 1 << (values - 1).bit_length()))
 
 
-def product_tile(values: int) -> tuple[int, int, Tile]:
-    """(values, columns, tile) of ``weight_products``."""
+def product_tile(values: int, product: Any) -> tuple[int, int, Tile]:
+    """(values, columns, tile) of ``weight_products``. Operands of fp32 products lie in registers, so fewer rows at a time."""
     held = value_tile(values, _PRODUCT_VALUES)
-    return held, max(32, min(_COLUMNS, _ACCUMULATORS // held)), Tile(_PRODUCT_ROWS, 4)
+    rows = 16 if product == tl.float32 else _PRODUCT_ROWS
+    return held, max(64, min(_COLUMNS, _ACCUMULATORS // held)), Tile(rows, 8 if held > 64 else 4)
 
 
 def grouping(lines: int, values: int) -> tuple[int, int]:
@@ -364,7 +365,8 @@ def _weight_gradients(
     """dweight and dbias, (0,) for the one that is not asked for."""
     length, grid_w, width, values, p = _sizes(x, weight)
     lines = x.shape[0] * length
-    held, columns, tile = product_tile(values)
+    product = product_dtype(dy, weight)
+    held, columns, tile = product_tile(values, product)
     groups, group_lines = grouping(lines, values)
     partial = x.new_empty((groups, width * values), dtype=torch.float32) if weight_needed else None
     bias_partial = x.new_empty((groups, width), dtype=torch.float32) if bias is not None else None
@@ -379,7 +381,7 @@ def _weight_gradients(
             D=width,
             K=values,
             P=p,
-            PRODUCT=product_dtype(dy, weight),
+            PRODUCT=product,
             VALUES=held,
             COLUMNS=columns,
             ROWS=tile.rows,
