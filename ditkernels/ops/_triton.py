@@ -23,7 +23,7 @@ else:
     MISSING = None
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-MAX_WIDTH = 16384
+MAX_WIDTH = 16384  # rows wider than 4096 are right, but the backward spills
 OLDEST_CAPABILITY = (8, 0)
 
 

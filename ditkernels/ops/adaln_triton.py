@@ -252,6 +252,15 @@ def _over_rows(piece):  # type: ignore[no-untyped-def]
 
 
 @jit
+def _folded(piece, FOLD: tl.constexpr):  # type: ignore[no-untyped-def]
+    """What is added to a sum over the tail: one row where folding is cheap, else row by row, to be folded at the end."""
+    if FOLD:
+        return _over_rows(piece)
+    else:
+        return piece
+
+
+@jit
 def _store_sum(partial, at: tl.constexpr, total, columns, END: tl.constexpr, D: tl.constexpr):  # type: ignore[no-untyped-def]
     if END > D:
         tl.store(partial + at * D + columns, total, columns < D)
@@ -298,6 +307,7 @@ def backward_rows(  # type: ignore[no-untyped-def]
     HEAD: tl.constexpr,
     TAIL: tl.constexpr,
     ROWS: tl.constexpr,
+    FOLD: tl.constexpr,
 ):
     program = tl.program_id(0)
     sample = (program // chunks).to(tl.int64)
@@ -327,10 +337,10 @@ def backward_rows(  # type: ignore[no-untyped-def]
     r = tl.zeros([1, HEAD], tl.float32)
     s = tl.zeros([1, HEAD], tl.float32)
     if TAIL > 0:
-        tail_p = tl.zeros([ROWS, TAIL], tl.float32)
-        tail_q = tl.zeros([ROWS, TAIL], tl.float32)
-        tail_r = tl.zeros([ROWS, TAIL], tl.float32)
-        tail_s = tl.zeros([ROWS, TAIL], tl.float32)
+        tail_p = tl.zeros([1 if FOLD else ROWS, TAIL], tl.float32)
+        tail_q = tl.zeros([1 if FOLD else ROWS, TAIL], tl.float32)
+        tail_r = tl.zeros([1 if FOLD else ROWS, TAIL], tl.float32)
+        tail_s = tl.zeros([1 if FOLD else ROWS, TAIL], tl.float32)
 
     last = tl.minimum(first + chunk_rows, N)
     for start in range(first, last, ROWS):
@@ -367,11 +377,11 @@ def backward_rows(  # type: ignore[no-untyped-def]
             if SUM_P >= 0:
                 p += _over_rows(dnormed)
                 if TAIL > 0:
-                    tail_p += tail_dnormed
+                    tail_p += _folded(tail_dnormed, FOLD)
             if SUM_Q >= 0:
                 q += _over_rows(dnormed * normed)
                 if TAIL > 0:
-                    tail_q += tail_dnormed * tail_normed
+                    tail_q += _folded(tail_dnormed * tail_normed, FOLD)
 
             dnormed *= slope
             along_normed = _along(dnormed * normed, ROWS)
@@ -405,11 +415,11 @@ def backward_rows(  # type: ignore[no-untyped-def]
             r += _over_rows(d * u.to(tl.float32))
             if TAIL > 0:
                 tl.store(dbranch + line * D + tail, (tail_g * tail_d).to(dbranch.dtype.element_ty), tail_mask)
-                tail_r += tail_d * tail_u.to(tl.float32)
+                tail_r += _folded(tail_d * tail_u.to(tl.float32), FOLD)
         if SUM_S >= 0:
             s += _over_rows(d)
             if TAIL > 0:
-                tail_s += tail_d
+                tail_s += _folded(tail_d, FOLD)
 
     if partial is not None:
         tail = HEAD + tl.arange(0, TAIL).to(tl.int64)[None, :] if TAIL > 0 else None
@@ -751,6 +761,7 @@ def _backward(
         HEAD=head,
         TAIL=tail,
         ROWS=tile.rows,
+        FOLD=tile.warps == 1,
     )
     dgate, dshift, dscale = (None if v is None else _contiguous(v) for v in (gate, shift, scale))
     vectors = [v for v in (weight, bias, branch_bias) if v is not None]

@@ -1,4 +1,4 @@
-"""Compiles launches ahead of time for a GPU that is not there, and reads registers, spills and access widths from the machine code.
+"""Compiles launches ahead of time for a GPU that is not there, and reads registers, spills and access widths from what comes out.
 
 ``Compiler`` takes the place of Triton's driver, so that Triton specialises arguments exactly as it would on that GPU; ``recorded``
 takes the place of ``_triton.launch``. Nothing is run: tensors only need the right shapes, dtypes and strides.
@@ -24,16 +24,19 @@ from ditkernels.ops import _triton
 
 BIN = Path(triton.__file__).parent / "backends/nvidia/bin"
 OPCODE = re.compile(r"^\s+(?:/\*[0-9a-f]+\*/\s+)?(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)\b")
-LINE = re.compile(r'//## File "([^"]*)", line (\d+)')
+REGISTER = re.compile(r"%\w+")
+PARAMETER = re.compile(r"\[\w+_param_(\d+)")
+PTX = re.compile(r"^\s*(?:@!?%\w+\s+)?([a-z][\w.:]*)\s+(\{[^}]*\}|[^,{]*),\s*(.*?);?\s*$")
+GLOBAL = re.compile(r"^\s*(?:@!?%\w+\s+)?(ld|st)\.global([\w.:]*)\s+(.*)")
 
 
 @dataclass(frozen=True)
 class Access:
-    """One load or store of global memory in the machine code: its width and the source lines it came from, innermost first."""
+    """One load or store of global memory: the arguments its address is made from, and the bytes a thread moves."""
 
+    arguments: frozenset[str]
     store: bool
     bytes: int
-    lines: tuple[str, ...]
 
 
 @dataclass
@@ -42,6 +45,8 @@ class Compiled:
 
     name: str
     cubin: bytes
+    ptx: str
+    parameters: list[str]
 
     @functools.cached_property
     def resources(self) -> dict[str, int]:
@@ -51,7 +56,7 @@ class Compiled:
 
     @functools.cached_property
     def sass(self) -> str:
-        return self._tool("nvdisasm", "-gi", "-c")
+        return self._tool("nvdisasm", "-c")
 
     @property
     def opcodes(self) -> list[str]:
@@ -63,25 +68,47 @@ class Compiled:
         local = sum(o.startswith(("LDL", "STL")) for o in self.opcodes)
         return local + self.resources["STACK"] + self.resources["LOCAL"]
 
+    @property
+    def wide_instructions(self) -> int:
+        """Loads and stores of 128 bits and more in the machine code."""
+        return sum(o.startswith(("LDG", "STG")) and (".128" in o or ".256" in o) for o in self.opcodes)
+
     def accesses(self) -> list[Access]:
-        found, chain = [], []
-        fresh = True
-        for line in self.sass.splitlines():
-            place = LINE.search(line)
-            if place:
-                if fresh:
-                    chain = []
-                fresh = False
-                chain.append(source_line(*place.groups()))
+        """Every access of global memory, traced in the PTX from its address to the arguments of the kernel."""
+        origins = self._origins()
+        found = []
+        for line in self.ptx.splitlines():
+            match = GLOBAL.match(line)
+            if match is None:
                 continue
-            opcode = OPCODE.match(line)
-            if opcode is None:
-                continue
-            fresh = True
-            name = opcode.group(1)
-            if name.startswith(("LDG", "STG")):
-                found.append(Access(name.startswith("STG"), width_of(name), tuple(chain)))
+            kind, suffix, operands = match.groups()
+            address = operands[operands.index("[") : operands.index("]")]
+            arguments = set().union(*(origins.get(r, set()) for r in REGISTER.findall(address)))
+            found.append(Access(frozenset(arguments), kind == "st", width_of(suffix)))
         return found
+
+    def _origins(self) -> dict[str, set[str]]:
+        """For every register that addresses are made from: the kernel's arguments it depends on."""
+        sources: dict[str, set[str]] = {}
+        origins: dict[str, set[str]] = {}
+        for line in self.ptx.splitlines():
+            match = PTX.match(line)
+            if match is None or match.group(1).startswith(("ld.global", "st.", "ld.shared")):
+                continue
+            for target in REGISTER.findall(match.group(2)):
+                parameter = PARAMETER.search(match.group(3))
+                if parameter:
+                    origins.setdefault(target, set()).add(self.parameters[int(parameter.group(1))])
+                sources.setdefault(target, set()).update(REGISTER.findall(match.group(3)))
+        changed = True
+        while changed:
+            changed = False
+            for target, registers in sources.items():
+                reached = origins.setdefault(target, set())
+                before = len(reached)
+                reached.update(*(origins.get(r, set()) for r in registers))
+                changed |= len(reached) > before
+        return origins
 
     def _tool(self, tool: str, *options: str) -> str:
         with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -93,30 +120,11 @@ class Compiled:
         return done.stdout
 
 
-@functools.cache
-def _source(path: str) -> list[str]:
-    return Path(path).read_text().splitlines()
-
-
-def source_line(path: str, number: str) -> str:
-    lines = _source(path)
-    return lines[int(number) - 1].strip() if int(number) <= len(lines) else ""
-
-
-def width_of(opcode: str) -> int:
-    """Bytes a thread moves with a load or store."""
-    for part, size in (
-        (".256", 32),
-        (".128", 16),
-        (".64", 8),
-        (".U16", 2),
-        (".S16", 2),
-        (".U8", 1),
-        (".S8", 1),
-    ):
-        if part in opcode:
-            return size
-    return 4
+def width_of(suffix: str) -> int:
+    """Bytes a thread moves with a PTX load or store of this suffix, as in ``.v4.b32``."""
+    lanes = re.search(r"\.v(\d)", suffix)
+    bits = re.findall(r"\.[bufs](\d+)", suffix)[-1]
+    return int(lanes.group(1) if lanes else 1) * int(bits) // 8
 
 
 class Compiler:
@@ -156,7 +164,9 @@ def recorded(capability: int) -> Iterator[list[Compiled]]:
             num_stages=tile.stages,
             **constants,
         )
-        kernels.append(Compiled(kernel.fn.__name__, compiled.asm["cubin"]))
+        parameters = [n for n, kind in compiled.src.signature.items() if kind != "constexpr"]
+        code = compiled.asm
+        kernels.append(Compiled(kernel.fn.__name__, code["cubin"], code["ptx"], parameters))
 
     before = _triton.launch
     triton.runtime.driver.set_active(Compiler(capability))
