@@ -307,7 +307,7 @@ def backward_rows(  # type: ignore[no-untyped-def]
     HEAD: tl.constexpr,
     TAIL: tl.constexpr,
     ROWS: tl.constexpr,
-    FOLD: tl.constexpr,
+    ONE_WARP: tl.constexpr,
 ):
     program = tl.program_id(0)
     sample = (program // chunks).to(tl.int64)
@@ -322,25 +322,27 @@ def backward_rows(  # type: ignore[no-untyped-def]
         x1 += sample * x1_b
         if scale is not None:
             scale += sample * scale_b
-        slope = _slope(scale, weight, head, HEAD, D)
-        if TAIL > 0:
-            tail_slope = _slope(scale, weight, tail, HEAD + TAIL, D)
+        if not ONE_WARP:
+            slope = _slope(scale, weight, head, HEAD, D)
+            if TAIL > 0:
+                tail_slope = _slope(scale, weight, tail, HEAD + TAIL, D)
     if dbranch is not None:
         branch += sample * branch_b
         gate += sample * gate_b
-        g = _channels(gate, head, HEAD, D)
-        if TAIL > 0:
-            tail_g = _channels(gate, tail, HEAD + TAIL, D)
+        if not ONE_WARP:
+            g = _channels(gate, head, HEAD, D)
+            if TAIL > 0:
+                tail_g = _channels(gate, tail, HEAD + TAIL, D)
 
     p = tl.zeros([1, HEAD], tl.float32)
     q = tl.zeros([1, HEAD], tl.float32)
     r = tl.zeros([1, HEAD], tl.float32)
     s = tl.zeros([1, HEAD], tl.float32)
     if TAIL > 0:
-        tail_p = tl.zeros([1 if FOLD else ROWS, TAIL], tl.float32)
-        tail_q = tl.zeros([1 if FOLD else ROWS, TAIL], tl.float32)
-        tail_r = tl.zeros([1 if FOLD else ROWS, TAIL], tl.float32)
-        tail_s = tl.zeros([1 if FOLD else ROWS, TAIL], tl.float32)
+        tail_p = tl.zeros([1 if ONE_WARP else ROWS, TAIL], tl.float32)
+        tail_q = tl.zeros([1 if ONE_WARP else ROWS, TAIL], tl.float32)
+        tail_r = tl.zeros([1 if ONE_WARP else ROWS, TAIL], tl.float32)
+        tail_s = tl.zeros([1 if ONE_WARP else ROWS, TAIL], tl.float32)
 
     last = tl.minimum(first + chunk_rows, N)
     for start in range(first, last, ROWS):
@@ -351,16 +353,18 @@ def backward_rows(  # type: ignore[no-untyped-def]
         if TAIL > 0:
             tail_mask = _mask(live, tail, HEAD + TAIL, D)
 
-        # All loads come before the first reduction: nothing is moved across its barrier, so these would
-        # wait for it. Those needed last stay in their own dtype, which takes fewer registers.
-        if dx1 is not None:
-            stream = tl.load(dx1 + rows * dx1_n + head * dx1_d, mask, 0.0)
-            if TAIL > 0:
-                tail_stream = tl.load(dx1 + rows * dx1_n + tail * dx1_d, tail_mask, 0.0)
-        if dbranch is not None:
-            u = tl.load(branch + rows * branch_n + head * branch_d, mask, 0.0)
-            if TAIL > 0:
-                tail_u = tl.load(branch + rows * branch_n + tail * branch_d, tail_mask, 0.0)
+        # Between warps a reduction is a barrier that no load is moved across, so the loads that are needed last are issued
+        # before it, and stay in their own dtype, which takes fewer registers. One warp has no barrier, and no registers
+        # to spare: it loads what it needs when it needs it, vectors too.
+        if not ONE_WARP:
+            if dx1 is not None:
+                stream = tl.load(dx1 + rows * dx1_n + head * dx1_d, mask, 0.0)
+                if TAIL > 0:
+                    tail_stream = tl.load(dx1 + rows * dx1_n + tail * dx1_d, tail_mask, 0.0)
+            if dbranch is not None:
+                u = tl.load(branch + rows * branch_n + head * branch_d, mask, 0.0)
+                if TAIL > 0:
+                    tail_u = tl.load(branch + rows * branch_n + tail * branch_d, tail_mask, 0.0)
 
         if dh is not None:
             if ROWS == 1:
@@ -377,12 +381,16 @@ def backward_rows(  # type: ignore[no-untyped-def]
             if SUM_P >= 0:
                 p += _over_rows(dnormed)
                 if TAIL > 0:
-                    tail_p += _folded(tail_dnormed, FOLD)
+                    tail_p += _folded(tail_dnormed, ONE_WARP)
             if SUM_Q >= 0:
                 q += _over_rows(dnormed * normed)
                 if TAIL > 0:
-                    tail_q += _folded(tail_dnormed * tail_normed, FOLD)
+                    tail_q += _folded(tail_dnormed * tail_normed, ONE_WARP)
 
+            if ONE_WARP:
+                slope = _slope(scale, weight, head, HEAD, D)
+                if TAIL > 0:
+                    tail_slope = _slope(scale, weight, tail, HEAD + TAIL, D)
             dnormed *= slope
             along_normed = _along(dnormed * normed, ROWS)
             along_mean = _along(dnormed, ROWS) if mean is not None else None
@@ -398,10 +406,18 @@ def backward_rows(  # type: ignore[no-untyped-def]
             if TAIL > 0:
                 tail_d = _through_norm(tail_dnormed, tail_normed, scaling, along_mean, along_normed)
             if dx1 is not None:
+                if ONE_WARP:
+                    stream = tl.load(dx1 + rows * dx1_n + head * dx1_d, mask, 0.0)
+                    if TAIL > 0:
+                        tail_stream = tl.load(dx1 + rows * dx1_n + tail * dx1_d, tail_mask, 0.0)
                 d += stream.to(tl.float32)
                 if TAIL > 0:
                     tail_d += tail_stream.to(tl.float32)
         else:
+            if ONE_WARP:
+                stream = tl.load(dx1 + rows * dx1_n + head * dx1_d, mask, 0.0)
+                if TAIL > 0:
+                    tail_stream = tl.load(dx1 + rows * dx1_n + tail * dx1_d, tail_mask, 0.0)
             d = stream.to(tl.float32)
             if TAIL > 0:
                 tail_d = tail_stream.to(tl.float32)
@@ -411,15 +427,22 @@ def backward_rows(  # type: ignore[no-untyped-def]
             if TAIL > 0:
                 tl.store(dx + line * D + tail, tail_d.to(dx.dtype.element_ty), tail_mask)
         if dbranch is not None:
+            if ONE_WARP:
+                g = _channels(gate, head, HEAD, D)
+                if TAIL > 0:
+                    tail_g = _channels(gate, tail, HEAD + TAIL, D)
+                u = tl.load(branch + rows * branch_n + head * branch_d, mask, 0.0)
+                if TAIL > 0:
+                    tail_u = tl.load(branch + rows * branch_n + tail * branch_d, tail_mask, 0.0)
             tl.store(dbranch + line * D + head, (g * d).to(dbranch.dtype.element_ty), mask)
             r += _over_rows(d * u.to(tl.float32))
             if TAIL > 0:
                 tl.store(dbranch + line * D + tail, (tail_g * tail_d).to(dbranch.dtype.element_ty), tail_mask)
-                tail_r += _folded(tail_d * tail_u.to(tl.float32), FOLD)
+                tail_r += _folded(tail_d * tail_u.to(tl.float32), ONE_WARP)
         if SUM_S >= 0:
             s += _over_rows(d)
             if TAIL > 0:
-                tail_s += _folded(tail_d, FOLD)
+                tail_s += _folded(tail_d, ONE_WARP)
 
     if partial is not None:
         tail = HEAD + tl.arange(0, TAIL).to(tl.int64)[None, :] if TAIL > 0 else None
@@ -761,7 +784,7 @@ def _backward(
         HEAD=head,
         TAIL=tail,
         ROWS=tile.rows,
-        FOLD=tile.warps == 1,
+        ONE_WARP=tile.warps == 1,
     )
     dgate, dshift, dscale = (None if v is None else _contiguous(v) for v in (gate, shift, scale))
     vectors = [v for v in (weight, bias, branch_bias) if v is not None]
