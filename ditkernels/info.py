@@ -35,7 +35,12 @@ PACKAGES = (
     "scikit-learn",
     "matplotlib",
 )
-VARIABLES = ("DITKERNELS_BACKEND", "DITKERNELS_ATTENTION_BACKEND", "TRITON_INTERPRET")
+VARIABLES = (
+    "DITKERNELS_BACKEND",
+    "DITKERNELS_ATTENTION_BACKEND",
+    "DITKERNELS_CUDA_LIBRARY",
+    "TRITON_INTERPRET",
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -155,7 +160,7 @@ def _choice(call: Call) -> Iterator[str]:
     yield f"-> {chosen or _FORCED}"
     for name, reason in call.op.reasons(*call.args).items():
         if name != chosen:
-            yield f"{name}: {reason or 'can serve'}"
+            yield f"{name}: {reason or call.op.not_automatic(name) or 'can serve'}"
 
 
 _FORCED = "NONE: the backend that the environment asks for cannot serve"

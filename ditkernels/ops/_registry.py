@@ -42,10 +42,11 @@ class BackendError(RuntimeError):
 
 @dataclass
 class Implementation:
-    """One backend's kernel of an op."""
+    """One backend's kernel of an op; ``not_automatic`` says why it runs only where it is asked for."""
 
     call: Callable[..., Any]
     refuse: Refusal
+    not_automatic: str | None = None
 
 
 @dataclass
@@ -78,6 +79,11 @@ class Op:
             return f"there is no {backend} kernel of this op"
         return implementation.refuse(*args)
 
+    def not_automatic(self, backend: str) -> str | None:
+        """Why the backend, though it can serve, is not chosen unasked; None if it is."""
+        implementation = self.implementations.get(backend)
+        return None if implementation is None else implementation.not_automatic
+
     def choose(self, *args: Any) -> str:
         """The backend that serves these arguments: the forced one, or the first of ``BACKENDS`` that can.
 
@@ -91,7 +97,7 @@ class Op:
                 return forced
         else:
             for backend in BACKENDS:
-                if self._reason(backend, args) is None:
+                if self._reason(backend, args) is None and self.not_automatic(backend) is None:
                     return backend
         raise BackendError(self._explain(forced, args))
 
@@ -135,6 +141,14 @@ def implement(op: Op, backend: str, kernel: Callable[..., Any], *, refuse: Refus
     _LIBRARY.impl(internal, kernel, "CompositeExplicitAutograd")
     call = getattr(torch.ops.ditkernels, internal).default
     op.implementations[backend] = Implementation(call, refuse or (lambda *args: None))
+
+
+def implement_elsewhere(op: Op, backend: str, *, refuse: Refusal, not_automatic: str | None = None) -> None:
+    """Declares the internal op ``ditkernels::<op>_<backend>``; a compiled library, once loaded, supplies its kernels."""
+    internal = f"{op.name}_{backend}"
+    _LIBRARY.define(internal + op.schema)
+    call = getattr(torch.ops.ditkernels, internal).default
+    op.implementations[backend] = Implementation(call, refuse, not_automatic)
 
 
 def differentiate(op: Op, setup_context: Callable[..., None], backward: Callable[..., Any]) -> None:

@@ -1,0 +1,531 @@
+// The CUDA kernels of `adaln`: modulate_norm, gated_residual, gated_residual_norm and their backwards.
+// Formulas and the names P, Q, R, S are those at the top of ditkernels/ops/adaln.py.
+//
+//   forward_rows   a block owns FORWARD_ROWS rows of one sample.
+//                  modulate_norm        reads x              writes h           2 passes
+//                  gated_residual       reads x, branch      writes x1          3 passes
+//                  gated_residual_norm  reads x, branch      writes x1, h       4 passes
+//                  and writes mean and rstd (B, N), fp32. The statistics are those of x1 as stored.
+//
+//   backward_rows  a block owns one chunk of the tokens of one sample and walks through it, BACKWARD_ROWS rows at a time.
+//                  modulate_norm        reads dh, x                 writes dx            3 passes
+//                  gated_residual       reads dy, branch            writes dbranch       3 passes
+//                  gated_residual_norm  reads dx1, dh, x1, branch   writes dx, dbranch   6 passes
+//                  and writes its P, Q, R, S to partial sums (B, chunks, 4, D), fp32. Without a gate the branch is not read
+//                  and dbranch not written.
+//
+//   add_chunks     a thread owns one channel of one sample: adds the chunks in order, writes dshift, dscale, dgate (B, D), and
+//                  the sample's terms of dweight, dbias, dbranch_bias (B, 3, D), fp32.
+//   add_samples    a thread owns one channel: adds the samples' terms in order, writes dweight, dbias, dbranch_bias (D,).
+//
+// Layout: thread t holds channels 8t to 8t + 7 of every row its block owns, so that a thread's share of a row is one 16-byte
+// access of bf16 and two of fp32, neighbours read side by side, and a thread's four sums are 32 registers at any width. 384, 768,
+// 1024 and 1152 channels are 48, 96, 128 and 144 threads, rounded up to whole warps. Several rows at a time keep several loads in
+// flight and share the barrier of the row sums. Nothing is added atomically, and the number of chunks depends on shapes
+// alone: same inputs, same bits.
+#include "common.cuh"
+
+namespace ditkernels {
+namespace {
+
+constexpr int FORWARD_ROWS = 4;
+constexpr int BACKWARD_ROWS = 2;
+constexpr int WIDEST = 1024 * UNIT;
+constexpr int SUMS = 4;
+constexpr int TERMS = 3;
+constexpr int COLUMNS = 128;
+constexpr int64_t BLOCKS = 1024;
+constexpr int64_t SHORTEST_CHUNK = 16;
+
+constexpr int threads_for(int width) { return (width + UNIT * WARP - 1) / (UNIT * WARP) * WARP; }
+constexpr int most_threads(int width) { return width == 0 ? threads_for(WIDEST) : threads_for(width); }
+
+template <typename T, typename U>
+struct Forward {
+  Tokens<T> x, x1;
+  Tokens<U> branch, h;
+  Vector gate, branch_bias, shift, scale, weight, bias;
+  Tokens<float> mean, rstd;
+  int64_t length, blocks;
+  int width;
+  float eps;
+};
+
+template <typename T, typename U, int WIDTH, bool RESIDUAL, bool NORM>
+__global__ void __launch_bounds__(most_threads(WIDTH)) forward_rows(const Forward<T, U> a) {
+  constexpr bool WIDE = WIDTH > 0;
+  constexpr int ROWS = FORWARD_ROWS;
+  DITKERNELS_SHARED(float, scratch, 2 * ROWS * WARP);
+  int phase = 0;
+  const int width = WIDE ? WIDTH : a.width;
+  const int column = threadIdx.x * UNIT;
+  const int64_t sample = blockIdx.x / a.blocks;
+  const int64_t first = blockIdx.x % a.blocks * ROWS;
+  const bool inside = column < width;
+
+  Unit row[ROWS] = {};
+  if (inside) {
+    Unit u[ROWS];
+#pragma unroll
+    for (int r = 0; r < ROWS; ++r) {
+      if (first + r >= a.length) continue;
+      row[r] = load<WIDE>(a.x, sample, first + r, column, width);
+      if constexpr (RESIDUAL) u[r] = load<WIDE>(a.branch, sample, first + r, column, width);
+    }
+    if constexpr (RESIDUAL) {
+      const Unit gate = load<WIDE>(a.gate, sample, column, width, 1.0f);
+      const Unit branch_bias = load<WIDE>(a.branch_bias, 0, column, width, 0.0f);
+#pragma unroll
+      for (int r = 0; r < ROWS; ++r) {
+        if (first + r >= a.length) continue;
+#pragma unroll
+        for (int i = 0; i < UNIT; ++i) {
+          const float value = row[r].at[i] + gate.at[i] * (u[r].at[i] + branch_bias.at[i]);
+          row[r].at[i] = static_cast<float>(static_cast<T>(value));
+        }
+        store<WIDE>(a.x1, sample, first + r, column, width, row[r]);
+      }
+    }
+  }
+
+  if constexpr (NORM) {
+    float sums[ROWS];
+    if (a.mean.data != nullptr) {
+#pragma unroll
+      for (int r = 0; r < ROWS; ++r) {
+        sums[r] = 0.0f;
+#pragma unroll
+        for (int i = 0; i < UNIT; ++i) sums[r] += row[r].at[i];
+      }
+      block_sums(sums, scratch, phase);
+#pragma unroll
+      for (int r = 0; r < ROWS; ++r) {
+        const float mean = sums[r] / width;
+        if (threadIdx.x == 0 && first + r < a.length) store_one(a.mean, sample, first + r, 0, mean);
+#pragma unroll
+        for (int i = 0; i < UNIT; ++i) row[r].at[i] = column + i < width ? row[r].at[i] - mean : 0.0f;
+      }
+    }
+#pragma unroll
+    for (int r = 0; r < ROWS; ++r) {
+      sums[r] = 0.0f;
+#pragma unroll
+      for (int i = 0; i < UNIT; ++i) sums[r] += row[r].at[i] * row[r].at[i];
+    }
+    block_sums(sums, scratch, phase);
+    if (!inside) return;
+    const Unit weight = load<WIDE>(a.weight, 0, column, width, 1.0f);
+    const Unit bias = load<WIDE>(a.bias, 0, column, width, 0.0f);
+    const Unit scale = load<WIDE>(a.scale, sample, column, width, 0.0f);
+    const Unit shift = load<WIDE>(a.shift, sample, column, width, 0.0f);
+#pragma unroll
+    for (int r = 0; r < ROWS; ++r) {
+      if (first + r >= a.length) continue;
+      const float rstd = 1.0f / sqrtf(sums[r] / width + a.eps);
+      if (threadIdx.x == 0) store_one(a.rstd, sample, first + r, 0, rstd);
+#pragma unroll
+      for (int i = 0; i < UNIT; ++i) {
+        const float affine = row[r].at[i] * rstd * weight.at[i] + bias.at[i];
+        row[r].at[i] = affine * (1.0f + scale.at[i]) + shift.at[i];
+      }
+      store<WIDE>(a.h, sample, first + r, column, width, row[r]);
+    }
+  }
+}
+
+template <typename T, typename U>
+struct Backward {
+  Tokens<T> dx1, x1, dx;
+  Tokens<U> dh, branch, dbranch;
+  Vector gate, scale, weight;
+  Tokens<float> mean, rstd, partial;
+  int64_t length, chunks, chunk_rows;
+  int width;
+};
+
+template <typename T, typename U, int WIDTH, bool RESIDUAL, bool NORM>
+__global__ void __launch_bounds__(most_threads(WIDTH)) backward_rows(const Backward<T, U> a) {
+  constexpr bool WIDE = WIDTH > 0;
+  constexpr int ROWS = BACKWARD_ROWS;
+  DITKERNELS_SHARED(float, scratch, 2 * 2 * ROWS * WARP);
+  int phase = 0;
+  const int width = WIDE ? WIDTH : a.width;
+  const int column = threadIdx.x * UNIT;
+  const bool inside = column < width;
+  const int64_t sample = blockIdx.x / a.chunks;
+  const int64_t first = blockIdx.x % a.chunks * a.chunk_rows;
+  const int64_t last = first + a.chunk_rows < a.length ? first + a.chunk_rows : a.length;
+
+  Unit slope = {}, gate = {}, p = {}, q = {}, r = {}, s = {};
+  if (inside) {
+    if constexpr (NORM) {
+      const Unit scale = load<WIDE>(a.scale, sample, column, width, 0.0f);
+      slope = load<WIDE>(a.weight, 0, column, width, 1.0f);
+#pragma unroll
+      for (int i = 0; i < UNIT; ++i) slope.at[i] *= 1.0f + scale.at[i];
+    }
+    if constexpr (RESIDUAL) gate = load<WIDE>(a.gate, sample, column, width, 1.0f);
+  }
+
+  for (int64_t start = first; start < last; start += ROWS) {
+    Unit stream[ROWS] = {}, u[ROWS] = {}, dnormed[ROWS] = {}, normed[ROWS] = {};
+    float mean[ROWS] = {}, rstd[ROWS] = {};
+#pragma unroll
+    for (int k = 0; k < ROWS; ++k) {
+      const int64_t token = start + k;
+      if (!inside || token >= last) continue;
+      if (!NORM || a.dx1.data != nullptr) stream[k] = load<WIDE>(a.dx1, sample, token, column, width);
+      if constexpr (RESIDUAL)
+        if (a.dbranch.data != nullptr) u[k] = load<WIDE>(a.branch, sample, token, column, width);
+      if constexpr (NORM) {
+        dnormed[k] = load<WIDE>(a.dh, sample, token, column, width);
+        normed[k] = load<WIDE>(a.x1, sample, token, column, width);
+        if (a.mean.data != nullptr) mean[k] = load_one(a.mean, sample, token, 0);
+        rstd[k] = load_one(a.rstd, sample, token, 0);
+      }
+    }
+    if constexpr (NORM) {
+      float sums[2 * ROWS] = {};
+#pragma unroll
+      for (int k = 0; k < ROWS; ++k) {
+#pragma unroll
+        for (int i = 0; i < UNIT; ++i) {
+          normed[k].at[i] = (normed[k].at[i] - mean[k]) * rstd[k];
+          p.at[i] += dnormed[k].at[i];
+          q.at[i] += dnormed[k].at[i] * normed[k].at[i];
+          dnormed[k].at[i] *= slope.at[i];
+          sums[2 * k] += dnormed[k].at[i];
+          sums[2 * k + 1] += dnormed[k].at[i] * normed[k].at[i];
+        }
+      }
+      block_sums(sums, scratch, phase);
+#pragma unroll
+      for (int k = 0; k < ROWS; ++k) {
+        const float along_mean = a.mean.data != nullptr ? sums[2 * k] / width : 0.0f;
+        const float along_normed = sums[2 * k + 1] / width;
+#pragma unroll
+        for (int i = 0; i < UNIT; ++i)
+          stream[k].at[i] += rstd[k] * (dnormed[k].at[i] - along_mean - normed[k].at[i] * along_normed);
+      }
+    }
+#pragma unroll
+    for (int k = 0; k < ROWS; ++k) {
+      const int64_t token = start + k;
+      if (!inside || token >= last) continue;
+      if constexpr (NORM) store<WIDE>(a.dx, sample, token, column, width, stream[k]);
+      if constexpr (RESIDUAL) {
+        Unit dbranch;
+#pragma unroll
+        for (int i = 0; i < UNIT; ++i) {
+          r.at[i] += stream[k].at[i] * u[k].at[i];
+          s.at[i] += stream[k].at[i];
+          dbranch.at[i] = gate.at[i] * stream[k].at[i];
+        }
+        if (a.dbranch.data != nullptr) store<WIDE>(a.dbranch, sample, token, column, width, dbranch);
+      }
+    }
+  }
+
+  if (!inside) return;
+  const int64_t chunk = blockIdx.x % a.chunks * SUMS;
+  if constexpr (NORM) {
+    store<WIDE>(a.partial, sample, chunk, column, width, p);
+    store<WIDE>(a.partial, sample, chunk + 1, column, width, q);
+  }
+  if constexpr (RESIDUAL) {
+    store<WIDE>(a.partial, sample, chunk + 2, column, width, r);
+    store<WIDE>(a.partial, sample, chunk + 3, column, width, s);
+  }
+}
+
+struct Gradients {
+  Vector gate, scale, branch_bias, weight, bias;
+  Vector dgate, dshift, dscale, dbranch_bias, dweight, dbias;
+  Tokens<float> partial, terms;
+  int64_t batch, chunks;
+  int width, blocks;
+  bool residual, norm;
+};
+
+__global__ void __launch_bounds__(COLUMNS) add_chunks(const Gradients a) {
+  const int64_t sample = blockIdx.x / a.blocks;
+  const int column = blockIdx.x % a.blocks * COLUMNS + threadIdx.x;
+  if (column >= a.width) return;
+  float p = 0.0f, q = 0.0f, r = 0.0f, s = 0.0f;
+  for (int64_t chunk = 0; chunk < a.chunks; ++chunk) {
+    if (a.norm) {
+      p += load_one(a.partial, sample, chunk * SUMS, column);
+      q += load_one(a.partial, sample, chunk * SUMS + 1, column);
+    }
+    if (a.residual) {
+      r += load_one(a.partial, sample, chunk * SUMS + 2, column);
+      s += load_one(a.partial, sample, chunk * SUMS + 3, column);
+    }
+  }
+  store_one(a.dshift, sample, column, p);
+  store_one(a.dscale, sample, column, load_one(a.weight, 0, column, 1.0f) * q + load_one(a.bias, 0, column, 0.0f) * p);
+  store_one(a.dgate, sample, column, r + load_one(a.branch_bias, 0, column, 0.0f) * s);
+  const float slope = 1.0f + load_one(a.scale, sample, column, 0.0f);
+  store_one(a.terms, sample, 0, column, slope * q);
+  store_one(a.terms, sample, 1, column, slope * p);
+  store_one(a.terms, sample, 2, column, load_one(a.gate, sample, column, 1.0f) * s);
+}
+
+__global__ void __launch_bounds__(COLUMNS) add_samples(const Gradients a) {
+  const int column = blockIdx.x * COLUMNS + threadIdx.x;
+  if (column >= a.width) return;
+  float total[TERMS] = {};
+  for (int64_t sample = 0; sample < a.batch; ++sample)
+#pragma unroll
+    for (int term = 0; term < TERMS; ++term) total[term] += load_one(a.terms, sample, term, column);
+  store_one(a.dweight, 0, column, total[0]);
+  store_one(a.dbias, 0, column, total[1]);
+  store_one(a.dbranch_bias, 0, column, total[2]);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Launch
+// ---------------------------------------------------------------------------------------------------------------------
+
+Tensor empty(const Tensor& like, std::vector<int64_t> shape, ScalarType dtype) {
+  return torch::stable::new_empty(like, shape, dtype);
+}
+
+Tensor rows_of(const Tensor& like, ScalarType dtype) {
+  return empty(like, {like.size(0), like.size(1), like.size(2)}, dtype);
+}
+
+// The gradient of an optional vector: (0,) where it is absent.
+Tensor gradient_of(const OptionalTensor& vector, const Tensor& like) {
+  if (!vector.has_value()) return empty(like, {0}, like.scalar_type());
+  std::vector<int64_t> shape(vector->sizes().begin(), vector->sizes().end());
+  return empty(like, shape, vector->scalar_type());
+}
+
+OptionalTensor if_given(const OptionalTensor& vector, const Tensor& gradient) {
+  return vector.has_value() ? OptionalTensor(gradient) : std::nullopt;
+}
+
+OptionalTensor if_any(const Tensor& mean) { return mean.dim() == 2 ? OptionalTensor(mean) : std::nullopt; }
+
+void check_width(const char* name, int64_t width) {
+  STD_TORCH_CHECK(width <= WIDEST, name, ": a row of ", width, " channels is wider than a block; the widest taken is ", WIDEST);
+}
+
+template <typename... Tensors>
+bool all_wide(const Tensors&... tensors) {
+  return (is_wide(tensors) && ...);
+}
+
+struct ForwardTensors {
+  Tensor x;
+  OptionalTensor branch, gate, branch_bias, shift, scale, weight, bias, x1, h, mean, rstd;
+};
+
+template <bool RESIDUAL, bool NORM>
+void forward(const char* name, ForwardTensors t, double eps) {
+  const int64_t batch = t.x.size(0), length = t.x.size(1), width = t.x.size(2);
+  check_width(name, width);
+  for (OptionalTensor* v : {&t.gate, &t.branch_bias, &t.shift, &t.scale, &t.weight, &t.bias}) *v = packed(*v);
+  const bool wide = all_wide(OptionalTensor(t.x), t.branch, t.gate, t.branch_bias, t.shift, t.scale, t.weight, t.bias);
+  const Tensor& second = RESIDUAL ? *t.branch : *t.h;
+  if constexpr (RESIDUAL && NORM)
+    STD_TORCH_CHECK(second.scalar_type() == t.h->scalar_type(), name, ": branch and out_dtype differ");
+  by_dtype(name, t.x.scalar_type(), [&](auto stream) {
+    by_dtype(name, second.scalar_type(), [&](auto other) {
+      using T = decltype(stream);
+      using U = decltype(other);
+      Forward<T, U> a;
+      a.x = tokens<T>("x", t.x);
+      a.x1 = tokens<T>("x1", t.x1);
+      a.branch = tokens<U>("branch", t.branch);
+      a.h = tokens<U>("h", t.h);
+      a.gate = vector("gate", t.gate);
+      a.branch_bias = vector("branch_bias", t.branch_bias);
+      a.shift = vector("shift", t.shift);
+      a.scale = vector("scale", t.scale);
+      a.weight = vector("weight", t.weight);
+      a.bias = vector("bias", t.bias);
+      a.mean = tokens<float>("mean", t.mean);
+      a.rstd = tokens<float>("rstd", t.rstd);
+      a.length = length;
+      a.blocks = ceil_div(length, FORWARD_ROWS);
+      a.width = static_cast<int>(width);
+      a.eps = static_cast<float>(eps);
+      by_width(width, wide, [&](auto known) {
+        launch(name, forward_rows<T, U, known, RESIDUAL, NORM>, batch * a.blocks, threads_for(a.width), t.x, a);
+      });
+    });
+  });
+}
+
+struct BackwardTensors {
+  OptionalTensor dx1, dh, x1, branch, gate, scale, branch_bias, weight, bias, mean, rstd;
+  OptionalTensor dx, dbranch, dgate, dshift, dscale, dbranch_bias, dweight, dbias;
+};
+
+// As many chunks as fill a GPU, but none so short that its partial sums would outweigh it. From shapes alone.
+int64_t rows_of_a_chunk(int64_t batch, int64_t length) {
+  int64_t wanted = ceil_div(BLOCKS, batch > 0 ? batch : 1);
+  const int64_t most = ceil_div(length, SHORTEST_CHUNK);
+  if (wanted > most) wanted = most;
+  if (wanted < 1) wanted = 1;
+  return ceil_div(ceil_div(length > 0 ? length : 1, wanted), BACKWARD_ROWS) * BACKWARD_ROWS;
+}
+
+template <bool RESIDUAL, bool NORM>
+void backward(const char* name, BackwardTensors t) {
+  const Tensor& stream = NORM ? *t.x1 : *t.dx1;
+  const Tensor& second = NORM ? *t.dh : *t.branch;
+  const int64_t batch = stream.size(0), length = stream.size(1), width = stream.size(2);
+  check_width(name, width);
+  if constexpr (RESIDUAL && NORM)
+    STD_TORCH_CHECK(t.branch->scalar_type() == t.dh->scalar_type(), name, ": branch and dh differ in dtype");
+  for (OptionalTensor* v : {&t.gate, &t.scale, &t.branch_bias, &t.weight, &t.bias}) *v = packed(*v);
+  const bool wide = all_wide(t.dx1, t.dh, t.x1, t.branch, t.gate, t.scale, t.weight);
+  const int64_t chunk_rows = rows_of_a_chunk(batch, length), chunks = ceil_div(length, chunk_rows);
+  const Tensor partial = empty(stream, {batch, chunks * SUMS, width}, ScalarType::Float);
+  const Tensor terms = empty(stream, {batch, TERMS, width}, ScalarType::Float);
+
+  by_dtype(name, stream.scalar_type(), [&](auto first) {
+    by_dtype(name, second.scalar_type(), [&](auto other) {
+      using T = decltype(first);
+      using U = decltype(other);
+      Backward<T, U> a;
+      a.dx1 = tokens<T>("dx1", t.dx1);
+      a.x1 = tokens<T>("x1", t.x1);
+      a.dx = tokens<T>("dx", t.dx);
+      a.dh = tokens<U>("dh", t.dh);
+      a.branch = tokens<U>("branch", t.branch);
+      a.dbranch = tokens<U>("dbranch", t.dbranch);
+      a.gate = vector("gate", t.gate);
+      a.scale = vector("scale", t.scale);
+      a.weight = vector("weight", t.weight);
+      a.mean = tokens<float>("mean", t.mean);
+      a.rstd = tokens<float>("rstd", t.rstd);
+      a.partial = tokens<float>("partial", partial);
+      a.length = length;
+      a.chunks = chunks;
+      a.chunk_rows = chunk_rows;
+      a.width = static_cast<int>(width);
+      by_width(width, wide, [&](auto known) {
+        launch(name, backward_rows<T, U, known, RESIDUAL, NORM>, batch * chunks, threads_for(a.width), stream, a);
+      });
+    });
+  });
+
+  Gradients g;
+  g.gate = vector("gate", t.gate);
+  g.scale = vector("scale", t.scale);
+  g.branch_bias = vector("branch_bias", t.branch_bias);
+  g.weight = vector("weight", t.weight);
+  g.bias = vector("bias", t.bias);
+  g.dgate = vector("dgate", t.dgate);
+  g.dshift = vector("dshift", t.dshift);
+  g.dscale = vector("dscale", t.dscale);
+  g.dbranch_bias = vector("dbranch_bias", t.dbranch_bias);
+  g.dweight = vector("dweight", t.dweight);
+  g.dbias = vector("dbias", t.dbias);
+  g.partial = tokens<float>("partial", partial);
+  g.terms = tokens<float>("terms", terms);
+  g.batch = batch;
+  g.chunks = chunks;
+  g.width = static_cast<int>(width);
+  g.blocks = static_cast<int>(ceil_div(width, COLUMNS));
+  g.residual = RESIDUAL;
+  g.norm = NORM;
+  launch(name, add_chunks, batch * g.blocks, COLUMNS, stream, g);
+  if (t.dweight.has_value() || t.dbias.has_value() || t.dbranch_bias.has_value())
+    launch(name, add_samples, g.blocks, COLUMNS, stream, g);
+}
+
+std::tuple<Tensor, Tensor> statistics(const Tensor& x, const std::string& norm) {
+  const std::vector<int64_t> rows{x.size(0), x.size(1)};
+  return {empty(x, norm == "rmsnorm" ? std::vector<int64_t>{0} : rows, ScalarType::Float), empty(x, rows, ScalarType::Float)};
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// The operators; arguments have been checked by ditkernels/ops/adaln.py
+// ---------------------------------------------------------------------------------------------------------------------
+
+std::tuple<Tensor, Tensor, Tensor> modulate_norm(
+    Tensor x, OptionalTensor shift, OptionalTensor scale, OptionalTensor weight, OptionalTensor bias, std::string norm,
+    double eps, ScalarType out_dtype) {
+  auto [mean, rstd] = statistics(x, norm);
+  const Tensor h = rows_of(x, out_dtype);
+  forward<false, true>(
+      "modulate_norm", {x, {}, {}, {}, shift, scale, weight, bias, {}, h, if_any(mean), rstd}, eps);
+  return {h, mean, rstd};
+}
+
+Tensor gated_residual(Tensor x, Tensor branch, OptionalTensor gate, OptionalTensor branch_bias) {
+  const Tensor x1 = rows_of(x, x.scalar_type());
+  forward<true, false>("gated_residual", {x, branch, gate, branch_bias, {}, {}, {}, {}, x1, {}, {}, {}}, 0.0);
+  return x1;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> gated_residual_norm(
+    Tensor x, Tensor branch, OptionalTensor gate, OptionalTensor shift, OptionalTensor scale, OptionalTensor branch_bias,
+    OptionalTensor weight, OptionalTensor bias, std::string norm, double eps, ScalarType out_dtype) {
+  auto [mean, rstd] = statistics(x, norm);
+  const Tensor x1 = rows_of(x, x.scalar_type()), h = rows_of(x, out_dtype);
+  forward<true, true>("gated_residual_norm",
+                      {x, branch, gate, branch_bias, shift, scale, weight, bias, x1, h, if_any(mean), rstd}, eps);
+  return {x1, h, mean, rstd};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> modulate_norm_backward(
+    Tensor dy, Tensor x, OptionalTensor scale, OptionalTensor weight, OptionalTensor bias, Tensor mean, Tensor rstd,
+    OptionalTensor shift, std::string) {
+  BackwardTensors t;
+  t.dh = dy, t.x1 = x, t.scale = scale, t.weight = weight, t.bias = bias, t.mean = if_any(mean), t.rstd = rstd;
+  const Tensor dx = rows_of(x, x.scalar_type()), dshift = gradient_of(shift, x), dscale = gradient_of(scale, x),
+               dweight = gradient_of(weight, x), dbias = gradient_of(bias, x);
+  t.dx = dx, t.dshift = if_given(shift, dshift), t.dscale = if_given(scale, dscale);
+  t.dweight = if_given(weight, dweight), t.dbias = if_given(bias, dbias);
+  backward<false, true>("modulate_norm_backward", t);
+  return {dx, dshift, dscale, dweight, dbias};
+}
+
+std::tuple<Tensor, Tensor, Tensor> gated_residual_backward(
+    Tensor dy, Tensor branch, OptionalTensor gate, OptionalTensor branch_bias) {
+  BackwardTensors t;
+  t.dx1 = dy, t.branch = branch, t.gate = gate, t.branch_bias = branch_bias;
+  const Tensor dbranch =
+      gate.has_value() ? rows_of(branch, branch.scalar_type()) : empty(branch, {0}, branch.scalar_type());
+  const Tensor dgate = gradient_of(gate, dy), dbranch_bias = gradient_of(branch_bias, dy);
+  t.dbranch = if_given(gate, dbranch), t.dgate = if_given(gate, dgate), t.dbranch_bias = if_given(branch_bias, dbranch_bias);
+  backward<true, false>("gated_residual_backward", t);
+  return {dbranch, dgate, dbranch_bias};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gated_residual_norm_backward(
+    OptionalTensor dx1, Tensor dh, Tensor x1, Tensor branch, OptionalTensor gate, OptionalTensor scale,
+    OptionalTensor branch_bias, OptionalTensor weight, OptionalTensor bias, Tensor mean, Tensor rstd, OptionalTensor shift,
+    std::string) {
+  BackwardTensors t;
+  t.dx1 = dx1, t.dh = dh, t.x1 = x1, t.branch = branch, t.gate = gate, t.scale = scale, t.branch_bias = branch_bias;
+  t.weight = weight, t.bias = bias, t.mean = if_any(mean), t.rstd = rstd;
+  const Tensor dx = rows_of(x1, x1.scalar_type());
+  const Tensor dbranch =
+      gate.has_value() ? rows_of(branch, branch.scalar_type()) : empty(branch, {0}, branch.scalar_type());
+  const Tensor dgate = gradient_of(gate, x1), dshift = gradient_of(shift, x1), dscale = gradient_of(scale, x1),
+               dbranch_bias = gradient_of(branch_bias, x1), dweight = gradient_of(weight, x1), dbias = gradient_of(bias, x1);
+  t.dx = dx, t.dbranch = if_given(gate, dbranch), t.dgate = if_given(gate, dgate), t.dshift = if_given(shift, dshift);
+  t.dscale = if_given(scale, dscale), t.dbranch_bias = if_given(branch_bias, dbranch_bias);
+  t.dweight = if_given(weight, dweight), t.dbias = if_given(bias, dbias);
+  backward<true, true>("gated_residual_norm_backward", t);
+  return {dx, dbranch, dgate, dshift, dscale, dbranch_bias, dweight, dbias};
+}
+
+}  // namespace
+}  // namespace ditkernels
+
+STABLE_TORCH_LIBRARY_IMPL(ditkernels, DITKERNELS_DEVICE, library) {
+  library.impl("modulate_norm_cuda", TORCH_BOX(&ditkernels::modulate_norm));
+  library.impl("modulate_norm_backward_cuda", TORCH_BOX(&ditkernels::modulate_norm_backward));
+  library.impl("gated_residual_cuda", TORCH_BOX(&ditkernels::gated_residual));
+  library.impl("gated_residual_backward_cuda", TORCH_BOX(&ditkernels::gated_residual_backward));
+  library.impl("gated_residual_norm_cuda", TORCH_BOX(&ditkernels::gated_residual_norm));
+  library.impl("gated_residual_norm_backward_cuda", TORCH_BOX(&ditkernels::gated_residual_norm_backward));
+}
