@@ -1,13 +1,13 @@
 // The CUDA kernels of `adaln`: modulate_norm, gated_residual, gated_residual_norm and their backwards.
 // Formulas and the names P, Q, R, S are those at the top of ditkernels/ops/adaln.py.
 //
-//   forward_rows   a block owns FORWARD_ROWS rows of one sample.
+//   forward_rows   a block owns some rows of one sample.
 //                  modulate_norm        reads x              writes h           2 passes
 //                  gated_residual       reads x, branch      writes x1          3 passes
 //                  gated_residual_norm  reads x, branch      writes x1, h       4 passes
 //                  and writes mean and rstd (B, N), fp32. The statistics are those of x1 as stored.
 //
-//   backward_rows  a block owns one chunk of the tokens of one sample and walks through it, BACKWARD_ROWS rows at a time.
+//   backward_rows  a block owns one chunk of the tokens of one sample and walks through it, some rows at a time.
 //                  modulate_norm        reads dh, x                 writes dx            3 passes
 //                  gated_residual       reads dy, branch            writes dbranch       3 passes
 //                  gated_residual_norm  reads dx1, dh, x1, branch   writes dx, dbranch   6 passes
@@ -30,7 +30,7 @@ namespace {
 
 constexpr int FORWARD_ROWS = 4;
 constexpr int BACKWARD_ROWS = 2;
-constexpr int WIDEST = 1024 * UNIT;
+constexpr int WIDEST = 512 * UNIT;
 constexpr int SUMS = 4;
 constexpr int TERMS = 3;
 constexpr int COLUMNS = 128;
@@ -38,6 +38,9 @@ constexpr int64_t BLOCKS = 1024;
 constexpr int64_t SHORTEST_CHUNK = 16;
 
 constexpr int threads_for(int width) { return (width + UNIT * WARP - 1) / (UNIT * WARP) * WARP; }
+// Rows a thread holds at a time: fewer where blocks may be wide and a thread's registers are few.
+__host__ __device__ constexpr int forward_rows_held(int width) { return width == 0 ? 1 : FORWARD_ROWS; }
+__host__ __device__ constexpr int backward_rows_held(int width) { return width == 0 ? 1 : BACKWARD_ROWS; }
 constexpr int most_threads(int width) { return width == 0 ? threads_for(WIDEST) : threads_for(width); }
 
 template <typename T, typename U>
@@ -54,7 +57,7 @@ struct Forward {
 template <typename T, typename U, int WIDTH, bool RESIDUAL, bool NORM>
 __global__ void __launch_bounds__(most_threads(WIDTH)) forward_rows(const Forward<T, U> a) {
   constexpr bool WIDE = WIDTH > 0;
-  constexpr int ROWS = FORWARD_ROWS;
+  constexpr int ROWS = forward_rows_held(WIDTH);
   DITKERNELS_SHARED(float, scratch, 2 * ROWS * WARP);
   int phase = 0;
   const int width = WIDE ? WIDTH : a.width;
@@ -146,7 +149,7 @@ struct Backward {
 template <typename T, typename U, int WIDTH, bool RESIDUAL, bool NORM>
 __global__ void __launch_bounds__(most_threads(WIDTH)) backward_rows(const Backward<T, U> a) {
   constexpr bool WIDE = WIDTH > 0;
-  constexpr int ROWS = BACKWARD_ROWS;
+  constexpr int ROWS = backward_rows_held(WIDTH);
   DITKERNELS_SHARED(float, scratch, 2 * 2 * ROWS * WARP);
   int phase = 0;
   const int width = WIDE ? WIDTH : a.width;
@@ -349,10 +352,10 @@ void forward(const char* name, ForwardTensors t, double eps) {
       a.mean = tokens<float>("mean", t.mean);
       a.rstd = tokens<float>("rstd", t.rstd);
       a.length = length;
-      a.blocks = ceil_div(length, FORWARD_ROWS);
       a.width = static_cast<int>(width);
       a.eps = static_cast<float>(eps);
       by_width(width, wide, [&](auto known) {
+        a.blocks = ceil_div(length, forward_rows_held(known));
         launch(name, forward_rows<T, U, known, RESIDUAL, NORM>, batch * a.blocks, threads_for(a.width), t.x, a);
       });
     });

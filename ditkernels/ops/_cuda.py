@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-MAX_WIDTH = 8192
+MAX_WIDTH = 4096
 OLDEST_CAPABILITY = (8, 0)
 NOT_MEASURED = "not measured against triton yet; DITKERNELS_BACKEND=cuda asks for it"
 
