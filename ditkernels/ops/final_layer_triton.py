@@ -486,8 +486,9 @@ def backward_columns(  # type: ignore[no-untyped-def]
     if weight_partial is not None:
         lines = group.to(tl.int64) * V + places
         tl.store(weight_partial + lines[:, None] * D + columns, dw, (places < V)[:, None] & inside)
-        if bias_partial is not None:
-            tl.store(bias_partial + lines, db, (places < V) & (column_tile == 0))
+        if bias_partial is not None:  # noqa: SIM102 (the first is decided by the compiler)
+            if column_tile == 0:
+                tl.store(bias_partial + lines, db, places < V)
 
 
 @jit
@@ -581,8 +582,9 @@ def weight_products(  # type: ignore[no-untyped-def]
     lines = group.to(tl.int64) * V + places
     at = partial + lines[:, None] * D + columns
     tl.store(at, dw, _mask((places < V)[:, None], columns, ROUND, D))
-    if bias_partial is not None:
-        tl.store(bias_partial + lines, db, (places < V) & (column_tile == 0))
+    if bias_partial is not None:  # noqa: SIM102 (the first is decided by the compiler)
+        if column_tile == 0:
+            tl.store(bias_partial + lines, db, places < V)
 
 
 @jit

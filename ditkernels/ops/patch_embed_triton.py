@@ -5,9 +5,9 @@ token of one sample, B·N in all.
 
     embed            a program owns ``ROWS`` lines and ``COLUMNS`` channels. Gathers the patches of its lines, writes y: 1 pass.
 
-    weight_products  a program owns ``COLUMNS`` channels and one group of consecutive lines. Reads dy once, 1 pass (for K over
-                     256, ceil(K / 256)), gathers the patches; writes partial sums of dW (groups, D, K) and of dbias
-                     (groups, D), fp32. Runs if either is asked for.
+    weight_products  a program owns ``COLUMNS`` channels and one group of consecutive lines. Reads dy once, 1 pass, or once
+                     for every 256 of K (128 in fp32 products), and gathers the patches; writes partial sums of dW
+                     (groups, D, K) and of dbias (groups, D), fp32. Runs if either is asked for.
 
     add_groups       a program owns some elements of dW or dbias: adds the groups in a fixed order, writes the gradient.
 
@@ -169,8 +169,9 @@ def weight_products(  # type: ignore[no-untyped-def]
     if partial is not None:
         at = partial + (group * D + channels.to(tl.int64)[:, None]) * K + values
         tl.store(at, dw, _mask(values < K, channels[:, None], ROUND, D))
-    if bias_partial is not None:
-        tl.store(bias_partial + group * D + channels, db, (channels < D) & (value_tile == 0))
+    if bias_partial is not None:  # noqa: SIM102 (the first is decided by the compiler)
+        if value_tile == 0:
+            tl.store(bias_partial + group * D + channels, db, channels < D)
 
 
 @jit
@@ -281,10 +282,12 @@ def value_tile(values: int, most: int) -> int:
 
 
 def product_tile(values: int, product: Any) -> tuple[int, int, Tile]:
-    """(values, columns, tile) of ``weight_products``. Operands of fp32 products lie in registers, so fewer rows at a time."""
+    """(values, columns, tile) of ``weight_products``. Operands of fp32 products lie in registers, which leaves less for dW."""
+    if product == tl.float32:
+        held = value_tile(values, _PRODUCT_VALUES // 2)
+        return held, min(_COLUMNS, _ACCUMULATORS // held), Tile(16, 8)
     held = value_tile(values, _PRODUCT_VALUES)
-    rows = 16 if product == tl.float32 else _PRODUCT_ROWS
-    return held, max(64, min(_COLUMNS, _ACCUMULATORS // held)), Tile(rows, 8 if held > 64 else 4)
+    return held, max(64, min(_COLUMNS, _ACCUMULATORS // held)), Tile(_PRODUCT_ROWS, 8 if held > 64 else 4)
 
 
 def grouping(lines: int, values: int) -> tuple[int, int]:
@@ -323,6 +326,7 @@ def _patch_embed(
 ) -> Tensor:
     length, grid_w, width, values, p = _sizes(x, weight)
     lines = x.shape[0] * length
+    product = product_dtype(weight)
     y = x.new_empty((x.shape[0], length, width), dtype=out_dtype)
     _triton.launch(
         embed,
@@ -334,8 +338,8 @@ def _patch_embed(
         D=width,
         K=values,
         P=p,
-        PRODUCT=product_dtype(weight),
-        VALUES=value_tile(values, _EMBED_VALUES),
+        PRODUCT=product,
+        VALUES=value_tile(values, 16 if product == tl.float32 else _EMBED_VALUES),
         COLUMNS=_COLUMNS,
         ROWS=_EMBED.rows,
     )

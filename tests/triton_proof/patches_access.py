@@ -1,0 +1,216 @@
+"""patch_embed, final_layer, unpatchify, interpreted: what the kernels read and write, in any order of programs, at any offset."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import test_final_layer
+import test_patch_embed
+import torch
+from interpreted import Launch, guarded, in_place, load_source, reordered, shuffled, traced
+from test_final_layer import BF16, F32, OPTIONAL
+from torch import Tensor
+from triton.runtime.errors import InterpreterError
+
+from ditkernels.ops import _registry as registry
+from ditkernels.ops import final_layer_triton, patch_embed_triton
+from ditkernels.ops.final_layer import final_layer, unpatchify
+from ditkernels.ops.patch_embed import patch_embed
+
+GRID = (5, 8)  # 40 tokens: blocks of 16, 32 and 64 that are not full
+
+
+@pytest.fixture(autouse=True)
+def _on_triton():
+    with registry.use_backend("triton"):
+        yield
+
+
+def run_final_layer(
+    width: int = 100, patch: int = 2, kept: tuple[str, ...] = OPTIONAL, grid: tuple[int, int] = GRID
+) -> list[Tensor]:
+    inputs = test_final_layer.make_inputs(2, grid, width, patch, F32, BF16, kept=kept)
+    return test_final_layer.forward_and_gradients(final_layer, inputs, grid=grid, patch_size=patch)
+
+
+def run_patch_embed(
+    width: int = 100, wanted: tuple[str, ...] = test_patch_embed.NAMES, grid: tuple[int, int] = GRID
+) -> list[Tensor]:
+    inputs = test_patch_embed.make_inputs(2, grid, width, 2, F32, BF16, F32)
+    return test_patch_embed.forward_and_gradients(patch_embed, inputs, wanted)
+
+
+def run_unpatchify() -> list[Tensor]:
+    tokens = torch.arange(2 * 40 * 32.0).reshape(40, 2, 32).transpose(0, 1).requires_grad_()
+    image = unpatchify(tokens, grid=GRID, patch_size=2)
+    return [
+        image,
+        *torch.autograd.grad(image, tokens, image.detach().transpose(0, 1).contiguous().transpose(0, 1)),
+    ]
+
+
+def passes(launches: list[Launch], shape: tuple[int, int, int]) -> Counter[str]:
+    """By kernel: how many (B, N, D) tensors are read or written, each element exactly once. No other tensor may be as large."""
+    counted: Counter[str] = Counter()
+    for launch in launches:
+        for name, tensor in launch.tensors().items():
+            if tuple(tensor.shape) != shape:
+                assert tensor.numel() < shape[0] * shape[1] * shape[2], (
+                    f"{launch.kernel}: {name} is a temporary"
+                )
+                continue
+            for store in (False, True):
+                counts = launch.counts(name, store=store).unique().tolist()
+                assert counts in ([0], [1]), f"{launch.kernel}: {name} is touched {counts} times"
+                counted[launch.kernel] += counts[0]
+    return counted
+
+
+@pytest.mark.parametrize("width", [40, 192])
+@pytest.mark.parametrize(
+    "kept, expected",
+    [
+        (OPTIONAL, {"forward_rows": 2, "row_means": 2, "backward_columns": 4}),
+        (("shift", "scale", "bias"), {"forward_rows": 1, "row_means": 1, "backward_columns": 2}),
+    ],
+)
+def test_final_layer_touches_every_tensor_once_a_pass(
+    width: int, kept: tuple[str, ...], expected: dict[str, int]
+) -> None:
+    with traced() as launches:
+        run_final_layer(width, kept=kept, grid=(17, 8))
+    assert +passes(launches, (2, 136, width)) == expected
+
+
+def test_final_layer_at_patch_size_8_reads_the_stream_once_more() -> None:
+    inputs = test_final_layer.make_inputs(2, (3, 1), 24, 8, F32, BF16, kept=("shift", "scale"))
+    with traced() as launches:
+        test_final_layer.forward_and_gradients(final_layer, inputs, grid=(3, 1), patch_size=8)
+    read = {
+        launch.kernel: launch.counts("x", store=False).unique().tolist()
+        for launch in launches
+        if "x" in launch.tensors()
+    }
+    assert read == {k: [1] for k in ("forward_rows", "row_means", "backward_columns", "weight_products")}
+
+
+@pytest.mark.parametrize("width", [40, 384])
+def test_patch_embed_touches_every_tensor_once_a_pass(width: int) -> None:
+    shape = (2, 136, width)
+    with traced() as launches:
+        run_patch_embed(width, ("weight", "bias"), grid=(17, 8))
+    assert +passes(launches, shape) == {"embed": 1, "weight_products": 1}
+    with traced() as launches:
+        run_patch_embed(width, grid=(17, 8))
+    reads = +passes(launches, shape)
+    assert reads == {"embed": 1, "weight_products": 1, "image_gradients": 1, "add_positions": 1}
+
+
+@pytest.mark.parametrize("run", [run_final_layer, run_patch_embed, run_unpatchify])
+def test_no_program_depends_on_another(run: Callable[[], list[Tensor]]) -> None:
+    """Disjoint writes, no reads of another program's writes, nothing outside the arguments, equal bits in any order."""
+    with traced() as launches:
+        straight = run()
+    for launch in launches:
+        assert not launch.writers_clash(), launch.kernel
+        assert not launch.crosstalk(), launch.kernel
+        assert launch.strays() == 0, launch.kernel
+    assert max(launch.programs for launch in launches) > 2
+    with reordered(shuffled(0)):
+        assert all(torch.equal(a, b) for a, b in zip(straight, run()))
+
+
+def test_patches_that_outgrow_a_tile_do_not_clash_either() -> None:
+    with traced() as launches:
+        run_final_layer(24, 8, grid=(3, 1))
+    assert {"weight_products"} <= {launch.kernel for launch in launches}
+    for launch in launches:
+        assert not launch.writers_clash(), launch.kernel
+        assert launch.strays() == 0, launch.kernel
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Offsets beyond 2^31
+# ------------------------------------------------------------------------------------------------------------------
+
+FAR = 1 << 31
+
+
+def spread(tensor: Tensor, strides: tuple[int, ...]) -> Tensor:
+    extent = sum((n - 1) * s for n, s in zip(tensor.shape, strides)) + 1
+    return torch.empty(extent, dtype=tensor.dtype).as_strided(tensor.shape, strides).copy_(tensor)
+
+
+def check_strides_beyond(kernels: dict[str, Callable]) -> None:
+    """Tensors whose samples, rows or channels lie more than 2^31 elements apart give the bits of packed ones."""
+    generator = torch.Generator().manual_seed(0)
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    x, branch, image = randn(2, 2, 3).to(BF16), randn(2, 2, 3).to(BF16), randn(2, 1, 2, 4).to(BF16)
+    gate, shift, scale = (randn(2, 3).to(BF16) for _ in range(3))
+    weight, bias, mean, rstd = randn(4, 3).to(BF16), randn(4), randn(2, 2), torch.rand(2, 2)
+    tokens, patch_weight, pos = randn(2, 2, 4).to(BF16), randn(3, 1, 2, 2), randn(2, 3).to(BF16)
+
+    def everything(
+        x: Tensor,
+        branch: Tensor,
+        image: Tensor,
+        vectors: list[Tensor],
+        weight: Tensor,
+        tokens: Tensor,
+        pos: Tensor,
+    ) -> list[Tensor]:
+        tensors = (x, branch, vectors[0], None, *vectors[1:], None, None, weight, bias)
+        out = kernels["final_layer"](*tensors, 1, 2, 2, "layernorm", 1e-6, F32)
+        grads = kernels["final_layer_backward"](image, *tensors, mean, rstd, 1, 2, 2, "layernorm")
+        moved = kernels["unpatchify"](tokens, 1, 2, 2), kernels["unpatchify_backward"](image, 2)
+        embedded = kernels["patch_embed"](image, patch_weight, None, pos, F32)
+        back = kernels["patch_embed_backward"](x, image, patch_weight, None, pos, [True, True, False, True])
+        return [*out, *grads, *moved, embedded, *back]
+
+    expected = everything(x, branch, image, [gate, shift, scale], weight, tokens, pos)
+    far, near = FAR + 8, FAR // 2 + 24  # the latter for three and more
+    for tall, wide, of_weight, of_image in (
+        ((far, 4, 1), (far, 1), (near, 1), (far, 8, 4, 1)),
+        ((4, far, 1), (1, near), (1, near), (8, 8, far, 1)),
+        ((3, 6, near), (far, 1), (1, near), (8, 8, 4, near)),
+    ):
+        with in_place(), guarded():
+            got = everything(
+                spread(x, tall),
+                spread(branch, tall),
+                spread(image, of_image),
+                [spread(v, (far, 1)) for v in (gate, shift, scale)],
+                spread(weight, of_weight),
+                spread(tokens, tall),
+                spread(pos, wide),
+            )
+        for i, (a, b) in enumerate(zip(got, expected)):
+            assert torch.equal(a, b), f"output {i} at strides {tall}, {wide}, {of_image}"
+
+
+KERNELS = {
+    name: getattr(module, f"_{name}")
+    for module, names in (
+        (final_layer_triton, ("final_layer", "final_layer_backward", "unpatchify", "unpatchify_backward")),
+        (patch_embed_triton, ("patch_embed", "patch_embed_backward")),
+    )
+    for name in names
+}
+
+
+def test_strides_beyond_2_to_the_31_elements() -> None:
+    check_strides_beyond(KERNELS)
+
+
+def test_kernels_with_32_bit_offsets_would_be_found(tmp_path: Path) -> None:
+    for module in (final_layer_triton, patch_embed_triton):
+        source = Path(module.__file__).read_text().replace("tl.int64", "tl.int32")
+        narrow = load_source(module, source, tmp_path / f"narrow_{module.__name__.split('.')[-1]}.py")
+        with pytest.raises((InterpreterError, AssertionError)):
+            check_strides_beyond({**KERNELS, **narrow})

@@ -1,0 +1,125 @@
+"""patch_embed, final_layer and unpatchify compiled for GPUs that are not there: the machine code of every launch at S, B, L, XL."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from ahead import Compiled, recorded
+
+from ditkernels.ops import final_layer_triton, patch_embed_triton
+from ditkernels.reference import SIZES
+
+F32, BF16 = torch.float32, torch.bfloat16
+WIDE_SHARE = 0.88  # of the bytes of a (B, N, D) tensor: 1024 of the 1152 channels of XL
+BATCH, SIDE, CHANNELS = 2, 32, 4
+
+WIDTHS = [size["hidden_size"] for size in SIZES.values()]
+PATCHES = [2, 4, 8]
+# The (B, N, D) arguments of each kernel.
+TOUCHED = {
+    "forward_rows": ("x", "branch"),
+    "row_means": ("x", "branch"),
+    "backward_columns": ("x", "branch", "dx", "dbranch"),
+    "weight_products": ("branch", "dy"),
+    "embed": ("y",),
+    "image_gradients": ("dy",),
+    "add_positions": ("dy",),
+}
+
+
+def compile_final_layer(
+    width: int, patch: int, stream: torch.dtype, rest: torch.dtype, capability: int, norm: str = "layernorm"
+) -> list[Compiled]:
+    side, values = SIDE // patch, 2 * CHANNELS * patch * patch
+    x, branch = (torch.empty(BATCH, side * side, width, dtype=d) for d in (stream, rest))
+    gate, shift, scale, *_ = torch.empty(BATCH, 6 * width, dtype=rest).chunk(6, dim=1)
+    weight, bias = torch.empty(values, width, dtype=rest), torch.empty(values, dtype=rest)
+    dout = torch.empty(BATCH, 2 * CHANNELS, SIDE, SIDE, dtype=rest)
+    rstd = torch.empty(BATCH, side * side)
+    mean = rstd if norm == "layernorm" else torch.empty(0)
+    tensors = (x, branch, gate, None, shift, scale, None, None, weight, bias)
+    with recorded(capability) as kernels:
+        final_layer_triton._final_layer(*tensors, side, side, patch, norm, 1e-6, rest)
+        final_layer_triton._final_layer_backward(dout, *tensors, mean, rstd, side, side, patch, norm)
+    return kernels
+
+
+def compile_patch_embed(
+    width: int, patch: int, stream: torch.dtype, rest: torch.dtype, capability: int
+) -> list[Compiled]:
+    length = (SIDE // patch) ** 2
+    x, dy = torch.empty(BATCH, CHANNELS, SIDE, SIDE), torch.empty(BATCH, length, width, dtype=stream)
+    weight, bias = torch.empty(width, CHANNELS, patch, patch, dtype=rest), torch.empty(width, dtype=rest)
+    pos = torch.empty(1, length, width)
+    with recorded(capability) as kernels:
+        patch_embed_triton._patch_embed(x, weight, bias, pos, stream)
+        patch_embed_triton._patch_embed_backward(dy, x, weight, bias, pos, [True] * 4)
+    return kernels
+
+
+def wide_share(kernel: Compiled, name: str) -> float:
+    """Of the bytes of this argument: the share moved by 128-bit accesses."""
+    mine = [a for a in kernel.accesses() if name in a.arguments]
+    assert mine, f"{kernel.name}: no access to {name} found"
+    return sum(a.bytes for a in mine if a.bytes >= 16) / sum(a.bytes for a in mine)
+
+
+def check(kernels: list[Compiled], seen: set[bytes]) -> None:
+    """Holds every kernel whose machine code was not seen before to what is asked of all."""
+    for kernel in kernels:
+        if kernel.cubin in seen:
+            continue
+        seen.add(kernel.cubin)
+        assert kernel.resources["REG"] > 0
+        assert kernel.spills == 0, f"{kernel.name} spills"
+        assert not [o for o in kernel.opcodes if "TF32" in o], f"{kernel.name} rounds to TF32"
+        for name in TOUCHED.get(kernel.name, ()):
+            if name in kernel.parameters:
+                share = wide_share(kernel, name)
+                assert share >= WIDE_SHARE, f"{kernel.name}: {share:.0%} of {name} in 128-bit accesses"
+
+
+@pytest.fixture(scope="module")
+def seen() -> set[bytes]:
+    return set()
+
+
+# Complete for the dtypes of training under autocast; the two others at the widest and the narrowest model.
+CASES = [(w, p, F32, BF16) for w in WIDTHS for p in PATCHES]
+CASES += [(w, p, d, d) for w, p in ((384, 4), (1152, 2), (1152, 8)) for d in (BF16, F32)]
+
+
+@pytest.mark.parametrize("width, patch, stream, rest", CASES)
+def test_final_layer_on_hopper(
+    width: int, patch: int, stream: torch.dtype, rest: torch.dtype, seen: set[bytes]
+) -> None:
+    check(compile_final_layer(width, patch, stream, rest, 90), seen)
+
+
+@pytest.mark.parametrize("width, patch, stream, rest", [*CASES, (1152, 4, F32, F32)])
+def test_patch_embed_on_hopper(
+    width: int, patch: int, stream: torch.dtype, rest: torch.dtype, seen: set[bytes]
+) -> None:
+    check(compile_patch_embed(width, patch, stream, rest, 90), seen)
+
+
+@pytest.mark.parametrize("capability", [80, 100])
+def test_ampere_and_blackwell(capability: int, seen: set[bytes]) -> None:
+    check(compile_final_layer(1152, 2, F32, BF16, capability, "rmsnorm"), seen)
+    check(compile_patch_embed(1152, 2, F32, BF16, capability), seen)
+
+
+def test_unpatchify_compiles() -> None:
+    tokens = torch.empty(2, 256, 32, dtype=BF16)
+    with recorded(90) as kernels:
+        final_layer_triton._unpatchify(tokens, 16, 16, 2)
+        final_layer_triton._unpatchify_backward(torch.empty(2, 8, 32, 32, dtype=BF16), 2)
+    assert [(k.name, k.spills) for k in kernels] == [("place_values", 0), ("gather_values", 0)]
+
+
+def test_the_reading_of_machine_code_sees_what_it_should(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows spread over too few threads must be seen to spill."""
+    monkeypatch.setattr(final_layer_triton, "_WARPS", {1152: 1})
+    forward, *_ = compile_final_layer(1152, 2, F32, BF16, 90)
+    assert forward.name == "forward_rows"
+    assert forward.spills > 0

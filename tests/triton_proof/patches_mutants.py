@@ -1,0 +1,176 @@
+"""Every planted fault in the kernels of patch_embed, final_layer and unpatchify is found by the parity checks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import test_final_layer
+import test_patch_embed
+import torch
+from interpreted import guarded, mutant
+from test_final_layer import F32
+from triton.runtime.errors import InterpreterError
+
+from ditkernels import reference
+from ditkernels.ops import _registry as registry
+from ditkernels.ops import final_layer_triton, patch_embed_triton
+from ditkernels.ops.final_layer import unpatchify
+
+# What is replaced in the kernels' source, and by what.
+FINAL = {
+    "rows and columns of the grid swapped": ("rows // grid_w * P", "rows % grid_w * P"),
+    "row of the patch ignored": ("row, column = values // (P * O)", "row, column = values // (P * O) * 0"),
+    "column of the patch ignored": ("values // O % P\n", "values // O % P * 0\n"),
+    "output channel ignored": ("(values % O).to", "(values % O * 0).to"),
+    "shift ignored": ("normed += _channels(shift", "normed += 0.0 * _channels(shift"),
+    "scale without the one": ("normed *= 1.0 + _channels(scale", "normed *= _channels(scale"),
+    "norm's weight ignored": ("normed *= _channels(weight", "normed *= 1.0 + 0.0 * _channels(weight"),
+    "norm's bias ignored": ("normed += _channels(bias", "normed += 0.0 * _channels(bias"),
+    "batch index of the shift dropped": ("shift += sample * shift_b", "shift += 0 * shift_b"),
+    "batch index of the backward's shift dropped": ("shift + sample * shift_b", "shift + 0 * shift_b"),
+    "batch index of the scale dropped": ("scale += sample * scale_b", "scale += 0 * scale_b"),
+    "batch index of the backward's scale dropped": ("scale + sample * scale_b", "scale + 0 * scale_b"),
+    "batch index of the gate dropped": ("gate += sample * gate_b", "gate += 0 * gate_b"),
+    "batch index of the backward's gate dropped": ("gate + sample * gate_b", "gate + 0 * gate_b"),
+    "batch index of x dropped": ("x += sample * x_b", "x += 0 * x_b"),
+    "batch index of the backward's x dropped": ("x + sample * x_b", "x + 0 * x_b"),
+    "batch index of the branch dropped": ("branch += sample * branch_b", "branch += 0 * branch_b"),
+    "batch index of the backward's branch dropped": ("branch + sample * branch_b", "branch + 0 * branch_b"),
+    "batch index of dout dropped": ("dout + sample * dout_b", "dout + 0 * dout_b"),
+    "batch index of the means' dout dropped": ("dout += sample * dout_b", "dout += 0 * dout_b"),
+    "batch index of the image dropped": ("out += sample * out_b", "out += 0 * out_b"),
+    "row mask dropped": ("live = tokens < N", "live = tokens >= 0"),
+    "row mask of a chunk dropped": ("live = tokens < last", "live = tokens >= 0"),
+    "value mask dropped": ("live & (values < V), 0.0)", "live & (values >= 0), 0.0)"),
+    "mean forgotten": ("mu = tl.div_rn(tl.sum(sums", "mu = 0.0 * tl.div_rn(tl.sum(sums"),
+    "mean forgotten in the backward": ("normed -= tl.load(mean", "normed -= 0.0 * tl.load(mean"),
+    "mean forgotten in the means": ("normed -= mu", "normed -= 0.0 * mu"),
+    "eps dropped": ("D * 1.0) + eps)", "D * 1.0) + 0.0 * eps)"),
+    "bias of the linear ignored": ("z += tl.load(bias", "z += 0.0 * tl.load(bias"),
+    "the last values lost": (
+        "for first in range(0, V, VALUES):",
+        "for first in range(0, min(V, VALUES), VALUES):",
+    ),
+    "mean of dx̂ lost": ("dnormeds += dnormed", "dnormeds += 0.0 * dnormed"),
+    "mean of dx̂·x̂ lost": ("products += dnormed * normed", "products += 0.0 * normed"),
+    "means of one sample": ("mean_product + line, live", "mean_product + rows, live"),
+    "slope left out": ("dh * _slope(own_scale", "dh + 0.0 * _slope(own_scale"),
+    "gate zeroed": ("through *= _channels(own_gate", "through *= 0.0 * _channels(own_gate"),
+    "branch bias ignored": ("through += _channels(branch_bias", "through += 0.0 * _channels(branch_bias"),
+    "dbranch without the gate": ("through_gate = d * _channels(", "through_gate = d + 0.0 * _channels("),
+    "P of dx̂": ("p += _over_rows(dh)", "p += _over_rows(dh * normed)"),
+    "Q without x̂": ("q += _over_rows(dh * normed)", "q += _over_rows(dh)"),
+    "R of the scaled branch": ("r += _over_rows(d * u)", "r += _over_rows(d * through)"),
+    "S lost": ("s += _over_rows(d)", "s += 0.0 * _over_rows(d)"),
+    "every chunk starts at the first": ("first = (chunk % chunks) * chunk_rows", "first = 0 * chunk_rows"),
+    "one chunk lost": (
+        "range(start, tl.minimum(start + group_chunks",
+        "range(start + 1, tl.minimum(start + group_chunks",
+    ),
+    "one block lost": (
+        "range(start, tl.minimum(start + group_blocks",
+        "range(start + 1, tl.minimum(start + group_blocks",
+    ),
+    "dbias lost": ("db += tl.sum(dz", "db += 0.0 * tl.sum(dz"),
+    "dW of x̂": (
+        "h = _modulated(normed, own_shift, own_scale, norm_weight, norm_bias, columns, ROUND, D)",
+        "h = normed",
+    ),
+    "tokens of the wrong row": ("token = patch_row.to(tl.int64) * grid_w", "token = 0 * grid_w"),
+    "channel and row of unpatchify swapped": (
+        "channel, row = line // P, line % P",
+        "row, channel = line // P, line % P",
+    ),
+    "value of the wrong channel": ("(row * P + column % P) * O + channel", "(row * P + column % P) * O"),
+    "sample of the tokens dropped": ("tokens + sample * tokens_b", "tokens + 0 * tokens_b"),
+    "sample of the gathered image dropped": ("image + sample * image_b", "image + 0 * image_b"),
+}
+EMBED = {
+    "sample ignored": ("return sample + token // N", "return sample + 0 * (token // N)"),
+    "rows and columns of the grid swapped": ("(token // grid_w * P)", "(token % grid_w * P)"),
+    "channel ignored": ("(values // (P * P))", "(values // (P * P) * 0)"),
+    "row and column of the patch swapped": ("row = (values // P % P)", "row = (values % P)"),
+    "line mask dropped": ("live = line < lines", "live = line >= 0"),
+    "line mask of dx dropped": ("[:, None] < lines", "[:, None] >= 0"),
+    "line mask of a group dropped": ("[:, None] < last", "[:, None] >= 0"),
+    "bias ignored": ("product += tl.load(bias", "product += 0.0 * tl.load(bias"),
+    "positions ignored": ("product += tl.load(pos", "product += 0.0 * tl.load(pos"),
+    "positions of the line and not of the token": ("token.to(tl.int64) * pos_n", "line * 0 * pos_n"),
+    "x not rounded to the weight's dtype": (".to(weight.dtype.element_ty)", ""),
+    "one group lost": ("(group < groups) & inside", "(group < groups - 1) & inside"),
+    "one block of a group lost": (
+        "for first in range(group * group_lines, last",
+        "for first in range(group * group_lines + ROWS, last",
+    ),
+    "dbias lost": ("db += tl.sum(d.to", "db += 0.0 * tl.sum(d.to"),
+    "batch index of dy dropped": ("dy + sample * dy_b", "dy + 0 * dy_b"),
+    "channels beyond the first tile lost": (
+        "for start in range(0, D, COLUMNS)",
+        "for start in range(0, min(D, COLUMNS), COLUMNS)",
+    ),
+    "one sample's positions lost": ("for sample in range(batch):", "for sample in range(1, batch):"),
+    "values beyond the first tile lost": (
+        "for start in range(0, K, VALUES)",
+        "for start in range(0, min(K, VALUES), VALUES)",
+    ),
+}
+
+
+def check_final_layer() -> None:
+    """Blocks, chunks and tiles that are not full, several of each, every argument, an eps that matters, two samples."""
+    with guarded():
+        inputs = test_final_layer.make_inputs(2, (5, 8), 70, 2, F32, F32)
+        test_final_layer.assert_parity(inputs, grid=(5, 8), patch_size=2, eps=0.1)
+        inputs = test_final_layer.make_inputs(2, (1, 3), 9, 8, F32, F32)
+        test_final_layer.assert_parity(inputs, grid=(1, 3), patch_size=8)
+        tokens = torch.arange(2 * 6 * 12.0).reshape(2, 6, 12).requires_grad_()
+        image = unpatchify(tokens, grid=(3, 2), patch_size=2)
+        want = reference.unpatchify(tokens, grid=(3, 2), patch_size=2)
+        torch.testing.assert_close(image, want, rtol=0, atol=0)
+        cotangent = image.detach().flip(0)
+        for got, expected in zip(
+            torch.autograd.grad(image, tokens, cotangent), torch.autograd.grad(want, tokens, cotangent)
+        ):
+            torch.testing.assert_close(got, expected, rtol=0, atol=0)
+
+
+def check_patch_embed() -> None:
+    with guarded():
+        test_patch_embed.assert_parity(test_patch_embed.make_inputs(3, (7, 8), 140, 2, F32, F32, F32))
+        test_patch_embed.assert_parity(test_patch_embed.make_inputs(2, (1, 3), 9, 8, F32, F32, F32))
+        grads = test_patch_embed.make_inputs(1, (1, 3), 9, 2, F32, torch.bfloat16, F32)
+        rounded = test_patch_embed.forward_and_gradients(test_patch_embed.patch_embed, grads)
+        grads["x"] = grads["x"].bfloat16().float()
+        again = test_patch_embed.forward_and_gradients(test_patch_embed.patch_embed, grads)
+        torch.testing.assert_close(rounded, again, rtol=0, atol=0)
+
+
+@pytest.fixture(autouse=True)
+def _on_triton():
+    with registry.use_backend("triton"):
+        yield
+
+
+def test_the_kernels_as_they_are_pass() -> None:
+    check_final_layer()
+    check_patch_embed()
+
+
+def assert_killed(module: object, fault: tuple[str, str], check: object, folder: Path) -> None:
+    with mutant(module, *fault, folder), pytest.raises((AssertionError, InterpreterError)) as caught:
+        check()
+    died_of = str(caught.value)
+    assert any(
+        word in died_of for word in ("contract", "OutOfBounds", "not finite", "not close", "not equal")
+    ), died_of
+
+
+@pytest.mark.parametrize("name", FINAL)
+def test_killed_in_final_layer(name: str, tmp_path: Path) -> None:
+    assert_killed(final_layer_triton, FINAL[name], check_final_layer, tmp_path)
+
+
+@pytest.mark.parametrize("name", EMBED)
+def test_killed_in_patch_embed(name: str, tmp_path: Path) -> None:
+    assert_killed(patch_embed_triton, EMBED[name], check_patch_embed, tmp_path)
