@@ -1,6 +1,6 @@
 """What the CUDA C++ kernels of all ops share: where their library comes from, and when they can serve.
 
-The library (``csrc/``, built by setup.py as ``ditkernels/_C.so``) registers kernels for the internal ops that the package declares.
+The library (``csrc/``, looked for as ``ditkernels/_C.so``) registers kernels for the internal ops that the package declares.
 Loading it initialises nothing on a device and works beside a torch without CUDA. Without it the package is whole, and says why.
 """
 
@@ -17,7 +17,7 @@ MAX_WIDTH = 4096
 OLDEST_CAPABILITY = (8, 0)
 NOT_MEASURED = "not measured against triton yet; DITKERNELS_BACKEND=cuda asks for it"
 
-_HOW = "install from source with nvcc and DITKERNELS_BUILD_CUDA=1 to build it"
+_HOW = "DITKERNELS_CUDA_LIBRARY names one that was built from csrc/"
 _absence: str | None = "no library has been loaded"
 
 
