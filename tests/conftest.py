@@ -20,3 +20,8 @@ def no_forced_backend(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     registry._settings.update(ops=None, attention=None)
     yield
     registry._settings.update(before)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest tests, whole files of proofs each, start first, so that no worker is left alone with one at the end."""
+    items.sort(key=lambda item: "test_proof" not in item.name)
