@@ -66,7 +66,7 @@ def final_inputs(
 @pytest.mark.parametrize("stream, rest", DTYPES)
 @pytest.mark.parametrize("patch", [2, 4, 8])
 @pytest.mark.parametrize("width", WIDTHS)
-def test_final_layer(width: int, patch: int, stream: torch.dtype, rest: torch.dtype) -> None:
+def test_parity_of_final_layer(width: int, patch: int, stream: torch.dtype, rest: torch.dtype) -> None:
     inputs, options = final_inputs(width, patch, stream, rest)
     assert_parity(final_layer, reference.final_layer, inputs, **options)
 
@@ -74,14 +74,14 @@ def test_final_layer(width: int, patch: int, stream: torch.dtype, rest: torch.dt
 @pytest.mark.parametrize("stream, rest", DTYPES)
 @pytest.mark.parametrize("patch", [2, 4, 8])
 @pytest.mark.parametrize("width", WIDTHS)
-def test_patch_embed(width: int, patch: int, stream: torch.dtype, rest: torch.dtype) -> None:
+def test_parity_of_patch_embed(width: int, patch: int, stream: torch.dtype, rest: torch.dtype) -> None:
     grid = (LATENT // patch, LATENT // patch)
     inputs = on_gpu(test_patch_embed.make_inputs(8, grid, width, patch, F32, rest, F32))
     assert_parity(patch_embed, test_patch_embed.plain, inputs, out_dtype=stream)
 
 
 @pytest.mark.parametrize("patch, channels", [(2, 4), (2, 8), (4, 8), (8, 3), (1, 3)])
-def test_unpatchify(patch: int, channels: int) -> None:
+def test_values_moved_by_unpatchify(patch: int, channels: int) -> None:
     tokens = torch.randn(16, 96, patch * patch * channels, device="cuda", dtype=BF16, requires_grad=True)
     got = unpatchify(tokens, grid=(8, 12), patch_size=patch)
     want = reference.unpatchify(tokens, grid=(8, 12), patch_size=patch)
