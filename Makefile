@@ -24,7 +24,7 @@ demo: $(STAMP)
 	$(BIN)/ditkernels demo --out "$(OUT)" $(ARGS)
 
 test: lint
-	$(BIN)/python -m pytest -n $(JOBS) $(ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) --maxschedchunk 1 $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff format --check .
