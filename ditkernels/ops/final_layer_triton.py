@@ -701,7 +701,7 @@ def chunk_groups(batch: int, length: int, values: int) -> tuple[int, int, int, i
 
 def _values_at_a_time(product: Any) -> int:
     """fp32 operands are kept in registers, halves are read from shared memory as the tensor cores need them."""
-    return 16 if product == tl.float32 else 128
+    return 16 if product == tl.float32 else 64
 
 
 def grouping(batch: int, length: int, values: int) -> tuple[int, int, int]:
