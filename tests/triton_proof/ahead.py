@@ -51,16 +51,12 @@ class Compiled:
     @functools.cached_property
     def resources(self) -> dict[str, int]:
         """REG, STACK, LOCAL, SHARED ... as cuobjdump reports them."""
-        text = self._tool("cuobjdump", "-res-usage")
-        return {key: int(value) for key, value in re.findall(r"(\w+):(\d+)", text.split("Function")[-1])}
-
-    @functools.cached_property
-    def sass(self) -> str:
-        return self._tool("nvdisasm", "-c")
+        line = next(line for line in disassembled(self.cubin).splitlines() if "REG:" in line)
+        return {key: int(value) for key, value in re.findall(r"(\w+):(\d+)", line)}
 
     @property
     def opcodes(self) -> list[str]:
-        return [m.group(1) for m in map(OPCODE.match, self.sass.splitlines()) if m]
+        return [m.group(1) for m in map(OPCODE.match, disassembled(self.cubin).splitlines()) if m]
 
     @property
     def spills(self) -> int:
@@ -110,14 +106,15 @@ class Compiled:
                 changed |= len(reached) > before
         return origins
 
-    def _tool(self, tool: str, *options: str) -> str:
-        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-            file.write(self.cubin)
-            file.flush()
-            done = subprocess.run(
-                [BIN / tool, *options, file.name], capture_output=True, text=True, check=True
-            )
-        return done.stdout
+
+@functools.cache  # launches of several ops share kernels, and disassembling is what takes the time
+def disassembled(cubin: bytes) -> str:
+    """The machine code, headed by the resources it uses."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [BIN / "cuobjdump", "-res-usage", "-sass", file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 def width_of(suffix: str) -> int:
