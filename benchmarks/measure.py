@@ -1,0 +1,265 @@
+"""What the benchmarks share: the clock, the ceilings, the machine they ran on, the table and the JSON.
+
+How time is taken. Contenders take turns within a round, so that a drifting clock hits all of them; the result is the median
+over rounds, with the 10th and 90th percentile beside it. Every round uses the next of several input sets, together larger than
+the last-level cache. On a GPU time lies between two events, and a device-side pause before the first one lets the launches
+queue up, so that the gaps between launches are kept out for everybody alike.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Iterable, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ditkernels._version import __version__
+from ditkernels.check import resolve_device
+from ditkernels.info import driver_version
+
+PAUSE_CYCLES = (
+    4_000_000  # about 2 ms on a GPU at 2 GHz: longer than any host needs to enqueue one contender's kernels
+)
+CACHE_BYTES = 256 * 2**20  # larger than the last-level cache of any GPU or CPU this is likely to meet
+OUT_OF_MEMORY = (torch.OutOfMemoryError,)
+
+
+class Contender(NamedTuple):
+    """Something to be timed.
+
+    Attributes:
+        name: as it stands in the table.
+        run: what is timed; receives what ``prepare`` returned.
+        prepare: what comes before, untimed; receives the number of the round, to choose inputs by.
+    """
+
+    name: str
+    run: Callable[[Any], Any]
+    prepare: Callable[[int], Any] = lambda index: index
+
+
+class Timing(NamedTuple):
+    """Milliseconds: the median over rounds, the 10th and the 90th percentile."""
+
+    median_ms: float
+    low_ms: float
+    high_ms: float
+
+
+def interleaved(
+    contenders: Sequence[Contender], device: torch.device, *, rounds: int, warmup: int = 3
+) -> dict[str, Timing]:
+    """Times the contenders in turns; the warm-up rounds, compilation included, are left out."""
+    clock = _gpu_clock if device.type == "cuda" else _cpu_clock
+    samples: dict[str, list[Callable[[], float]]] = {contender.name: [] for contender in contenders}
+    for index in range(warmup + rounds):
+        for contender in contenders:
+            prepared = contender.prepare(index)
+            elapsed = clock(contender.run, prepared)
+            if index >= warmup:
+                samples[contender.name].append(elapsed)
+    return {name: _timing([elapsed() for elapsed in found]) for name, found in samples.items()}
+
+
+def _cpu_clock(run: Callable[[Any], Any], prepared: Any) -> Callable[[], float]:
+    start = time.perf_counter()
+    run(prepared)
+    milliseconds = 1e3 * (time.perf_counter() - start)
+    return lambda: milliseconds
+
+
+def _gpu_clock(run: Callable[[Any], Any], prepared: Any) -> Callable[[], float]:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda._sleep(PAUSE_CYCLES)
+    start.record()
+    run(prepared)
+    end.record()
+
+    def elapsed() -> float:
+        end.synchronize()
+        return start.elapsed_time(end)
+
+    return elapsed
+
+
+def _timing(milliseconds: list[float]) -> Timing:
+    if len(milliseconds) == 1:
+        return Timing(milliseconds[0], milliseconds[0], milliseconds[0])
+    deciles = statistics.quantiles(milliseconds, n=10, method="inclusive")
+    return Timing(statistics.median(milliseconds), deciles[0], deciles[-1])
+
+
+def input_sets(bytes_of_one: int) -> int:
+    """How many input sets it takes to keep the cache from helping; few enough to be made in no time."""
+    return min(64, max(2, -(-CACHE_BYTES // max(1, bytes_of_one))))
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Ceilings
+# ------------------------------------------------------------------------------------------------------------------
+
+
+def copy_bandwidth(device: torch.device, *, size: int, rounds: int) -> float:
+    """GB/s (1e9 bytes) of copying ``size`` bytes from one place of the device's memory to another, both counted."""
+    source = torch.randint(-100, 100, (size,), dtype=torch.int8, device=device)
+    target = torch.empty_like(source)
+    timing = interleaved([Contender("copy", lambda _: target.copy_(source))], device, rounds=rounds)["copy"]
+    return 2 * size / timing.median_ms / 1e6
+
+
+def matmul_rate(
+    device: torch.device, shape: tuple[int, int, int], dtype: torch.dtype, *, rounds: int
+) -> float:
+    """TFLOP/s of a product (M, K) x (K, N) of random values, 2 operations a multiply-add."""
+    m, n, k = shape
+    sets = [
+        (torch.randn(m, k, device=device, dtype=dtype), torch.randn(k, n, device=device, dtype=dtype))
+        for _ in range(2)
+    ]
+    product = Contender("matmul", lambda ab: torch.mm(*ab), lambda index: sets[index % 2])
+    timing = interleaved([product], device, rounds=rounds)["matmul"]
+    return 2 * m * n * k / timing.median_ms / 1e9
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# What a result says of itself
+# ------------------------------------------------------------------------------------------------------------------
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Everything a reader needs to judge a number: date, commit, device, driver, versions."""
+    return {
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "commit": _commit(),
+        "device": _device_name(device),
+        "compute_capability": _capability(device),
+        "driver": driver_version(),
+        "cuda": torch.version.cuda,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": _version("triton"),
+        "ditkernels": __version__,
+        "threads": torch.get_num_threads(),
+        "platform": platform.platform(),
+    }
+
+
+def _commit() -> str | None:
+    """The commit of this tree, marked where files differ from it; None outside a checkout."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return answer.stdout.strip()
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{models[0] if models else platform.machine()}, {os.cpu_count()} cores"
+
+
+def _capability(device: torch.device) -> str | None:
+    if device.type != "cuda":
+        return None
+    return "{}.{}".format(*torch.cuda.get_device_capability(device))
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Command line, table, JSON
+# ------------------------------------------------------------------------------------------------------------------
+
+
+def parser(description: str | None) -> argparse.ArgumentParser:
+    """A parser with the flags that every benchmark has."""
+    made = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    made.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 ...; auto is cuda if there is one")
+    made.add_argument("--rounds", type=positive, default=20, help="measurements of each contender")
+    made.add_argument("--json", type=Path, metavar="FILE", help="write the rows here too")
+    return made
+
+
+def positive(text: str) -> int:
+    """An argparse type: a whole number of 1 or more."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"got {value}, allowed is 1 or more")
+    return value
+
+
+def chosen(text: str) -> list[str]:
+    """An argparse type: names separated by commas."""
+    return [name for name in text.split(",") if name]
+
+
+def device_of(args: argparse.Namespace) -> torch.device:
+    """The device asked for."""
+    return resolve_device(args.device)
+
+
+def report(
+    benchmark: str, args: argparse.Namespace, rows: list[dict[str, Any]], columns: Iterable[str]
+) -> None:
+    """Prints ``columns`` of the rows as a table, and writes all of them where ``--json`` says."""
+    print(table(rows, list(columns)))
+    if args.json is None:
+        return
+    settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+    result = {
+        "benchmark": benchmark,
+        "environment": environment(device_of(args)),
+        "settings": settings,
+        "rows": rows,
+    }
+    args.json.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = args.json.with_name(args.json.name + ".tmp")
+    unfinished.write_text(json.dumps(result, indent=2) + "\n")
+    unfinished.replace(args.json)
+
+
+def table(rows: list[dict[str, Any]], columns: list[str]) -> str:
+    """The rows in aligned columns, numbers to three significant digits."""
+    cells = [columns, *([_cell(row.get(column)) for column in columns] for row in rows)]
+    widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
+    return "\n".join(
+        "  ".join(text.ljust(width) for text, width in zip(line, widths)).rstrip() for line in cells
+    )
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, float):
+        return f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
+    if isinstance(value, (list, tuple)):
+        return "x".join(map(str, value))
+    return str(value)
+
+
+def nbytes(*tensors: Tensor) -> int:
+    """Bytes of the tensors together."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

@@ -1,0 +1,294 @@
+"""The fused ops against plain and compiled PyTorch, forward and backward, beside the measured copy bandwidth.
+
+    python benchmarks/ops.py --json benchmarks/results/ops.json          DiT-XL/2 at 256 px, batch 256
+    python benchmarks/ops.py --width 384 --batch 2 --tokens 16 --rounds 3  a smaller machine
+
+GB/s counts the bytes that the op must move at least: the (B, N, D) tensors as often as the design asks, and the image. What a
+contender moves beyond that shows as a lower rate. A backend whose forward or gradients break the numerical contract on a
+smaller batch of the same shape gets no speed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import measure
+import torch
+from measure import Contender
+from torch import Tensor
+
+from ditkernels import check, ops, reference, use_backend
+from ditkernels.ops import _registry as registry
+
+PRECISIONS = {
+    "bf16": check.Precision("bf16", torch.bfloat16, torch.bfloat16),
+    "fp32+bf16": check.Precision("fp32+bf16", torch.float32, torch.bfloat16),
+    "fp32": check.Precision("fp32", torch.float32, torch.float32),
+}
+GATE_BATCH = 3
+
+
+class Site(NamedTuple):
+    """An op as a DiT calls it.
+
+    Attributes:
+        case: shapes and options.
+        forward, backward: how often each (B, N, D) tensor is touched at least, one letter a touch: s in the dtype of the
+            residual stream, o in that of the others.
+        image: elements of the image read or written once by either.
+    """
+
+    case: check.Case
+    forward: str
+    backward: str
+    image: int = 0
+
+
+def sites(batch: int, grid: tuple[int, int], width: int, patch_size: int) -> dict[str, Site]:
+    """The five ops at B samples, a grid of tokens and D channels; latents have 4 channels, the output 8."""
+    tokens, p = (batch, grid[0] * grid[1], width), patch_size
+    pixels = batch * grid[0] * grid[1] * p * p
+    vectors = dict.fromkeys(("gate", "shift", "scale"), (batch, width))
+    modulation = {name: vectors[name] for name in ("shift", "scale")}
+    linear = {"weight": (8 * p * p, width), "bias": (8 * p * p,)}
+    residual = {"branch": tokens, "gate": vectors["gate"]}
+    image = {
+        "x": (batch, 4, grid[0] * p, grid[1] * p),
+        "weight": (width, 4, p, p),
+        "bias": (width,),
+        "pos_embed": (tokens[1], width),
+    }
+    patches = {"grid": grid, "patch_size": p}
+    return {
+        "modulate_norm": Site(check.Case("modulate_norm", {"x": tokens, **modulation}), "so", "oss"),
+        "gated_residual": Site(check.Case("gated_residual", {"x": tokens, **residual}), "sos", "soo"),
+        "gated_residual_norm": Site(
+            check.Case("gated_residual_norm", {"x": tokens, "branch": tokens, **vectors}), "soso", "sosoos"
+        ),
+        "patch_embed": Site(check.Case("patch_embed", image), "s", "s", 4 * pixels),
+        "final_layer": Site(
+            check.Case("final_layer", {"x": tokens, **residual, **modulation, **linear}, patches),
+            "so",
+            "soso",
+            8 * pixels,
+        ),
+    }
+
+
+def floor_bytes(site: Site, touches: str, precision: check.Precision) -> int:
+    """The bytes that the op must move at least."""
+    shapes = site.case.shapes
+    token_elements = math.prod(
+        shapes["x"] if len(shapes["x"]) == 3 else (*shapes["pos_embed"], shapes["x"][0])
+    )
+    sizes = {"s": precision.stream.itemsize, "o": precision.others.itemsize}
+    return token_elements * sum(sizes[letter] for letter in touches) + site.image * precision.others.itemsize
+
+
+class Inputs(NamedTuple):
+    """One set: the arguments, which take gradients, and the gradients to feed backward."""
+
+    arguments: dict[str, Tensor]
+    cotangents: list[Tensor]
+
+
+def dtype_of(name: str, case: check.Case, precision: check.Precision) -> torch.dtype:
+    """The stream has its own dtype; the latents have that of the weights."""
+    return precision.stream if name == "x" and case.has_stream else precision.others
+
+
+def input_sets(case: check.Case, precision: check.Precision, device: torch.device) -> list[Inputs]:
+    """Random values; enough sets that no cache holds them all."""
+
+    def one() -> Inputs:
+        arguments = {
+            name: torch.randn(shape, device=device, dtype=dtype_of(name, case, precision))
+            for name, shape in case.shapes.items()
+        }
+        for name, tensor in arguments.items():
+            tensor.requires_grad_(name != "x" or case.has_stream)
+        with torch.no_grad():
+            outputs = _call(getattr(reference, case.op), case, arguments, precision)
+        return Inputs(arguments, [torch.randn_like(output) for output in outputs])
+
+    first = one()
+    size = measure.nbytes(*first.arguments.values(), *first.cotangents)
+    return [first, *(one() for _ in range(measure.input_sets(size) - 1))]
+
+
+def _call(
+    function: Callable[..., Any], case: check.Case, arguments: dict[str, Tensor], precision: check.Precision
+) -> tuple[Tensor, ...]:
+    outputs = function(**arguments, **case.options, **_out_dtype(case.op, precision))
+    return outputs if isinstance(outputs, tuple) else (outputs,)
+
+
+def _out_dtype(op: str, precision: check.Precision) -> dict[str, torch.dtype]:
+    """The stream begins in its own dtype; normed rows come in the dtype their linear wants."""
+    if op == "patch_embed":
+        return {"out_dtype": precision.stream}
+    return {"out_dtype": precision.others} if op.endswith("norm") else {}
+
+
+def functions(names: list[str], op: str) -> dict[str, tuple[Callable[..., Any], str | None]]:
+    """By contender: what it calls, and the backend it forces."""
+    plain, fused = getattr(reference, op), getattr(ops, op)
+    known: dict[str, tuple[Callable[..., Any], str | None]] = {
+        "eager": (plain, None),
+        "compiled": (torch.compile(plain, dynamic=False), None),
+        "max-autotune": (torch.compile(plain, dynamic=False, mode="max-autotune-no-cudagraphs"), None),
+        **{backend: (fused, backend) for backend in registry.BACKENDS},
+    }
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise SystemExit(f"--contenders: got {', '.join(unknown)}, allowed are {', '.join(known)}")
+    return {name: known[name] for name in names}
+
+
+def gate(site: Site, backend: str, precision: check.Precision, device: torch.device) -> check.Parity | str:
+    """Parity of a backend, forward and every gradient, on a small batch of the site's shape; or why it cannot serve."""
+    batch = site.case.shapes["x"][0]
+    shapes = {
+        name: (GATE_BATCH, *shape[1:]) if name in ("x", "branch", "gate", "shift", "scale") else shape
+        for name, shape in site.case.shapes.items()
+    }
+    case = site.case if batch <= GATE_BATCH else check.Case(site.case.op, shapes, site.case.options)
+    if not case.has_stream:
+        precision = check.Precision(precision.name, precision.others, precision.others)
+    inputs = case.inputs(precision, device)
+    reason = check.refusals(case, inputs)[backend]
+    return check.parity(case, inputs, backend) if reason is None else reason
+
+
+def forward_and_backward(
+    name: str,
+    function: Callable[..., Any],
+    backend: str | None,
+    case: check.Case,
+    precision: check.Precision,
+    sets: list[Inputs],
+) -> dict[str, Contender]:
+    """The two things to time; the forward is that of training."""
+
+    def forward(inputs: Inputs) -> tuple[Tensor, ...]:
+        with use_backend(backend or "auto"):
+            return _call(function, case, inputs.arguments, precision)
+
+    def backward(prepared: tuple[tuple[Tensor, ...], Inputs]) -> None:
+        outputs, inputs = prepared
+        leaves = [leaf for leaf in inputs.arguments.values() if leaf.requires_grad]
+        with use_backend(backend or "auto"):
+            torch.autograd.grad(outputs, leaves, inputs.cotangents)
+
+    def at(index: int) -> Inputs:
+        return sets[index % len(sets)]
+
+    return {
+        "forward": Contender(name, forward, at),
+        "backward": Contender(name, backward, lambda index: (forward(at(index)), at(index))),
+    }
+
+
+def rows_of(
+    name: str, site: Site, precision: check.Precision, args: argparse.Namespace, copy_gbps: float
+) -> Iterator[dict[str, Any]]:
+    """The rows of one op in one precision."""
+    device = measure.device_of(args)
+    common = {"op": name, "precision": precision.name, "shape": [args.batch, args.tokens, args.width]}
+    contenders: dict[str, dict[str, Contender]] = {}
+    ratios: dict[str, float] = {}
+    sets = input_sets(site.case, precision, device)
+    for contender, (function, backend) in functions(args.contenders, name).items():
+        if backend is not None:
+            found = gate(site, backend, precision, device)
+            if isinstance(found, str):
+                yield {**common, "contender": contender, "note": f"cannot serve: {found}"}
+                continue
+            if not found.ratio <= 1:
+                yield {
+                    **common,
+                    "contender": contender,
+                    "note": f"WRONG: {found.where}, {found.ratio:.1f} x allowed",
+                }
+                continue
+            ratios[contender] = found.ratio
+        contenders[contender] = forward_and_backward(contender, function, backend, site.case, precision, sets)
+    for phase, touches in (("forward", site.forward), ("backward", site.backward)):
+        timings = measure.interleaved(
+            [found[phase] for found in contenders.values()], device, rounds=args.rounds
+        )
+        floor = floor_bytes(site, touches, precision)
+        for contender, timing in timings.items():
+            gbps = floor / timing.median_ms / 1e6
+            yield {
+                **common,
+                "contender": contender,
+                "pass": phase,
+                **timing._asdict(),
+                "floor_bytes": floor,
+                "gbps": gbps,
+                "of_copy": gbps / copy_gbps,
+                "error_over_allowed": ratios.get(contender),
+            }
+
+
+def rows(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Every op asked for in every precision asked for."""
+    device = measure.device_of(args)
+    copy_gbps = measure.copy_bandwidth(device, size=args.copy_mib * 2**20, rounds=args.rounds)
+    yield {"op": "copy", "gbps": copy_gbps, "of_copy": 1.0}
+    grid = _grid(args.tokens)
+    for name, site in sites(args.batch, grid, args.width, args.patch_size).items():
+        if name in args.ops:
+            for precision in args.precisions:
+                yield from rows_of(name, site, PRECISIONS[precision], args, copy_gbps)
+
+
+def _grid(tokens: int) -> tuple[int, int]:
+    """The squarest grid of so many tokens."""
+    height = next(h for h in range(math.isqrt(tokens), 0, -1) if tokens % h == 0)
+    return height, tokens // height
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Runs the benchmark."""
+    parser = measure.parser(__doc__)
+    names = list(sites(1, (1, 1), 8, 1))
+    parser.add_argument("--batch", type=measure.positive, default=256)
+    parser.add_argument("--tokens", type=measure.positive, default=256)
+    parser.add_argument("--width", type=measure.positive, default=1152)
+    parser.add_argument("--patch-size", type=measure.positive, default=2)
+    parser.add_argument("--ops", type=measure.chosen, default=names, help=", ".join(names))
+    parser.add_argument(
+        "--precisions", type=measure.chosen, default=["bf16", "fp32+bf16"], help=", ".join(PRECISIONS)
+    )
+    contenders = ["eager", "compiled", "cuda", "triton"]
+    parser.add_argument(
+        "--contenders", type=measure.chosen, default=contenders, help="also max-autotune, torch"
+    )
+    parser.add_argument("--copy-mib", type=measure.positive, default=1024, help="size of the copy")
+    args = parser.parse_args(argv)
+    for flag, given, allowed in (("--ops", args.ops, names), ("--precisions", args.precisions, PRECISIONS)):
+        unknown = [name for name in given if name not in allowed]
+        if unknown:
+            parser.error(f"{flag}: got {', '.join(unknown)}, allowed are {', '.join(allowed)}")
+    columns = (
+        "op",
+        "precision",
+        "pass",
+        "contender",
+        "median_ms",
+        "low_ms",
+        "high_ms",
+        "gbps",
+        "of_copy",
+        "note",
+    )
+    measure.report("ops", args, list(rows(args)), columns)
+
+
+if __name__ == "__main__":
+    main()
