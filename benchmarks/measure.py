@@ -32,7 +32,6 @@ PAUSE_CYCLES = (
     4_000_000  # about 2 ms on a GPU at 2 GHz: longer than any host needs to enqueue one contender's kernels
 )
 CACHE_BYTES = 256 * 2**20  # larger than the last-level cache of any GPU or CPU this is likely to meet
-OUT_OF_MEMORY = (torch.OutOfMemoryError,)
 
 
 class Contender(NamedTuple):
@@ -98,6 +97,16 @@ def _timing(milliseconds: list[float]) -> Timing:
         return Timing(milliseconds[0], milliseconds[0], milliseconds[0])
     deciles = statistics.quantiles(milliseconds, n=10, method="inclusive")
     return Timing(statistics.median(milliseconds), deciles[0], deciles[-1])
+
+
+def fits(contender: Contender) -> bool:
+    """Whether one run of it finds memory enough; what it took is given back if not."""
+    try:
+        contender.run(contender.prepare(0))
+    except torch.OutOfMemoryError:
+        torch.cuda.empty_cache()
+        return False
+    return True
 
 
 def input_sets(bytes_of_one: int) -> int:
@@ -211,9 +220,23 @@ def positive(text: str) -> int:
     return value
 
 
-def chosen(text: str) -> list[str]:
-    """An argparse type: names separated by commas."""
-    return [name for name in text.split(",") if name]
+def numbers(text: str) -> list[int]:
+    """An argparse type: whole numbers of 1 or more, separated by commas."""
+    return [positive(number) for number in text.split(",")]
+
+
+def names_among(allowed: Iterable[str]) -> Callable[[str], list[str]]:
+    """An argparse type: names separated by commas, each one of ``allowed``."""
+    known = list(allowed)
+
+    def parse(text: str) -> list[str]:
+        found = text.split(",")
+        unknown = [name for name in found if name not in known]
+        if unknown:
+            raise argparse.ArgumentTypeError(f"got {', '.join(unknown)}, allowed are {', '.join(known)}")
+        return found
+
+    return parse
 
 
 def device_of(args: argparse.Namespace) -> torch.device:

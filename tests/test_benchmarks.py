@@ -1,0 +1,129 @@
+"""The benchmark scripts run from end to end, at sizes a CPU can bear, and leave the JSON they promise."""
+
+from __future__ import annotations
+
+import json
+import math
+import runpy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+ENVIRONMENT = {"date", "commit", "device", "driver", "cuda", "python", "torch", "triton", "platform"}
+TIMING = {"median_ms", "low_ms", "high_ms"}
+
+
+def run(name: str, *arguments: str, monkeypatch: pytest.MonkeyPatch, out: Path) -> list[dict[str, Any]]:
+    """Runs a script as the shell would, and returns the rows of its JSON."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    monkeypatch.setattr(
+        "sys.argv", [name, "--device", "cpu", "--rounds", "2", "--json", str(out), *arguments]
+    )
+    runpy.run_path(str(BENCHMARKS / f"{name}.py"), run_name="__main__")
+    result = json.loads(out.read_text())
+    assert result["benchmark"] == name
+    assert set(result["environment"]) >= ENVIRONMENT
+    assert result["settings"]["rounds"] == 2
+    for row in result["rows"]:
+        if "median_ms" in row:
+            assert set(row) >= TIMING
+            assert 0 < row["low_ms"] <= row["median_ms"] <= row["high_ms"]
+    return result["rows"]
+
+
+def test_ceilings(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    size = ("--model", "DiT-S/8", "--batch", "1", "--input-size", "16", "--copy-mib", "1", "--dtype", "fp32")
+    rows = run("ceilings", *size, monkeypatch=monkeypatch, out=tmp_path / "c.json")
+    assert [row["what"] for row in rows] == ["copy", "qkv", "proj", "fc1", "fc2"]
+    assert rows[1]["shape"] == [4, 1152, 384]
+    assert all(row.get("gbps", row.get("tflops")) > 0 for row in rows)
+    assert "4x1152x384" in capsys.readouterr().out
+
+
+def test_ops(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    size = (
+        "--batch",
+        "2",
+        "--tokens",
+        "6",
+        "--width",
+        "32",
+        "--copy-mib",
+        "1",
+        "--contenders",
+        "eager,torch,cuda",
+    )
+    rows = run("ops", *size, monkeypatch=monkeypatch, out=tmp_path / "o.json")
+    timed = [row for row in rows if "median_ms" in row]
+    # five ops, two precisions, two passes, two contenders that can serve
+    assert len(timed) == 40
+    assert all(row["error_over_allowed"] <= 1 for row in timed if row["contender"] == "torch")
+    assert sum("cannot serve" in row.get("note", "") for row in rows) == 10
+    forward = next(r for r in timed if (r["op"], r["precision"]) == ("gated_residual_norm", "fp32+bf16"))
+    # x and x1 in fp32, branch and h in bf16
+    assert forward["floor_bytes"] == 2 * 6 * 32 * (4 + 2 + 4 + 2)
+
+
+def test_a_wrong_op_gets_no_speed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from ditkernels import ops
+
+    right = ops.modulate_norm
+    monkeypatch.setattr(ops, "modulate_norm", lambda x, *args, **options: 1.01 * right(x, *args, **options))
+    size = ("--batch", "2", "--tokens", "6", "--width", "32", "--copy-mib", "1", "--precisions", "fp32")
+    named = ("--ops", "modulate_norm", "--contenders", "eager,torch")
+    rows = run("ops", *size, *named, monkeypatch=monkeypatch, out=tmp_path / "o.json")
+    assert {row["contender"] for row in rows if "median_ms" in row} == {"eager"}
+    assert any("WRONG" in row.get("note", "") for row in rows)
+
+
+def test_attention(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    size = ("--batch", "2", "--heads", "2", "--tokens", "5,16", "--dtype", "fp32")
+    rows = run("attention", *size, monkeypatch=monkeypatch, out=tmp_path / "a.json")
+    timed = [row for row in rows if "median_ms" in row]
+    assert {row["backend"] for row in timed} == {"torch_flash", "plain"}
+    assert {row["shape"][1] for row in timed} == {5, 16}
+    assert {row["shape"][4] for row in timed} == {64, 72}
+    assert all("cannot serve" in row["note"] for row in rows if "median_ms" not in row)
+
+
+def test_training(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    size = ("--model", "DiT-S/8", "--input-size", "16", "--batches", "2")
+    rows = run(
+        "training",
+        *size,
+        "--contenders",
+        "eager-fp32,ours-fp32",
+        monkeypatch=monkeypatch,
+        out=tmp_path / "t.json",
+    )
+    product, eager, ours = rows
+    assert product["mfu"] == 1.0
+    assert (eager["batch"], ours["batch"]) == (2, 2)
+    assert ours["error_over_allowed"] <= 1
+    # three forwards' worth of multiply-adds an image
+    per_image = ours["gflops_per_s"] / ours["images_per_s"]
+    assert math.isclose(per_image, eager["gflops_per_s"] / eager["images_per_s"], rel_tol=1e-9)
+    assert torch.get_float32_matmul_precision() == "highest"
+
+
+@pytest.mark.parametrize(
+    "script, arguments, said",
+    [
+        ("ops", ("--ops", "softmax"), "got softmax, allowed are modulate_norm"),
+        ("attention", ("--tokens", "0"), "got 0, allowed is 1 or more"),
+        ("training", ("--contenders", "fastest"), "got fastest, allowed are eager-fp32"),
+    ],
+)
+def test_a_bad_flag_is_named(
+    script: str, arguments: tuple[str, ...], said: str, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    monkeypatch.setattr("sys.argv", [script, *arguments])
+    with pytest.raises(SystemExit):
+        runpy.run_path(str(BENCHMARKS / f"{script}.py"), run_name="__main__")
+    assert said in capsys.readouterr().err
