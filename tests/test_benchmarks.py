@@ -111,6 +111,27 @@ def test_training(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert torch.get_float32_matmul_precision() == "highest"
 
 
+def test_cost_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    size = ("--models", "DiT-S/8", "--batch", "64", "--detail", "--tflops", "100", "--bandwidth", "1000")
+    rows = run("cost_model", *size, monkeypatch=monkeypatch, out=tmp_path / "m.json")
+    steps = {row["variant"]: row for row in rows if "step_ms" in row}
+    assert (
+        steps["ours, bf16 residual"]["moving_ms"] < steps["ours"]["moving_ms"] < steps["plain"]["moving_ms"]
+    )
+    assert len({row["products_ms"] for row in steps.values()}) == 1
+    # 2 operations a multiply-add, three forwards' worth, attention's backward half a product dearer
+    assert math.isclose(steps["plain"]["products_ms"], 3 * 2 * 64 * 0.36 / 100, rel_tol=0.02)
+    fused = next(
+        row
+        for row in rows
+        if (row["variant"], row.get("kernel")) == ("ours", "ditkernels::gated_residual_norm")
+    )
+    # 23 sites: x and x1 in fp32, branch and h in bf16; gate, shift and scale; mean and rstd
+    batch, tokens, width = 64, 16, 384
+    moved = 23 * (batch * tokens * width * 12 + 3 * batch * width * 2 + 2 * batch * tokens * 4)
+    assert fused["gbytes"] == moved / 1e9
+
+
 @pytest.mark.parametrize(
     "script, arguments, said",
     [

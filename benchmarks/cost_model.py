@@ -1,0 +1,208 @@
+"""Where a training step's time goes, predicted: operations and bytes counted, speeds assumed.
+
+    python benchmarks/cost_model.py                                    the twelve models at 256 px, batch 256
+    python benchmarks/cost_model.py --models DiT-XL/2 --detail         one model, every kind of kernel
+    python benchmarks/cost_model.py --tflops 700 --bandwidth 4000      another device
+
+No step is run. One forward and backward of the model passes through fake tensors, which have shapes and no values, while every
+kernel is counted: a product by its operations, anything else by the bytes of its inputs and outputs, each once. Time is
+operations over ``--tflops`` plus bytes over ``--bandwidth``: launches are free and every kernel runs at the device's ceiling,
+so a measured step is slower. What the models differ in is right all the same, because both are counted in one way.
+
+The optimizer reads weight, gradient and two moments and writes three of them back; the moving average reads two and writes
+one: 40 bytes a parameter in all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from typing import Any
+from unittest import mock
+
+import measure
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+
+import ditkernels
+from ditkernels import reference
+
+# An H200's, as design figures: 790 TFLOP/s of bf16 products, 4300 GB/s of copying. Assumed here, not measured.
+ASSUMED_TFLOPS, ASSUMED_GBPS = 790.0, 4300.0
+OPTIMIZER_BYTES = 40
+FREE = {"aten::detach", "aten::empty_like", "aten::_unsafe_view", "prim::device"}
+PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "convolution", "convolution_backward")
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """A way to train: which model, with which dtype of the residual stream."""
+
+    models: Any
+    options: dict[str, Any]
+
+
+VARIANTS = {
+    "plain": Variant(reference.DiT_models, {}),
+    "ours": Variant(ditkernels.DiT_models, {}),
+    "ours, bf16 residual": Variant(ditkernels.DiT_models, {"residual_dtype": torch.bfloat16}),
+}
+
+
+@dataclasses.dataclass
+class Counted:
+    """What one step does.
+
+    Attributes:
+        operations: of products and attention, 2 a multiply-add.
+        moved: bytes by kind of kernel, products and attention left out.
+        parameters: trainable ones.
+    """
+
+    operations: int
+    moved: Counter[str]
+    parameters: int
+
+    @property
+    def bytes(self) -> int:
+        """Of all kernels that are not products, and of the optimizer."""
+        return sum(self.moved.values()) + OPTIMIZER_BYTES * self.parameters
+
+
+class _Bytes(TorchDispatchMode):
+    """Adds up the bytes of inputs and outputs of every kernel that is neither a view nor a product."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.moved: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        name = func.name().split(".")[0]
+        bare = name.partition("::")[2]
+        if not func.is_view and name not in FREE and bare not in PRODUCTS and "attention" not in bare:
+            tensors = {
+                id(leaf): leaf for leaf in tree_leaves((args, kwargs, out)) if isinstance(leaf, Tensor)
+            }
+            self.moved[name] += sum(_footprint(tensor) for tensor in tensors.values())
+        return out
+
+
+def _attention(query: torch.Size, key: torch.Size, value: torch.Size, *_: Any, **__: Any) -> int:
+    return sdpa_flop_count(query, key, value)
+
+
+def _attention_backward(dout: torch.Size, *heads: torch.Size, **_: Any) -> int:
+    return sdpa_backward_flop_count(dout, *heads[:3])
+
+
+# torch counts every fused attention but the one for CPUs.
+ATTENTION = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+}
+
+
+def _footprint(tensor: Tensor) -> int:
+    """Bytes the tensor occupies: a broadcast axis lies in memory once."""
+    elements = 1
+    for size, stride in zip(tensor.shape, tensor.stride()):
+        elements *= size if stride != 0 else 1
+    return elements * tensor.element_size()
+
+
+def count(variant: Variant, model: str, input_size: int, batch: int) -> Counted:
+    """Counts one forward and backward under bf16 autocast, as on the CPU: the kernels are those of a GPU but for attention's."""
+    counter, moved = FlopCounterMode(display=False, custom_mapping=ATTENTION), _Bytes()
+    with FakeTensorMode(), _values_unseen(), torch.random.fork_rng(devices=[]):
+        # In eval mode no labels are dropped, which is nothing to count; gradients are taken all the same.
+        net = variant.models[model](input_size=input_size, **variant.options).eval()
+        x = torch.empty(batch, net.in_channels, input_size, input_size)
+        labels = torch.empty(batch, dtype=torch.int64)
+        with counter, moved:
+            with torch.autocast("cpu", torch.bfloat16):
+                out = net(x, labels, labels)
+            out.float().square().mean().backward()
+    trainable = sum(weight.numel() for weight in net.parameters() if weight.requires_grad)
+    return Counted(counter.get_total_flops(), moved.moved, trainable)
+
+
+def _values_unseen() -> AbstractContextManager[Any]:
+    """Fake labels have no values to check."""
+    return mock.patch.object(reference, "check_labels")
+
+
+def rows(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Every model in every variant, then the bound: products and optimizer alone."""
+    for model in args.models:
+        plain_ms = None
+        for name, variant in VARIANTS.items():
+            counted = count(variant, model, args.input_size, args.batch)
+            made = row(model, name, counted, args)
+            plain_ms = plain_ms or made["step_ms"]
+            yield {**made, "of_plain": made["step_ms"] / plain_ms}
+            if args.detail:
+                yield from detail(model, name, counted, args)
+        bound = row(model, "nothing but products", dataclasses.replace(counted, moved=Counter()), args)
+        yield {**bound, "of_plain": bound["step_ms"] / plain_ms}
+
+
+def row(model: str, name: str, counted: Counted, args: argparse.Namespace) -> dict[str, Any]:
+    """One predicted step."""
+    products = counted.operations / args.tflops / 1e9
+    moving = sum(counted.moved.values()) / args.bandwidth / 1e6
+    optimizer = OPTIMIZER_BYTES * counted.parameters / args.bandwidth / 1e6
+    step = products + moving + optimizer
+    return {
+        "model": model,
+        "variant": name,
+        "origin": "predicted",
+        "products_ms": products,
+        "moving_ms": moving,
+        "optimizer_ms": optimizer,
+        "step_ms": step,
+        "images_per_s": 1e3 * args.batch / step,
+    }
+
+
+def detail(model: str, name: str, counted: Counted, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """The kinds of kernel that take a hundredth of the moving or more."""
+    whole = sum(counted.moved.values())
+    for kind, moved in counted.moved.most_common():
+        if moved >= whole / 100:
+            yield {
+                "model": model,
+                "variant": name,
+                "kernel": kind,
+                "gbytes": moved / 1e9,
+                "moving_ms": moved / args.bandwidth / 1e6,
+            }
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Runs the model."""
+    parser = measure.parser(__doc__)
+    known = list(reference.DiT_models)
+    parser.add_argument("--models", type=measure.names_among(known), default=known)
+    parser.add_argument("--input-size", type=measure.positive, default=32, help="edge of the latents")
+    parser.add_argument("--batch", type=measure.positive, default=256)
+    parser.add_argument("--tflops", type=float, default=ASSUMED_TFLOPS, help="of bf16 products")
+    parser.add_argument("--bandwidth", type=float, default=ASSUMED_GBPS, help="GB/s of copying")
+    parser.add_argument("--detail", action="store_true", help="bytes by kind of kernel")
+    args = parser.parse_args(argv)
+    columns = (
+        *("model", "variant", "kernel", "gbytes", "products_ms", "moving_ms", "optimizer_ms"),
+        *("step_ms", "images_per_s", "of_plain"),
+    )
+    measure.report("cost_model", args, list(rows(args)), columns)
+
+
+if __name__ == "__main__":
+    main()
