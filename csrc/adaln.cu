@@ -14,9 +14,7 @@
 //                  and writes its P, Q, R, S to partial sums (B, chunks, 4, D), fp32. Without a gate the branch is not read
 //                  and dbranch not written.
 //
-//   add_chunks     a thread owns one channel of one sample: adds the chunks in order, writes dshift, dscale, dgate (B, D), and
-//                  the sample's terms of dweight, dbias, dbranch_bias (B, 3, D), fp32.
-//   add_samples    a thread owns one channel: adds the samples' terms in order, writes dweight, dbias, dbranch_bias (D,).
+//   The sums of a sample and of all samples are added up by sums.cuh.
 //
 // Layout: thread t holds channels 8t to 8t + 7 of every row its block owns, so that a thread's share of a row is one 16-byte
 // access of bf16 and two of fp32, neighbours read side by side, and a thread's four sums are 32 registers at any width. 384, 768,
@@ -24,6 +22,7 @@
 // flight and share the barrier of the row sums. Nothing is added atomically, and the number of chunks depends on shapes
 // alone: same inputs, same bits.
 #include "common.cuh"
+#include "sums.cuh"
 
 namespace ditkernels {
 namespace {
@@ -31,9 +30,6 @@ namespace {
 constexpr int FORWARD_ROWS = 4;
 constexpr int BACKWARD_ROWS = 2;
 constexpr int WIDEST = 512 * UNIT;
-constexpr int SUMS = 4;
-constexpr int TERMS = 3;
-constexpr int COLUMNS = 128;
 constexpr int64_t BLOCKS = 1024;
 constexpr int64_t SHORTEST_CHUNK = 16;
 
@@ -41,6 +37,8 @@ constexpr int threads_for(int width) { return (width + UNIT * WARP - 1) / (UNIT 
 // Rows a thread holds at a time: fewer where blocks may be wide and a thread's registers are few.
 __host__ __device__ constexpr int forward_rows_held(int width) { return width == 0 ? 1 : FORWARD_ROWS; }
 __host__ __device__ constexpr int backward_rows_held(int width) { return width == 0 ? 1 : BACKWARD_ROWS; }
+__host__ __device__ constexpr int forward_shared(int width) { return 2 * forward_rows_held(width) * WARP * 4; }
+__host__ __device__ constexpr int backward_shared(int width) { return 2 * 2 * backward_rows_held(width) * WARP * 4; }
 constexpr int most_threads(int width) { return width == 0 ? threads_for(WIDEST) : threads_for(width); }
 
 template <typename T, typename U>
@@ -54,13 +52,12 @@ struct Forward {
   float eps;
 };
 
-template <typename T, typename U, int WIDTH, bool RESIDUAL, bool NORM>
+template <typename T, typename U, int WIDTH, bool WIDE, bool RESIDUAL, bool NORM>
 __global__ void __launch_bounds__(most_threads(WIDTH)) forward_rows(const Forward<T, U> a) {
-  constexpr bool WIDE = WIDTH > 0;
   constexpr int ROWS = forward_rows_held(WIDTH);
-  DITKERNELS_SHARED(float, scratch, 2 * ROWS * WARP);
+  const Shared<float> scratch{0};
   int phase = 0;
-  const int width = WIDE ? WIDTH : a.width;
+  const int width = WIDTH > 0 ? WIDTH : a.width;
   const int column = threadIdx.x * UNIT;
   const int64_t sample = blockIdx.x / a.blocks;
   const int64_t first = blockIdx.x % a.blocks * ROWS;
@@ -84,7 +81,7 @@ __global__ void __launch_bounds__(most_threads(WIDTH)) forward_rows(const Forwar
 #pragma unroll
         for (int i = 0; i < UNIT; ++i) {
           const float value = row[r].at[i] + gate.at[i] * (u[r].at[i] + branch_bias.at[i]);
-          row[r].at[i] = static_cast<float>(static_cast<T>(value));
+          row[r].at[i] = rounded<T>(value, a.x.dtype);
         }
         store<WIDE>(a.x1, sample, first + r, column, width, row[r]);
       }
@@ -146,13 +143,12 @@ struct Backward {
   int width;
 };
 
-template <typename T, typename U, int WIDTH, bool RESIDUAL, bool NORM>
+template <typename T, typename U, int WIDTH, bool WIDE, bool RESIDUAL, bool NORM>
 __global__ void __launch_bounds__(most_threads(WIDTH)) backward_rows(const Backward<T, U> a) {
-  constexpr bool WIDE = WIDTH > 0;
   constexpr int ROWS = backward_rows_held(WIDTH);
-  DITKERNELS_SHARED(float, scratch, 2 * 2 * ROWS * WARP);
+  const Shared<float> scratch{0};
   int phase = 0;
-  const int width = WIDE ? WIDTH : a.width;
+  const int width = WIDTH > 0 ? WIDTH : a.width;
   const int column = threadIdx.x * UNIT;
   const bool inside = column < width;
   const int64_t sample = blockIdx.x / a.chunks;
@@ -241,83 +237,18 @@ __global__ void __launch_bounds__(most_threads(WIDTH)) backward_rows(const Backw
   }
 }
 
-struct Gradients {
-  Vector gate, scale, branch_bias, weight, bias;
-  Vector dgate, dshift, dscale, dbranch_bias, dweight, dbias;
-  Tokens<float> partial, terms;
-  int64_t batch, chunks;
-  int width, blocks;
-  bool residual, norm;
-};
-
-__global__ void __launch_bounds__(COLUMNS) add_chunks(const Gradients a) {
-  const int64_t sample = blockIdx.x / a.blocks;
-  const int column = blockIdx.x % a.blocks * COLUMNS + threadIdx.x;
-  if (column >= a.width) return;
-  float p = 0.0f, q = 0.0f, r = 0.0f, s = 0.0f;
-  for (int64_t chunk = 0; chunk < a.chunks; ++chunk) {
-    if (a.norm) {
-      p += load_one(a.partial, sample, chunk * SUMS, column);
-      q += load_one(a.partial, sample, chunk * SUMS + 1, column);
-    }
-    if (a.residual) {
-      r += load_one(a.partial, sample, chunk * SUMS + 2, column);
-      s += load_one(a.partial, sample, chunk * SUMS + 3, column);
-    }
-  }
-  store_one(a.dshift, sample, column, p);
-  store_one(a.dscale, sample, column, load_one(a.weight, 0, column, 1.0f) * q + load_one(a.bias, 0, column, 0.0f) * p);
-  store_one(a.dgate, sample, column, r + load_one(a.branch_bias, 0, column, 0.0f) * s);
-  const float slope = 1.0f + load_one(a.scale, sample, column, 0.0f);
-  store_one(a.terms, sample, 0, column, slope * q);
-  store_one(a.terms, sample, 1, column, slope * p);
-  store_one(a.terms, sample, 2, column, load_one(a.gate, sample, column, 1.0f) * s);
-}
-
-__global__ void __launch_bounds__(COLUMNS) add_samples(const Gradients a) {
-  const int column = blockIdx.x * COLUMNS + threadIdx.x;
-  if (column >= a.width) return;
-  float total[TERMS] = {};
-  for (int64_t sample = 0; sample < a.batch; ++sample)
-#pragma unroll
-    for (int term = 0; term < TERMS; ++term) total[term] += load_one(a.terms, sample, term, column);
-  store_one(a.dweight, 0, column, total[0]);
-  store_one(a.dbias, 0, column, total[1]);
-  store_one(a.dbranch_bias, 0, column, total[2]);
-}
-
 // ---------------------------------------------------------------------------------------------------------------------
 // Launch
 // ---------------------------------------------------------------------------------------------------------------------
 
-Tensor empty(const Tensor& like, std::vector<int64_t> shape, ScalarType dtype) {
-  return torch::stable::new_empty(like, shape, dtype);
-}
-
 Tensor rows_of(const Tensor& like, ScalarType dtype) {
   return empty(like, {like.size(0), like.size(1), like.size(2)}, dtype);
-}
-
-// The gradient of an optional vector: (0,) where it is absent.
-Tensor gradient_of(const OptionalTensor& vector, const Tensor& like) {
-  if (!vector.has_value()) return empty(like, {0}, like.scalar_type());
-  std::vector<int64_t> shape(vector->sizes().begin(), vector->sizes().end());
-  return empty(like, shape, vector->scalar_type());
-}
-
-OptionalTensor if_given(const OptionalTensor& vector, const Tensor& gradient) {
-  return vector.has_value() ? OptionalTensor(gradient) : std::nullopt;
 }
 
 OptionalTensor if_any(const Tensor& mean) { return mean.dim() == 2 ? OptionalTensor(mean) : std::nullopt; }
 
 void check_width(const char* name, int64_t width) {
   STD_TORCH_CHECK(width <= WIDEST, name, ": a row of ", width, " channels is wider than a block; the widest taken is ", WIDEST);
-}
-
-template <typename... Tensors>
-bool all_wide(const Tensors&... tensors) {
-  return (is_wide(tensors) && ...);
 }
 
 struct ForwardTensors {
@@ -332,33 +263,29 @@ void forward(const char* name, ForwardTensors t, double eps) {
   for (OptionalTensor* v : {&t.gate, &t.branch_bias, &t.shift, &t.scale, &t.weight, &t.bias}) *v = packed(*v);
   const bool wide = all_wide(OptionalTensor(t.x), t.branch, t.gate, t.branch_bias, t.shift, t.scale, t.weight, t.bias);
   const Tensor& second = RESIDUAL ? *t.branch : *t.h;
-  if constexpr (RESIDUAL && NORM)
-    STD_TORCH_CHECK(second.scalar_type() == t.h->scalar_type(), name, ": branch and out_dtype differ");
-  by_dtype(name, t.x.scalar_type(), [&](auto stream) {
-    by_dtype(name, second.scalar_type(), [&](auto other) {
-      using T = decltype(stream);
-      using U = decltype(other);
-      Forward<T, U> a;
-      a.x = tokens<T>("x", t.x);
-      a.x1 = tokens<T>("x1", t.x1);
-      a.branch = tokens<U>("branch", t.branch);
-      a.h = tokens<U>("h", t.h);
-      a.gate = vector("gate", t.gate);
-      a.branch_bias = vector("branch_bias", t.branch_bias);
-      a.shift = vector("shift", t.shift);
-      a.scale = vector("scale", t.scale);
-      a.weight = vector("weight", t.weight);
-      a.bias = vector("bias", t.bias);
-      a.mean = tokens<float>("mean", t.mean);
-      a.rstd = tokens<float>("rstd", t.rstd);
-      a.length = length;
-      a.width = static_cast<int>(width);
-      a.eps = static_cast<float>(eps);
-      by_width(width, wide, [&](auto known) {
-        a.blocks = ceil_div(length, forward_rows_held(known));
-        launch(name, forward_rows<T, U, known, RESIDUAL, NORM>, batch * a.blocks, threads_for(a.width), t.x, a);
-      });
-    });
+  const bool uniform = !t.branch.has_value() || !t.h.has_value() || t.branch->scalar_type() == t.h->scalar_type();
+  by_row(t.x.scalar_type(), uniform ? second.scalar_type() : MIXED, width, wide, [&](auto stream, auto other, auto known, auto reach) {
+    using T = decltype(stream);
+    using U = decltype(other);
+    Forward<T, U> a;
+    a.x = tokens<T>("x", t.x);
+    a.x1 = tokens<T>("x1", t.x1);
+    a.branch = tokens<U>("branch", t.branch);
+    a.h = tokens<U>("h", t.h);
+    a.gate = vector("gate", t.gate);
+    a.branch_bias = vector("branch_bias", t.branch_bias);
+    a.shift = vector("shift", t.shift);
+    a.scale = vector("scale", t.scale);
+    a.weight = vector("weight", t.weight);
+    a.bias = vector("bias", t.bias);
+    a.mean = tokens<float>("mean", t.mean);
+    a.rstd = tokens<float>("rstd", t.rstd);
+    a.length = length;
+    a.blocks = ceil_div(length, forward_rows_held(known));
+    a.width = static_cast<int>(width);
+    a.eps = static_cast<float>(eps);
+    launch<forward_rows<T, U, known, reach, RESIDUAL, NORM>, most_threads(known), forward_shared(known)>(
+        name, batch * a.blocks, t.x, a, threads_for(a.width));
   });
 }
 
@@ -382,64 +309,38 @@ void backward(const char* name, BackwardTensors t) {
   const Tensor& second = NORM ? *t.dh : *t.branch;
   const int64_t batch = stream.size(0), length = stream.size(1), width = stream.size(2);
   check_width(name, width);
-  if constexpr (RESIDUAL && NORM)
-    STD_TORCH_CHECK(t.branch->scalar_type() == t.dh->scalar_type(), name, ": branch and dh differ in dtype");
   for (OptionalTensor* v : {&t.gate, &t.scale, &t.branch_bias, &t.weight, &t.bias}) *v = packed(*v);
   const bool wide = all_wide(t.dx1, t.dh, t.x1, t.branch, t.gate, t.scale, t.weight);
   const int64_t chunk_rows = rows_of_a_chunk(batch, length), chunks = ceil_div(length, chunk_rows);
   const Tensor partial = empty(stream, {batch, chunks * SUMS, width}, ScalarType::Float);
-  const Tensor terms = empty(stream, {batch, TERMS, width}, ScalarType::Float);
 
-  by_dtype(name, stream.scalar_type(), [&](auto first) {
-    by_dtype(name, second.scalar_type(), [&](auto other) {
-      using T = decltype(first);
-      using U = decltype(other);
-      Backward<T, U> a;
-      a.dx1 = tokens<T>("dx1", t.dx1);
-      a.x1 = tokens<T>("x1", t.x1);
-      a.dx = tokens<T>("dx", t.dx);
-      a.dh = tokens<U>("dh", t.dh);
-      a.branch = tokens<U>("branch", t.branch);
-      a.dbranch = tokens<U>("dbranch", t.dbranch);
-      a.gate = vector("gate", t.gate);
-      a.scale = vector("scale", t.scale);
-      a.weight = vector("weight", t.weight);
-      a.mean = tokens<float>("mean", t.mean);
-      a.rstd = tokens<float>("rstd", t.rstd);
-      a.partial = tokens<float>("partial", partial);
-      a.length = length;
-      a.chunks = chunks;
-      a.chunk_rows = chunk_rows;
-      a.width = static_cast<int>(width);
-      by_width(width, wide, [&](auto known) {
-        launch(name, backward_rows<T, U, known, RESIDUAL, NORM>, batch * chunks, threads_for(a.width), stream, a);
-      });
-    });
+  const bool uniform = same_dtype(t.dx1, stream) && same_dtype(t.branch, second);
+  by_row(stream.scalar_type(), uniform ? second.scalar_type() : MIXED, width, wide, [&](auto first, auto other, auto known, auto reach) {
+    using T = decltype(first);
+    using U = decltype(other);
+    Backward<T, U> a;
+    a.dx1 = tokens<T>("dx1", t.dx1);
+    a.x1 = tokens<T>("x1", t.x1);
+    a.dx = tokens<T>("dx", t.dx);
+    a.dh = tokens<U>("dh", t.dh);
+    a.branch = tokens<U>("branch", t.branch);
+    a.dbranch = tokens<U>("dbranch", t.dbranch);
+    a.gate = vector("gate", t.gate);
+    a.scale = vector("scale", t.scale);
+    a.weight = vector("weight", t.weight);
+    a.mean = tokens<float>("mean", t.mean);
+    a.rstd = tokens<float>("rstd", t.rstd);
+    a.partial = tokens<float>("partial", partial);
+    a.length = length;
+    a.chunks = chunks;
+    a.chunk_rows = chunk_rows;
+    a.width = static_cast<int>(width);
+    launch<backward_rows<T, U, known, reach, RESIDUAL, NORM>, most_threads(known), backward_shared(known)>(
+        name, batch * chunks, stream, a, threads_for(a.width));
   });
-
-  Gradients g;
-  g.gate = vector("gate", t.gate);
-  g.scale = vector("scale", t.scale);
-  g.branch_bias = vector("branch_bias", t.branch_bias);
-  g.weight = vector("weight", t.weight);
-  g.bias = vector("bias", t.bias);
-  g.dgate = vector("dgate", t.dgate);
-  g.dshift = vector("dshift", t.dshift);
-  g.dscale = vector("dscale", t.dscale);
-  g.dbranch_bias = vector("dbranch_bias", t.dbranch_bias);
-  g.dweight = vector("dweight", t.dweight);
-  g.dbias = vector("dbias", t.dbias);
-  g.partial = tokens<float>("partial", partial);
-  g.terms = tokens<float>("terms", terms);
-  g.batch = batch;
-  g.chunks = chunks;
-  g.width = static_cast<int>(width);
-  g.blocks = static_cast<int>(ceil_div(width, COLUMNS));
-  g.residual = RESIDUAL;
-  g.norm = NORM;
-  launch(name, add_chunks, batch * g.blocks, COLUMNS, stream, g);
-  if (t.dweight.has_value() || t.dbias.has_value() || t.dbranch_bias.has_value())
-    launch(name, add_samples, g.blocks, COLUMNS, stream, g);
+  add_sums(name, partial,
+           {t.gate, t.scale, t.branch_bias, t.weight, t.bias, t.dgate, t.dshift, t.dscale, t.dbranch_bias, t.dweight, t.dbias},
+           RESIDUAL, NORM, stream);
 }
 
 std::tuple<Tensor, Tensor> statistics(const Tensor& x, const std::string& norm) {
@@ -482,8 +383,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> modulate_norm_backward(
     OptionalTensor shift, std::string) {
   BackwardTensors t;
   t.dh = dy, t.x1 = x, t.scale = scale, t.weight = weight, t.bias = bias, t.mean = if_any(mean), t.rstd = rstd;
-  const Tensor dx = rows_of(x, x.scalar_type()), dshift = gradient_of(shift, x), dscale = gradient_of(scale, x),
-               dweight = gradient_of(weight, x), dbias = gradient_of(bias, x);
+  const Tensor dx = rows_of(x, x.scalar_type()), dshift = empty_like(shift, x), dscale = empty_like(scale, x),
+               dweight = empty_like(weight, x), dbias = empty_like(bias, x);
   t.dx = dx, t.dshift = if_given(shift, dshift), t.dscale = if_given(scale, dscale);
   t.dweight = if_given(weight, dweight), t.dbias = if_given(bias, dbias);
   backward<false, true>("modulate_norm_backward", t);
@@ -495,8 +396,8 @@ std::tuple<Tensor, Tensor, Tensor> gated_residual_backward(
   BackwardTensors t;
   t.dx1 = dy, t.branch = branch, t.gate = gate, t.branch_bias = branch_bias;
   const Tensor dbranch =
-      gate.has_value() ? rows_of(branch, branch.scalar_type()) : empty(branch, {0}, branch.scalar_type());
-  const Tensor dgate = gradient_of(gate, dy), dbranch_bias = gradient_of(branch_bias, dy);
+      gate.has_value() ? rows_of(branch, branch.scalar_type()) : nothing(branch);
+  const Tensor dgate = empty_like(gate, dy), dbranch_bias = empty_like(branch_bias, dy);
   t.dbranch = if_given(gate, dbranch), t.dgate = if_given(gate, dgate), t.dbranch_bias = if_given(branch_bias, dbranch_bias);
   backward<true, false>("gated_residual_backward", t);
   return {dbranch, dgate, dbranch_bias};
@@ -511,9 +412,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gated
   t.weight = weight, t.bias = bias, t.mean = if_any(mean), t.rstd = rstd;
   const Tensor dx = rows_of(x1, x1.scalar_type());
   const Tensor dbranch =
-      gate.has_value() ? rows_of(branch, branch.scalar_type()) : empty(branch, {0}, branch.scalar_type());
-  const Tensor dgate = gradient_of(gate, x1), dshift = gradient_of(shift, x1), dscale = gradient_of(scale, x1),
-               dbranch_bias = gradient_of(branch_bias, x1), dweight = gradient_of(weight, x1), dbias = gradient_of(bias, x1);
+      gate.has_value() ? rows_of(branch, branch.scalar_type()) : nothing(branch);
+  const Tensor dgate = empty_like(gate, x1), dshift = empty_like(shift, x1), dscale = empty_like(scale, x1),
+               dbranch_bias = empty_like(branch_bias, x1), dweight = empty_like(weight, x1), dbias = empty_like(bias, x1);
   t.dx = dx, t.dbranch = if_given(gate, dbranch), t.dgate = if_given(gate, dgate), t.dshift = if_given(shift, dshift);
   t.dscale = if_given(scale, dscale), t.dbranch_bias = if_given(branch_bias, dbranch_bias);
   t.dweight = if_given(weight, dweight), t.dbias = if_given(bias, dbias);

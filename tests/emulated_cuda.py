@@ -1,73 +1,148 @@
-"""Builds csrc/ with g++ against the host emulation of tests/emulation, once for all processes of a test run."""
+"""Builds csrc/ with g++ against the host emulation of tests/emulation, once for all processes of a test run.
+
+with running() as emulation: ...          DITKERNELS_BACKEND=cuda, on the CPU; the module shows counters and switches
+with running(tracing=True, order=3): ...  every element's accesses are counted; blocks and warps in another order
+"""
 
 from __future__ import annotations
 
-import ctypes
+import contextlib
 import fcntl
 import hashlib
+import importlib.util
 import shutil
 import subprocess
+import sys
+import sysconfig
+from collections import Counter
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
+from types import ModuleType
+from unittest import mock
 
+import pytest
 import torch
 
+from ditkernels.ops import _cuda
+from ditkernels.ops import _registry as registry
+
 ROOT = Path(__file__).parent.parent
-SOURCES = (*sorted((ROOT / "csrc").glob("*.cu")), ROOT / "tests/emulation/probe.cu")
-HEADERS = (*sorted((ROOT / "csrc").glob("*.cuh")), *sorted((ROOT / "tests/emulation").glob("*.h")))
-FLAGS = ("-std=c++20", "-O1", "-fPIC", "-fno-strict-aliasing", "-Wall", "-Wno-unknown-pragmas")
-DEFINES = ("-DDITKERNELS_EMULATION", "-DTORCH_TARGET_VERSION=0x020a000000000000")
+EMULATION = ROOT / "tests/emulation"
+FAMILIES = tuple(sorted(p.name for p in (ROOT / "csrc").glob("*.cu")))
+HEADERS = (*sorted((ROOT / "csrc").glob("*.cuh")), EMULATION / "emulation.h")
+MODULE = "ditkernels_emulation"
+# _FORTIFY_SOURCE takes a jump from one fiber to another for a broken stack.
+FLAGS = (
+    *(
+        "-std=c++20",
+        "-O1",
+        "-fPIC",
+        "-fno-strict-aliasing",
+        "-fvisibility=hidden",
+        "-Wall",
+        "-Wno-unknown-pragmas",
+    ),
+    *("-U_FORTIFY_SOURCE", "-DDITKERNELS_EMULATION", "-DTORCH_TARGET_VERSION=0x020a000000000000"),
+)
 
 
-def compiler() -> str | None:
-    return shutil.which("g++")
+def sources() -> dict[str, str]:
+    """The kernels' sources by file name."""
+    return {name: (ROOT / "csrc" / name).read_text() for name in FAMILIES}
 
 
-@cache
-def library() -> Path:
-    """The library, built unless one of the same sources, flags and torch lies in build/emulation."""
-    key = hashlib.sha256(repr((FLAGS, DEFINES, torch.__version__)).encode())
-    for file in (*SOURCES, *HEADERS):
+def why_not() -> str | None:
+    """Why the emulation cannot be built here, or None if it can."""
+    if shutil.which("g++") is None:
+        return "the emulation needs g++"
+    missing = [name for name in ("pybind11", "ninja") if importlib.util.find_spec(name) is None]
+    return f"the emulation needs {' and '.join(missing)}" if missing else None
+
+
+def build(texts: dict[str, str]) -> Path:
+    """The library made of these sources, built unless one of the same content, flags and stack lies in build/emulation."""
+    key = hashlib.sha256(repr((FLAGS, torch.__version__, sys.version, sorted(texts.items()))).encode())
+    for file in (*HEADERS, EMULATION / "module.cu"):
         key.update(file.read_bytes())
-    folder = ROOT / "build/emulation"
+    folder = ROOT / "build/emulation" / key.hexdigest()[:16]
+    path = folder / f"{MODULE}.so"
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{key.hexdigest()[:16]}.so"
     with open(folder / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not path.exists():
-            _build(path)
+            for name, text in texts.items():
+                (folder / name).write_text(text)
+            (folder / "build.ninja").write_text(_rules([folder / name for name in texts]))
+            subprocess.run([sys.executable, "-m", "ninja", "-C", str(folder)], check=True, stdout=sys.stderr)
     return path
 
 
-def _build(path: Path) -> None:
-    program = compiler()
-    assert program is not None
+def _rules(files: list[Path]) -> str:
+    import pybind11
+
     torch_root = Path(torch.__file__).parent
-    include = (f"-I{ROOT}/tests/emulation", f"-I{ROOT}/csrc", "-isystem", f"{torch_root}/include")
-    unfinished = path.with_suffix(".tmp")
-    compile_all = (program, *FLAGS, *DEFINES, *include, "-x", "c++", *map(str, SOURCES))
-    link = ("-shared", "-o", str(unfinished), f"-L{torch_root}/lib", "-ltorch_cpu")
-    subprocess.run([*compile_all, *link], check=True)
-    unfinished.rename(path)
+    system = (torch_root / "include", pybind11.get_include(), sysconfig.get_paths()["include"])
+    include = " ".join((f"-I{EMULATION}", f"-I{ROOT}/csrc", *(f"-isystem {path}" for path in system)))
+    files = [*files, EMULATION / "module.cu"]
+    return "\n".join(
+        (
+            f"rule compile\n  command = g++ {' '.join(FLAGS)} {include} -x c++ -c $in -o $out",
+            f"rule link\n  command = g++ -shared $in -o $out.tmp -L{torch_root}/lib -ltorch_cpu && mv $out.tmp $out",
+            *(f"build {file.stem}.o: compile {file}" for file in files),
+            f"build {MODULE}.so: link {' '.join(f'{file.stem}.o' for file in files)}",
+            "",
+        )
+    )
 
 
 @cache
-def _probe() -> ctypes.CDLL:
-    probe = ctypes.CDLL(str(library()))
-    probe.emulation_run.restype = probe.emulation_counts.restype = ctypes.c_char_p
-    return probe
+def load(path: Path) -> ModuleType:
+    """Registers the library's kernels for the CPU and returns its module; one library only for each process."""
+    _cuda.load(path)
+    spec = importlib.util.spec_from_file_location(MODULE, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
-def fault_of(kernel: str) -> str:
-    """The error that a kernel of probe.cu ends with, "" if none."""
-    return _probe().emulation_run(kernel.encode()).decode()
+@contextlib.contextmanager
+def running(
+    module: ModuleType | None = None, *, tracing: bool = False, order: int = 0, last_block_only: bool = False
+) -> Iterator[ModuleType]:
+    """Forces the cuda backend onto the emulation; skips the test where it cannot be built.
+
+    Args:
+        module: a loaded library, by default that of csrc/ as it is.
+        tracing: counts the accesses of every element and finds blocks that touch what others wrote.
+        order: another one for another order of blocks, warps and lanes.
+        last_block_only: runs the last block of every launch alone.
+    """
+    reason = why_not()
+    if reason:
+        pytest.skip(reason)
+    with mock.patch.object(_cuda, "_absence", _cuda._absence):
+        module = module or load(build(sources()))
+        _cuda._absence = None
+        module.reset(tracing, order, last_block_only)
+        with registry.use_backend("cuda"):
+            yield module
+        module.reset(False, 0, False)
 
 
-def reset_counts() -> None:
-    _probe().emulation_reset()
+def passes(module: ModuleType, names: set[str], elements: int) -> Counter[str]:
+    """By kernel: how many of these tensors were read or written, each of their ``elements`` exactly once.
 
-
-def counts() -> dict[str, tuple[int, int]]:
-    """By tensor: elements read, elements written since the last reset."""
-    lines = (line.split() for line in _probe().emulation_counts().decode().splitlines())
-    return {name: (int(read), int(written)) for name, read, written in lines}
+    Asks for ``tracing``, and for tensors without gaps.
+    """
+    counted: Counter[str] = Counter()
+    for (kernel, name), (_, _, *histograms) in module.counts().items():
+        if name not in names:
+            continue
+        for touched in histograms:
+            found = {times: count for times, count in touched.items() if count}
+            assert found in ({}, {0: elements}, {1: elements}), f"{kernel}: {name} is touched {found}"
+            counted[kernel] += 1 in found
+    return +counted

@@ -1,127 +1,144 @@
-"""The CUDA kernels of adaln, run on the host by tests/emulation: parity, traffic, faults, refusals."""
+"""The CUDA kernels of adaln, run on the host by tests/emulation: parity, traffic, order, offsets, refusals."""
 
 from __future__ import annotations
-
-from collections.abc import Iterator
 
 import emulated_cuda
 import pytest
 import torch
-from test_adaln import BF16, COVERING, F16, F32, F64, OPS, assert_parity, make_inputs, run
+from adaln_access import ALL, FAR_SHAPES, PASSES, spread
+from adaln_parity import (  # noqa: F401 (they run here on the fixture below)
+    test_agrees_with_the_torch_backend_on_which_gradients_exist,
+    test_cotangents_of_any_strides,
+    test_eps_beside_a_variance_of_its_size,
+    test_every_combination_of_optional_arguments,
+    test_gradient_through_one_output_alone,
+    test_nothing_in_gives_nothing_out_and_zero_gradients,
+    test_parity,
+    test_repeats_bit_for_bit_and_writes_every_output,
+)
+from test_adaln import BF16, F16, F32, F64, OPS, assert_parity, make_inputs, run
 
 import ditkernels
 from ditkernels.ops import _cuda, adaln
 from ditkernels.ops import _registry as registry
 
-LONGEST = 33
-"""Three chunks of a sample: as much as parity needs of the covering set's longest rows."""
+LARGE = {"x", "x1", "h", "branch", "dx1", "dh", "dx", "dbranch"}
 
 
-@pytest.fixture
-def emulated(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    if emulated_cuda.compiler() is None:
-        pytest.skip("the emulation needs g++")
-    monkeypatch.setattr(_cuda, "_absence", _cuda._absence)
-    _cuda.load(emulated_cuda.library())
-    with ditkernels.use_backend("cuda"):
+@pytest.fixture(autouse=True)
+def _emulated():
+    with emulated_cuda.running():
         yield
 
 
+def contiguous_inputs(
+    op: str, batch: int, length: int, width: int, branch: torch.dtype = BF16, present: str = "all"
+) -> dict[str, torch.Tensor]:
+    made = make_inputs(op, batch, length, width, F32, branch, present)
+    return {n: v.contiguous() for n, v in made.items()}
+
+
+@pytest.mark.parametrize("width", [384, 768, 1024, 1152, 40])
 @pytest.mark.parametrize("op", OPS)
-@pytest.mark.parametrize("case", COVERING, ids=lambda c: "-".join(str(v).replace("torch.", "") for v in c))
-def test_parity(emulated: None, op: str, case: tuple) -> None:
-    batch, length, width, stream, branch, norm = case
-    options = {} if op == "gated_residual" else {"norm": norm, "out_dtype": branch}
-    assert_parity(op, make_inputs(op, batch, min(length, LONGEST), width, stream, branch), **options)
-
-
-@pytest.mark.parametrize(
-    "present", ["none", "gate", "shift weight", "scale bias branch_bias", "gate branch_bias scale"]
-)
-@pytest.mark.parametrize("norm", ["layernorm", "rmsnorm"])
-@pytest.mark.parametrize("op", OPS)
-def test_optional_arguments(emulated: None, op: str, norm: str, present: str) -> None:
-    options = {} if op == "gated_residual" else {"norm": norm}
-    assert_parity(op, make_inputs(op, 2, 19, 72, F32, F32, present), **options)
-
-
-@pytest.mark.parametrize("shape", [(0, 5, 16), (2, 0, 16), (1, 1, 1), (2, 3, 2050)])
-@pytest.mark.parametrize("op", OPS)
-def test_awkward_shapes(emulated: None, op: str, shape: tuple[int, int, int]) -> None:
-    options = {} if op == "gated_residual" else {"out_dtype": F16}
-    assert_parity(op, make_inputs(op, *shape, F32, F16), **options)
-
-
-def contiguous_inputs(op: str, batch: int, length: int, width: int) -> dict[str, torch.Tensor]:
-    return {n: v.contiguous() for n, v in make_inputs(op, batch, length, width, F32, BF16).items()}
-
-
-@pytest.mark.parametrize("width", [384, 768, 1024, 1152])
-@pytest.mark.parametrize("op", OPS)
-def test_the_wide_path(emulated: None, op: str, width: int) -> None:
+def test_parity_of_the_wide_path(op: str, width: int) -> None:
     options = {} if op == "gated_residual" else {"out_dtype": BF16}
     assert_parity(op, contiguous_inputs(op, 2, 19, width), **options)
 
 
+@pytest.mark.parametrize(
+    "op, present, forward, backward, width",
+    [(*case, 100) for case in PASSES] + [(*case, 384) for case in PASSES if case[1] == ALL],
+)
+def test_every_tensor_is_touched_once_per_pass(
+    op: str, present: str, forward: int, backward: int, width: int
+) -> None:
+    inputs = contiguous_inputs(op, 3, 21, width, present=present)
+    with emulated_cuda.running(tracing=True) as emulation:
+        run(getattr(adaln, op), inputs)
+        counted = emulated_cuda.passes(emulation, LARGE, 3 * 21 * width)
+    assert counted == {"forward_rows": forward, "backward_rows": backward}
+
+
 @pytest.mark.parametrize("width", [100, 384])
 @pytest.mark.parametrize("op", OPS)
-def test_each_large_tensor_is_touched_once(emulated: None, op: str, width: int) -> None:
-    inputs = contiguous_inputs(op, 3, 21, width)
-    options = {} if op == "gated_residual" else {"out_dtype": BF16}
-    emulated_cuda.reset_counts()
-    run(lambda **leaves: getattr(adaln, op)(**leaves, **options), inputs)
-    once = {
-        "modulate_norm": {"x": (1, 0), "h": (0, 1), "dh": (1, 0), "x1": (1, 0), "dx": (0, 1)},
-        "gated_residual": {"x": (1, 0), "x1": (0, 1), "branch": (2, 0), "dx1": (1, 0), "dbranch": (0, 1)},
-        "gated_residual_norm": {
-            **{"x": (1, 0), "x1": (1, 1), "h": (0, 1), "branch": (2, 0), "dx1": (1, 0), "dh": (1, 0)},
-            **{"dx": (0, 1), "dbranch": (0, 1)},
-        },
-    }[op]
-    counts = emulated_cuda.counts()
-    large = {n: c for n, c in counts.items() if n in ("x", "x1", "h", "branch", "dx1", "dh", "dx", "dbranch")}
-    elements = 3 * 21 * width
-    assert large == {n: (read * elements, written * elements) for n, (read, written) in once.items()}
+def test_any_order_of_blocks_and_warps_gives_equal_bits(op: str, width: int) -> None:
+    inputs = contiguous_inputs(op, 2, 35, width)
+    straight = run(getattr(adaln, op), inputs)
+    for order in range(1, 4):
+        with emulated_cuda.running(tracing=True, order=order):
+            assert all(map(torch.equal, straight, run(getattr(adaln, op), inputs)))
 
 
-@pytest.mark.parametrize("op", OPS)
-def test_repeats_bit_for_bit_and_writes_every_output(emulated: None, op: str) -> None:
-    inputs = make_inputs(op, 2, 33, 100, BF16, BF16)
-    first = run(getattr(adaln, op), inputs)
-    torch.use_deterministic_algorithms(True)  # fills fresh memory with NaN
-    try:
-        second = run(getattr(adaln, op), inputs)
-    finally:
-        torch.use_deterministic_algorithms(False)
-    assert all(torch.equal(a, b) for a, b in zip(first, second))
+FAR = 1 << 31
 
 
-@pytest.mark.parametrize(
-    "kernel, words",
-    [
-        ("beyond_the_end", "write to memory out of bounds"),
-        ("barrier_for_some", "a barrier not reached by all threads"),
-        ("shuffle_without_a_lane", "a shuffle with missing lanes"),
-        ("shared_memory_unwritten", "read of shared memory that nobody wrote: element 3"),
-    ],
-)
-def test_the_emulation_reports(emulated: None, kernel: str, words: str) -> None:
-    assert f"{kernel}: {words}" in emulated_cuda.fault_of(kernel)
-    assert emulated_cuda.fault_of("sound") == ""
+def there_and_back(tensors: list[torch.Tensor], vectors: list[torch.Tensor]) -> list[torch.Tensor]:
+    """x1, h, dx, dbranch of gated_residual_norm."""
+    x, branch, dx1, dh = tensors
+    gate, shift, scale = vectors
+    nothing = (None, None, None)
+    ops = torch.ops.ditkernels
+    x1, h, mean, rstd = ops.gated_residual_norm_cuda(
+        x, branch, gate, shift, scale, *nothing, "layernorm", 1e-6, BF16
+    )
+    dx, dbranch, *_ = ops.gated_residual_norm_backward_cuda(
+        dx1, dh, x1, branch, gate, scale, *nothing, mean, rstd, shift, "layernorm"
+    )
+    return [x1, h, dx, dbranch]
 
 
-def test_refusals_name_what_came(emulated: None) -> None:
+def randoms(*shapes: tuple[int, ...]) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(shape, generator=generator).to(BF16) for shape in shapes]
+
+
+def test_strides_beyond_2_to_the_31_elements() -> None:
+    *near, gate, shift, scale = randoms(*[(2, 2, 3)] * 4, *[(2, 3)] * 3)
+    expected = there_and_back(near, [gate, shift, scale])
+    far = [spread(v, (FAR + 8, 1)) for v in (gate, shift, scale)]
+    for strides in ((FAR + 8, 3, 1), (3, FAR + 8, 1), (3, 6, FAR // 2 + 24)):
+        got = there_and_back([spread(t, strides) for t in near], far)
+        assert all(map(torch.equal, got, expected)), strides
+
+
+def test_rows_beyond_2_to_the_31_elements() -> None:
+    """The last row of tensors of more than 2^31 elements gives the bits that the same row gives in small tensors."""
+    batch, length, width = FAR_SHAPES["far sample"]
+    near = randoms(*[(1, 1, width)] * 4)
+    vectors = randoms(*[(1, width)] * 3)
+    expected = there_and_back(near, vectors)
+    tensors = [torch.empty(batch, length, width, dtype=BF16) for _ in near]
+    assert tensors[0].numel() > FAR + width
+    for tensor, row in zip(tensors, near):
+        tensor[-1, -1] = row[0, 0]
+    with emulated_cuda.running(last_block_only=True):
+        got = there_and_back(tensors, [v.expand(batch, width) for v in vectors])
+    assert all(torch.equal(a[-1, -1], b[0, 0]) for a, b in zip(got, expected))
+
+
+def test_refusals_name_what_came() -> None:
     for x, words in (
         (torch.zeros(1, 2, 8, dtype=F64), "torch.float64 is not among the kernels' dtypes"),
         (torch.zeros(1, 1, 4100), "a row of 4100 channels is wider than a block"),
     ):
         with pytest.raises(registry.BackendError, match=words):
             adaln.modulate_norm(x)
-    with pytest.raises(registry.BackendError, match=r"branch is torch.bfloat16 and out_dtype torch.float32"):
-        adaln.gated_residual_norm(torch.zeros(1, 2, 8), torch.zeros(1, 2, 8, dtype=BF16), out_dtype=F32)
 
 
-def test_cuda_is_not_chosen_unasked(emulated: None) -> None:
+@pytest.mark.parametrize("width", [40, 384])
+def test_dtypes_that_no_model_pairs(width: int) -> None:
+    inputs = make_inputs("gated_residual_norm", 2, 5, width, BF16, F16)
+    assert_parity("gated_residual_norm", inputs, out_dtype=F32)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_the_widest_rows(op: str) -> None:
+    assert_parity(
+        op, make_inputs(op, 1, 2, 4090, F32, F16), **({} if op == "gated_residual" else {"out_dtype": F16})
+    )
+
+
+def test_cuda_is_not_chosen_unasked() -> None:
     x = torch.zeros(1, 2, 8)
     arguments = (x, None, None, None, None, "layernorm", 1e-6, F32)
     assert adaln.MODULATE_NORM.choose(*arguments) == "cuda"
@@ -135,8 +152,5 @@ def test_without_the_library_the_reason_says_how_to_get_it(monkeypatch: pytest.M
     monkeypatch.setattr(_cuda, "_absence", None)
     monkeypatch.setenv("DITKERNELS_CUDA_LIBRARY", "/nowhere/_C.so")
     _cuda.load_if_present()
-    with (
-        ditkernels.use_backend("cuda"),
-        pytest.raises(registry.BackendError, match=r"/nowhere/_C.so does not load"),
-    ):
+    with pytest.raises(registry.BackendError, match=r"/nowhere/_C.so does not load"):
         adaln.modulate_norm(torch.zeros(1, 2, 8))

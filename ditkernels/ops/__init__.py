@@ -1,6 +1,12 @@
 """The fused ops. Each file tells one family's whole story; ``ditkernels.reference`` says what each op means."""
 
-from ditkernels.ops import adaln_cuda, adaln_triton, final_layer_triton, patch_embed_triton  # noqa: F401 (they register a backend)
+from ditkernels.ops import (  # noqa: F401 (they register a backend)
+    adaln_cuda,
+    adaln_triton,
+    final_layer_triton,
+    patch_embed_cuda,
+    patch_embed_triton,
+)
 from ditkernels.ops.adaln import gated_residual, gated_residual_norm, modulate_norm
 from ditkernels.ops.attention import attention
 from ditkernels.ops.final_layer import final_layer, unpatchify

@@ -4,15 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ditkernels.ops import _cuda, adaln
 from ditkernels.ops import _registry as registry
-
-
-def _same(first: str, a: torch.dtype, second: str, b: torch.dtype) -> str | None:
-    return None if a == b else f"{first} is {a} and {second} {b}; the kernels need one dtype for both"
 
 
 def _refuse_modulate_norm(x: Tensor, *rest: Any) -> str | None:
@@ -34,17 +29,13 @@ def _refuse_gated_residual_backward(dy: Tensor, *rest: Tensor | None) -> str | N
 
 def _refuse_gated_residual_norm(x: Tensor, branch: Tensor, *rest: Any) -> str | None:
     *vectors, _, _, out_dtype = rest
-    reason = _cuda.refuse("gated_residual_norm", x.shape[-1], x, branch, *vectors, out_dtype)
-    return reason or _same("branch", branch.dtype, "out_dtype", out_dtype)
+    return _cuda.refuse("gated_residual_norm", x.shape[-1], x, branch, *vectors, out_dtype)
 
 
 def _refuse_gated_residual_norm_backward(
     dx1: Tensor | None, dh: Tensor, x1: Tensor, branch: Tensor, *rest: Any
 ) -> str | None:
-    reason = _cuda.refuse("gated_residual_norm_backward", x1.shape[-1], x1, dx1, dh, branch, *rest[:-1])
-    if reason is None and dx1 is not None:
-        reason = _same("x1", x1.dtype, "dx1", dx1.dtype)
-    return reason or _same("branch", branch.dtype, "dh", dh.dtype)
+    return _cuda.refuse("gated_residual_norm_backward", x1.shape[-1], x1, dx1, dh, branch, *rest[:-1])
 
 
 for _op, _refuse in (

@@ -1,11 +1,15 @@
-// Runs CUDA sources on the host, for tests: every thread of a block is a fiber, blocks and threads run in permuted order.
+// Runs CUDA sources on the host, for tests: every thread of a block is a fiber; blocks, warps and lanes run in permuted order.
 //
-// A kernel that reaches outside a tensor, a barrier that some threads never reach, a shuffle with missing lanes and a read of
-// shared memory that nobody wrote end the launch with an error that names the kernel. Accesses are counted by tensor.
+// Faults end the launch with an error that names the kernel: an access outside a tensor or misaligned, an access to shared memory
+// outside what the launch asked for, a read of shared memory that nobody wrote, two threads that share a place without a barrier
+// between them, a barrier that some threads never reach, a shuffle with missing lanes; while tracing, also a block that touches
+// what another block of the launch wrote. Accesses are counted by kernel and tensor, while tracing by element.
 #pragma once
 
+#include <setjmp.h>
 #include <ucontext.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -16,7 +20,7 @@
 #include <mutex>
 #include <stdexcept>
 #include <string>
-#include <type_traits>
+#include <utility>
 #include <vector>
 
 #define __global__
@@ -36,87 +40,106 @@ struct Fault : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
+// ---------------------------------------------------------------------------------------------------------------------
+// Tensors: bounds and counts
+// ---------------------------------------------------------------------------------------------------------------------
+
+// Elements read and written; while tracing, how often each one was.
+struct Count {
+  int64_t read = 0, written = 0;
+  std::vector<uint32_t> reads, writes;
+};
+
 struct Range {
   std::string name;
   const char* data;
   int64_t bytes;
+  // While tracing, by element: the launch and block that last wrote it.
+  std::vector<int64_t> writers;
+  int64_t launch = -1;
+  Count* count = nullptr;
 };
-
-struct Count {
-  int64_t read = 0, written = 0;
-};
-
-enum class State { ready, barrier, shuffle, done };
-
-struct Fiber {
-  ucontext_t context;
-  std::unique_ptr<char[]> stack;
-  State state = State::done;
-  unsigned mask = 0;
-  float value = 0.0f;
-};
-
-constexpr size_t STACK = 128 * 1024;
 
 inline std::deque<Range> ranges;
-inline std::map<std::string, Count> counts;
-inline std::vector<Fiber> fibers(1024);
-inline std::vector<char> memory, written;
-inline ucontext_t scheduler;
-inline int current = 0;
-inline int threads = 0;
-inline std::string fault;
-inline const std::function<void()>* body = nullptr;
+inline std::map<std::pair<std::string, std::string>, Count> counts;
+inline bool tracing = false;
+inline int order = 0;
+inline bool last_block_only = false;
+inline int mutant = 0;  // which planted fault is active in sources that hold some
+inline int64_t launches = 0;
+inline int64_t current_block = 0;
+inline std::string kernel_name;
 
 inline int describe(const char* name, const void* data, int64_t bytes) {
-  ranges.push_back({name, static_cast<const char*>(data), bytes});
+  ranges.push_back({name, static_cast<const char*>(data), bytes, {}, -1, nullptr});
   return static_cast<int>(ranges.size()) - 1;
+}
+
+inline void trace(Range& range, Count& count, int64_t first, int64_t elements, int64_t size, bool write) {
+  constexpr int64_t BLOCKS = int64_t{1} << 31;
+  const size_t all = range.bytes / size;
+  auto& touched = write ? count.writes : count.reads;
+  if (touched.size() < all) touched.resize(all, 0);
+  if (range.writers.size() < all) range.writers.resize(all, -1);
+  for (int64_t i = first; i < first + elements; ++i) {
+    ++touched[i];
+    int64_t& writer = range.writers[i];
+    const int64_t self = launches * BLOCKS + current_block;
+    if (writer / BLOCKS == launches && writer != self) throw Fault(range.name + ": a block touches what another block wrote");
+    if (write) writer = self;
+  }
 }
 
 inline void touch(int id, const void* at, int bytes, int element, bool write) {
   if (id < 0) throw Fault("access to a tensor that is absent");
-  const Range& range = ranges[id];
+  Range& range = ranges[id];
   const int64_t offset = static_cast<const char*>(at) - range.data;
   if (offset < 0 || offset + bytes > range.bytes)
     throw Fault((write ? "write to " : "read from ") + range.name + " out of bounds: byte " + std::to_string(offset) + " of " +
                 std::to_string(range.bytes));
   if (reinterpret_cast<uintptr_t>(at) % bytes != 0) throw Fault("misaligned access to " + range.name);
-  (write ? counts[range.name].written : counts[range.name].read) += bytes / element;
+  if (range.launch != launches) {
+    range.launch = launches;
+    range.count = &counts[{kernel_name, range.name}];
+  }
+  (write ? range.count->written : range.count->read) += bytes / element;
+  if (tracing) trace(range, *range.count, offset / element, bytes / element, element, write);
 }
 
-template <typename T>
-struct Shared {
-  int count;
-  void check(int at) const {
-    if (at < 0 || at >= count) throw Fault("shared memory out of bounds: element " + std::to_string(at));
-  }
-  T read(int at) const {
-    check(at);
-    if (!written[at * sizeof(T)]) throw Fault("read of shared memory that nobody wrote: element " + std::to_string(at));
-    T value;
-    std::memcpy(&value, &memory[at * sizeof(T)], sizeof(T));
-    return value;
-  }
-  void write(int at, T value) const {
-    check(at);
-    std::memcpy(&memory[at * sizeof(T)], &value, sizeof(T));
-    written[at * sizeof(T)] = 1;
-  }
+// ---------------------------------------------------------------------------------------------------------------------
+// Threads
+// ---------------------------------------------------------------------------------------------------------------------
+
+enum class State { ready, barrier, shuffle, done };
+
+constexpr size_t STACK = 256 * 1024;
+constexpr int WARP = 32;
+constexpr size_t MOST_SHUFFLED = 64;
+
+struct Fiber {
+  ucontext_t start;
+  jmp_buf place;
+  bool started = false;
+  std::unique_ptr<char[]> stack;
+  State state = State::done;
+  int64_t meetings = 0;  // of its warp, so far
+  int64_t shuffles = 0;
+  char value[2][MOST_SHUFFLED];
 };
 
-// A kernel has one array of shared memory.
-template <typename T>
-Shared<T> shared(int count) {
-  if (memory.size() < count * sizeof(T)) {
-    memory.resize(count * sizeof(T));
-    written.resize(count * sizeof(T), 0);
-  }
-  return {count};
-}
+inline std::vector<Fiber> fibers(1024);
+inline ucontext_t outside;
+inline jmp_buf scheduler;
+inline int current = 0;
+inline int threads = 0;
+inline int64_t barriers = 0;
+inline std::string fault;
+inline const std::function<void()>* body = nullptr;
 
 inline void wait(State state) {
-  fibers[current].state = state;
-  swapcontext(&fibers[current].context, &scheduler);
+  Fiber& self = fibers[current];
+  self.state = state;
+  if (_setjmp(self.place) == 0) _longjmp(scheduler, 1);
 }
 
 inline void enter() {
@@ -126,6 +149,85 @@ inline void enter() {
     fault = error.what();
   }
   fibers[current].state = State::done;
+  _longjmp(scheduler, 1);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Shared memory, in pieces of two bytes
+// ---------------------------------------------------------------------------------------------------------------------
+
+constexpr int PIECE = 2;
+
+// Who last touched a piece, and when: between two barriers, and two meetings of a warp, places belong to one writer.
+struct Access {
+  int thread = -1;
+  int64_t barriers = 0, meetings = 0;
+
+  bool conflicts() const {
+    if (thread < 0 || thread == current || barriers != emulation::barriers) return false;
+    return thread / WARP != current / WARP || meetings == fibers[current].meetings;
+  }
+};
+
+struct Piece {
+  bool written = false;
+  Access writer, reader;
+};
+
+inline std::vector<char> memory;
+inline std::vector<Piece> pieces;
+inline int64_t shared_bytes = 0;
+
+inline void touch_shared(int64_t offset, int bytes, bool write) {
+  if (offset < 0 || offset + bytes > shared_bytes)
+    throw Fault("shared memory out of bounds: byte " + std::to_string(offset) + " of " + std::to_string(shared_bytes));
+  if (offset % bytes != 0) throw Fault("misaligned access to shared memory");
+  const Access self{current, barriers, fibers[current].meetings};
+  for (int64_t i = offset / PIECE; i < (offset + bytes) / PIECE; ++i) {
+    Piece& piece = pieces[i];
+    if (!write && !piece.written) throw Fault("read of shared memory that nobody wrote: byte " + std::to_string(i * PIECE));
+    if (piece.writer.conflicts() || (write && piece.reader.conflicts()))
+      throw Fault("two threads share memory without a barrier between them: byte " + std::to_string(i * PIECE));
+    (write ? piece.writer : piece.reader) = self;
+    if (write) piece.written = true;
+  }
+}
+
+inline void require_aligned(bool aligned) {
+  if (!aligned) throw Fault("misaligned access to shared memory");
+}
+
+inline char* shared_at(int64_t offset, int bytes, bool write) {
+  touch_shared(offset, bytes, write);
+  return memory.data() + offset;
+}
+
+// Every lane's value, by lane: each waits until all have given theirs. Two generations, so that nobody has to wait again until all
+// have taken.
+template <typename T>
+T shuffle(T value, int source) {
+  static_assert(sizeof(T) <= MOST_SHUFFLED);
+  const int half = fibers[current].shuffles++ % 2;
+  std::memcpy(fibers[current].value[half], &value, sizeof(T));
+  wait(State::shuffle);
+  std::memcpy(&value, fibers[current / WARP * WARP + source].value[half], sizeof(T));
+  return value;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Scheduling
+// ---------------------------------------------------------------------------------------------------------------------
+
+// A permutation of 0 .. count - 1, another one for every order.
+inline int64_t permuted(int64_t index, int64_t count, int salt) {
+  int64_t stride = (7 + 6 * static_cast<int64_t>(order + salt)) % count;
+  const auto divides = [count](int64_t a) {
+    for (int64_t b = count; b != 0;) a = std::exchange(b, a % b);
+    return a != 1;
+  };
+  while (count > 1 && divides(stride)) stride = (stride + 1) % count;
+  const int64_t moved = static_cast<int64_t>((static_cast<__int128>(index) * stride + count / 2 + order) % count);
+  return order % 2 == 0 ? moved : count - 1 - moved;
 }
 
 }  // namespace emulation
@@ -134,42 +236,37 @@ inline emulation::Dim threadIdx, blockIdx, blockDim;
 
 inline void __syncthreads() { emulation::wait(emulation::State::barrier); }
 
-inline float __shfl_xor_sync(unsigned mask, float value, int apart) {
-  using namespace emulation;
-  const int self = current;
-  if (!(mask >> (self % 32) & 1)) throw Fault("shuffle by a lane that is not in its mask");
-  fibers[self].value = value;
-  fibers[self].mask = mask;
-  wait(State::shuffle);
-  const float result = fibers[self ^ apart].value;
-  // The value must stay until every lane has read it.
-  wait(State::shuffle);
-  return result;
+inline void __syncwarp() {
+  emulation::wait(emulation::State::shuffle);
+  ++emulation::fibers[emulation::current].meetings;
+}
+
+template <typename T>
+T __shfl_sync(unsigned mask, T value, int source) {
+  if (mask != 0xffffffffu) throw emulation::Fault("a shuffle of part of a warp");
+  return emulation::shuffle(value, source);
+}
+
+template <typename T>
+T __shfl_xor_sync(unsigned mask, T value, int apart) {
+  return __shfl_sync(mask, value, (emulation::current % emulation::WARP) ^ apart);
 }
 
 namespace emulation {
 
-inline bool release_shuffles() {
-  bool released = false;
-  for (int warp = 0; warp < threads; warp += 32) {
-    const int lanes = threads - warp < 32 ? threads - warp : 32;
-    unsigned waiting = 0;
-    for (int lane = 0; lane < lanes; ++lane)
-      if (fibers[warp + lane].state == State::shuffle) waiting |= 1u << lane;
-    for (int lane = 0; lane < lanes; ++lane) {
-      Fiber& fiber = fibers[warp + lane];
-      if (fiber.state != State::shuffle || (fiber.mask & ~waiting) != 0) continue;
-      fiber.state = State::ready;
-      released = true;
-    }
-  }
-  return released;
+inline void resume(int thread) {
+  Fiber& fiber = fibers[thread];
+  current = thread;
+  threadIdx.x = thread;
+  if (_setjmp(scheduler) != 0) return;
+  if (fiber.started) _longjmp(fiber.place, 1);
+  fiber.started = true;
+  setcontext(&fiber.start);
 }
 
-inline bool release_barrier() {
-  for (int i = 0; i < threads; ++i)
-    if (fibers[i].state != State::barrier) return false;
-  for (int i = 0; i < threads; ++i) fibers[i].state = State::ready;
+inline bool all(int first, int count, State state) {
+  for (int i = first; i < first + count; ++i)
+    if (fibers[i].state != state) return false;
   return true;
 }
 
@@ -179,56 +276,69 @@ inline bool any(State state) {
   return false;
 }
 
-// Starts in the middle and strides by an odd number: no order that a kernel could come to rely on.
-inline int64_t permuted(int64_t index, int64_t count) {
-  int64_t stride = 7;
-  while (count % stride == 0) stride += 6;
-  for (int64_t a = stride, b = count; b != 0;) {
-    const int64_t rest = a % b;
-    a = b;
-    b = rest;
-    if (b == 0 && a != 1) return count - 1 - index;
+// Runs a warp until each of its lanes waits at a barrier or is done.
+inline void run_warp(int warp) {
+  const int first = warp * WARP, lanes = std::min(WARP, threads - first);
+  while (fault.empty()) {
+    for (int i = 0; i < lanes && fault.empty(); ++i) {
+      const int thread = first + static_cast<int>(permuted(i, lanes, 1));
+      if (fibers[thread].state == State::ready) resume(thread);
+    }
+    if (!fault.empty() || !all(first, lanes, State::shuffle)) break;
+    for (int i = 0; i < lanes; ++i) fibers[first + i].state = State::ready;
   }
-  return (count / 2 + index % count * (stride % count)) % count;
+  for (int i = 0; i < lanes && fault.empty(); ++i)
+    if (fibers[first + i].state == State::shuffle) fault = "a shuffle with missing lanes";
+}
+
+inline void prepare(int thread) {
+  Fiber& fiber = fibers[thread];
+  if (!fiber.stack) {
+    fiber.stack.reset(new char[STACK]);
+    getcontext(&fiber.start);
+    fiber.start.uc_stack.ss_sp = fiber.stack.get();
+    fiber.start.uc_stack.ss_size = STACK;
+    fiber.start.uc_link = &outside;
+    makecontext(&fiber.start, enter, 0);
+  }
+  fiber.started = false;
+  fiber.state = State::ready;
+  fiber.meetings = fiber.shuffles = 0;
 }
 
 inline void run_block(int64_t block) {
+  current_block = block;
   blockIdx.x = static_cast<int>(block);
   blockDim.x = threads;
-  std::fill(written.begin(), written.end(), 0);
-  for (int i = 0; i < threads; ++i) {
-    Fiber& fiber = fibers[i];
-    if (!fiber.stack) fiber.stack.reset(new char[STACK]);
-    getcontext(&fiber.context);
-    fiber.context.uc_stack.ss_sp = fiber.stack.get();
-    fiber.context.uc_stack.ss_size = STACK;
-    fiber.context.uc_link = &scheduler;
-    makecontext(&fiber.context, enter, 0);
-    fiber.state = State::ready;
-  }
-  while (fault.empty()) {
-    for (int64_t i = 0; i < threads && fault.empty(); ++i) {
-      current = static_cast<int>(permuted(i, threads));
-      if (fibers[current].state != State::ready) continue;
-      threadIdx.x = current;
-      swapcontext(&scheduler, &fibers[current].context);
+  std::fill(pieces.begin(), pieces.begin() + shared_bytes / PIECE, Piece{});
+  for (int i = 0; i < threads; ++i) prepare(i);
+  const int warps = (threads + WARP - 1) / WARP;
+  for (barriers = 0; fault.empty(); ++barriers) {
+    for (int i = 0; i < warps && fault.empty(); ++i) run_warp(static_cast<int>(permuted(i, warps, 2)));
+    if (!fault.empty() || !any(State::barrier)) return;
+    if (!all(0, threads, State::barrier)) {
+      fault = "a barrier not reached by all threads";
+      return;
     }
-    if (!fault.empty()) return;
-    if (release_shuffles() || release_barrier()) continue;
-    if (any(State::shuffle)) fault = "a shuffle with missing lanes";
-    else if (any(State::barrier)) fault = "a barrier not reached by all threads";
-    else return;
+    for (int i = 0; i < threads; ++i) fibers[i].state = State::ready;
   }
 }
 
-inline void launch(const char* name, int64_t blocks, int block_threads, const std::function<void()>& kernel) {
+inline void launch(
+    const std::string& name, int64_t blocks, int block_threads, int64_t shared, const std::function<void()>& kernel) {
   static std::mutex one_at_a_time;
   const std::lock_guard<std::mutex> lock(one_at_a_time);
   body = &kernel;
+  kernel_name = name;
   threads = block_threads;
+  shared_bytes = (shared + 15) / 16 * 16;
+  memory.resize(std::max<size_t>(memory.size(), shared_bytes));
+  pieces.resize(std::max<size_t>(pieces.size(), shared_bytes / PIECE));
   fault.clear();
-  for (int64_t i = 0; i < blocks && fault.empty(); ++i) run_block(permuted(i, blocks));
-  if (!fault.empty()) throw std::runtime_error(std::string(name) + ": " + fault);
+  ++launches;
+  if (last_block_only) run_block(blocks - 1);
+  for (int64_t i = 0; i < blocks && fault.empty() && !last_block_only; ++i) run_block(permuted(i, blocks, 3));
+  if (!fault.empty()) throw std::runtime_error(name + ": " + fault);
 }
 
 }  // namespace emulation
