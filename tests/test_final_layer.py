@@ -204,10 +204,10 @@ def raw(inputs: dict[str, Tensor]) -> list[Tensor | None]:
 @pytest.mark.parametrize("norm", reference.NORMS)
 @pytest.mark.parametrize("kept", [OPTIONAL, ("branch",), ()])
 def test_opcheck(kept: tuple[str, ...], norm: str) -> None:
-    made = make_inputs(2, GRID, 12, 2, kept=kept)
+    made = make_inputs(2, GRID, 12, 2, BF16, BF16, kept=kept)
     made["x"] = made["x"].transpose(0, 1).contiguous().transpose(0, 1)
     inputs = raw({n: v.detach().requires_grad_() for n, v in made.items()})
-    torch.library.opcheck(FINAL_LAYER.call, (*inputs, *GRID, 2, norm, 1e-6, BF16))
+    torch.library.opcheck(FINAL_LAYER.call, (*inputs, *GRID, 2, norm, 1e-6, F32))
 
 
 @pytest.mark.parametrize("norm", reference.NORMS)
@@ -216,7 +216,7 @@ def test_opcheck_of_the_backward(kept: tuple[str, ...], norm: str) -> None:
     made = make_inputs(2, GRID, 12, 2, F32, BF16, kept=kept)
     made["x"] = made["x"].transpose(0, 1).contiguous().transpose(0, 1)
     mean = torch.randn((0,) if norm == "rmsnorm" else (2, 6))
-    arguments = (torch.randn(2, 3, 6, 4), *raw(made), mean, torch.rand(2, 6), *GRID, 2, norm)
+    arguments = (*torch.randn(2, 2, 3, 6, 4), *raw(made), mean, torch.rand(2, 6), *GRID, 2, norm)
     torch.library.opcheck(FINAL_LAYER_BACKWARD.call, arguments)
     for name, grad in zip(NAMES, FINAL_LAYER_BACKWARD.call(*arguments)):
         absent = name not in made or (name == "branch" and "gate" not in made)
@@ -282,7 +282,9 @@ def test_autocast_does_not_round_inside_the_op() -> None:
 
     def run() -> tuple[Tensor, ...]:
         out, mean, rstd = FINAL_LAYER.call(*tensors, *GRID, 2, "layernorm", 1e-6, F32)
-        return out, *FINAL_LAYER_BACKWARD.call(out, *tensors, mean, rstd, *GRID, 2, "layernorm")
+        return out, *FINAL_LAYER_BACKWARD.call(
+            torch.ones_like(out), out, *tensors, mean, rstd, *GRID, 2, "layernorm"
+        )
 
     want = run()
     with torch.autocast("cpu", dtype=BF16):
@@ -349,11 +351,27 @@ def test_errors_name_the_argument(change: dict, error: type, words: str) -> None
 
 def test_the_backward_checks_its_arguments() -> None:
     tensors = raw(make_inputs(2, GRID, 12, 2))
-    mean = rstd = torch.zeros(2, 6)
+    image, turned, rows = torch.zeros(2, 3, 6, 4), torch.zeros(2, 3, 4, 6), torch.zeros(2, 6)
+    rest = (*tensors, rows, rows, *GRID, 2)
     with pytest.raises(ValueError, match=r"dout: got shape .* expected \(2, 3, 6, 4\)"):
-        FINAL_LAYER_BACKWARD.call(torch.zeros(2, 3, 4, 6), *tensors, mean, rstd, *GRID, 2, "layernorm")
+        FINAL_LAYER_BACKWARD.call(turned, image, *rest, "layernorm")
+    with pytest.raises(ValueError, match=r"out: got shape .* expected \(2, 3, 6, 4\)"):
+        FINAL_LAYER_BACKWARD.call(image, turned, *rest, "layernorm")
+    with pytest.raises(TypeError, match=r"out: got dtype torch.bfloat16, allowed .* torch.float32"):
+        FINAL_LAYER_BACKWARD.call(image, image.to(BF16), *rest, "layernorm")
     with pytest.raises(ValueError, match=r"mean: got shape .* expected \(0"):
-        FINAL_LAYER_BACKWARD.call(torch.zeros(2, 3, 6, 4), *tensors, mean, rstd, *GRID, 2, "rmsnorm")
+        FINAL_LAYER_BACKWARD.call(image, image, *rest, "rmsnorm")
+
+
+def test_the_ops_result_is_never_narrower_than_the_weight() -> None:
+    """Backward reads the product of the forward in it; the public function rounds it afterwards."""
+    inputs = make_inputs(2, GRID, 12, 2)
+    with pytest.raises(TypeError, match=r"out_dtype: got dtype torch.float16, allowed .* torch.float32"):
+        FINAL_LAYER.call(*raw(inputs), *GRID, 2, "layernorm", 1e-6, F16)
+    wide = forward_and_gradients(final_layer, inputs, grid=GRID, patch_size=2)
+    narrow = forward_and_gradients(final_layer, inputs, grid=GRID, patch_size=2, out_dtype=BF16)
+    assert torch.equal(narrow[0], wide[0].to(BF16))
+    assert all(torch.equal(a, b) for a, b in zip(narrow[1:], wide[1:]))
 
 
 def test_flops_are_those_of_the_linear() -> None:

@@ -7,14 +7,30 @@ Forward, for token n of sample b (all arithmetic in fp32, or fp64 for fp64 input
     z  = W · h + bias                                              (p·p·O) values, ordered (row, column, output channel)
     out[b, o, i·p + r, j·p + c] = z[b, i·w + j, (r·p + c)·O + o]   for token (i, j) of the grid (h, w)
 
-Backward: dz is dout gathered by the last line (``unpatchify`` is a permutation, and its backward the inverse one), then
+Backward: dz is dout gathered by the last line (``unpatchify`` is a permutation, and its backward the inverse one). Then
 
-    dW = Σ_bn dz ⊗ h      dbias = Σ_bn dz      dh = Wᵀ · dz
+    dW = Σ_bn dz ⊗ h      dbias = Σ_bn dz      dh = Wᵀ · dz      dx̂ = dh · (1 + scale_b) · norm_weight
+    dx1 = rstd · (dx̂ - mean_d(dx̂) - x̂ · mean_d(dx̂ · x̂))         (rmsnorm: without mean_d(dx̂))
 
-and from dh, with no gradient of the stream beside it, everything else as in adaln.py. h and x1 are recomputed.
+and the gradients of the vectors from P, Q, R and S as in adaln.py. h and x1 are recomputed.
 
-Saved for backward: x, the branch, mean and rstd of each row in fp32, the vectors and the weight. The branch is saved and not x1,
-because the gradient of the gate needs it and x1 follows from it.
+The two means look as if they wanted a whole row of x before its first gradient can be written. They do not. The linear is linear:
+V = p·p·O values hold all that the means need of D channels. Once for all tokens of a sample, with a = (1 + scale) · norm_weight,
+
+    slope_v  = Σ_d W_vd · a_d
+    offset_v = Σ_d W_vd · (norm_bias_d · (1 + scale_d) + shift_d) + bias_v
+
+so that z_v = Σ_d W_vd · a_d · x̂_d + offset_v, and with dx̂_d = a_d · Σ_v W_vd · dz_v,
+
+    mean_d(dx̂)     = Σ_v dz_v · slope_v / D
+    mean_d(dx̂ · x̂) = Σ_v dz_v · (z_v - offset_v) / D
+
+The op's own result holds z, so backward takes ``out`` and visits each element of x once. The z read is the z written, after h and
+it were rounded; that moves the second mean by about eps·|dx̂|/√D. Hence the result of the op is never narrower than the weight;
+the public function rounds it further where it is asked to.
+
+Saved for backward: out, x, the branch, mean and rstd of each row in fp32, the vectors and the weight. The branch is saved and not
+x1, because the gradient of the gate needs it and x1 follows from it.
 
 Source: Peebles & Xie, arXiv 2212.09748; the order (row, column, channel) is that of the public checkpoints.
 """
@@ -96,7 +112,7 @@ def final_layer(
     is in fp32.
 
     Returns:
-        (B, O, h·p, w·p).
+        (B, O, h·p, w·p), kept for backward: where a gradient is needed, do not write into it.
 
     Raises:
         ValueError, TypeError: a shape, dtype or device that does not fit, named.
@@ -107,10 +123,13 @@ def final_layer(
     vectors = (shift, scale, norm_weight, norm_bias)
     registry.refuse_forward_ad("final_layer", *residual, *vectors, weight, bias)
     weight = weight.to(registry.autocast_dtype(x) or weight.dtype)
+    out_dtype = out_dtype or weight.dtype
+    checks.dtype("out_dtype", out_dtype)
     out, _, _ = torch.ops.ditkernels.final_layer(
-        *residual, *vectors, weight, bias, *grid, patch_size, norm, eps, out_dtype or weight.dtype
+        *(*residual, *vectors, weight, bias, *grid, patch_size, norm, eps),
+        torch.promote_types(out_dtype, weight.dtype),
     )
-    return out
+    return out.to(out_dtype)
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -180,13 +199,26 @@ def _check_final_layer(*arguments: Any) -> None:
     _check_values_per_patch("weight", weight, 0, patch_size)
     checks.norm(norm, eps)
     checks.dtype("out_dtype", out_dtype)
+    _check_as_wide_as_the_weight("out_dtype", out_dtype, weight)
 
 
-def _check_final_layer_backward(dout: Tensor, *arguments: Any) -> None:
+def _check_as_wide_as_the_weight(name: str, dtype: torch.dtype, weight: Tensor) -> None:
+    if torch.promote_types(dtype, weight.dtype) != dtype:
+        raise TypeError(
+            f"{name}: got dtype {dtype}, allowed are those that hold every {weight.dtype}, the weight's dtype"
+        )
+
+
+def _check_final_layer_backward(dout: Tensor, out: Tensor, *arguments: Any) -> None:
     *tensors, mean, rstd, grid_h, grid_w, patch_size, norm = arguments
-    _check_final_layer(*tensors, grid_h, grid_w, patch_size, norm, 0.0, dout.dtype)
     x, weight = tensors[0], tensors[8]
-    checks.tensor("dout", dout, _image_shape(x, weight, grid_h, grid_w, patch_size), x)
+    _check_final_layer(
+        *tensors, grid_h, grid_w, patch_size, norm, 0.0, torch.promote_types(dout.dtype, weight.dtype)
+    )
+    image = _image_shape(x, weight, grid_h, grid_w, patch_size)
+    checks.tensor("dout", dout, image, x)
+    checks.tensor("out", out, image, x)
+    _check_as_wide_as_the_weight("out", out.dtype, weight)
     checks.tensor("mean", mean, _mean_shape(x, norm), x)
     checks.tensor("rstd", rstd, tuple(x.shape[:2]), x)
 
@@ -222,7 +254,7 @@ def _fake_final_layer(*arguments):  # type: ignore[no-untyped-def]
     )
 
 
-def _fake_final_layer_backward(dout, x, branch, gate, *arguments):  # type: ignore[no-untyped-def]
+def _fake_final_layer_backward(dout, out, x, branch, gate, *arguments):  # type: ignore[no-untyped-def]
     branch_bias, shift, scale, norm_weight, norm_bias, weight, bias = arguments[:7]
     dbranch = adaln.empty_like_or_none(branch if gate is not None else None, x)
     vectors = (gate, branch_bias, shift, scale, norm_weight, norm_bias, weight, bias)
@@ -257,7 +289,7 @@ FINAL_LAYER = registry.declare(
 )
 FINAL_LAYER_BACKWARD = registry.declare(
     "final_layer_backward",
-    f"(Tensor dout, {_TENSORS}, Tensor mean, Tensor rstd, {_GRID}, str norm) -> (Tensor dx, Tensor dbranch,"
+    f"(Tensor dout, Tensor out, {_TENSORS}, Tensor mean, Tensor rstd, {_GRID}, str norm) -> (Tensor dx, Tensor dbranch,"
     " Tensor dgate, Tensor dbranch_bias, Tensor dshift, Tensor dscale, Tensor dnorm_weight, Tensor dnorm_bias,"
     " Tensor dweight, Tensor dbias)",
     check=_check_final_layer_backward,
@@ -279,14 +311,14 @@ def _backward_unpatchify(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
 
 def _setup_final_layer(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     *tensors, grid_h, grid_w, patch_size, norm, _, _ = inputs
-    _, mean, rstd = output
+    out, mean, rstd = output
     ctx.mark_non_differentiable(mean, rstd)
-    ctx.save_for_backward(*tensors, mean, rstd)
+    ctx.save_for_backward(out, *tensors, mean, rstd)
     ctx.options = (grid_h, grid_w, patch_size, norm)
 
 
 def _backward_final_layer(ctx: Any, dout: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-    arguments = ctx.saved_tensors[:10]
+    arguments = ctx.saved_tensors[1:11]
     dx, dbranch, *rest = FINAL_LAYER_BACKWARD.call(dout, *ctx.saved_tensors, *ctx.options)
     branch, gate = arguments[1:3]
     if branch is not None and gate is None:
@@ -306,7 +338,9 @@ def _flops(*arguments: Any, out_val: Any = None, **options: Any) -> int:
     return 2 * batch * tokens * width * weight[0]
 
 
-def _flops_backward(dout: torch.Size, *arguments: Any, out_val: Any = None, **options: Any) -> int:
+def _flops_backward(
+    dout: torch.Size, out: torch.Size, *arguments: Any, out_val: Any = None, **options: Any
+) -> int:
     return 2 * _flops(*arguments)
 
 
@@ -365,31 +399,33 @@ def _torch_final_layer(
     return _torch_unpatchify(tokens.to(out_dtype), grid_h, grid_w, patch_size), mean, rstd
 
 
-def _modulated_rows(
-    stream: Tensor,
+def _normed(stream: Tensor, mean: Tensor, rstd: Tensor, norm: str) -> Tensor:
+    """x̂ again, from the saved mean and rstd."""
+    wide = accumulator(stream)
+    centred = stream.to(wide) if norm == "rmsnorm" else stream.to(wide) - mean.unsqueeze(-1)
+    return centred * rstd.unsqueeze(-1)
+
+
+def _affine(
+    rows: Tensor,
     shift: Tensor | None,
     scale: Tensor | None,
     norm_weight: Tensor | None,
     norm_bias: Tensor | None,
-    mean: Tensor,
-    rstd: Tensor,
-    norm: str,
 ) -> Tensor:
-    """h again, from the saved mean and rstd: the operations of ``adaln.norm_forward`` in its order."""
-    wide = accumulator(stream)
-    rows = stream.to(wide) if norm == "rmsnorm" else stream.to(wide) - mean.unsqueeze(-1)
-    rows = rows * rstd.unsqueeze(-1)
+    """(rows·norm_weight + norm_bias)·(1 + scale) + shift, (B, N, D), in the order of ``adaln.norm_forward``."""
     if norm_weight is not None:
-        rows = rows * norm_weight.to(wide)
+        rows = rows * norm_weight.to(rows.dtype)
     if norm_bias is not None:
-        rows = rows + norm_bias.to(wide)
+        rows = rows + norm_bias.to(rows.dtype)
     if scale is not None:
-        rows = rows * (1 + scale.to(wide).unsqueeze(1))
-    return rows if shift is None else rows + shift.to(wide).unsqueeze(1)
+        rows = rows * (1 + scale.to(rows.dtype).unsqueeze(1))
+    return rows if shift is None else rows + shift.to(rows.dtype).unsqueeze(1)
 
 
 def _torch_final_layer_backward(
     dout: Tensor,
+    out: Tensor,
     x: Tensor,
     branch: Tensor | None,
     gate: Tensor | None,
@@ -408,14 +444,29 @@ def _torch_final_layer_backward(
     norm: str,
 ) -> tuple[Tensor, ...]:
     wide = accumulator(weight)
+    batch, _, width = x.shape
+    wide_weight = weight.to(wide).contiguous()
     stream = _stream(x, branch, gate, branch_bias)
-    dtokens = _torch_unpatchify_backward(dout, patch_size).to(wide)
-    rows = _modulated_rows(stream, shift, scale, norm_weight, norm_bias, mean, rstd, norm)
-    rows = rows.to(weight.dtype).to(wide)
-    dweight = product(dtokens.flatten(0, 1).t(), rows.flatten(0, 1)).to(weight.dtype)
-    dbias = None if bias is None else dtokens.sum((0, 1)).to(bias.dtype)
-    drows = product(dtokens, weight.to(wide))
-    dx, p, q = adaln.norm_backward(drows, stream, scale, norm_weight, mean, rstd, norm)
+    normed = _normed(stream, mean, rstd, norm)
+    dz = _torch_unpatchify_backward(dout, patch_size).to(wide)
+    z = _torch_unpatchify_backward(out, patch_size).to(wide)
+
+    rows = _affine(normed, shift, scale, norm_weight, norm_bias).to(weight.dtype).to(wide)
+    dweight = product(dz.flatten(0, 1).t(), rows.flatten(0, 1)).to(weight.dtype)
+    dbias = None if bias is None else dz.sum((0, 1)).to(bias.dtype)
+
+    a = _affine(wide_weight.new_ones(batch, 1, width), None, scale, norm_weight, None)
+    origin = _affine(wide_weight.new_zeros(batch, 1, width), shift, scale, None, norm_bias)
+    slope, offset = product(a, wide_weight.t()), product(origin, wide_weight.t())
+    if bias is not None:
+        offset = offset + bias.to(wide)
+    drows = product(dz, wide_weight)
+    dx = drows * a - normed * (dz * (z - offset)).sum(-1, keepdim=True) / width
+    if norm == "layernorm":
+        dx = dx - (dz * slope).sum(-1, keepdim=True) / width
+    dx = dx * rstd.unsqueeze(-1)
+
+    p, q = drows.sum(1), (drows * normed).sum(1)
     vectors = adaln.norm_vector_gradients(p, q, shift, scale, norm_weight, norm_bias)
     residual = (None,) * 3 if branch is None else adaln.residual_backward(dx, branch, gate, branch_bias)
     grads = (dx.to(x.dtype), *residual, *vectors, dweight, dbias)

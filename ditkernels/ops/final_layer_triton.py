@@ -789,6 +789,7 @@ class _Arguments(NamedTuple):
 
 def _final_layer_backward(
     dout: Tensor,
+    out: Tensor,
     x: Tensor,
     branch: Tensor | None,
     gate: Tensor | None,
@@ -1028,7 +1029,7 @@ def _refuse_final_layer(*args: Any) -> str | None:
 
 
 def _refuse_final_layer_backward(*args: Any) -> str | None:
-    return _refuse_row(args[1], args[9], *args)
+    return _refuse_row(args[2], args[10], *args)
 
 
 def _refuse_moving(values: Tensor, *args: Any) -> str | None:
