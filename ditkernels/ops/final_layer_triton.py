@@ -5,21 +5,20 @@ An absent argument (branch, gate, scale ...) is None and its code is not compile
     forward_rows     a program owns ``ROWS`` tokens of one sample. Reads x (and the branch) once, writes the image, and mean
                      and rstd of each row (B, N), fp32: 1 pass (2 with a branch).
 
-    row_means        a program owns ``ROWS`` tokens of one sample. Gathers dz from dout, reads x (and the branch): 1 pass (2);
-                     writes the means of dx̂ and dx̂·x̂ along each row (B, N), fp32.
+    value_sums       a program owns ``VALUES`` values of one sample: reads W, writes slope and offset (B, V), fp32.
+
+    row_means        a program owns ``ROWS`` tokens of one sample. Gathers dz and z from dout and out; writes the means of dx̂ and
+                     dx̂·x̂ along each row (B, N), fp32. No (B, N, D) tensor is read.
 
     backward_columns a program owns ``COLUMNS`` channels and one group of chunks, a chunk being consecutive tokens of a sample.
-                     Reads x (and the branch) a second time, writes dx (and dbranch): 2 passes (4). Adds up the sums P, Q,
-                     R, S of adaln.py over each chunk; those that are needed go to partial sums (B, chunks, sums, D), fp32,
-                     which ``add_chunks`` and ``add_samples`` of adaln_triton.py bring together. For V <= 128 it adds up dW
-                     and dbias too, in partial sums (groups, V, D) and (groups, V), fp32, which patch_embed_triton.py's
-                     ``add_groups`` brings together.
+                     Reads x (and the branch), writes dx (and dbranch): 2 passes (4), those of the whole backward. Adds up the
+                     sums P, Q, R, S of adaln.py over each chunk; those that are needed go to partial sums
+                     (B, chunks, sums, D), fp32, which ``add_chunks`` and ``add_samples`` of adaln_triton.py bring together.
+                     For V <= 128 it adds up dW and dbias too, in partial sums (groups, V, D) and (groups, V), fp32, which
+                     patch_embed_triton.py's ``add_groups`` brings together.
 
     weight_products  dW and dbias for V > 128, in the same kind of partial sums: a program owns ``COLUMNS`` channels and a group of
                      consecutive tokens. Reads x (and the branch) once more for every 256 values.
-
-                     The whole backward is 3 passes (6), where 2 (4) would do if a program could hold a row: at D = 1152 the
-                     sums of dW (147 KB at V = 32), the stream and the branch of 16 rows outgrow its registers.
 
     place_values     unpatchify: a program owns part of one row of patches of one sample; writes the image side by side.
     gather_values    its backward: the same the other way round.
@@ -250,31 +249,66 @@ def _dh(  # type: ignore[no-untyped-def]
 
 
 @jit
+def value_sums(  # type: ignore[no-untyped-def]
+    shift,
+    shift_b,
+    scale,
+    scale_b,
+    norm_weight,
+    norm_bias,
+    weight,
+    w_v,
+    w_d,
+    bias,
+    slopes,
+    offsets,
+    D: tl.constexpr,
+    V: tl.constexpr,
+    VALUES: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    program = tl.program_id(0)
+    ROUND: tl.constexpr = (D + COLUMNS - 1) // COLUMNS * COLUMNS
+    value_tiles: tl.constexpr = (V + VALUES - 1) // VALUES
+    sample = (program // value_tiles).to(tl.int64)
+    values = (program % value_tiles) * VALUES + tl.arange(0, VALUES)[:, None]
+    if shift is not None:
+        shift += sample * shift_b
+    if scale is not None:
+        scale += sample * scale_b
+
+    slope = tl.zeros([VALUES, COLUMNS], tl.float32)
+    offset = tl.zeros([VALUES, COLUMNS], tl.float32)
+    for start in range(0, D, COLUMNS):
+        columns = (start + tl.arange(0, COLUMNS)).to(tl.int64)[None, :]
+        w = _weight_tile(weight, w_v, w_d, values, columns, V, ROUND, D).to(tl.float32)
+        if slopes is not None:
+            slope += w * _slope(scale, norm_weight, columns, ROUND, D)
+        origin = tl.zeros([1, COLUMNS], tl.float32)
+        offset += w * _modulated(origin, shift, scale, None, norm_bias, columns, ROUND, D)
+    at = sample * V + values
+    if slopes is not None:
+        tl.store(slopes + at, tl.sum(slope, 1, keep_dims=True), values < V)
+    total = tl.sum(offset, 1, keep_dims=True)
+    if bias is not None:
+        total += tl.load(bias + values, values < V, 0.0).to(tl.float32)
+    tl.store(offsets + at, total, values < V)
+
+
+@jit
 def row_means(  # type: ignore[no-untyped-def]
     dout,
     dout_b,
     dout_o,
     dout_y,
     dout_x,
-    x,
-    x_b,
-    x_n,
-    x_d,
-    branch,
-    branch_b,
-    branch_n,
-    branch_d,
-    gate,
-    gate_b,
-    scale,
-    scale_b,
-    branch_bias,
-    norm_weight,
-    weight,
-    w_v,
-    w_d,
-    mean,
-    rstd,
+    out,
+    out_b,
+    out_o,
+    out_y,
+    out_x,
+    slopes,
+    offsets,
     mean_dnormed,
     mean_product,
     N,
@@ -283,48 +317,28 @@ def row_means(  # type: ignore[no-untyped-def]
     D: tl.constexpr,
     V: tl.constexpr,
     P: tl.constexpr,
-    PRODUCT: tl.constexpr,
     VALUES: tl.constexpr,
-    COLUMNS: tl.constexpr,
     ROWS: tl.constexpr,
 ):
     program = tl.program_id(0)
-    ROUND: tl.constexpr = (D + COLUMNS - 1) // COLUMNS * COLUMNS
     sample = (program // blocks).to(tl.int64)
     tokens = (program % blocks) * ROWS + tl.arange(0, ROWS)[:, None]
     live = tokens < N
-    rows = tokens.to(tl.int64)
-    line = sample * N + rows
+    line = sample * N + tokens
     dout += sample * dout_b
-    x += sample * x_b + rows * x_n
-    if branch is not None:
-        branch += sample * branch_b + rows * branch_n
-    if gate is not None:
-        gate += sample * gate_b
-    if scale is not None:
-        scale += sample * scale_b
-    scaling = tl.load(rstd + line, live, 0.0)
-    if mean is not None:
-        mu = tl.load(mean + line, live, 0.0)
+    out += sample * out_b
 
-    products = tl.zeros([ROWS, COLUMNS], tl.float32)
-    dnormeds = tl.zeros([ROWS, COLUMNS], tl.float32)
-    for start in range(0, D, COLUMNS):
-        columns = (start + tl.arange(0, COLUMNS)).to(tl.int64)[None, :]
-        mask = _mask(live, columns, ROUND, D)
-        normed = _stream_piece(x, x_d, branch, branch_d, gate, branch_bias, columns, mask, ROUND, D)
-        if mean is not None:
-            normed -= mu
-        normed *= scaling
-        dh = _dh(
-            *(dout, tokens, grid_w, dout_o, dout_y, dout_x, live, weight, w_v, w_d, columns),
-            *(ROUND, D, V, P, PRODUCT, VALUES, COLUMNS, ROWS),
-        )
-        dnormed = dh * _slope(scale, norm_weight, columns, ROUND, D)
-        products += dnormed * normed
-        dnormeds += dnormed
+    dnormeds = tl.zeros([ROWS, VALUES], tl.float32)
+    products = tl.zeros([ROWS, VALUES], tl.float32)
+    for first in range(0, V, VALUES):
+        values = first + tl.arange(0, VALUES)[None, :]
+        dz = _patch_values(dout, tokens, values, grid_w, dout_o, dout_y, dout_x, live, V, P).to(tl.float32)
+        z = _patch_values(out, tokens, values, grid_w, out_o, out_y, out_x, live, V, P).to(tl.float32)
+        products += dz * (z - tl.load(offsets + sample * V + values, values < V, 0.0))
+        if slopes is not None:
+            dnormeds += dz * tl.load(slopes + sample * V + values, values < V, 0.0)
     tl.store(mean_product + line, tl.div_rn(tl.sum(products, 1, keep_dims=True), D * 1.0), live)
-    if mean is not None:
+    if mean_dnormed is not None:
         tl.store(mean_dnormed + line, tl.div_rn(tl.sum(dnormeds, 1, keep_dims=True), D * 1.0), live)
 
 
@@ -661,7 +675,8 @@ _GROUPS = 32
 _ROWS_PER_VALUE = 8  # so that the partial sums of dW stay below 1/8 of the elements of x
 _ACCUMULATORS = 16384
 
-_MEANS = Tile(32, 8)
+_SUMMED = Tile(32, 4)
+_MEANS = Tile(64, 4)
 _MERGED = 128  # values of a patch whose dW fits beside the rest in the registers
 
 _ELEMENTS = 1024
@@ -769,9 +784,10 @@ def _final_layer(
 
 
 class _Arguments(NamedTuple):
-    """What both kernels of the backward read."""
+    """What the kernels of the backward read."""
 
     dout: Tensor
+    out: Tensor
     x: Tensor
     branch: Tensor | None
     gate: Tensor | None
@@ -810,6 +826,7 @@ def _final_layer_backward(
     kept_mean, kept_rstd = adaln_triton._saved(mean, rstd, norm)
     arguments = _Arguments(
         dout=dout,
+        out=out,
         x=x,
         branch=branch,
         gate=packed(gate),
@@ -824,33 +841,44 @@ def _final_layer_backward(
         grid_w=grid_w,
         patch_size=patch_size,
     )
-    dx, dbranch, *dvectors, dweight, dbias = _gradients(arguments, bias)
+    dx, dbranch, *dvectors, dweight, dbias = _gradients(arguments, packed(bias))
     gradients = (dx, dbranch, *dvectors, dweight, dbias)
     return tuple(x.new_empty(0) if g is None else g for g in gradients)
 
 
-def _row_means(a: _Arguments) -> tuple[Tensor | None, Tensor]:
+def _row_means(a: _Arguments, bias: Tensor | None) -> tuple[Tensor | None, Tensor]:
     """The means of dx̂ and of dx̂·x̂ along each row, (B, N) in fp32; none of the first for rmsnorm."""
     batch, length, width = a.x.shape
     values = a.weight.shape[0]
     means = None if a.mean is None else torch.empty_like(a.rstd)
     product_means = torch.empty_like(a.rstd)
-    product = product_dtype(a.dout, a.weight)
+    offsets = a.rstd.new_empty(batch, values)
+    slopes = None if a.mean is None else torch.empty_like(offsets)
+    held = value_tile(values, _SUMMED.rows)
+    _triton.launch(
+        value_sums,
+        batch * ceil_div(values, held),
+        _SUMMED,
+        a.x.device,
+        *(a.shift, batch_stride(a.shift), a.scale, batch_stride(a.scale), a.norm_weight, a.norm_bias),
+        *(a.weight, *a.weight.stride(), bias, slopes, offsets),
+        D=width,
+        V=values,
+        VALUES=held,
+        COLUMNS=64,
+    )
     blocks = ceil_div(length, _MEANS.rows)
     _triton.launch(
         row_means,
         batch * blocks,
         _MEANS,
         a.x.device,
-        *(a.dout, *a.dout.stride(), a.x, *strides(a.x), a.branch, *strides(a.branch)),
-        *(a.gate, batch_stride(a.gate), a.scale, batch_stride(a.scale), a.branch_bias, a.norm_weight),
-        *(a.weight, *a.weight.stride(), a.mean, a.rstd, means, product_means, length, blocks, a.grid_w),
+        *(a.dout, *a.dout.stride(), a.out, *a.out.stride(), slopes, offsets, means, product_means),
+        *(length, blocks, a.grid_w),
         D=width,
         V=values,
         P=a.patch_size,
-        PRODUCT=product,
-        VALUES=value_tile(values, _values_at_a_time(product)),
-        COLUMNS=64,
+        VALUES=held,
         ROWS=_MEANS.rows,
     )
     return means, product_means
@@ -866,7 +894,7 @@ def _gradients(a: _Arguments, bias: Tensor | None) -> tuple[Tensor | None, ...]:
         a.gate is not None,
         a.branch_bias is not None,
     )
-    means = _row_means(a)
+    means = _row_means(a, bias)
     merged = values <= _MERGED
     product = product_dtype(a.dout, a.weight)
     held, columns, tile = column_tile(values)

@@ -18,7 +18,6 @@ PATCHES = [2, 4, 8]
 # The (B, N, D) arguments of each kernel.
 TOUCHED = {
     "forward_rows": ("x", "branch"),
-    "row_means": ("x", "branch"),
     "backward_columns": ("x", "branch", "dx", "dbranch"),
     "weight_products": ("branch", "dy"),
     "embed": ("y",),
@@ -40,7 +39,7 @@ def compile_final_layer(
     tensors = (x, branch, gate, None, shift, scale, None, None, weight, bias)
     with recorded(capability) as kernels:
         final_layer_triton._final_layer(*tensors, side, side, patch, norm, 1e-6, rest)
-        final_layer_triton._final_layer_backward(dout, *tensors, mean, rstd, side, side, patch, norm)
+        final_layer_triton._final_layer_backward(dout, dout, *tensors, mean, rstd, side, side, patch, norm)
     return kernels
 
 
