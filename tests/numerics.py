@@ -106,3 +106,15 @@ def assert_drift(actual: list[float], low: list[float], exact: list[float]) -> N
         assert abs(a - c) <= bound, (
             f"step {step}: loss {a:.9f} is {abs(a - c):.2e} from fp64, allowed {bound:.2e}"
         )
+
+
+NORMAL_DEVIATIONS = 5.0
+"""A mean of independent draws lies five standard deviations off once in two million times; the draws are fixed by their keys."""
+
+NORMAL_ULPS = 1.0
+"""Box and Muller in fp64, rounded once to fp32: half a unit in the last place, and what fp64 itself may add."""
+
+
+METRIC_AGREEMENT = 1e-4
+"""Two implementations of FID, sFID or the Inception Score on the same fp32 features, relative: their covariances are summed in
+different orders, and one takes roots of unsymmetric eigenvalues. Precision and recall are shares and must agree as closely."""
