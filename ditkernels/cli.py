@@ -30,6 +30,9 @@ COMMANDS = {
         "train a small DiT on real handwritten digits, sample it with guidance, show the picture",
     ),
     "check": Command("ditkernels.check", "run the parity of every op and backend that this machine has"),
+    "eval": Command(
+        "ditkernels.evaluate.command", "FID, sFID, Inception Score, precision and recall of samples"
+    ),
     "flops": Command("ditkernels.flops", "parameters and Gflops of the models, beside the paper's numbers"),
     "info": Command("ditkernels.info", "machine, versions, and for every op the backend chosen and why"),
 }

@@ -1,0 +1,117 @@
+"""`ditkernels eval`: the metrics of samples against a reference."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from ditkernels.check import resolve_device
+from ditkernels.evaluate import METRICS, Evaluation, Extractor, Inception, evaluate
+from ditkernels.evaluate.metrics import NEIGHBOURS, SPLIT_SIZE
+
+LINES = {
+    "fid": "FID",
+    "sfid": "sFID",
+    "inception_score": "Inception Score",
+    "precision": "precision",
+    "recall": "recall",
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of `ditkernels eval`."""
+    default = "(default: %(default)s)"
+    parser.add_argument("samples", type=Path, help=".npz of images or features, or a folder of PNG files")
+    parser.add_argument("reference", type=Path, help="the same, or an .npz of statistics")
+    features = parser.add_mutually_exclusive_group()
+    features.add_argument(
+        "--weights", type=Path, help="Inception's weights for torch-fidelity; nothing is downloaded"
+    )
+    features.add_argument("--extractor", metavar="MODULE:NAME", help="a function from images to features")
+    parser.add_argument(
+        "--metrics", help=f"comma-separated, of {', '.join(METRICS)} (default: all that can be)"
+    )
+    parser.add_argument("--batch-size", type=int, default=64, help=f"images at once {default}")
+    parser.add_argument(
+        "--split-size", type=int, default=SPLIT_SIZE, help=f"of the Inception Score {default}"
+    )
+    parser.add_argument(
+        "--neighbours", type=int, default=NEIGHBOURS, help=f"of precision and recall {default}"
+    )
+    parser.add_argument(
+        "--device", default="auto", help="cpu, cuda, cuda:1 ...; auto is cuda if there is one"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers here too")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Evaluates, prints, and writes the JSON. Returns 0.
+
+    Raises:
+        ValueError, ImportError: as ``evaluate`` and ``Inception``; an extractor that is not there.
+    """
+    extractor = _extractor(args)
+    result = evaluate(
+        args.samples,
+        args.reference,
+        extractor=extractor,
+        metrics=None if args.metrics is None else args.metrics.split(","),
+        batch_size=args.batch_size,
+        split_size=args.split_size,
+        neighbours=args.neighbours,
+    )
+    print(report(result))
+    for note in result.notes:
+        print(f"note: {note}", file=sys.stderr)
+    if args.json is not None:
+        args.json.write_text(json.dumps(result.to_json(), indent=2) + "\n")
+    return 0
+
+
+def report(result: Evaluation) -> str:
+    """The numbers, one a line, and what they were computed on."""
+    scheme = "unknown" if result.labels is None else str(result.labels.get("scheme"))
+    reference = "statistics" if result.reference_count is None else f"{result.reference_count:,} images"
+    lines = [f"{result.count:,} images against {reference}; labels: {scheme}, order: {result.order}"]
+    for name, title in LINES.items():
+        value = getattr(result, name)
+        if value is not None:
+            spread = f" ± {result.inception_score_std:.4f}" if name == "inception_score" else ""
+            lines.append(f"{title:16}{value:.4f}{spread}")
+    lines += [f"{name} not computed: {reason}" for name, reason in result.absent.items()]
+    return "\n".join(lines)
+
+
+class _Counting:
+    """An extractor that shows how far it is and how fast."""
+
+    def __init__(self, extractor: Extractor) -> None:
+        self.extractor = extractor
+        self.bar = tqdm(unit=" images", desc="features", mininterval=0.1 if sys.stderr.isatty() else 10.0)
+
+    def __call__(self, images: Tensor) -> Any:
+        features = self.extractor(images)
+        self.bar.update(len(images))
+        return features
+
+
+def _extractor(args: argparse.Namespace) -> Extractor | None:
+    device = resolve_device(args.device)
+    if args.weights is not None:
+        return _Counting(Inception(args.weights).to(device))
+    if args.extractor is None:
+        return None
+    module, _, name = args.extractor.partition(":")
+    found = getattr(importlib.import_module(module), name, None) if module and name else None
+    if not callable(found):
+        raise ValueError(
+            f"--extractor: got {args.extractor!r}, allowed is MODULE:NAME of a function or module"
+        )
+    return _Counting(found.to(device) if isinstance(found, nn.Module) else found)

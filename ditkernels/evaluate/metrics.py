@@ -1,0 +1,198 @@
+"""The metrics, on features: FID, sFID, Inception Score, precision and recall, by the conventions of the ADM evaluation suite.
+
+FID (Heusel et al. 2017, arXiv 1706.08500) and sFID (Nash et al. 2021, arXiv 2103.03841) are the Fréchet distance of two
+Gaussians, with covariances over n − 1. The Inception Score (Salimans et al. 2016, arXiv 1606.03498) is a mean over
+consecutive splits. Precision and recall are those of Kynkäänniemi et al. 2019 (arXiv 1904.06991), with k = 3.
+
+What can be summed is summed as it comes, in float64 (``GaussianSum``, ``InceptionScore``), so that memory does not grow with
+the number of images; precision and recall need every feature, and never more than ``DISTANCE_BYTES`` of distances.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+FloatArray = npt.NDArray[np.float64]
+
+SPLIT_SIZE = 5000
+NEIGHBOURS = 3
+DISTANCE_BYTES = 64 * 2**20
+ORDER_DEVIATIONS = 6.0
+
+
+class Gaussian(NamedTuple):
+    """Mean (F,) and covariance (F, F) of features, float64."""
+
+    mu: FloatArray
+    sigma: FloatArray
+
+
+class GaussianSum:
+    """Mean and covariance of features that come in batches, in float64; holds one (F, F) matrix.
+
+    ``name`` is that of the metric, for the errors.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.count = 0
+        self._mean: Tensor | None = None
+        self._scatter: Tensor | None = None
+
+    def add(self, features: Tensor) -> None:
+        """features: (B, F), any floating dtype. Raises ValueError for values that are not finite."""
+        features = features.double()
+        if not torch.isfinite(features).all():
+            raise ValueError(f"{self.name}: got features that are not finite")
+        if self._mean is None or self._scatter is None:
+            width = features.shape[1]
+            self._mean = features.new_zeros(width)
+            self._scatter = features.new_zeros(width, width)
+        # Chan, Golub & LeVeque's pairwise update: sums of squares about zero would cancel.
+        mean = features.mean(0)
+        centred = features - mean
+        apart = mean - self._mean
+        total = self.count + len(features)
+        self._scatter.addmm_(centred.T, centred)
+        self._scatter.addr_(apart, apart, alpha=self.count * len(features) / total)
+        self._mean = self._mean + apart * (len(features) / total)
+        self.count = total
+
+    def gaussian(self) -> Gaussian:
+        """The mean, and the covariance over n − 1. Raises ValueError for fewer than 2 samples."""
+        if self._mean is None or self._scatter is None or self.count < 2:
+            raise ValueError(f"{self.name}: got {self.count} samples, needs at least 2 for a covariance")
+        return Gaussian(self._mean.cpu().numpy(), (self._scatter / (self.count - 1)).cpu().numpy())
+
+
+def frechet_distance(first: Gaussian, second: Gaussian) -> float:
+    """|μ₁ − μ₂|² + tr(Σ₁ + Σ₂ − 2·(Σ₁Σ₂)^½).
+
+    The trace of the root is Σ √eig(Σ₁^½ Σ₂ Σ₁^½): symmetric, so it stays real where a covariance is singular, and no
+    offset has to be added to the diagonal.
+
+    Raises:
+        ValueError: the two have features of different width.
+    """
+    if first.mu.shape != second.mu.shape:
+        raise ValueError(
+            f"features: got {first.mu.shape[0]} per image, but the reference has {second.mu.shape[0]}"
+        )
+    values, vectors = np.linalg.eigh(first.sigma)
+    root = (vectors * np.sqrt(values.clip(0))) @ vectors.T
+    product = np.linalg.eigvalsh(root @ second.sigma @ root)
+    apart = first.mu - second.mu
+    trace = np.trace(first.sigma) + np.trace(second.sigma) - 2 * np.sqrt(product.clip(0)).sum()
+    return float(apart @ apart + trace)
+
+
+class InceptionScore:
+    """exp(mean KL(p(y|x) ‖ p(y))), mean and standard deviation over consecutive splits; the last may be shorter.
+
+    Since the splits are consecutive, the score depends on the order of the images: class by class, every split sees few classes
+    and the score falls. ``ordered_by_class`` says whether that is so.
+    """
+
+    def __init__(self, split_size: int = SPLIT_SIZE) -> None:
+        if split_size < 1:
+            raise ValueError(f"split_size: got {split_size}, allowed is 1 or more")
+        self.split_size = split_size
+        self.count = 0
+        self._probabilities: list[Tensor] = []
+        self._negative_entropies: list[float] = []
+        self._predicted: list[Tensor] = []
+
+    def add(self, logits: Tensor) -> None:
+        """logits: (B, K), any floating dtype, without bias. Raises ValueError for values that are not finite."""
+        if not torch.isfinite(logits).all():
+            raise ValueError("inception_score: got logits that are not finite")
+        logits = logits.detach().cpu().double()
+        while len(logits):
+            room = self.split_size - self.count % self.split_size
+            self._add_to_split(logits[:room])
+            logits = logits[room:]
+
+    def _add_to_split(self, logits: Tensor) -> None:
+        if self.count % self.split_size == 0:
+            self._probabilities.append(logits.new_zeros(logits.shape[1]))
+            self._negative_entropies.append(0.0)
+            self._predicted.append(logits.new_zeros(logits.shape[1]))
+        log_p = logits.log_softmax(1)
+        p = log_p.exp()
+        self._probabilities[-1] += p.sum(0)
+        self._negative_entropies[-1] += (p * log_p).sum().item()
+        self._predicted[-1] += torch.bincount(p.argmax(1), minlength=p.shape[1])
+        self.count += len(logits)
+
+    def score(self) -> tuple[float, float]:
+        """Mean and standard deviation (over n) of the splits' scores. Raises ValueError where nothing was added."""
+        if self.count == 0:
+            raise ValueError("inception_score: got 0 samples, needs at least 1")
+        scores = []
+        for index, total in enumerate(self._probabilities):
+            size = min(self.split_size, self.count - index * self.split_size)
+            marginal = total / size
+            # Σ p(x)·log p(y) over the split is size times the marginal's, so the divergence is a difference of two sums.
+            entropy = torch.special.entr(marginal).sum().item()
+            scores.append(np.exp(self._negative_entropies[index] / size + entropy))
+        return float(np.mean(scores)), float(np.std(scores))
+
+    def ordered_by_class(self) -> bool:
+        """Whether the classes predicted in the splits differ by more than chance: Pearson's χ² of (split, class),
+        more than ``ORDER_DEVIATIONS`` standard deviations above its mean. One split has no order."""
+        if len(self._predicted) < 2:
+            return False
+        counts = torch.stack(self._predicted)
+        counts = counts[:, counts.sum(0) > 0]
+        freedom = (counts.shape[0] - 1) * (counts.shape[1] - 1)
+        if freedom == 0:
+            return False
+        expected = counts.sum(1, keepdim=True) * counts.sum(0, keepdim=True) / counts.sum()
+        chi_squared = ((counts - expected).square() / expected).sum().item()
+        return (chi_squared - freedom) / (2 * freedom) ** 0.5 > ORDER_DEVIATIONS
+
+
+def precision_recall(
+    samples: Tensor, reference: Tensor, *, neighbours: int = NEIGHBOURS
+) -> tuple[float, float]:
+    """Shares of the samples inside the reference's manifold, and of the reference inside the samples'.
+
+    A manifold is the union of balls around its points, each reaching to the ``neighbours``-th nearest other point.
+
+    Args:
+        samples: (N, F) float32 features; reference: (M, F).
+
+    Raises:
+        ValueError: fewer than neighbours + 1 on either side, features of different width or not finite.
+    """
+    for name, features in (("samples", samples), ("reference", reference)):
+        if len(features) <= neighbours:
+            raise ValueError(
+                f"precision_recall: got {len(features)} {name}, needs at least {neighbours + 1} "
+                f"for {neighbours} neighbours"
+            )
+        if not torch.isfinite(features).all():
+            raise ValueError(f"precision_recall: got {name} with features that are not finite")
+    if samples.shape[1] != reference.shape[1]:
+        raise ValueError(
+            f"features: got {samples.shape[1]} per image, but the reference has {reference.shape[1]}"
+        )
+    return (
+        _share_covered(samples, reference, neighbours),
+        _share_covered(reference, samples, neighbours),
+    )
+
+
+def _share_covered(points: Tensor, centres: Tensor, neighbours: int) -> float:
+    rows = max(1, DISTANCE_BYTES // (centres.element_size() * len(centres)))
+    # A point's nearest is itself, so the k-th other one comes k + 1st.
+    radii = torch.cat(
+        [torch.cdist(part, centres).kthvalue(neighbours + 1, dim=1).values for part in centres.split(rows)]
+    )
+    inside = sum(int((torch.cdist(part, centres) <= radii).any(1).sum()) for part in points.split(rows))
+    return inside / len(points)
