@@ -9,7 +9,7 @@
 //                    sums of dW (groups, D, K) and dbias (groups, D), fp32, which add_groups of sums.cuh brings together.
 //
 //   image_gradients  a warp owns 32 lines and 64 values. Reads dy, once for every 64 of K, writes dx; only if dx is asked for.
-//                    The weight is first turned round by turn_weight, (D, K) -> (K, D), so that both operands lie side by side.
+//                    The weight is first turned round, (D, K) -> (K, D), by turned.cuh.
 //
 //   add_positions    a thread owns eight channels of one token. Reads dy, adding the samples in order, writes dpos; only if
 //                    dpos is asked for.
@@ -23,6 +23,7 @@
 // inputs, same bits. Tiles of channels divide the paper's widths; any other width leaves the last tile partly empty.
 #include "common.cuh"
 #include "sums.cuh"
+#include "turned.cuh"
 
 namespace ditkernels {
 namespace {
@@ -288,22 +289,6 @@ constexpr int IMAGE_THREADS = 128;
 constexpr int IMAGE_LINES = 32;
 constexpr int IMAGE_VALUES = 64;
 
-template <typename T>
-struct Turned {
-  Tokens<Any> weight;
-  Tokens<T> turned;
-  int width, values;
-};
-
-template <typename T>
-__global__ void __launch_bounds__(IMAGE_THREADS) turn_weight(const Turned<T> a) {
-  const int64_t element = static_cast<int64_t>(blockIdx.x) * IMAGE_THREADS + threadIdx.x;
-  const int64_t padded = round_up(a.width, DEPTH);
-  const int64_t value = element / padded, column = element % padded;
-  if (value >= a.values) return;
-  store_one(a.turned, 0, value, column, column < a.width ? load_one(a.weight, 0, column, value) : 0.0f);
-}
-
 template <typename U, typename T>
 struct ImageGradients {
   Patches patches;
@@ -391,7 +376,7 @@ __global__ void __launch_bounds__(POSITION_THREADS) add_positions(const Position
   const int64_t token = place / a.units;
   const int column = static_cast<int>(place % a.units) * UNIT;
   if (token >= a.length) return;
-  constexpr int AT_ONCE = std::is_same_v<U, Any> ? 1 : 4;
+  [[maybe_unused]] constexpr int AT_ONCE = std::is_same_v<U, Any> ? 1 : 4;
   Unit total = {};
 #pragma unroll AT_ONCE
   for (int64_t sample = 0; sample < a.batch; ++sample) {
@@ -497,19 +482,12 @@ std::tuple<Tensor, Tensor> weight_gradients(
 Tensor image_gradient(const Tensor& dy, const Tensor& x, const Tensor& weight) {
   const Tensor dx = empty_like(x, x), packed_weight = torch::stable::contiguous(weight);
   const Patches patches = patches_of("dx", dx, weight);
-  const int64_t width = weight.size(0), lines = x.size(0) * patches.length, padded = round_up(width, DEPTH);
+  const int64_t width = weight.size(0), lines = x.size(0) * patches.length;
   const char* op = "patch_embed_backward";
   by_layout(dy.scalar_type(), weight.scalar_type(), is_wide(dy), [&](auto u, auto w, auto reach) {
     using U = std::conditional_t<std::is_same_v<decltype(u), decltype(w)>, decltype(u), Any>;
     using T = std::conditional_t<std::is_same_v<U, Any>, float, U>;
-    const ScalarType product = std::is_same_v<T, float> ? ScalarType::Float : weight.scalar_type();
-    const Tensor turned = empty(x, {patches.values, padded}, product);
-    Turned<T> turning;
-    turning.weight = weight_matrix<Any>(packed_weight);
-    turning.turned = matrix<T>("turned", turned);
-    turning.width = static_cast<int>(width);
-    turning.values = patches.values;
-    launch<turn_weight<T>, IMAGE_THREADS>(op, ceil_div(patches.values * padded, IMAGE_THREADS), x, turning);
+    const Tensor turned = turn<T>(op, weight_matrix<Any>(packed_weight), patches.values, width, 1, x);
     ImageGradients<U, T> a;
     a.patches = patches;
     a.dy = tokens<U>("dy", dy);

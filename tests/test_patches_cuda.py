@@ -1,22 +1,35 @@
-"""The CUDA kernels of patch_embed, run on the host by tests/emulation: parity, traffic, order, offsets, refusals."""
+"""The CUDA kernels of patch_embed, final_layer and unpatchify, run by tests/emulation: parity, traffic, order, offsets, refusals."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import emulated_cuda
 import pytest
+import test_final_layer
 import test_patch_embed
 import torch
 from adaln_access import FAR, spread
 from patches_parity import (  # noqa: F401 (they run here on the fixture below)
+    test_a_wider_image_is_not_rounded_to_the_weights_dtype,
+    test_eps_beside_a_variance_of_its_size,
+    test_final_layer_with_every_combination_of_optional_arguments,
+    test_nothing_in_gives_nothing_out_and_zero_gradients,
+    test_parity_of_final_layer,
     test_parity_of_patch_embed,
     test_patch_embed_computes_only_the_gradients_asked_for,
     test_patch_embed_with_and_without_optional_arguments,
+    test_repeats_bit_for_bit_and_writes_every_output,
+    test_rows_are_rounded_to_the_weights_dtype_forward_and_backward,
+    test_unpatchify_moves_every_value_and_its_gradient,
 )
+from test_final_layer import OPTIONAL
 from test_patch_embed import BF16, F16, F32, F64, forward_and_gradients, make_inputs
 from torch import Tensor
 
 from ditkernels.ops import _registry as registry
-from ditkernels.ops.patch_embed import patch_embed
+from ditkernels.ops.final_layer import FINAL_LAYER, final_layer, unpatchify
+from ditkernels.ops.patch_embed import PATCH_EMBED, patch_embed
 
 
 @pytest.fixture(autouse=True)
@@ -25,11 +38,75 @@ def _emulated():
         yield
 
 
+def final_inputs(
+    batch: int,
+    grid: tuple[int, int],
+    width: int,
+    patch: int,
+    stream: torch.dtype = F32,
+    rest: torch.dtype = BF16,
+    channels: int = 8,
+    kept: tuple[str, ...] = OPTIONAL,
+) -> dict[str, Tensor]:
+    """Inputs as a model makes them: all but the vectors of a sample contiguous."""
+    made = test_final_layer.make_inputs(batch, grid, width, patch, stream, rest, channels, kept)
+    return {n: v if n in ("gate", "shift", "scale") else v.contiguous() for n, v in made.items()}
+
+
 @pytest.mark.parametrize("dtype", [F32, BF16, F16])
 @pytest.mark.parametrize("width, patch", [(384, 8), (768, 4), (1024, 2), (1152, 2), (40, 2)])
-def test_parity_of_the_wide_path(width: int, patch: int, dtype: torch.dtype) -> None:
+def test_parity_of_the_wide_path_of_patch_embed(width: int, patch: int, dtype: torch.dtype) -> None:
     inputs = make_inputs(2, (5, 7), width, patch, F32, dtype, F32)
     test_patch_embed.assert_parity(inputs, dtype)
+
+
+@pytest.mark.parametrize(
+    "stream, rest", [(F32, F32), (BF16, BF16), (F16, F16), (F32, BF16), (F32, F16), (BF16, F16)]
+)
+@pytest.mark.parametrize("width, patch", [(384, 8), (768, 4), (1024, 2), (1152, 2), (40, 2)])
+def test_parity_of_the_wide_path_of_final_layer(
+    width: int, patch: int, stream: torch.dtype, rest: torch.dtype
+) -> None:
+    grid = (2, 3) if patch == 8 else (5, 7)
+    inputs = final_inputs(2, grid, width, patch, stream, rest)
+    test_final_layer.assert_parity(inputs, grid=grid, patch_size=patch)
+
+
+@pytest.mark.parametrize("width", [4090, 20_320])
+def test_the_widest_rows_of_final_layer(width: int) -> None:
+    """What shared memory does not hold of sixteen rows it holds of fewer."""
+    inputs = test_final_layer.make_inputs(1, (1, 3), width, 1, kept=("shift", "scale"))
+    test_final_layer.assert_parity(inputs, grid=(1, 3), patch_size=1)
+
+
+@pytest.mark.parametrize("width", [40, 100, 192, 384])
+@pytest.mark.parametrize(
+    "kept, expected",
+    [
+        (OPTIONAL, {"forward_rows": 2, "backward_columns": 4}),
+        (("shift", "scale", "bias"), {"forward_rows": 1, "backward_columns": 2}),
+    ],
+)
+def test_final_layer_touches_every_tensor_once_a_pass(
+    width: int, kept: tuple[str, ...], expected: dict[str, int]
+) -> None:
+    inputs = final_inputs(2, (17, 8), width, 2, kept=kept)
+    with emulated_cuda.running(tracing=True) as emulation:
+        test_final_layer.forward_and_gradients(final_layer, inputs, grid=(17, 8), patch_size=2)
+        counted = emulated_cuda.passes(emulation, {"x", "branch", "dx", "dbranch"}, 2 * 136 * width)
+    assert counted == expected
+
+
+@pytest.mark.parametrize("rest, visits", [(BF16, 1), (F32, 2)])
+def test_final_layer_at_patch_size_8_reads_the_stream_again_for_the_weight(
+    rest: torch.dtype, visits: int
+) -> None:
+    inputs = final_inputs(2, (3, 1), 24, 8, rest=rest, kept=("shift", "scale"))
+    with emulated_cuda.running(tracing=True) as emulation:
+        test_final_layer.forward_and_gradients(final_layer, inputs, grid=(3, 1), patch_size=8)
+        counts = emulation.counts()
+    read = {kernel: count[0] / (2 * 3 * 24) for (kernel, name), count in counts.items() if name == "x"}
+    assert read == {"forward_rows": 1, "backward_columns": 1, "weight_products": visits}
 
 
 @pytest.mark.parametrize("width", [100, 384])
@@ -60,34 +137,91 @@ def test_dy_is_read_once_for_as_many_values_as_a_block_holds(
     assert read == visits * 2 * 4 * 16
 
 
-def test_any_order_of_blocks_and_warps_gives_equal_bits() -> None:
-    for width, dtype in ((100, F32), (384, BF16)):
-        inputs = make_inputs(2, (1, 35), width, 2, F32, dtype, dtype)
-        straight = forward_and_gradients(patch_embed, inputs)
-        for order in range(1, 4):
-            with emulated_cuda.running(tracing=True, order=order):
-                assert all(map(torch.equal, straight, forward_and_gradients(patch_embed, inputs)))
+def run_patch_embed(width: int, dtype: torch.dtype) -> list[Tensor]:
+    return forward_and_gradients(patch_embed, make_inputs(2, (1, 35), width, 2, F32, dtype, dtype))
 
 
-def everything(x: Tensor, image: Tensor, pos: Tensor, weight: Tensor) -> list[Tensor]:
+def run_final_layer(width: int, dtype: torch.dtype, patch: int = 2) -> list[Tensor]:
+    inputs = final_inputs(2, (1, 70), width, patch, F32, dtype)
+    return test_final_layer.forward_and_gradients(final_layer, inputs, grid=(1, 70), patch_size=patch)
+
+
+@pytest.mark.parametrize(
+    "run",
+    [
+        lambda: run_patch_embed(100, F32),
+        lambda: run_patch_embed(384, BF16),
+        lambda: run_final_layer(100, F32),
+        lambda: run_final_layer(384, BF16),
+        lambda: run_final_layer(40, BF16, 8),
+    ],
+    ids=["embed any", "embed 384", "final any", "final 384", "final patch 8"],
+)
+def test_any_order_of_blocks_and_warps_gives_equal_bits(run: Callable[[], list[Tensor]]) -> None:
+    straight = run()
+    for order in range(1, 4):
+        with emulated_cuda.running(tracing=True, order=order):
+            assert all(map(torch.equal, straight, run()))
+
+
+def everything(
+    x: Tensor,
+    branch: Tensor,
+    image: Tensor,
+    vectors: list[Tensor],
+    weight: Tensor,
+    tokens: Tensor,
+    pos: Tensor,
+    bias: Tensor,
+    patch_weight: Tensor,
+) -> list[Tensor]:
     ops = torch.ops.ditkernels
-    y = ops.patch_embed_cuda(image, weight, None, pos, F32)
-    return [y, *ops.patch_embed_backward_cuda(x, image, weight, None, pos, [True, True, False, True])]
+    mean, rstd = torch.zeros(2, 2), torch.ones(2, 2)
+    tensors = (x, branch, vectors[0], None, *vectors[1:], None, None, weight, bias)
+    out = ops.final_layer_cuda(*tensors, 1, 2, 2, "layernorm", 1e-6, F32)
+    grads = ops.final_layer_backward_cuda(image, image, *tensors, mean, rstd, 1, 2, 2, "layernorm")
+    moved = ops.unpatchify_cuda(tokens, 1, 2, 2), ops.unpatchify_backward_cuda(image, 2)
+    embedded = ops.patch_embed_cuda(image, patch_weight, None, pos, F32)
+    needs = [True, True, False, True]
+    return [
+        *out,
+        *grads,
+        *moved,
+        embedded,
+        *ops.patch_embed_backward_cuda(x, image, patch_weight, None, pos, needs),
+    ]
 
 
 def test_strides_beyond_2_to_the_31_elements() -> None:
+    """Tensors whose samples, rows or channels lie more than 2^31 elements apart give the bits of packed ones."""
     generator = torch.Generator().manual_seed(0)
-    x, image, pos = (torch.randn(s, generator=generator).to(BF16) for s in ((2, 2, 3), (2, 1, 2, 4), (2, 3)))
-    weight = torch.randn(3, 1, 2, 2, generator=generator)
-    expected = everything(x, image, pos, weight)
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    x, branch, image = randn(2, 2, 3).to(BF16), randn(2, 2, 3).to(BF16), randn(2, 1, 2, 4).to(BF16)
+    vectors = [randn(2, 3).to(BF16) for _ in range(3)]
+    weight, tokens, pos = randn(4, 3).to(BF16), randn(2, 2, 4).to(BF16), randn(2, 3).to(BF16)
+    rest = (randn(4), randn(3, 1, 2, 2))
+    expected = everything(x, branch, image, vectors, weight, tokens, pos, *rest)
     far, near = FAR + 8, FAR // 2 + 24  # the latter for three and more
-    for tall, wide, of_image in (
-        ((far, 4, 1), (far, 1), (far, 8, 4, 1)),
-        ((4, far, 1), (1, near), (8, 8, far, 1)),
-        ((3, 6, near), (far, 1), (8, 8, 4, near)),
+    for tall, wide, of_weight, of_image in (
+        ((far, 4, 1), (far, 1), (near, 1), (far, 8, 4, 1)),
+        ((4, far, 1), (1, near), (1, near), (8, 8, far, 1)),
+        ((3, 6, near), (far, 1), (1, near), (8, 8, 4, near)),
     ):
-        got = everything(spread(x, tall), spread(image, of_image), spread(pos, wide), weight)
-        assert all(map(torch.equal, got, expected)), tall
+        got = everything(
+            spread(x, tall),
+            spread(branch, tall),
+            spread(image, of_image),
+            [spread(v, (far, 1)) for v in vectors],
+            spread(weight, of_weight),
+            spread(tokens, tall),
+            spread(pos, wide),
+            *rest,
+        )
+        for i, (a, b) in enumerate(zip(got, expected)):
+            assert torch.equal(a, b), f"output {i} at strides {tall}, {wide}, {of_image}"
 
 
 def test_lines_beyond_2_to_the_31_elements() -> None:
@@ -108,3 +242,21 @@ def test_refusals_name_what_came() -> None:
         patch_embed(torch.zeros(1, 1, 2, 2, dtype=F64), torch.zeros(4, 1, 2, 2))
     with pytest.raises(registry.BackendError, match="the weight is empty"):
         patch_embed(torch.zeros(1, 0, 2, 2), torch.zeros(4, 0, 2, 2))
+    with pytest.raises(registry.BackendError, match="float64 is not among the kernels' dtypes"):
+        unpatchify(torch.zeros(1, 1, 4, dtype=F64), grid=(1, 1), patch_size=2)
+    x, weight = torch.zeros(1, 1, 20_321), torch.zeros(4, 20_321)
+    with pytest.raises(registry.BackendError, match="a row of 20321 channels does not fit in shared memory"):
+        final_layer(x, None, None, weight, grid=(1, 1), patch_size=2)
+    with pytest.raises(registry.BackendError, match="the linear has no outputs"):
+        final_layer(torch.zeros(1, 1, 8), None, None, torch.zeros(0, 8), grid=(1, 1), patch_size=2)
+
+
+def test_cuda_is_not_chosen_unasked() -> None:
+    nothing = (None,) * 7
+    final = (torch.zeros(1, 1, 8), *nothing, torch.zeros(4, 8), None, 1, 1, 2, "layernorm", 1e-6, F32)
+    embed = (torch.zeros(1, 1, 2, 2), torch.zeros(4, 1, 2, 2), None, None, F32)
+    for op, arguments in ((FINAL_LAYER, final), (PATCH_EMBED, embed)):
+        assert op.choose(*arguments) == "cuda"
+        with registry.use_backend("auto"):
+            assert op.choose(*arguments) != "cuda"
+            assert "not measured" in str(op.not_automatic("cuda"))

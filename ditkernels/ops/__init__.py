@@ -3,6 +3,7 @@
 from ditkernels.ops import (  # noqa: F401 (they register a backend)
     adaln_cuda,
     adaln_triton,
+    final_layer_cuda,
     final_layer_triton,
     patch_embed_cuda,
     patch_embed_triton,

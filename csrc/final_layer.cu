@@ -1,0 +1,892 @@
+// The CUDA kernels of `final_layer` and `unpatchify`. Formulas and names are those at the top of ditkernels/ops/final_layer.py;
+// V = p·p·O, the values of a patch.
+//
+//   forward_rows      a block owns 32 rows of one sample (16 in fp32 products; fewer where rows are long). A warp holds a row in
+//                     registers (at other widths than the paper's in shared memory), norms and modulates it, rounds it to the
+//                     weight's dtype and leaves it in shared memory; then the warps share the product among them by channels
+//                     and values and add up their parts in order. Reads x (and the branch), writes the image, and mean and rstd
+//                     (B, N), fp32: 1 pass (2 with a branch).
+//
+// The backward takes both means of a row from z, the op's own result, and not from x (final_layer.py says why that is the same):
+//
+//   sample_terms      a warp owns one value of one sample: slope_v and offset_v (B, 2, V), fp32.
+//   row_means         a warp owns one row: gathers dz and z from the images, writes both means (B, N, 2), fp32, and dz as rows
+//                     (B, N, V), padded with zeros, in the product's dtype.
+//   backward_columns  a block owns 64 channels and a group of chunks, a chunk being consecutive tokens of a sample. A warp holds
+//                     16 rows and 32 channels: dh = Wᵀ·dz comes out of the product in the layout in which x is read. Reads x (and
+//                     the branch), writes dx (and dbranch): 2 passes (4). Adds up P, Q, R, S over each chunk (sums.cuh). For
+//                     V <= 128 (32 in fp32 products) it adds up dW and dbias too, (groups, V, D) and (groups, V), fp32.
+//   weight_products   dW and dbias where V is larger: a block owns 32 channels and up to 512 values (256 in fp32 products), whose
+//                     sums outgrow the registers of backward_columns. Reads x (and the branch) once more.
+//
+//   place_values      unpatchify: a thread owns one value of the image.
+//   gather_values     its backward: a thread owns one value of the tokens.
+//
+// Layout of lanes: in forward_rows a lane has every 32nd unit of eight channels of a row, in the backward that of the products
+// (common.cuh): eight channels of rows r and r + 8. Every access to a (B, N, D) tensor is a unit.
+//
+// x1 is rounded to x's dtype and h to the weight's. Products take operands in the weight's dtype where all have it and accumulate in
+// fp32; otherwise they are fp32 products. Nothing is added atomically; chunks and groups depend on shapes alone: same inputs, same
+// bits.
+#include "common.cuh"
+#include "sums.cuh"
+#include "turned.cuh"
+
+namespace ditkernels {
+namespace {
+
+constexpr int THREADS = 256;
+constexpr int WARPS = THREADS / WARP;
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Rows and patches
+// ---------------------------------------------------------------------------------------------------------------------
+
+// What becomes of a row before the linear.
+struct RowVectors {
+  Vector gate, branch_bias, shift, scale, norm_weight, norm_bias;
+};
+
+// Eight channels of x1 from those of x and the branch.
+template <bool WIDE, typename T>
+__device__ __forceinline__ Unit joined(
+    const Unit& x, const Unit& branch, const RowVectors& v, int64_t sample, int column, int width, ScalarType dtype) {
+  const Unit gate = load<WIDE>(v.gate, sample, column, width, 1.0f);
+  const Unit bias = load<WIDE>(v.branch_bias, 0, column, width, 0.0f);
+  Unit unit;
+#pragma unroll
+  for (int i = 0; i < UNIT; ++i) unit.at[i] = rounded<T>(x.at[i] + gate.at[i] * (branch.at[i] + bias.at[i]), dtype);
+  return unit;
+}
+
+// Eight channels of h = (x̂ · norm_weight + norm_bias) · (1 + scale) + shift.
+template <bool WIDE>
+__device__ __forceinline__ Unit modulated(const Unit& normed, const RowVectors& v, int64_t sample, int column, int width) {
+  const Unit weight = load<WIDE>(v.norm_weight, 0, column, width, 1.0f);
+  const Unit bias = load<WIDE>(v.norm_bias, 0, column, width, 0.0f);
+  const Unit scale = load<WIDE>(v.scale, sample, column, width, 0.0f);
+  const Unit shift = load<WIDE>(v.shift, sample, column, width, 0.0f);
+  Unit unit;
+#pragma unroll
+  for (int i = 0; i < UNIT; ++i)
+    unit.at[i] = (normed.at[i] * weight.at[i] + bias.at[i]) * (1.0f + scale.at[i]) + shift.at[i];
+  return unit;
+}
+
+// Eight channels of (1 + scale) · norm_weight.
+template <bool WIDE>
+__device__ __forceinline__ Unit slope_of(const RowVectors& v, int64_t sample, int column, int width) {
+  const Unit scale = load<WIDE>(v.scale, sample, column, width, 0.0f);
+  Unit slope = load<WIDE>(v.norm_weight, 0, column, width, 1.0f);
+#pragma unroll
+  for (int i = 0; i < UNIT; ++i) slope.at[i] *= 1.0f + scale.at[i];
+  return slope;
+}
+
+// An operand of a product from values to be rounded to the weight's dtype first.
+template <typename P, typename U>
+__device__ __forceinline__ Fragment<P> operand(Unit unit, ScalarType weight) {
+#pragma unroll
+  for (int i = 0; i < UNIT; ++i) unit.at[i] = rounded<U>(unit.at[i], weight);
+  return narrowed<P>(unit);
+}
+
+struct Grid {
+  int columns, patch, channels;
+};
+
+// Calls body(channel, row, column) with the place of a token's value in the image.
+template <typename Body>
+__device__ __forceinline__ auto placed(const Grid& grid, int64_t token, int value, const Body& body) {
+  const int place = value / grid.channels;
+  return body(value % grid.channels, token / grid.columns * grid.patch + place / grid.patch,
+              token % grid.columns * grid.patch + place % grid.patch);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Forward
+// ---------------------------------------------------------------------------------------------------------------------
+
+constexpr int GENERAL_BYTES = 96 * 1024;  // of shared memory, what every device since 8.0 has
+constexpr int APART = DEPTH + 1;          // of rows of 32 sums, so that a column of them falls into different banks
+
+template <typename H>
+constexpr int MOST_ROWS = sizeof(H) == 2 ? 32 : 16;
+template <typename H>
+constexpr int SUMS_BYTES = WARPS * MOST_ROWS<H> * APART * 4;
+
+template <typename T, typename U>
+struct Forward {
+  Tokens<T> x;
+  Tokens<U> branch, weight;
+  RowVectors vectors;
+  Vector bias;
+  Image out;
+  Grid grid;
+  Tokens<float> mean, rstd;
+  int64_t length, blocks;
+  int rows, width, values;
+  float eps;
+};
+
+// A lane's share of a row: every 32nd unit.
+template <int WIDTH>
+struct Row {
+  static constexpr int UNITS = (WIDTH + WARP * UNIT - 1) / (WARP * UNIT);
+  Unit held[UNITS];
+  __device__ __forceinline__ Row(const Shared<float>&, int) {}
+  __device__ __forceinline__ int units(int) const { return UNITS; }
+  __device__ __forceinline__ Unit get(int i) const { return held[i]; }
+  __device__ __forceinline__ void set(int i, const Unit& unit) { held[i] = unit; }
+};
+
+template <>
+struct Row<0> {
+  Shared<float> tile;
+  int first;
+  __device__ __forceinline__ Row(const Shared<float>& to, int at) : tile(to), first(at + threadIdx.x % WARP * UNIT) {}
+  __device__ __forceinline__ int units(int width) const { return static_cast<int>(ceil_div(width, WARP * UNIT)); }
+  __device__ __forceinline__ Unit get(int i) const { return widened(tile.read_unit(first + i * WARP * UNIT)); }
+  __device__ __forceinline__ void set(int i, const Unit& unit) {
+    tile.write_unit(first + i * WARP * UNIT, narrowed<float>(unit));
+  }
+};
+
+__device__ __forceinline__ int own_column(int i) { return (i * WARP + threadIdx.x % WARP) * UNIT; }
+
+// By a warp: h of one row as operands in shared memory, its mean and rstd in global memory.
+template <typename H, int WIDTH, bool WIDE, typename T, typename U>
+__device__ __forceinline__ void norm_row(const Forward<T, U>& a, const Shared<H>& tile, int at, int64_t sample, int64_t token) {
+  const int width = WIDTH > 0 ? WIDTH : a.width;
+  Row<WIDTH> row(Shared<float>{0}, at);
+  float sums = 0.0f, squares = 0.0f, mean = 0.0f;
+#pragma unroll
+  for (int i = 0; i < row.units(width); ++i) {
+    if (own_column(i) >= width) continue;
+    Unit unit = load<WIDE>(a.x, sample, token, own_column(i), width);
+    if (a.branch.data != nullptr)
+      unit = joined<WIDE, T>(unit, load<WIDE>(a.branch, sample, token, own_column(i), width), a.vectors, sample, own_column(i),
+                             width, a.x.dtype);
+#pragma unroll
+    for (int k = 0; k < UNIT; ++k) sums += unit.at[k];
+    row.set(i, unit);
+  }
+  if (a.mean.data != nullptr) {
+    mean = warp_sum(sums) / width;
+    if (threadIdx.x % WARP == 0) store_one(a.mean, sample, token, 0, mean);
+  }
+#pragma unroll
+  for (int i = 0; i < row.units(width); ++i) {
+    if (own_column(i) >= width) continue;
+    Unit unit = row.get(i);
+#pragma unroll
+    for (int k = 0; k < UNIT; ++k) {
+      unit.at[k] = own_column(i) + k < width ? unit.at[k] - mean : 0.0f;
+      squares += unit.at[k] * unit.at[k];
+    }
+    row.set(i, unit);
+  }
+  const float rstd = 1.0f / sqrtf(warp_sum(squares) / width + a.eps);
+  if (threadIdx.x % WARP == 0) store_one(a.rstd, sample, token, 0, rstd);
+#pragma unroll
+  for (int i = 0; i < row.units(width); ++i) {
+    if (own_column(i) >= width) continue;
+    Unit unit = row.get(i);
+#pragma unroll
+    for (int k = 0; k < UNIT; ++k) unit.at[k] *= rstd;
+    unit = modulated<WIDE>(unit, a.vectors, sample, own_column(i), width);
+    tile.write_unit(at + own_column(i), operand<H, U>(unit, a.weight.dtype));
+  }
+}
+
+// Zeros in the columns `from` to `to` - 1 of a row of shared memory, both multiples of eight, by a warp.
+template <typename H>
+__device__ __forceinline__ void clear(const Shared<H>& tile, int at, int from, int to) {
+  for (int column = from + threadIdx.x % WARP * UNIT; column < to; column += WARP * UNIT)
+    tile.write_unit(at + column, narrowed<H>(Unit{}));
+}
+
+// Rows of eight channels of the weight as the right operand; zero outside.
+template <typename H, bool WIDE, typename T, typename U>
+__device__ __forceinline__ Fragment<H> weight_unit(const Forward<T, U>& a, int value, int column) {
+  if (value >= a.values || column >= a.width) return narrowed<H>(Unit{});
+  return narrowed<H>(load<WIDE>(a.weight, 0, value, column, a.width));
+}
+
+template <typename T, typename U, int WIDTH, bool WIDE>
+__global__ void __launch_bounds__(THREADS) forward_rows(const Forward<T, U> a) {
+  using H = std::conditional_t<std::is_same_v<U, Any>, float, U>;
+  constexpr int ROWS = MOST_ROWS<H>, TILES = ROWS / TILE_ROWS;
+  const int width = WIDTH > 0 ? WIDTH : a.width, rows = WIDTH > 0 ? ROWS : a.rows;
+  const int padded = (width + DEPTH - 1) / DEPTH * DEPTH, stride = padded + UNITS_APART<H>;
+  const Shared<H> tile{0};
+  const Shared<float> parts{rows * stride * static_cast<int>(sizeof(H))};
+  const int64_t sample = blockIdx.x / a.blocks, first = blockIdx.x % a.blocks * rows;
+  const int warp = threadIdx.x / WARP;
+
+  for (int row = warp; row < rows; row += WARPS) {
+    const bool live = first + row < a.length;
+    if (live) norm_row<H, WIDTH, WIDE>(a, tile, row * stride, sample, first + row);
+    clear(tile, row * stride, live ? (width + UNIT - 1) / UNIT * UNIT : 0, padded);
+  }
+  __syncthreads();
+
+  // As many warps side by side as there are tiles of 32 values, up to all; the others share the channels.
+  const int tiles = (a.values + DEPTH - 1) / DEPTH;
+  const int abreast = tiles >= 8 ? 8 : tiles >= 4 ? 4 : tiles >= 2 ? 2 : 1;
+  const int deep = WARPS / abreast;
+  for (int start = 0; start < tiles; start += abreast) {
+    const int value = (start + warp % abreast) * DEPTH;
+    float sums[TILES][4][4] = {};
+    for (int depth = warp / abreast * DEPTH; depth < padded && value < a.values; depth += deep * DEPTH) {
+      const int column = depth + lane_quarter() * UNIT;
+      Fragment<H> right[4];
+#pragma unroll
+      for (int j = 0; j < 4; ++j) right[j] = weight_unit<H, WIDE>(a, value + spread_column(j), column);
+#pragma unroll
+      for (int i = 0; i < TILES; ++i) {
+        const int row = i * TILE_ROWS + lane_row();
+        const Fragment<H> none = narrowed<H>(Unit{});
+        const Fragment<H> low = row < rows ? tile.read_unit(row * stride + column) : none;
+        const Fragment<H> high = row + 8 < rows ? tile.read_unit((row + 8) * stride + column) : none;
+        multiply(sums[i], low, high, right);
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < TILES; ++i)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const Unit unit = sums_of(sums[i], half);
+        const int at = (warp * ROWS + i * TILE_ROWS + half * 8 + lane_row()) * APART + lane_quarter() * UNIT;
+#pragma unroll
+        for (int k = 0; k < UNIT; ++k) parts.write(at + k, unit.at[k]);
+      }
+    __syncthreads();
+    for (int element = threadIdx.x; element < abreast * DEPTH * ROWS; element += THREADS) {
+      const int row = element % ROWS, place = element / ROWS;
+      const int at = start * DEPTH + place;
+      if (row >= rows || first + row >= a.length || at >= a.values) continue;
+      float z = load_one(a.bias, 0, at, 0.0f);
+      for (int part = place / DEPTH; part < WARPS; part += abreast)
+        z += parts.read((part * ROWS + row) * APART + place % DEPTH);
+      placed(a.grid, first + row, at, [&](int channel, int64_t y, int64_t x) { store_one(a.out, sample, channel, y, x, z); });
+    }
+    __syncthreads();
+  }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Means of the rows, for the backward
+// ---------------------------------------------------------------------------------------------------------------------
+
+struct SampleTerms {
+  Tokens<Any> weight;
+  RowVectors vectors;
+  Vector bias;
+  Tokens<float> terms;
+  int64_t batch;
+  int width, values;
+};
+
+template <bool WIDE>
+__global__ void __launch_bounds__(THREADS) sample_terms(const SampleTerms a) {
+  const int64_t warp = static_cast<int64_t>(blockIdx.x) * WARPS + threadIdx.x / WARP;
+  const int64_t sample = warp / a.values;
+  const int value = static_cast<int>(warp % a.values);
+  if (sample >= a.batch) return;
+  float slope_sum = 0.0f, offset = 0.0f;
+  for (int i = 0; own_column(i) < a.width; ++i) {
+    const Unit weight = load<WIDE>(a.weight, 0, value, own_column(i), a.width);
+    const Unit slope = slope_of<WIDE>(a.vectors, sample, own_column(i), a.width);
+    const Unit origin = modulated<WIDE>(Unit{}, a.vectors, sample, own_column(i), a.width);
+#pragma unroll
+    for (int k = 0; k < UNIT; ++k) {
+      slope_sum += weight.at[k] * slope.at[k];
+      offset += weight.at[k] * origin.at[k];
+    }
+  }
+  slope_sum = warp_sum(slope_sum);
+  offset = warp_sum(offset) + load_one(a.bias, 0, value, 0.0f);
+  if (threadIdx.x % WARP != 0) return;
+  store_one(a.terms, sample, 0, value, slope_sum);
+  store_one(a.terms, sample, 1, value, offset);
+}
+
+template <typename P>
+struct RowMeans {
+  Image dout, out;
+  Grid grid;
+  Tokens<float> terms, means;
+  Tokens<P> dz;
+  int64_t lines, length;
+  int width, values, padded;
+};
+
+template <typename P>
+__global__ void __launch_bounds__(THREADS) row_means(const RowMeans<P> a) {
+  const int64_t line = static_cast<int64_t>(blockIdx.x) * WARPS + threadIdx.x / WARP;
+  if (line >= a.lines) return;
+  const int64_t sample = line / a.length, token = line % a.length;
+  float along_mean = 0.0f, along_normed = 0.0f;
+  for (int value = threadIdx.x % WARP; value < a.padded; value += WARP) {
+    float dz = 0.0f;
+    if (value < a.values)
+      placed(a.grid, token, value, [&](int channel, int64_t row, int64_t column) {
+        dz = load_one(a.dout, sample, channel, row, column);
+        const float z = load_one(a.out, sample, channel, row, column);
+        along_mean += dz * load_one(a.terms, sample, 0, value);
+        along_normed += dz * (z - load_one(a.terms, sample, 1, value));
+      });
+    store_one(a.dz, sample, token, value, dz);
+  }
+  along_mean = warp_sum(along_mean) / a.width;
+  along_normed = warp_sum(along_normed) / a.width;
+  if (threadIdx.x % WARP != 0) return;
+  store_one(a.means, sample, token, 0, along_mean);
+  store_one(a.means, sample, token, 1, along_normed);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Backward
+// ---------------------------------------------------------------------------------------------------------------------
+
+constexpr int BLOCK_ROWS = 64;
+constexpr int COLUMNS = 64;
+constexpr int ROW_BANDS = BLOCK_ROWS / TILE_ROWS;
+constexpr int PRODUCT_COLUMNS = 32;
+constexpr int64_t GROUPS = 32;
+constexpr int64_t ROWS_PER_VALUE = 8;  // so that the partial sums of dW stay below 1/8 of the elements of x
+
+// Values of a patch whose dW backward_columns adds up on its way.
+template <typename P>
+constexpr int MOST_HELD = sizeof(P) == 2 ? 128 : 32;
+template <typename P>
+constexpr int PRODUCT_VALUES = sizeof(P) == 2 ? 512 : 256;
+
+template <typename T, typename U, typename P>
+struct Backward {
+  Tokens<T> x, dx;
+  Tokens<U> branch, dbranch;
+  Tokens<P> dz, turned;
+  RowVectors vectors;
+  Tokens<float> mean, rstd, means, partial, weight_partial, bias_partial;
+  int64_t length, chunks, chunk_rows, all_chunks, group_chunks;
+  ScalarType weight;
+  int width, values, padded, value_tiles;
+};
+
+// Eight channels of a row as the forward saw them.
+struct Seen {
+  Unit normed, branch;
+  float rstd;
+};
+
+template <bool WIDE, typename T, typename U, typename P>
+__device__ __forceinline__ Seen see(const Backward<T, U, P>& a, int64_t sample, int64_t token, int column) {
+  Unit x = load<WIDE>(a.x, sample, token, column, a.width);
+  Seen seen{{}, {}, load_one(a.rstd, sample, token, 0)};
+  if (a.branch.data != nullptr) {
+    seen.branch = load<WIDE>(a.branch, sample, token, column, a.width);
+    x = joined<WIDE, T>(x, seen.branch, a.vectors, sample, column, a.width, a.x.dtype);
+  }
+  const float mean = a.mean.data != nullptr ? load_one(a.mean, sample, token, 0) : 0.0f;
+#pragma unroll
+  for (int i = 0; i < UNIT; ++i) seen.normed.at[i] = (x.at[i] - mean) * seen.rstd;
+  return seen;
+}
+
+// `count` values, from `from` on, of rows of dz as operands in shared memory; zero outside. By a block.
+template <int ROWS, int COUNT, typename T, typename U, typename P>
+__device__ __forceinline__ void stage_dz(
+    const Backward<T, U, P>& a, const Shared<P>& tile, int stride, int64_t sample, int64_t start, int64_t last, int from) {
+  for (int unit = threadIdx.x; unit < ROWS * COUNT / UNIT; unit += THREADS) {
+    const int row = unit / (COUNT / UNIT), value = unit % (COUNT / UNIT) * UNIT;
+    const bool inside = start + row < last && from + value < a.padded;
+    tile.write_unit(row * stride + value, inside ? load_words(a.dz, sample, start + row, from + value) : narrowed<P>(Unit{}));
+  }
+}
+
+// Sums over a lane's rows, by the products' layout.
+struct ChunkSums {
+  Unit of[SUMS];
+};
+
+// dx and dbranch of a unit, and its part of the sums.
+template <bool WIDE, typename T, typename U, typename P>
+__device__ __forceinline__ void finish(
+    const Backward<T, U, P>& a, const Seen& seen, const Unit& dh, int64_t sample, int64_t token, int column, ChunkSums& sums) {
+  const Unit slope = slope_of<WIDE>(a.vectors, sample, column, a.width);
+  const float along_mean = a.mean.data != nullptr ? load_one(a.means, sample, token, 0) : 0.0f;
+  const float along_normed = load_one(a.means, sample, token, 1);
+  Unit dx;
+#pragma unroll
+  for (int i = 0; i < UNIT; ++i) {
+    dx.at[i] = seen.rstd * (dh.at[i] * slope.at[i] - along_mean - seen.normed.at[i] * along_normed);
+    sums.of[0].at[i] += dh.at[i];
+    sums.of[1].at[i] += dh.at[i] * seen.normed.at[i];
+    sums.of[2].at[i] += dx.at[i] * seen.branch.at[i];
+    sums.of[3].at[i] += dx.at[i];
+  }
+  store<WIDE>(a.dx, sample, token, column, a.width, dx);
+  if (a.dbranch.data == nullptr) return;
+  const Unit gate = load<WIDE>(a.vectors.gate, sample, column, a.width, 1.0f);
+#pragma unroll
+  for (int i = 0; i < UNIT; ++i) dx.at[i] *= gate.at[i];
+  store<WIDE>(a.dbranch, sample, token, column, a.width, dx);
+}
+
+// The sums of a chunk over all of a block's rows, in a fixed order. `scratch` holds ROW_BANDS * SUMS * COLUMNS floats.
+__device__ __forceinline__ void store_sums(const Tokens<float>& to, ChunkSums& sums, const Shared<float>& scratch, int64_t sample,
+                                           int64_t chunk, int first_column, int own, int width) {
+  const int band = threadIdx.x / WARP / 2;
+#pragma unroll
+  for (int k = 0; k < SUMS; ++k)
+#pragma unroll
+    for (int i = 0; i < UNIT; ++i) {
+      float& value = sums.of[k].at[i];
+#pragma unroll
+      for (int apart = 4; apart < WARP; apart *= 2) value += __shfl_xor_sync(EVERY_LANE, value, apart);
+      if (lane_row() == 0) scratch.write((band * SUMS + k) * COLUMNS + own + i, value);
+    }
+  __syncthreads();
+  const int k = threadIdx.x / COLUMNS, column = threadIdx.x % COLUMNS;
+  float total = 0.0f;
+#pragma unroll
+  for (int other = 0; other < ROW_BANDS; ++other) total += scratch.read((other * SUMS + k) * COLUMNS + column);
+  if (first_column + column < width) store_one(to, sample, chunk * SUMS + k, first_column + column, total);
+  __syncthreads();
+}
+
+// Writes the tiles a warp holds of dW.
+template <int TILES, typename T, typename U, typename P>
+__device__ __forceinline__ void store_weight_sums(
+    const Backward<T, U, P>& a, const float (&sums)[TILES][4], int64_t group, int value, int column) {
+#pragma unroll
+  for (int j = 0; j < TILES; ++j)
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int row = value + lane_row() + i / 2 * 8, at = column + j * TILE_COLUMNS + lane_quarter() * 2 + i % 2;
+      if (row < a.values && at < a.width) store_one(a.weight_partial, group, row, at, sums[j][i]);
+    }
+}
+
+template <typename P, int HELD>
+constexpr int COLUMNS_SHARED = ROW_BANDS * SUMS * COLUMNS * 4 +
+    (HELD == 0 ? 0 : BLOCK_ROWS * (COLUMNS + HELD + 2 * ACROSS_APART<P>) * static_cast<int>(sizeof(P)));
+
+template <typename T, typename U, typename P, bool WIDE, int HELD>
+__global__ void __launch_bounds__(THREADS) backward_columns(const Backward<T, U, P> a) {
+  constexpr int ROW_STRIDE = COLUMNS + ACROSS_APART<P>, DZ_STRIDE = HELD + ACROSS_APART<P>;
+  constexpr int BANDS = HELD == 0 ? 1 : HELD / TILE_ROWS, TILES = COLUMNS / TILE_COLUMNS / (WARPS / BANDS);
+  const Shared<float> scratch{0};
+  const Shared<P> rows{ROW_BANDS * SUMS * COLUMNS * 4};
+  const Shared<P> values{rows.first + BLOCK_ROWS * ROW_STRIDE * static_cast<int>(sizeof(P))};
+  const int tiles = (a.width + COLUMNS - 1) / COLUMNS, first_column = blockIdx.x % tiles * COLUMNS;
+  const int64_t group = blockIdx.x / tiles;
+  const int warp = threadIdx.x / WARP, side = warp % 2 * DEPTH, own = side + lane_quarter() * UNIT, column = first_column + own;
+  const int row = warp / 2 * TILE_ROWS + lane_row();
+
+  float weight_sums[TILES][4] = {};
+  float bias_sum = 0.0f;
+  const int64_t end = (group + 1) * a.group_chunks < a.all_chunks ? (group + 1) * a.group_chunks : a.all_chunks;
+  for (int64_t chunk = group * a.group_chunks; chunk < end; ++chunk) {
+    const int64_t sample = chunk / a.chunks, first = chunk % a.chunks * a.chunk_rows;
+    const int64_t last = first + a.chunk_rows < a.length ? first + a.chunk_rows : a.length;
+    ChunkSums sums = {};
+    for (int64_t start = first; start < last; start += BLOCK_ROWS) {
+      float dh[4][4] = {};
+      for (int depth = lane_quarter() * UNIT; depth - lane_quarter() * UNIT < a.padded; depth += DEPTH) {
+        const Fragment<P> none = narrowed<P>(Unit{});
+        const Fragment<P> low = start + row < last ? load_words(a.dz, sample, start + row, depth) : none;
+        const Fragment<P> high = start + row + 8 < last ? load_words(a.dz, sample, start + row + 8, depth) : none;
+        Fragment<P> right[4];
+#pragma unroll
+        for (int j = 0; j < 4; ++j) right[j] = load_words(a.turned, 0, first_column + side + spread_column(j), depth);
+        multiply(dh, low, high, right);
+      }
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int64_t token = start + row + half * 8;
+        const bool inside = token < last && column < a.width;
+        Seen seen = {};
+        if (inside) {
+          seen = see<WIDE>(a, sample, token, column);
+          finish<WIDE>(a, seen, sums_of(dh, half), sample, token, column, sums);
+        }
+        if constexpr (HELD > 0) {
+          const Unit h = inside ? modulated<WIDE>(seen.normed, a.vectors, sample, column, a.width) : Unit{};
+          rows.write_unit((row + half * 8) * ROW_STRIDE + own, operand<P, U>(h, a.weight));
+        }
+      }
+      if constexpr (HELD > 0) {
+        stage_dz<BLOCK_ROWS, HELD>(a, values, DZ_STRIDE, sample, start, last, 0);
+        __syncthreads();
+#pragma unroll
+        for (int depth = 0; depth < BLOCK_ROWS; depth += DEPTH) {
+          const int value = depth * DZ_STRIDE + warp % BANDS * TILE_ROWS;
+          Fragment<P> right[TILES];
+#pragma unroll
+          for (int j = 0; j < TILES; ++j)
+            right[j] = read_across(rows, depth * ROW_STRIDE + (warp / BANDS * TILES + j) * TILE_COLUMNS, ROW_STRIDE);
+          multiply(weight_sums, read_across(values, value, DZ_STRIDE), read_across(values, value + 8, DZ_STRIDE), right);
+        }
+        if (first_column == 0 && threadIdx.x < HELD)
+          for (int at = 0; at < BLOCK_ROWS; ++at)
+            bias_sum += static_cast<float>(values.read(at * DZ_STRIDE + threadIdx.x));
+        __syncthreads();
+      }
+    }
+    if (a.partial.data != nullptr)
+      store_sums(a.partial, sums, scratch, sample, chunk % a.chunks, first_column, own, a.width);
+  }
+  if constexpr (HELD > 0) {
+    const int value = warp % BANDS * TILE_ROWS, at = first_column + warp / BANDS * TILES * TILE_COLUMNS;
+    store_weight_sums(a, weight_sums, group, value, at);
+    if (a.bias_partial.data != nullptr && first_column == 0 && static_cast<int>(threadIdx.x) < a.values && threadIdx.x < HELD)
+      store_one(a.bias_partial, 0, group, threadIdx.x, bias_sum);
+  }
+}
+
+template <typename P>
+constexpr int PRODUCT_SHARED =
+    BLOCK_ROWS*(PRODUCT_COLUMNS + PRODUCT_VALUES<P> + 2 * ACROSS_APART<P>) * static_cast<int>(sizeof(P));
+
+template <typename T, typename U, typename P, bool WIDE>
+__global__ void __launch_bounds__(THREADS) weight_products(const Backward<T, U, P> a) {
+  constexpr int VALUES = PRODUCT_VALUES<P>, PER_THREAD = VALUES / THREADS;
+  constexpr int ROW_STRIDE = PRODUCT_COLUMNS + ACROSS_APART<P>, DZ_STRIDE = VALUES + ACROSS_APART<P>;
+  constexpr int BANDS = VALUES / WARPS / TILE_ROWS, TILES = PRODUCT_COLUMNS / TILE_COLUMNS, UNITS = PRODUCT_COLUMNS / UNIT;
+  const Shared<P> rows{0}, values{BLOCK_ROWS * ROW_STRIDE * static_cast<int>(sizeof(P))};
+  const int tiles = (a.width + PRODUCT_COLUMNS - 1) / PRODUCT_COLUMNS, first_column = blockIdx.x % tiles * PRODUCT_COLUMNS;
+  const int first_value = blockIdx.x / tiles % a.value_tiles * VALUES;
+  const int64_t group = blockIdx.x / (tiles * a.value_tiles);
+  const int row = threadIdx.x / UNITS, own = threadIdx.x % UNITS * UNIT, column = first_column + own;
+  const int own_values = threadIdx.x / WARP * BANDS * TILE_ROWS;
+
+  float weight_sums[BANDS][TILES][4] = {};
+  float bias_sums[PER_THREAD] = {};
+  const int64_t end = (group + 1) * a.group_chunks < a.all_chunks ? (group + 1) * a.group_chunks : a.all_chunks;
+  for (int64_t chunk = group * a.group_chunks; chunk < end; ++chunk) {
+    const int64_t sample = chunk / a.chunks, first = chunk % a.chunks * a.chunk_rows;
+    const int64_t last = first + a.chunk_rows < a.length ? first + a.chunk_rows : a.length;
+    for (int64_t start = first; start < last; start += BLOCK_ROWS) {
+      Unit h = {};
+      if (start + row < last && column < a.width) {
+        const Seen seen = see<WIDE>(a, sample, start + row, column);
+        h = modulated<WIDE>(seen.normed, a.vectors, sample, column, a.width);
+      }
+      rows.write_unit(row * ROW_STRIDE + own, operand<P, U>(h, a.weight));
+      stage_dz<BLOCK_ROWS, VALUES>(a, values, DZ_STRIDE, sample, start, last, first_value);
+      __syncthreads();
+#pragma unroll
+      for (int depth = 0; depth < BLOCK_ROWS; depth += DEPTH) {
+        Fragment<P> right[TILES];
+#pragma unroll
+        for (int j = 0; j < TILES; ++j) right[j] = read_across(rows, depth * ROW_STRIDE + j * TILE_COLUMNS, ROW_STRIDE);
+#pragma unroll
+        for (int i = 0; i < BANDS; ++i) {
+          const int at = depth * DZ_STRIDE + own_values + i * TILE_ROWS;
+          multiply(weight_sums[i], read_across(values, at, DZ_STRIDE), read_across(values, at + 8, DZ_STRIDE), right);
+        }
+      }
+      if (first_column == 0)
+#pragma unroll
+        for (int i = 0; i < PER_THREAD; ++i)
+          for (int at = 0; at < BLOCK_ROWS; ++at)
+            bias_sums[i] += static_cast<float>(values.read(at * DZ_STRIDE + i * THREADS + threadIdx.x));
+      __syncthreads();
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < BANDS; ++i)
+    store_weight_sums(a, weight_sums[i], group, first_value + own_values + i * TILE_ROWS, first_column);
+  if (a.bias_partial.data == nullptr || first_column != 0) return;
+#pragma unroll
+  for (int i = 0; i < PER_THREAD; ++i) {
+    const int value = first_value + i * THREADS + threadIdx.x;
+    if (value < a.values) store_one(a.bias_partial, 0, group, value, bias_sums[i]);
+  }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Unpatchify
+// ---------------------------------------------------------------------------------------------------------------------
+
+struct Moves {
+  Tokens<Any> tokens;
+  Image image;
+  Grid grid;
+  int64_t elements, grid_h;
+  int values;
+};
+
+__global__ void __launch_bounds__(THREADS) place_values(const Moves a) {
+  const int64_t element = static_cast<int64_t>(blockIdx.x) * THREADS + threadIdx.x;
+  if (element >= a.elements) return;
+  const int64_t width = static_cast<int64_t>(a.grid.columns) * a.grid.patch, height = a.grid_h * a.grid.patch;
+  const int64_t column = element % width, row = element / width % height;
+  const int channel = static_cast<int>(element / (width * height) % a.grid.channels);
+  const int64_t sample = element / (width * height * a.grid.channels);
+  const int64_t token = row / a.grid.patch * a.grid.columns + column / a.grid.patch;
+  const int64_t value = (row % a.grid.patch * a.grid.patch + column % a.grid.patch) * a.grid.channels + channel;
+  store_one(a.image, sample, channel, row, column, load_one(a.tokens, sample, token, value));
+}
+
+__global__ void __launch_bounds__(THREADS) gather_values(const Moves a) {
+  const int64_t element = static_cast<int64_t>(blockIdx.x) * THREADS + threadIdx.x;
+  if (element >= a.elements) return;
+  const int value = static_cast<int>(element % a.values);
+  const int64_t line = element / a.values, length = a.grid_h * a.grid.columns;
+  const int64_t sample = line / length, token = line % length;
+  const float moved = placed(a.grid, token, value, [&](int channel, int64_t row, int64_t column) {
+    return load_one(a.image, sample, channel, row, column);
+  });
+  store_one(a.tokens, sample, token, value, moved);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Launch
+// ---------------------------------------------------------------------------------------------------------------------
+
+Grid grid_of(int64_t grid_w, int64_t patch, int64_t values) {
+  return {static_cast<int>(grid_w), static_cast<int>(patch), static_cast<int>(values / (patch * patch))};
+}
+
+// fp32 holds every value of the dtypes taken, so moving through it changes none.
+Tensor unpatchify(Tensor tokens_in, int64_t grid_h, int64_t grid_w, int64_t patch) {
+  const int64_t batch = tokens_in.size(0), values = tokens_in.size(2);
+  const Grid grid = grid_of(grid_w, patch, values);
+  const Tensor out = empty(tokens_in, {batch, grid.channels, grid_h * patch, grid_w * patch}, tokens_in.scalar_type());
+  const Moves a{tokens<Any>("tokens", tokens_in), image("image", out), grid, out.numel(), grid_h, static_cast<int>(values)};
+  launch<place_values, THREADS>("unpatchify", ceil_div(a.elements, THREADS), tokens_in, a);
+  return out;
+}
+
+Tensor unpatchify_backward(Tensor dout, int64_t patch) {
+  const int64_t grid_h = dout.size(2) / patch, grid_w = dout.size(3) / patch, values = dout.size(1) * patch * patch;
+  const Tensor out = empty(dout, {dout.size(0), grid_h * grid_w, values}, dout.scalar_type());
+  const Moves a{tokens<Any>("tokens", out), image("image", dout), grid_of(grid_w, patch, values), out.numel(), grid_h,
+                static_cast<int>(values)};
+  launch<gather_values, THREADS>("unpatchify_backward", ceil_div(a.elements, THREADS), dout, a);
+  return out;
+}
+
+struct Inputs {
+  Tensor x;
+  OptionalTensor branch, gate, branch_bias, shift, scale, norm_weight, norm_bias;
+  Tensor weight;
+  OptionalTensor bias;
+};
+
+RowVectors vectors_of(const Inputs& t) {
+  return {vector("gate", t.gate),   vector("branch_bias", t.branch_bias), vector("shift", t.shift),
+          vector("scale", t.scale), vector("norm_weight", t.norm_weight), vector("norm_bias", t.norm_bias)};
+}
+
+// Vectors and weight with their last axis side by side.
+void pack(Inputs& t) {
+  for (OptionalTensor* v : {&t.gate, &t.branch_bias, &t.shift, &t.scale, &t.norm_weight, &t.norm_bias, &t.bias}) *v = packed(*v);
+  t.weight = *packed(t.weight);
+}
+
+bool rows_are_wide(const Inputs& t) {
+  return all_wide(OptionalTensor(t.x), t.branch, t.gate, t.branch_bias, t.shift, t.scale, t.norm_weight, t.norm_bias);
+}
+
+// The dtype of branch and weight, or MIXED.
+ScalarType common_dtype(const Inputs& t) { return same_dtype(t.branch, t.weight) ? t.weight.scalar_type() : MIXED; }
+
+// Rows a block holds, and what they take in shared memory beside the sums.
+int rows_held(int64_t width) {
+  const int64_t bytes = (round_up(width, DEPTH) + UNITS_APART<float>) * 4;
+  const int64_t most = (GENERAL_BYTES - SUMS_BYTES<float>) / bytes;
+  STD_TORCH_CHECK(most > 0, "final_layer: a row of ", width, " channels does not fit in shared memory");
+  return most < MOST_ROWS<float> ? static_cast<int>(most) : MOST_ROWS<float>;
+}
+
+template <typename H, int WIDTH>
+constexpr int FORWARD_SHARED = WIDTH == 0 ? GENERAL_BYTES
+                                          : MOST_ROWS<H>*(WIDTH + UNITS_APART<H>) * static_cast<int>(sizeof(H)) + SUMS_BYTES<H>;
+
+std::tuple<Tensor, Tensor, Tensor> final_layer(
+    Tensor x, OptionalTensor branch, OptionalTensor gate, OptionalTensor branch_bias, OptionalTensor shift, OptionalTensor scale,
+    OptionalTensor norm_weight, OptionalTensor norm_bias, Tensor weight, OptionalTensor bias, int64_t grid_h, int64_t grid_w,
+    int64_t patch, std::string norm, double eps, ScalarType out_dtype) {
+  Inputs t{x, branch, gate, branch_bias, shift, scale, norm_weight, norm_bias, weight, bias};
+  pack(t);
+  const int64_t batch = x.size(0), length = x.size(1), width = x.size(2), values = weight.size(0);
+  const Grid grid = grid_of(grid_w, patch, values);
+  const Tensor out = empty(x, {batch, grid.channels, grid_h * patch, grid_w * patch}, out_dtype);
+  const bool centred = norm != "rmsnorm";
+  const Tensor mean = centred ? empty(x, {batch, length}, ScalarType::Float) : empty(x, {0}, ScalarType::Float);
+  const Tensor rstd = empty(x, {batch, length}, ScalarType::Float);
+  const bool wide = rows_are_wide(t) && is_wide(t.weight);
+  by_row(x.scalar_type(), common_dtype(t), width, wide, [&](auto stream, auto other, auto known, auto reach) {
+    using T = decltype(stream);
+    using U = decltype(other);
+    using H = std::conditional_t<std::is_same_v<U, Any>, float, U>;
+    Forward<T, U> a;
+    a.x = tokens<T>("x", x);
+    a.branch = tokens<U>("branch", branch);
+    a.weight = matrix<U>("weight", t.weight);
+    a.vectors = vectors_of(t);
+    a.bias = vector("bias", t.bias);
+    a.out = image("out", out);
+    a.grid = grid;
+    a.mean = tokens<float>("mean", centred ? OptionalTensor(mean) : std::nullopt);
+    a.rstd = tokens<float>("rstd", rstd);
+    a.rows = known > 0 ? MOST_ROWS<H> : rows_held(width);
+    a.length = length;
+    a.blocks = ceil_div(length, a.rows);
+    a.width = static_cast<int>(width);
+    a.values = static_cast<int>(values);
+    a.eps = static_cast<float>(eps);
+    launch<forward_rows<T, U, known, reach>, THREADS, FORWARD_SHARED<H, known>>("final_layer", batch * a.blocks, x, a);
+  });
+  return {out, mean, rstd};
+}
+
+// Chunks of a sample, rows of a chunk, groups, chunks of a group: from shapes alone.
+struct Chunks {
+  int64_t chunks, rows, groups, of_group;
+};
+
+Chunks chunks_of(int64_t batch, int64_t length, int64_t values) {
+  const int64_t wanted = ceil_div(GROUPS, batch > 0 ? batch : 1), most = ceil_div(length, BLOCK_ROWS);
+  int64_t chunks = wanted < most ? wanted : most;
+  if (chunks < 1) chunks = 1;
+  const int64_t rows = round_up(ceil_div(length > 0 ? length : 1, chunks), BLOCK_ROWS);
+  chunks = ceil_div(length, rows);
+  int64_t of_group = ceil_div(batch * chunks, GROUPS);
+  const int64_t shortest = ceil_div(ROWS_PER_VALUE * values, rows);
+  if (of_group < shortest) of_group = shortest;
+  return {chunks, rows, ceil_div(batch * chunks, of_group), of_group};
+}
+
+// slope_v and offset_v of every sample, (B, 2, V).
+Tensor terms_of(const char* op, const Inputs& t) {
+  const int64_t batch = t.x.size(0), width = t.x.size(2), values = t.weight.size(0);
+  const Tensor terms = empty(t.x, {batch, 2, values}, ScalarType::Float);
+  const SampleTerms a{matrix<Any>("weight", t.weight),   vectors_of(t), vector("bias", t.bias),
+                      tokens<float>("terms", terms),     batch,         static_cast<int>(width),
+                      static_cast<int>(values)};
+  const bool wide = all_wide(OptionalTensor(t.weight), t.shift, t.scale, t.norm_weight, t.norm_bias);
+  by_truth(wide, [&](auto reach) { launch<sample_terms<reach>, THREADS>(op, ceil_div(batch * values, WARPS), t.x, a); });
+  return terms;
+}
+
+struct Outputs {
+  Tensor dx, means, dz, turned, rstd;
+  OptionalTensor dbranch, mean, partial, weight_partial, bias_partial;
+};
+
+template <typename T, typename U, typename P, bool WIDE>
+void launch_backward(const char* op, const Inputs& t, const Outputs& o, const Chunks& chunks) {
+  const int64_t width = t.x.size(2), values = t.weight.size(0);
+  Backward<T, U, P> a;
+  a.x = tokens<T>("x", t.x);
+  a.dx = tokens<T>("dx", o.dx);
+  a.branch = tokens<U>("branch", t.branch);
+  a.dbranch = tokens<U>("dbranch", o.dbranch);
+  a.dz = tokens<P>("dz", o.dz);
+  a.turned = matrix<P>("turned", o.turned);
+  a.vectors = vectors_of(t);
+  a.mean = tokens<float>("mean", o.mean);
+  a.rstd = tokens<float>("rstd", o.rstd);
+  a.means = tokens<float>("means", o.means);
+  a.partial = tokens<float>("partial", o.partial);
+  a.weight_partial = tokens<float>("weight_partial", o.weight_partial);
+  a.bias_partial = matrix<float>("bias_partial", o.bias_partial);
+  a.length = t.x.size(1);
+  a.chunks = chunks.chunks;
+  a.chunk_rows = chunks.rows;
+  a.all_chunks = t.x.size(0) * chunks.chunks;
+  a.group_chunks = chunks.of_group;
+  a.weight = t.weight.scalar_type();
+  a.width = static_cast<int>(width);
+  a.values = static_cast<int>(values);
+  a.padded = static_cast<int>(o.dz.size(2));
+  a.value_tiles = static_cast<int>(ceil_div(values, PRODUCT_VALUES<P>));
+  const int64_t blocks = chunks.groups * ceil_div(width, COLUMNS);
+  const auto launch_columns = [&](auto held) {
+    launch<backward_columns<T, U, P, WIDE, held>, THREADS, COLUMNS_SHARED<P, held>>(op, blocks, t.x, a);
+  };
+  if (values <= 32) return launch_columns(Number<32>{});
+  if (values <= MOST_HELD<P>) return launch_columns(Number<MOST_HELD<P>>{});
+  launch_columns(Number<0>{});
+  launch<weight_products<T, U, P, WIDE>, THREADS, PRODUCT_SHARED<P>>(
+      op, chunks.groups * ceil_div(width, PRODUCT_COLUMNS) * a.value_tiles, t.x, a);
+}
+
+// mean_d(dx̂) and mean_d(dx̂ · x̂) of every row (B, N, 2), and dz as rows (B, N, V), padded.
+template <typename P>
+std::tuple<Tensor, Tensor> means_of(
+    const char* op, const Tensor& dout, const Tensor& out, const Inputs& t, const Grid& grid, ScalarType product) {
+  const int64_t batch = t.x.size(0), length = t.x.size(1), values = t.weight.size(0);
+  const Tensor terms = terms_of(op, t), means = empty(t.x, {batch, length, 2}, ScalarType::Float);
+  const Tensor dz = empty(t.x, {batch, length, round_up(values, DEPTH)}, product);
+  RowMeans<P> a;
+  a.dout = image("dout", dout);
+  a.out = image("out", out);
+  a.grid = grid;
+  a.terms = tokens<float>("terms", terms);
+  a.means = tokens<float>("means", means);
+  a.dz = tokens<P>("dz", dz);
+  a.lines = batch * length;
+  a.length = length;
+  a.width = static_cast<int>(t.x.size(2));
+  a.values = static_cast<int>(values);
+  a.padded = static_cast<int>(dz.size(2));
+  launch<row_means<P>, THREADS>(op, ceil_div(a.lines, WARPS), t.x, a);
+  return {means, dz};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> final_layer_backward(
+    Tensor dout, Tensor out, Tensor x, OptionalTensor branch, OptionalTensor gate, OptionalTensor branch_bias, OptionalTensor shift,
+    OptionalTensor scale, OptionalTensor norm_weight, OptionalTensor norm_bias, Tensor weight, OptionalTensor bias, Tensor mean,
+    Tensor rstd, int64_t, int64_t grid_w, int64_t patch, std::string norm) {
+  const char* op = "final_layer_backward";
+  Inputs t{x, branch, gate, branch_bias, shift, scale, norm_weight, norm_bias, weight, bias};
+  pack(t);
+  const int64_t batch = x.size(0), width = x.size(2), values = weight.size(0);
+  const Chunks chunks = chunks_of(batch, x.size(1), values);
+  const OptionalTensor gated = gate.has_value() ? branch : std::nullopt;
+  const Tensor dx = empty_like(x, x), dbranch = empty_like(gated, x);
+  const Tensor dgate = empty_like(gate, x), dbranch_bias = empty_like(branch_bias, x), dshift = empty_like(shift, x),
+               dscale = empty_like(scale, x), dnorm_weight = empty_like(norm_weight, x), dnorm_bias = empty_like(norm_bias, x);
+  const bool summed = gate.has_value() || branch_bias.has_value() || shift.has_value() || scale.has_value() ||
+      norm_weight.has_value() || norm_bias.has_value();
+  OptionalTensor partial, bias_partial;
+  if (summed) partial = empty(x, {batch, chunks.chunks * SUMS, width}, ScalarType::Float);
+  if (bias.has_value()) bias_partial = empty(x, {chunks.groups, values}, ScalarType::Float);
+  const Tensor weight_partial = empty(x, {chunks.groups, values, width}, ScalarType::Float);
+  const ScalarType common = dout.scalar_type() == weight.scalar_type() ? common_dtype(t) : MIXED;
+  by_layout(x.scalar_type(), common, rows_are_wide(t), [&](auto stream, auto other, auto reach) {
+    using U = decltype(other);
+    using P = std::conditional_t<std::is_same_v<U, Any>, float, U>;
+    const Tensor turned = turn<P>(op, matrix<Any>("weight", t.weight), width, values, COLUMNS, x);
+    auto [means, dz] = means_of<P>(op, dout, out, t, grid_of(grid_w, patch, values), turned.scalar_type());
+    const OptionalTensor centre = norm == "rmsnorm" ? std::nullopt : OptionalTensor(mean);
+    launch_backward<decltype(stream), U, P, reach>(
+        op, t, {dx, means, dz, turned, rstd, if_given(gated, dbranch), centre, partial, weight_partial, bias_partial}, chunks);
+  });
+  if (summed)
+    add_sums(op, *partial,
+             {t.gate, t.scale, t.branch_bias, t.norm_weight, t.norm_bias, if_given(gate, dgate), if_given(shift, dshift),
+              if_given(scale, dscale), if_given(branch_bias, dbranch_bias), if_given(norm_weight, dnorm_weight),
+              if_given(norm_bias, dnorm_bias)},
+             true, true, x);
+  const Tensor dweight = sum_groups(op, "dweight", torch::stable::flatten(weight_partial, 1, -1), weight);
+  const Tensor dbias = bias.has_value() ? sum_groups(op, "dbias", *bias_partial, *bias) : nothing(x);
+  return {dx, dbranch, dgate, dbranch_bias, dshift, dscale, dnorm_weight, dnorm_bias, dweight, dbias};
+}
+
+}  // namespace
+}  // namespace ditkernels
+
+STABLE_TORCH_LIBRARY_IMPL(ditkernels, DITKERNELS_DEVICE, library) {
+  library.impl("unpatchify_cuda", TORCH_BOX(&ditkernels::unpatchify));
+  library.impl("unpatchify_backward_cuda", TORCH_BOX(&ditkernels::unpatchify_backward));
+  library.impl("final_layer_cuda", TORCH_BOX(&ditkernels::final_layer));
+  library.impl("final_layer_backward_cuda", TORCH_BOX(&ditkernels::final_layer_backward));
+}
