@@ -40,6 +40,8 @@ class Stream(IntEnum):
     VALIDATION_POSTERIOR = 6
     VALIDATION_TIMESTEP = 7
     VALIDATION_NOISE = 8
+    SAMPLING_NOISE = 9
+    SAMPLING_LABEL = 10
 
 
 def philox4x32(counter: Words, key: tuple[int, int]) -> Words:

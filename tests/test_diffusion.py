@@ -202,6 +202,10 @@ def exact_tables(name: str, steps: int, kept: list[int]) -> dict[str, list[mpmat
     for beta in betas:
         product *= 1 - beta
         cumulative.append(product)
+
+    def odds(bar):
+        return bar / (1 - bar)
+
     bars = [mp.mpf(1)] + [cumulative[i] for i in kept] + [mp.mpf(0)]
     tables: dict[str, list[mpmath.mpf]] = {field: [] for field in Coefficients._fields}
     for i in range(1, len(kept) + 1):
@@ -232,6 +236,12 @@ def exact_tables(name: str, steps: int, kept: list[int]) -> dict[str, list[mpmat
             "log_betas": mp.log(beta),
             "fixed_large_variance": large,
             "fixed_large_log_variance": mp.log(large),
+            "solver_state_coef": mp.sqrt((1 - prev) / (1 - bar)),
+            # α_{t−1} − α_t·σ_{t−1}/σ_t, which is −α_{t−1}·(e^{−h} − 1).
+            "solver_data_coef": mp.sqrt(prev) - mp.sqrt(bar * (1 - prev) / (1 - bar)),
+            "solver_history_coef": 0
+            if i in (1, len(kept))
+            else mp.log(odds(prev) / odds(bar)) / (2 * mp.log(odds(bar) / odds(following))),
         }
         for field, value in row.items():
             tables[field].append(value)

@@ -5,7 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ditkernels.diffusion.sampling import GaussianDiffusion
-from ditkernels.diffusion.schedule import NoiseSchedule, named_beta_schedule, space_timesteps
+from ditkernels.diffusion.schedule import (
+    FloatArray,
+    NoiseSchedule,
+    named_beta_schedule,
+    space_timesteps,
+    uniform_log_snr_timesteps,
+)
 
 __all__ = ["GaussianDiffusion", "NoiseSchedule", "create_diffusion", "named_beta_schedule", "space_timesteps"]
 
@@ -23,7 +29,8 @@ def create_diffusion(
     """The diffusion of DiT: train with ``create_diffusion("")``, sample with ``create_diffusion("250")``.
 
     ``timestep_respacing``: which of the ``diffusion_steps`` are kept: "" (all), "250", "10,15,20", "ddim50",
-    or a list of steps per section; see :func:`space_timesteps`. ``noise_schedule``: "linear" or
+    or a list of steps per section, see :func:`space_timesteps`; or "logsnr20", fractions of timesteps at equal distances in
+    log-SNR, for solvers of the ODE, see :func:`uniform_log_snr_timesteps`. ``noise_schedule``: "linear" or
     "squaredcos_cap_v2" ("cosine"). ``predict_xstart``: the model predicts x_0, not the noise.
     ``learn_sigma``: it also returns v, which interpolates the variance; otherwise the variance is fixed, at
     β̃ if ``sigma_small`` and at β if not. ``use_kl``: train on the variational bound times the number of
@@ -36,7 +43,7 @@ def create_diffusion(
     what does.
     """
     betas = named_beta_schedule(noise_schedule, diffusion_steps)
-    schedule = NoiseSchedule(betas, space_timesteps(diffusion_steps, timestep_respacing))
+    schedule = NoiseSchedule(betas, _timesteps(betas, timestep_respacing))
     fixed = "fixed_small" if sigma_small else "fixed_large"
     squared_error = "rescaled_mse" if rescale_learned_sigmas else "mse"
     return GaussianDiffusion(
@@ -45,3 +52,14 @@ def create_diffusion(
         variance="learned_range" if learn_sigma else fixed,
         loss="rescaled_kl" if use_kl else squared_error,
     )
+
+
+def _timesteps(betas: FloatArray, respacing: str | int | Sequence[int] | None) -> Sequence[float]:
+    if not isinstance(respacing, str) or not respacing.startswith("logsnr"):
+        return space_timesteps(len(betas), respacing)
+    number = respacing.removeprefix("logsnr")
+    if not number.isdecimal():
+        raise ValueError(
+            f"timestep_respacing: got {respacing!r}, allowed after 'logsnr' is a number, as in 'logsnr20'"
+        )
+    return uniform_log_snr_timesteps(betas, int(number))

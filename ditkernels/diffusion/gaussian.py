@@ -11,8 +11,9 @@ Conventions, everywhere below:
   since an error of the predicted noise grows by √(1/ᾱ − 1), up to 157 on the linear schedule; results have
   that dtype.
 - t: (B,) int64 or int32 on x's device, steps of the (respaced) chain, 0 … num_timesteps − 1. Models and
-  ``cond_fn`` get the *original* timesteps, ``timestep_map[t]``, as (B,) int64. A t out of range raises
-  ValueError on a CPU; elsewhere the device asserts, because reading t would stall the host.
+  ``cond_fn`` get the *original* timesteps, ``timestep_map[t]``, as (B,) int64, or fp32 where they are
+  fractions. A t out of range raises ValueError on a CPU; elsewhere the device asserts, because reading t
+  would stall the host.
 - model(x, timesteps, **model_kwargs) -> (B, C, …), or (B, 2C, …) where the variance is learned: the
   prediction, then v.
 - ``noise`` gives the random numbers, ``generator`` (a torch.Generator on x's device) says where to draw them.
@@ -98,7 +99,7 @@ class DiffusionProcess:
         return self.schedule.num_timesteps
 
     @property
-    def timestep_map(self) -> list[int]:
+    def timestep_map(self) -> list[Any]:
         return self.schedule.timestep_map
 
     @property

@@ -1,4 +1,5 @@
-"""Samplers: single steps of DDPM (Ho et al. 2020) and DDIM (Song et al. 2020), and the loops over them.
+"""Samplers: single steps of DDPM (Ho et al. 2020), DDIM (Song et al. 2020) and DPM-Solver++(2M) (Lu et al. 2022), and the
+loops over them.
 
 gaussian.py states the conventions, docs/diffusion.md the formulas.
 """
@@ -130,6 +131,41 @@ class GaussianDiffusion(DiffusionProcess):
         sample = c.sqrt_alphas_cumprod_next * pred_xstart + c.sqrt_one_minus_alphas_cumprod_next * epsilon
         return {"sample": sample, "pred_xstart": pred_xstart}
 
+    def dpm_solver_sample(
+        self,
+        model: Model,
+        x: Tensor,
+        t: Tensor,
+        clip_denoised: bool = True,
+        denoised_fn: DenoisedFn | None = None,
+        cond_fn: CondFn | None = None,
+        model_kwargs: ModelKwargs | None = None,
+        *,
+        previous: Tensor | None = None,
+    ) -> Sample:
+        """x_{t−1} from x_t by DPM-Solver++(2M): a dict of ``sample`` and ``pred_xstart``, like x.
+
+        Deterministic. ``previous`` is the ``pred_xstart`` of the step before, at t + 1; without it the step is of first
+        order, which is DDIM's. A learned variance plays no part; ``cond_fn`` acts as in ddim_sample.
+        """
+        x, t = self._check(x, t)
+        if previous is not None:
+            previous = widened(previous, "previous")
+            check_like("previous", previous, x)
+        denoiser = Denoiser(model, clip_denoised, denoised_fn, cond_fn, model_kwargs)
+        return self._dpm_solver_step(denoiser, x, t, previous)
+
+    def _dpm_solver_step(self, denoiser: Denoiser, x: Tensor, t: Tensor, previous: Tensor | None) -> Sample:
+        c = self.schedule.at(t, x)
+        pred_xstart, _ = self._denoise(denoiser, c, x, t)
+        data = pred_xstart
+        if previous is not None:
+            data = data + c.solver_history_coef * (data - previous)
+        return {
+            "sample": c.solver_state_coef * x + c.solver_data_coef * data,
+            "pred_xstart": pred_xstart,
+        }
+
     def _denoise(self, denoiser: Denoiser, c: Coefficients, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """The predicted x_0, clipped and guided, and the noise to go with it: what ODE samplers step on."""
         output, _ = self._call(denoiser, x, t)
@@ -260,6 +296,62 @@ class GaussianDiffusion(DiffusionProcess):
 
         def step(x: Tensor, t: Tensor) -> Sample:
             return self._ddim_step(denoiser, x, t, eta, noise_for(x, None, generator) if eta else None)
+
+        return _trajectory(step, x, range(self.num_timesteps)[::-1], progress)
+
+    def dpm_solver_sample_loop(
+        self,
+        model: Model,
+        shape: Sequence[int],
+        noise: Tensor | None = None,
+        clip_denoised: bool = True,
+        denoised_fn: DenoisedFn | None = None,
+        cond_fn: CondFn | None = None,
+        model_kwargs: ModelKwargs | None = None,
+        device: torch.device | str | None = None,
+        progress: bool = False,
+        *,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Samples of ``shape`` (B, C, …) by DPM-Solver++(2M) over all steps: as p_sample_loop."""
+        steps = self.dpm_solver_sample_loop_progressive(
+            model,
+            shape,
+            noise,
+            clip_denoised,
+            denoised_fn,
+            cond_fn,
+            model_kwargs,
+            device,
+            progress,
+            generator=generator,
+        )
+        return _last_sample(steps)
+
+    def dpm_solver_sample_loop_progressive(
+        self,
+        model: Model,
+        shape: Sequence[int],
+        noise: Tensor | None = None,
+        clip_denoised: bool = True,
+        denoised_fn: DenoisedFn | None = None,
+        cond_fn: CondFn | None = None,
+        model_kwargs: ModelKwargs | None = None,
+        device: torch.device | str | None = None,
+        progress: bool = False,
+        *,
+        generator: torch.Generator | None = None,
+    ) -> Iterator[Sample]:
+        """dpm_solver_sample_loop, yielding the result of every step: num_timesteps dicts as of dpm_solver_sample."""
+        x = _starting_noise(model, shape, noise, device, generator)
+        denoiser = Denoiser(model, clip_denoised, denoised_fn, cond_fn, model_kwargs)
+        previous: Tensor | None = None
+
+        def step(x: Tensor, t: Tensor) -> Sample:
+            nonlocal previous
+            result = self._dpm_solver_step(denoiser, x, t, previous)
+            previous = result["pred_xstart"]
+            return result
 
         return _trajectory(step, x, range(self.num_timesteps)[::-1], progress)
 

@@ -143,6 +143,33 @@ def _strided_timesteps(diffusion_steps: int, respacing: str) -> list[int]:
     )
 
 
+def half_log_snr(alphas_cumprod: FloatArray) -> FloatArray:
+    """λ = ½ log(ᾱ / (1 − ᾱ)), of the shape of ᾱ."""
+    return 0.5 * (np.log(alphas_cumprod) - np.log1p(-alphas_cumprod))
+
+
+def uniform_log_snr_timesteps(betas: FloatArray, steps: int) -> list[float]:
+    """``steps`` timesteps, ascending, at equal distances in λ, from the first of ``betas`` (T,) to the last, both included.
+
+    They are fractions: between two timesteps λ is taken as linear in t. Raises ValueError for fewer than 2 steps.
+    """
+    check_count("timestep_respacing", steps, least=2)
+    half = half_log_snr(np.cumprod(1 - betas))
+    wanted = np.linspace(half[0], half[-1], steps)
+    # λ falls with t, and np.interp wants ascending points.
+    timesteps = np.interp(-wanted, -half, np.arange(len(betas)))
+    timesteps[[0, -1]] = 0, len(betas) - 1
+    return timesteps.tolist()
+
+
+def _alphas_cumprod_at(betas: FloatArray, timesteps: Sequence[float]) -> FloatArray:
+    alphas_cumprod = np.cumprod(1 - betas)
+    if all(isinstance(timestep, int) for timestep in timesteps):
+        return alphas_cumprod[np.array(timesteps, dtype=np.int64)]
+    half = np.interp(timesteps, np.arange(len(betas)), half_log_snr(alphas_cumprod))
+    return 1 / (1 + np.exp(-2 * half))
+
+
 # ------------------------------------------------------------------------------------------------------------
 # Tables
 # ------------------------------------------------------------------------------------------------------------
@@ -153,7 +180,8 @@ class Coefficients(NamedTuple):
     C, …).
 
     With ᾱ the cumulative product of 1 − β, ᾱ_prev and ᾱ_next its neighbours (1 before the first, 0 after the
-    last), and β̃ = β·(1 − ᾱ_prev)/(1 − ᾱ) the variance of q(x_{t−1} | x_t, x_0).
+    last), and β̃ = β·(1 − ᾱ_prev)/(1 − ᾱ) the variance of q(x_{t−1} | x_t, x_0). The solver coefficients are those of
+    DPM-Solver++(2M): x_{t−1} = state·x_t + data·(x̂_0 + history·(x̂_0 − x̂_0 of the step before)).
     """
 
     sqrt_alphas_cumprod: Tensor
@@ -173,35 +201,39 @@ class Coefficients(NamedTuple):
     log_betas: Tensor
     fixed_large_variance: Tensor
     fixed_large_log_variance: Tensor
+    solver_state_coef: Tensor
+    solver_data_coef: Tensor
+    solver_history_coef: Tensor
 
 
 class NoiseSchedule:
     """A chain of betas, the original timestep of each of its steps, and the tables of :class:`Coefficients`.
 
     ``betas`` (T,) in (0, 1) belong to the original chain; ``timesteps`` are those kept, ascending (default:
-    all). Over the kept steps the betas become β_i = 1 − ᾱ_i / ᾱ_{i−1}, so that ᾱ at a kept step stays what it
-    was.
+    all); fractions lie between two timesteps, where λ = ½ log(ᾱ/(1 − ᾱ)) is taken as linear. Over the kept
+    steps the betas become β_i = 1 − ᾱ_i / ᾱ_{i−1}, so that ᾱ at a kept step stays what it was.
 
     Attributes, T' = number of kept steps: ``num_timesteps`` (T'), ``original_num_steps`` (T),
-    ``timestep_map`` (list of T' ints), ``betas`` and ``alphas_cumprod`` ((T',) float64, read-only).
+    ``timestep_map`` (list of T' numbers), ``betas`` and ``alphas_cumprod`` ((T',) float64, read-only).
 
     Raises ValueError for betas outside (0, 1), timesteps outside the chain or unsorted, or a chain of fewer
     than two steps (its only step would have no posterior variance).
     """
 
-    def __init__(self, betas: npt.ArrayLike, timesteps: Sequence[int] | None = None) -> None:
+    def __init__(self, betas: npt.ArrayLike, timesteps: Sequence[float] | None = None) -> None:
         original = np.asarray(betas, dtype=np.float64)
         if original.ndim != 1 or not ((original > 0) & (original < 1)).all():
             raise ValueError(
                 f"betas: got shape {original.shape}, allowed is one axis of values inside (0, 1)"
             )
         self.original_num_steps = len(original)
-        self.timestep_map = list(range(len(original)) if timesteps is None else timesteps)
+        self.timestep_map: list[Any] = list(range(len(original)) if timesteps is None else timesteps)
         _check_kept(self.timestep_map, self.original_num_steps)
         self.num_timesteps = len(self.timestep_map)
-        self.alphas_cumprod = np.cumprod(1 - original)[self.timestep_map]
+        self.alphas_cumprod = _alphas_cumprod_at(original, self.timestep_map)
         respaced = 1 - self.alphas_cumprod / np.append(1.0, self.alphas_cumprod[:-1])
-        self.betas = respaced if self.num_timesteps < len(original) else original.copy()
+        whole = self.timestep_map == list(range(len(original)))
+        self.betas = original.copy() if whole else respaced
         self._packed = _pack(self.betas, self.alphas_cumprod)
         for table in (self.betas, self.alphas_cumprod):
             table.flags.writeable = False
@@ -218,18 +250,20 @@ class NoiseSchedule:
         return Coefficients(*rows.view(*rows.shape, *[1] * (x.ndim - 1)).unbind(1))
 
     def original_timesteps(self, t: Tensor) -> Tensor:
-        """The timesteps of the original chain, (B,) int64, that the steps t, (B,) int64, stand for."""
+        """The timesteps of the original chain that the steps t, (B,) int64, stand for: (B,) int64, or fp32 for fractions."""
         if t.device not in self._timestep_maps:
-            self._timestep_maps[t.device] = _constant(np.array(self.timestep_map), torch.int64, t.device)
+            kept = np.array(self.timestep_map)
+            dtype = torch.int64 if np.issubdtype(kept.dtype, np.integer) else torch.float32
+            self._timestep_maps[t.device] = _constant(kept, dtype, t.device)
         return self._timestep_maps[t.device][t]
 
 
-def _check_kept(kept: list[int], steps: int) -> None:
+def _check_kept(kept: list[Any], steps: int) -> None:
     if len(kept) < 2:
         raise ValueError(
             f"timestep_respacing: got {len(kept)} step(s) out of {steps}, a chain needs at least 2"
         )
-    if kept[0] < 0 or kept[-1] >= steps or any(a >= b for a, b in pairwise(kept)):
+    if kept[0] < 0 or kept[-1] > steps - 1 or any(a >= b for a, b in pairwise(kept)):
         raise ValueError(f"timesteps: got {kept}, allowed are ascending steps out of 0..{steps - 1}")
 
 
@@ -259,8 +293,24 @@ def _pack(betas: FloatArray, alphas_cumprod: FloatArray) -> FloatArray:
         "log_betas": np.log(betas),
         "fixed_large_variance": large_variance,
         "fixed_large_log_variance": np.log(large_variance),
+        **_solver_coefficients(alphas_cumprod, prev),
     }
     return np.stack([tables[name] for name in Coefficients._fields], axis=1)
+
+
+def _solver_coefficients(alphas_cumprod: FloatArray, prev: FloatArray) -> dict[str, FloatArray]:
+    """DPM-Solver++(2M), Lu et al. 2022 (arXiv 2211.01095, algorithm 2), with h = λ_{t−1} − λ_t: σ_{t−1}/σ_t,
+    −α_{t−1}·(e^{−h} − 1) and h/(2·h of the step before). The first step has nothing before it, and the last, to λ = ∞, is of
+    first order: there the history counts 0."""
+    half = half_log_snr(alphas_cumprod)
+    h = np.append(np.inf, half[:-1] - half[1:])
+    history = np.zeros_like(h)
+    history[1:-1] = h[1:-1] / (2 * h[2:])
+    return {
+        "solver_state_coef": np.sqrt((1 - prev) / (1 - alphas_cumprod)),
+        "solver_data_coef": -np.sqrt(prev) * np.expm1(-h),
+        "solver_history_coef": history,
+    }
 
 
 def _constant(values: npt.NDArray[np.generic], dtype: torch.dtype, device: torch.device) -> Tensor:
