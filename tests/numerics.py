@@ -123,3 +123,46 @@ different orders, and one takes roots of unsymmetric eigenvalues. Precision and 
 ORDER_MARGIN = 0.15
 """A fitted order of convergence approaches the whole number only as the step vanishes; at 64 to 512 steps the next term of the
 error, one order higher, bends it by less than this."""
+
+
+TRAJECTORY_FACTOR = 4.0
+"""As ``MODEL_FACTOR``: two fp32 trajectories leave the exact one at the same rate, in directions that chance decides."""
+
+TRAJECTORY_ULPS = 64.0
+"""Where the plain one has hardly strayed: a step is a whole model, some tens of roundings deep, and an update."""
+
+SAMPLE_AGREEMENT = 1e-3
+"""Final states of a small random model, drawn by two fp32 paths that round differently: errors of 1e-6 a step, amplified at the
+noisy end by at most ``EPSILON_AMPLIFICATION``, with room for growth through the steps that follow."""
+
+
+def assert_trajectory(actual: list[Tensor], low: list[Tensor], exact: list[Tensor]) -> None:
+    """States of the fast path, of the plain fp32 path and of the plain fp64 path, step by step, in the largest norm.
+
+    An error, once made, is carried on, so the allowance is what the plain path has strayed so far, relative to the state.
+    """
+    strayed = 0.0
+    for step, (a, b, c) in enumerate(zip(actual, low, exact, strict=True)):
+        size = c.abs().max().item()
+        assert torch.isfinite(a).all(), f"step {step}: not finite"
+        strayed = max(strayed, (b.double() - c).abs().max().item() / size)
+        error = (a.double() - c).abs().max().item() / size
+        bound = TRAJECTORY_FACTOR * strayed + TRAJECTORY_ULPS * torch.finfo(torch.float32).eps
+        assert error <= bound, (
+            f"step {step}: {error:.2e} from fp64 relative to the state, allowed {bound:.2e}"
+        )
+
+
+ACCELERATED_AGREEMENT = 1e-6
+"""A public model in fp64 still computes its sinusoids, and LLaMA's RMS norm, in fp32: 6e-8 a rounding, a few norms deep."""
+
+
+def assert_accelerated_agreement(actual: Tensor, expected: Tensor, name: str = "result") -> None:
+    """A rewired model in fp64 against itself before, relative to the largest value."""
+    error = (actual - expected).abs().max().item()
+    bound = ACCELERATED_AGREEMENT * expected.abs().max().item()
+    assert error <= bound, f"{name}: error {error:.3e} exceeds {bound:.3e}"
+
+
+ACCELERATED_TRAINING = 1e-4
+"""Losses after three AdamW steps in fp32: Adam divides by gradients' own size, so their rounding, 1e-6, grows some tens of times."""
