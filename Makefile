@@ -1,10 +1,12 @@
 # make demo   train a small DiT on real handwritten digits, sample it with guidance, show the picture
 # make test   lint, then the test suite        make lint   only the lint        make format   rewrite in place
+# make wheel  dist/: one wheel for every Python and torch, CUDA library included; needs nvcc
+# make gpu    everything that needs a GPU, with this machine's own python; results go to benchmarks/results
 #
-# Each makes its own virtual environment first. Settings:
+# All but the last make their own virtual environment first. Settings:
 #   OUT=dir                            where the demo writes
 #   TORCH=2.11.0 PYTHON=python3.12     another stack (requirements/torch-$(TORCH).txt must exist)
-#   ARGS="-k adaln"                    passed on to pytest, or to the demo
+#   ARGS="-k adaln"                    passed on to pytest, to the demo, or to make gpu
 
 PYTHON ?= python3
 TORCH ?= 2.14.1
@@ -18,7 +20,7 @@ BIN := $(VENV)/bin
 REQUIREMENTS := requirements/torch-$(TORCH).txt requirements/dev.txt
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint format clean
+.PHONY: demo test lint format wheel gpu clean
 
 demo: $(STAMP)
 	$(BIN)/ditkernels demo --out "$(OUT)" $(ARGS)
@@ -35,10 +37,20 @@ format: $(STAMP)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
+# libtorch is excluded: the wheel uses the one that is installed. The CUDA driver is not linked at all.
+wheel: $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements/wheel.txt
+	rm -rf build/wheel build/lib* build/bdist*
+	DITKERNELS_BUILD_CUDA=1 $(BIN)/python -m pip wheel --disable-pip-version-check --no-build-isolation --no-deps -w build/wheel .
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/auditwheel repair --exclude libtorch_cpu.so -w dist build/wheel/*.whl
+
+gpu:
+	$(PYTHON) benchmarks/gpu.py $(ARGS)
+
 $(STAMP): $(REQUIREMENTS) pyproject.toml setup.py
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(addprefix -r ,$(REQUIREMENTS))
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps -e .
+	DITKERNELS_BUILD_CUDA=0 $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps -e .
 	touch $@
 
 clean:

@@ -17,6 +17,7 @@ import torch
 
 from ditkernels._version import __version__
 from ditkernels.check import CASES, PRECISIONS, Call, recorded_calls, resolve_device
+from ditkernels.ops import _cuda
 from ditkernels.ops import _registry as registry
 from ditkernels.ops.attention import BACKENDS as ATTENTION
 from ditkernels.ops.attention import Problem, choose, explain_problem
@@ -62,6 +63,7 @@ def run(args: argparse.Namespace) -> int:
         "Packages": _packages(),
         "Environment": _environment(),
         f"Ops, bf16 on {device}: backend chosen, and why not the others": _ops(device),
+        "CUDA C++ kernels": _kernels(device),
         f"Attention, bf16 on {device}, as DiT-XL/2 trains at 256 px: "
         "16 heads of 72 channels, 256 tokens": _attention(device),
     }
@@ -160,10 +162,26 @@ def _choice(call: Call) -> Iterator[str]:
     yield f"-> {chosen or _FORCED}"
     for name, reason in call.op.reasons(*call.args).items():
         if name != chosen:
-            yield f"{name}: {reason or call.op.not_automatic(name) or 'can serve'}"
+            yield f"{name}: {reason or call.op.not_automatic(name, *call.args) or 'can serve'}"
 
 
 _FORCED = "NONE: the backend that the environment asks for cannot serve"
+
+
+def _kernels(device: torch.device) -> Iterator[str]:
+    yield f"library: {_cuda.library()}"
+    if device.type != "cuda":
+        yield f"registers, spills and occupancy: only a GPU tells them, and {device} is none"
+        return
+    if not _cuda.architectures():
+        return
+    yield "threads and shared memory: the most of a block; occupancy: the share of a multiprocessor's threads that it can hold"
+    most = torch.cuda.get_device_properties(device).max_threads_per_multi_processor
+    for kernel in _cuda.kernel_attributes(device):
+        yield (
+            f"{kernel.name}: {kernel.registers} registers, {kernel.local_bytes} B spilled, {kernel.shared_bytes} B shared, "
+            f"{kernel.threads} threads, occupancy {kernel.blocks * kernel.threads / most:.0%}, sm_{kernel.code}"
+        )
 
 
 def _attention(device: torch.device) -> Iterator[str]:

@@ -6,8 +6,12 @@ Loading it initialises nothing on a device and works beside a torch without CUDA
 
 from __future__ import annotations
 
+import functools
+import json
 import os
+import re
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,10 +19,20 @@ from torch import Tensor
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_WIDTH = 4096
 OLDEST_CAPABILITY = (8, 0)
-NOT_MEASURED = "not measured against triton yet; DITKERNELS_BACKEND=cuda asks for it"
+NOT_MEASURED = "not measured, Triton is chosen; DITKERNELS_BACKEND=cuda asks for it"
+PACKAGE = Path(__file__).parent.parent
 
-_HOW = "DITKERNELS_CUDA_LIBRARY names one that was built from csrc/"
+_HOW = (
+    "`pip install --no-build-isolation .` with nvcc at hand builds it from csrc/, "
+    "or DITKERNELS_CUDA_LIBRARY names one that is built"
+)
 _absence: str | None = "no library has been loaded"
+_path: Path | None = None
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# The library
+# ------------------------------------------------------------------------------------------------------------------
 
 
 def load(path: Path) -> None:
@@ -27,23 +41,121 @@ def load(path: Path) -> None:
     Raises:
         OSError: the file is not there or does not fit this torch.
     """
-    global _absence
+    global _absence, _path
     torch.ops.load_library(path)
-    _absence = None
+    _absence, _path = None, path
+    architectures.cache_clear()
 
 
 def load_if_present() -> None:
     """Loads the library that lies in the package or is named by DITKERNELS_CUDA_LIBRARY; remembers why if it cannot."""
     global _absence
     named = os.environ.get("DITKERNELS_CUDA_LIBRARY")
-    path = Path(named) if named else Path(__file__).parent.parent / "_C.so"
+    path = Path(named) if named else PACKAGE / "_C.so"
     if not named and not path.exists():
-        _absence = f"the CUDA library is not part of this install; {_HOW}"
+        _absence = f"{_why_not_built(PACKAGE)}; {_HOW}"
         return
     try:
         load(path)
     except OSError as error:
         _absence = f"the CUDA library {path} does not load: {error}"
+
+
+def _why_not_built(package: Path) -> str:
+    """What the installation noted down."""
+    record = package / "_cuda_build.json"
+    if not record.exists():
+        return "the CUDA library has not been built in this tree"
+    reason = json.loads(record.read_text())["absent"]
+    return f"the CUDA library was not built: {reason}" if reason else f"{package / '_C.so'} is gone"
+
+
+def library() -> str:
+    """The loaded library, or why there is none."""
+    if _absence is not None:
+        return _absence
+    return f"{_path}, built for {architectures() or 'the host'}"
+
+
+class Kernel(NamedTuple):
+    """What a kernel of the library takes on a device.
+
+    Attributes:
+        name: with its template arguments.
+        registers: of a thread.
+        local_bytes: of local memory of a thread, where spilled registers lie.
+        shared_bytes: of a block, the most it is launched with.
+        threads: of a block, the most it is launched with.
+        blocks: of that kind that a multiprocessor holds.
+        code: architecture of the machine code in use, 90 for sm_90.
+    """
+
+    name: str
+    registers: int
+    local_bytes: int
+    shared_bytes: int
+    threads: int
+    blocks: int
+    code: int
+
+
+def kernel_attributes(device: torch.device) -> list[Kernel]:
+    """Every kernel of the loaded library as the device's driver sees it; those that two files share stand there once."""
+    index = device.index if device.index is not None else torch.cuda.current_device()
+    table, names = torch.ops.ditkernels.cuda_kernel_attributes(index)
+    return sorted({Kernel(name, *row) for name, row in zip(names.split("\n"), table.tolist())})
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Architectures
+# ------------------------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def architectures() -> str:
+    """What the loaded library was built for, as in "8.0+PTX;9.0a;10.0"; "" for the tests' emulation."""
+    if not hasattr(torch.ops.ditkernels, "cuda_architectures"):
+        return ""
+    return str(torch.ops.ditkernels.cuda_architectures())
+
+
+@functools.cache
+def path_on(capability: tuple[int, int], built: str) -> str | None:
+    """How a library built for these architectures runs on a device of this compute capability.
+
+    Machine code serves the same major version from its minor version on; with the suffix "a" that version alone. PTX
+    serves every later version, without a suffix only (CUDA C++ Programming Guide, "Application Compatibility").
+
+    Returns:
+        "machine code", "PTX" (the driver compiles it at first use), or None: it cannot.
+    """
+    jit = False
+    for word in built.split(";"):
+        major, minor, suffix, ptx = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", word).groups()  # type: ignore[union-attr]
+        number = (int(major), int(minor))
+        same_major = number[0] == capability[0] and number <= capability
+        if number == capability or (same_major and suffix != "a"):
+            return "machine code"
+        jit |= ptx is not None and not suffix and number <= capability
+    return "PTX" if jit else None
+
+
+def _architecture_reason(capability: tuple[int, int]) -> str | None:
+    got, need = (".".join(map(str, c)) for c in (capability, OLDEST_CAPABILITY))
+    if capability < OLDEST_CAPABILITY:
+        return f"the device has compute capability {got}, the kernels need {need}"
+    built = architectures()
+    if path_on(capability, built) is None:
+        return (
+            f"the device has compute capability {got}, the library was built for {built}; "
+            f'TORCH_CUDA_ARCH_LIST="{got}" builds it for this device'
+        )
+    return None
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Refusals
+# ------------------------------------------------------------------------------------------------------------------
 
 
 def _device_reason(op: str, device: torch.device) -> str | None:
@@ -55,10 +167,7 @@ def _device_reason(op: str, device: torch.device) -> str | None:
     if not torch._C._dispatch_has_kernel_for_dispatch_key(f"ditkernels::{op}_cuda", key):
         return f"the tensors are on {device.type}; the library has no kernels for it"
     if device.type == "cuda":
-        capability = torch.cuda.get_device_capability(device)
-        if capability < OLDEST_CAPABILITY:
-            got, need = (".".join(map(str, c)) for c in (capability, OLDEST_CAPABILITY))
-            return f"the device has compute capability {got}, the kernels need {need}"
+        return _architecture_reason(torch.cuda.get_device_capability(device))
     return None
 
 

@@ -19,6 +19,8 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
+from ditkernels.ops import _measured
+
 BACKENDS = ("cuda", "triton", "torch")
 ATTENTION_BACKENDS = (
     "cudnn",
@@ -42,7 +44,7 @@ class BackendError(RuntimeError):
 
 @dataclass
 class Implementation:
-    """One backend's kernel of an op; ``not_automatic`` says why it runs only where it is asked for."""
+    """One backend's kernel of an op; ``not_automatic`` says why it runs only where it is asked for or was measured fastest."""
 
     call: Callable[..., Any]
     refuse: Refusal
@@ -79,10 +81,16 @@ class Op:
             return f"there is no {backend} kernel of this op"
         return implementation.refuse(*args)
 
-    def not_automatic(self, backend: str) -> str | None:
-        """Why the backend, though it can serve, is not chosen unasked; None if it is."""
+    def not_automatic(self, backend: str, *args: Any) -> str | None:
+        """Why the backend, though it can serve these arguments, is not chosen unasked; None if it is."""
         implementation = self.implementations.get(backend)
-        return None if implementation is None else implementation.not_automatic
+        if implementation is None or implementation.not_automatic is None:
+            return None
+        device = next((arg.device for arg in args if isinstance(arg, Tensor)), torch.device("cpu"))
+        winner = _measured.fastest(self.name, device)
+        if winner is None or winner == backend:
+            return implementation.not_automatic if winner is None else None
+        return f"{winner} was measured to be faster on this device; DITKERNELS_BACKEND={backend} asks for it"
 
     def choose(self, *args: Any) -> str:
         """The backend that serves these arguments: the forced one, or the first of ``BACKENDS`` that can.
@@ -97,7 +105,7 @@ class Op:
                 return forced
         else:
             for backend in BACKENDS:
-                if self._reason(backend, args) is None and self.not_automatic(backend) is None:
+                if self._reason(backend, args) is None and self.not_automatic(backend, *args) is None:
                     return backend
         raise BackendError(self._explain(forced, args))
 
