@@ -30,6 +30,9 @@ COMMANDS = {
         "train a small DiT on real handwritten digits, sample it with guidance, show the picture",
     ),
     "check": Command("ditkernels.check", "run the parity of every op and backend that this machine has"),
+    "sample": Command(
+        "ditkernels.sampler.command", "guided samples of a checkpoint, a handful or 50,000, resumable"
+    ),
     "eval": Command(
         "ditkernels.evaluate.command", "FID, sFID, Inception Score, precision and recall of samples"
     ),

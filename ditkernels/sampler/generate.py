@@ -1,0 +1,306 @@
+"""Many samples: fixed batches by image index, resumable, shared among processes, the same bytes however they were made.
+
+Image i is image i: its noise and label are functions of (seed, i), and it is always computed in batch i // batch_size, of
+``batch_size`` rows, the last one padded. What shape a row is computed in decides how it is rounded; so the number of processes,
+a kill or a restart change no byte, and another batch size is refused when a run is resumed.
+
+A batch is written to ``.parts/`` as one file, whole or not at all. When all are there, process 0 makes the outputs of them,
+``metadata.json`` last, and removes the parts.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from ditkernels.diffusion import GaussianDiffusion
+from ditkernels.reference import DiT
+from ditkernels.sampler import outputs
+from ditkernels.sampler.drawing import SampleConfig, sample
+from ditkernels.sampler.labels import Labels
+
+FORMATS = ("png", "grid", "npz", "latents")
+SETTINGS, METADATA, PARTS, IMAGES = "run.json", "metadata.json", ".parts", "images"
+
+
+@dataclass(frozen=True)
+class Batches:
+    """How a number of images is cut into batches: batch b holds the images b·size .. (b + 1)·size − 1.
+
+    Raises:
+        ValueError: a count or size below 1.
+    """
+
+    count: int
+    size: int
+
+    def __post_init__(self) -> None:
+        for name, value in (("count", self.count), ("batch_size", self.size)):
+            if value < 1:
+                raise ValueError(f"{name}: got {value}, allowed is 1 or more")
+
+    def __len__(self) -> int:
+        return -(-self.count // self.size)
+
+    def indices(self, batch: int) -> Tensor:
+        """(size,) int64, beyond ``count`` too: padding."""
+        return torch.arange(batch * self.size, (batch + 1) * self.size)
+
+    def length(self, batch: int) -> int:
+        """How many of a batch's images are wanted."""
+        return min(self.size, self.count - batch * self.size)
+
+
+@dataclass(frozen=True)
+class World:
+    """The processes that share the work. ``barrier`` returns when all have called it."""
+
+    rank: int = 0
+    size: int = 1
+    barrier: Callable[[], object] = lambda: None
+
+
+def draw_batch(
+    model: DiT,
+    diffusion: GaussianDiffusion,
+    labels: Labels,
+    config: SampleConfig,
+    batches: Batches,
+    batch: int,
+) -> Tensor:
+    """The samples of a batch, (length, C, H, W) float32, computed at the full batch's size."""
+    indices = batches.indices(batch)
+    # A list may end before the padding does; what is padded with does not matter, only that its shape is.
+    shown = labels.of(indices.clamp(max=batches.count - 1))
+    drawn = sample(model, diffusion, shown, config, indices=indices)
+    return drawn[: batches.length(batch)]
+
+
+def draw(
+    model: DiT, diffusion: GaussianDiffusion, labels: Labels, config: SampleConfig, batches: Batches
+) -> Iterator[Tensor]:
+    """The samples of all batches in turn, each (length, C, H, W) float32."""
+    for batch in range(len(batches)):
+        yield draw_batch(model, diffusion, labels, config, batches, batch)
+
+
+@contextmanager
+def pinned_threads(threads: int) -> Iterator[None]:
+    """PyTorch computes with that many CPU threads: rounding depends on it."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run of ``generate``.
+
+    Args:
+        labels, config, batches: what is drawn.
+        formats: out of FORMATS.
+        threads: CPU threads a process computes with.
+        record: what else decides the samples, as JSON values: checkpoint, VAE, precision. It is written to the metadata, and
+            a run is resumed only where it is equal.
+
+    Raises:
+        ValueError: a format that does not exist, no threads, or a list of labels shorter than the count.
+    """
+
+    labels: Labels
+    config: SampleConfig
+    batches: Batches
+    formats: tuple[str, ...] = ("png", "grid", "npz")
+    threads: int = 1
+    record: Mapping[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        unknown = [name for name in self.formats if name not in FORMATS]
+        if unknown or not self.formats:
+            raise ValueError(f"formats: got {', '.join(unknown) or 'none'}, allowed are {', '.join(FORMATS)}")
+        if self.threads < 1:
+            raise ValueError(f"threads: got {self.threads}, allowed is 1 or more")
+        if self.labels.scheme == "listed" and len(self.labels.classes) < self.batches.count:
+            raise ValueError(
+                f"labels: got a list of {len(self.labels.classes)} for {self.batches.count} images, "
+                "allowed is one for each"
+            )
+
+    @property
+    def with_images(self) -> bool:
+        return self.formats != ("latents",)
+
+    def settings(self, model: DiT, diffusion: GaussianDiffusion) -> dict[str, Any]:
+        """Everything that decides a byte of the outputs, as JSON values."""
+        settings = {
+            "count": self.batches.count,
+            "batch_size": self.batches.size,
+            "formats": list(self.formats),
+            "threads": self.threads,
+            "labels": self.labels.describe(),
+            "sampling": asdict(self.config),
+            "timesteps": diffusion.timestep_map,
+            "device": next(model.parameters()).device.type,
+            "torch": torch.__version__,
+            **(self.record or {}),
+        }
+        return json.loads(json.dumps(settings))
+
+
+def generate(
+    model: DiT,
+    diffusion: GaussianDiffusion,
+    job: Job,
+    out: Path,
+    *,
+    decode: Callable[[Tensor], Tensor] | None = None,
+    world: World | None = None,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Draws the job's samples into ``out``, or what is still missing there; returns the metadata.
+
+    Args:
+        model: in eval mode.
+        out: gets ``images/000000.png`` ..., ``grid.png``, ``samples.npz`` (arr_0 (N, H, W, 3) uint8, arr_1 (N,) int64 labels),
+            ``latents.npy`` (N, C, H, W) float32, by format; ``run.json`` at the start, ``metadata.json`` at the end.
+        decode: latents (B, C, H, W) to images (B, 3, H, W) in [-1, 1]; None where the model draws pixels.
+        world: the processes that share the work; each calls this. Default: this one alone.
+        progress: show a bar.
+
+    Raises:
+        ValueError: ``out`` holds a run with other settings; labels out of range; latents asked for as images without a VAE.
+    """
+    world = world or World()
+    job.labels.check(model.num_classes)
+    if decode is None and job.with_images and model.in_channels not in (1, 3):
+        raise ValueError(
+            f"formats: got {', '.join(job.formats)} of a model with {model.in_channels} channels and no VAE; "
+            "allowed is latents"
+        )
+    settings = job.settings(model, diffusion)
+    if world.rank == 0:
+        _open(out, settings)
+    world.barrier()
+    _check_same(out, settings)
+    if not (out / METADATA).exists():
+        with pinned_threads(job.threads):
+            _draw_missing(model, diffusion, job, out, decode, world, progress)
+        world.barrier()
+        if world.rank == 0:
+            _assemble(out, job, settings)
+    world.barrier()
+    if world.rank == 0:
+        shutil.rmtree(out / PARTS, ignore_errors=True)
+    return json.loads((out / METADATA).read_text())
+
+
+def _open(out: Path, settings: dict[str, Any]) -> None:
+    if not (out / SETTINGS).exists():
+        (out / PARTS).mkdir(parents=True, exist_ok=True)
+        outputs.write_json(out / SETTINGS, settings)
+
+
+def _check_same(out: Path, settings: dict[str, Any]) -> None:
+    there = json.loads((out / SETTINGS).read_text())
+    different = [
+        f"{name}: {there.get(name)!r} there, {settings.get(name)!r} here"
+        for name in sorted({*there, *settings})
+        if there.get(name) != settings.get(name)
+    ]
+    if different:
+        raise ValueError(
+            f"{out} holds a run with other settings, which cannot be resumed: {'; '.join(different)}"
+        )
+
+
+def _part(out: Path, batch: int) -> Path:
+    return out / PARTS / f"batch-{batch:06d}.npz"
+
+
+def _draw_missing(
+    model: DiT,
+    diffusion: GaussianDiffusion,
+    job: Job,
+    out: Path,
+    decode: Callable[[Tensor], Tensor] | None,
+    world: World,
+    progress: bool,
+) -> None:
+    missing = [batch for batch in range(len(job.batches)) if not _part(out, batch).exists()]
+    # Everybody has looked before anybody writes, so all share out the same list.
+    world.barrier()
+    mine = missing[world.rank :: world.size]
+    if "png" in job.formats:
+        (out / IMAGES).mkdir(exist_ok=True)
+    with tqdm(
+        total=sum(job.batches.length(batch) for batch in mine),
+        unit=" images",
+        desc=f"sampling ({world.rank + 1}/{world.size})",
+        disable=not progress,
+    ) as bar:
+        for batch in mine:
+            drawn = draw_batch(model, diffusion, job.labels, job.config, job.batches, batch)
+            _write_part(out, job, batch, drawn, decode)
+            bar.update(job.batches.length(batch))
+
+
+def _write_part(
+    out: Path, job: Job, batch: int, drawn: Tensor, decode: Callable[[Tensor], Tensor] | None
+) -> None:
+    arrays: dict[str, np.ndarray] = {}
+    if "latents" in job.formats:
+        arrays["latents"] = drawn.cpu().numpy()
+    if job.with_images:
+        arrays["pixels"] = outputs.to_pixels(_decoded(drawn, decode, job.batches.size))
+    if "png" in job.formats:
+        for offset, pixels in enumerate(arrays["pixels"]):
+            outputs.write_png(out / IMAGES / f"{batch * job.batches.size + offset:06d}.png", pixels)
+    held = {name: outputs.Streamed(array.shape, array.dtype, [array]) for name, array in arrays.items()}
+    outputs.write_npz(_part(out, batch), held)
+
+
+def _decoded(drawn: Tensor, decode: Callable[[Tensor], Tensor] | None, size: int) -> Tensor:
+    if decode is None:
+        return drawn
+    # The decoder too rounds by the shape it is given.
+    padded = torch.cat([drawn, drawn[-1:].expand(size - len(drawn), -1, -1, -1)])
+    return decode(padded)[: len(drawn)]
+
+
+def _assemble(out: Path, job: Job, settings: dict[str, Any]) -> None:
+    def pieces(name: str) -> Iterator[np.ndarray]:
+        for batch in range(len(job.batches)):
+            with np.load(_part(out, batch)) as part:
+                yield part[name]
+
+    def stream(name: str) -> outputs.Streamed:
+        first = next(pieces(name))
+        return outputs.Streamed((job.batches.count, *first.shape[1:]), first.dtype, pieces(name))
+
+    if "npz" in job.formats:
+        labels = job.labels.of(torch.arange(job.batches.count)).numpy()
+        named = {"arr_0": stream("pixels"), "arr_1": outputs.Streamed(labels.shape, labels.dtype, [labels])}
+        outputs.write_npz(out / "samples.npz", named)
+    if "latents" in job.formats:
+        outputs.write_npy(out / "latents.npy", stream("latents"))
+    if "grid" in job.formats:
+        shown: list[outputs.Pixels] = []
+        for piece in pieces("pixels"):
+            shown.extend(piece)
+            if len(shown) >= outputs.GRID_IMAGES:
+                break
+        outputs.write_png(out / "grid.png", outputs.grid_of(shown))
+    outputs.write_json(out / METADATA, settings)

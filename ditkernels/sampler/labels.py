@@ -1,0 +1,106 @@
+"""Which class each image shows, as a function of the image's index."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ditkernels.random import Stream, below
+
+SCHEMES = ("balanced", "random", "listed")
+
+
+@dataclass(frozen=True)
+class Labels:
+    """A label for every image index, interleaved: never class by class, on which the Inception Score depends.
+
+    Args:
+        scheme: "balanced": ``classes`` in turn. "random": one of ``classes`` by chance, keyed by (seed, image index).
+            "listed": entry i of ``classes`` for image i.
+        classes: class ids.
+        seed: of "random".
+
+    Raises:
+        ValueError: an unknown scheme, or no classes.
+    """
+
+    scheme: str
+    classes: tuple[int, ...]
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.scheme not in SCHEMES:
+            raise ValueError(f"labels: got {self.scheme!r}, allowed are {', '.join(SCHEMES)}")
+        if not self.classes:
+            raise ValueError("classes: got none, allowed is 1 or more")
+
+    def of(self, indices: Tensor) -> Tensor:
+        """Labels (B,) int64 of the images ``indices`` (B,) int64, on the CPU.
+
+        Raises:
+            ValueError: an index beyond a list.
+        """
+        classes = torch.tensor(self.classes)
+        if self.scheme == "random":
+            return classes[below(len(classes), self.seed, Stream.SAMPLING_LABEL, 0, indices)]
+        if self.scheme == "listed" and int(indices.max()) >= len(classes):
+            raise ValueError(
+                f"labels: got image {int(indices.max())}, but the list has {len(classes)} labels"
+            )
+        return classes[indices % len(classes)]
+
+    def check(self, num_classes: int) -> None:
+        """Raises ValueError, naming it, for a label outside 0..num_classes-1."""
+        for label in self.classes:
+            if not 0 <= label < num_classes:
+                raise ValueError(f"labels: got {label}, allowed are 0..{num_classes - 1}")
+
+    def describe(self) -> dict[str, Any]:
+        """What is written beside the samples."""
+        described: dict[str, Any] = {"scheme": self.scheme, "classes": as_ranges(self.classes)}
+        described["order"] = "as listed" if self.scheme == "listed" else "interleaved"
+        return described | ({"seed": self.seed} if self.scheme == "random" else {})
+
+
+def parse_classes(text: str) -> tuple[int, ...]:
+    """Class ids from "207,360" and ranges "0-9", ends included. Raises ValueError for anything else."""
+    classes: list[int] = []
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        if not first.isdecimal() or (dash and not last.isdecimal()):
+            raise ValueError(f"classes: got {part!r}, allowed are ids and ranges, as in 207,360 or 0-9")
+        end = int(last) if dash else int(first)
+        if end < int(first):
+            raise ValueError(f"classes: got {part!r}, an empty range; allowed is low-high")
+        classes.extend(range(int(first), end + 1))
+    return tuple(classes)
+
+
+def read_labels(path: Path) -> tuple[int, ...]:
+    """One class id a line, image i's on line i. Raises ValueError, naming the line, for anything else."""
+    if not path.is_file():
+        raise ValueError(f"labels: {path}: no such file")
+    lines = path.read_text().split("\n")
+    lines = lines[:-1] if lines[-1] == "" else lines
+    for number, line in enumerate(lines, start=1):
+        if not line.strip().isdecimal():
+            raise ValueError(f"labels: {path}, line {number}: got {line!r}, allowed is one class id")
+    return tuple(int(line) for line in lines)
+
+
+def as_ranges(classes: Sequence[int]) -> str:
+    """The shortest text that ``parse_classes`` reads as ``classes``: runs of consecutive ids become ranges."""
+    parts: list[str] = []
+    start = 0
+    for end in range(1, len(classes) + 1):
+        if end < len(classes) and classes[end] == classes[end - 1] + 1:
+            continue
+        first, last = classes[start], classes[end - 1]
+        parts.append(str(first) if first == last else f"{first}-{last}")
+        start = end
+    return ",".join(parts)
