@@ -3,6 +3,9 @@
 A checkpoint is a directory: tensors in safetensors files, and `manifest.json`, which names those files with
 their SHA-256. A file is named after its content and the manifest is written last, so until the instant the
 new manifest takes the old one's name the directory still holds the old checkpoint, whole.
+
+A run keeps its checkpoints side by side, `checkpoints/step-00001000` and so on. They are written from a
+snapshot by a thread of their own while training goes on (`CheckpointWriter`).
 """
 
 from __future__ import annotations
@@ -13,10 +16,12 @@ import json
 import os
 import pickle
 import secrets
+import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import safetensors
 import torch
@@ -28,6 +33,7 @@ from ditkernels._version import __version__
 FORMAT = "ditkernels-checkpoint"
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
+PARTS = ("model", "ema", "optimizer")
 
 
 class CheckpointError(ValueError):
@@ -43,12 +49,30 @@ class Checkpoint:
         ema: state dict of the moving average of its weights; None where there is none.
         step: training steps taken; None where a public file does not say.
         config: whatever made the run, as JSON values.
+        optimizer: the optimizer's tensors by name; None where there are none.
+        state: what else a run needs to go on, as JSON values.
     """
 
     model: Mapping[str, Tensor]
     ema: Mapping[str, Tensor] | None = None
     step: int | None = None
     config: Mapping[str, Any] = field(default_factory=dict)
+    optimizer: Mapping[str, Tensor] | None = None
+    state: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def parts(self) -> dict[str, Mapping[str, Tensor]]:
+        """The tensors that are there, by part: model, ema, optimizer."""
+        found = {part: getattr(self, part) for part in PARTS}
+        return {part: tensors for part, tensors in found.items() if tensors is not None}
+
+    def snapshot(self) -> Checkpoint:
+        """The same with copies of all tensors, on the CPU, which no further step of training changes."""
+        copies: dict[str, Any] = {
+            part: {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
+            for part, tensors in self.parts.items()
+        }
+        return replace(self, **copies)
 
     @property
     def sampling_weights(self) -> Mapping[str, Tensor]:
@@ -66,23 +90,32 @@ def save_checkpoint(directory: str | os.PathLike[str], checkpoint: Checkpoint) -
         checkpoint: its tensors may lie on any device; its config must be JSON.
 
     Raises:
-        TypeError: the config is not JSON.
-        OSError: the disk refused; the old checkpoint is untouched.
+        TypeError: the config or the state is not JSON.
+        OSError: the disk refused, because it is full for instance; the old checkpoint is untouched.
     """
     # Through JSON first: it refuses what a manifest cannot hold, before anything is written.
     config = json.loads(json.dumps(dict(checkpoint.config)))
+    state = json.loads(json.dumps(dict(checkpoint.state)))
     directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    parts = {"model": checkpoint.model}
-    if checkpoint.ema is not None:
-        parts["ema"] = checkpoint.ema
-    files = {part: _write_tensors(directory, part, tensors) for part, tensors in parts.items()}
+    _make_directory(directory)
+    try:
+        _write(directory, checkpoint, config, state)
+    except OSError:
+        _remove_leftovers(directory, keep=_files_in_use(directory))
+        raise
+
+
+def _write(
+    directory: Path, checkpoint: Checkpoint, config: Mapping[str, Any], state: Mapping[str, Any]
+) -> None:
+    files = {part: _write_tensors(directory, part, tensors) for part, tensors in checkpoint.parts.items()}
     body = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
         "ditkernels": __version__,
         "step": checkpoint.step,
         "config": config,
+        "state": state,
         "files": files,
     }
     # The new files must be on the disk before a manifest that names them is.
@@ -106,7 +139,14 @@ def load_checkpoint(directory: str | os.PathLike[str]) -> Checkpoint:
     parts = {part: _read_tensors(directory, part, entry) for part, entry in manifest["files"].items()}
     if "model" not in parts:
         raise CheckpointError(f"{directory / MANIFEST} lists no model weights, only {sorted(parts)}")
-    return Checkpoint(parts["model"], parts.get("ema"), manifest["step"], manifest["config"])
+    return Checkpoint(
+        parts["model"],
+        parts.get("ema"),
+        manifest["step"],
+        manifest["config"],
+        parts.get("optimizer"),
+        manifest["state"],
+    )
 
 
 def load_public_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
@@ -171,7 +211,10 @@ def _write_tensors(directory: Path, part: str, tensors: Mapping[str, Tensor]) ->
     temporary = _temporary(directory / f"{part}.safetensors")
     temporary.touch()
     mode = temporary.stat().st_mode
-    save_file(on_cpu, temporary)
+    try:
+        save_file(on_cpu, temporary)
+    except safetensors.SafetensorError as error:
+        raise OSError(f"{temporary} could not be written: {error}") from error
     # safetensors makes files that only their owner can read; the user's umask should decide.
     temporary.chmod(mode)
     _sync_file(temporary)
@@ -232,10 +275,28 @@ def _temporary(path: Path) -> Path:
 
 
 def _remove_leftovers(directory: Path, keep: set[str]) -> None:
-    for pattern in ("model-*.safetensors", "ema-*.safetensors", ".*.safetensors.*.tmp", f".{MANIFEST}.*.tmp"):
+    tensors = [f"{part}-*.safetensors" for part in PARTS]
+    for pattern in (*tensors, ".*.safetensors.*.tmp", f".{MANIFEST}.*.tmp"):
         for path in directory.glob(pattern):
             if path.name not in keep:
                 path.unlink()
+
+
+def _files_in_use(directory: Path) -> set[str]:
+    """The files of the checkpoint that is there, if one is."""
+    try:
+        manifest = _read_manifest(directory / MANIFEST)
+    except CheckpointError:
+        return set()
+    return {entry["name"] for entry in manifest["files"].values()}
+
+
+def _make_directory(path: Path) -> None:
+    missing = [parent for parent in (path, *path.parents) if not parent.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    # The name of a new folder is on the disk once its parent is.
+    for made in missing:
+        _sync_directory(made.parent)
 
 
 def _sha256(path: Path) -> str:
@@ -257,3 +318,106 @@ def _sync_directory(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The checkpoints of a run
+# ------------------------------------------------------------------------------------------------------------
+
+FOLDER = "checkpoints"
+
+
+class Found(NamedTuple):
+    """The newest whole checkpoint of a run, None if there is none, and why newer ones were passed over."""
+
+    path: Path | None
+    checkpoint: Checkpoint | None
+    broken: dict[Path, str]
+
+
+def checkpoint_directory(run: Path, step: int) -> Path:
+    """Where a run keeps its checkpoint of that step."""
+    return run / FOLDER / f"step-{step:08d}"
+
+
+def checkpoints_of(run: Path) -> dict[int, Path]:
+    """The folders of a run's checkpoints by step, in order, whole or not."""
+    found = {int(path.name.removeprefix("step-")): path for path in (run / FOLDER).glob("step-*[0-9]")}
+    return dict(sorted(found.items()))
+
+
+def newest_checkpoint(run: Path) -> Found:
+    """The newest checkpoint of a run whose every checksum is right."""
+    broken: dict[Path, str] = {}
+    for path in reversed(checkpoints_of(run).values()):
+        try:
+            return Found(path, load_checkpoint(path), broken)
+        except CheckpointError as error:
+            broken[path] = str(error)
+    return Found(None, None, broken)
+
+
+def set_aside(path: Path) -> Path:
+    """Renames a broken checkpoint, so that it is neither found nor counted again; returns where it now lies."""
+    target = path.with_name(f"broken-{path.name}-{secrets.token_hex(4)}")
+    os.replace(path, target)
+    return target
+
+
+def remove_old_checkpoints(run: Path, step: int, *, keep_last: int, keep_every: int) -> None:
+    """Removes the checkpoints up to ``step`` that are neither among the last ones nor at a multiple of ``keep_every``."""
+    upto = {at: path for at, path in checkpoints_of(run).items() if at <= step}
+    whole = [at for at, path in upto.items() if (path / MANIFEST).exists()]
+    kept = {*whole[-keep_last:], *(at for at in whole if keep_every and at % keep_every == 0)}
+    for at, path in upto.items():
+        if at not in kept:
+            # Without its manifest it is no checkpoint, even if the rest of it should outlive a crash.
+            (path / MANIFEST).unlink(missing_ok=True)
+            shutil.rmtree(path)
+
+
+class CheckpointWriter:
+    """Writes the checkpoints of a run in a thread of its own, one at a time, and removes old ones.
+
+    Args:
+        run: the run's folder.
+        keep_last, keep_every: as of :func:`remove_old_checkpoints`.
+    """
+
+    def __init__(self, run: Path, *, keep_last: int, keep_every: int) -> None:
+        self.run = run
+        self.keep_last = keep_last
+        self.keep_every = keep_every
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._writing: Future[None] | None = None
+
+    def save(self, checkpoint: Checkpoint) -> None:
+        """Takes a snapshot and returns; the writing goes on. Waits for the one before; errors as of :meth:`wait`."""
+        self.wait()
+        self._writing = self._thread.submit(self._write, checkpoint.snapshot())
+
+    def wait(self) -> None:
+        """Returns once the last one is on the disk.
+
+        Raises:
+            OSError: it could not be written; the ones before are untouched.
+        """
+        if self._writing is not None:
+            writing, self._writing = self._writing, None
+            writing.result()
+
+    def raise_failure(self) -> None:
+        """:meth:`wait`, but only if the writing is over."""
+        if self._writing is not None and self._writing.done():
+            self.wait()
+
+    def close(self) -> None:
+        """Lets a write in progress end, and the thread with it; raises nothing."""
+        self._thread.shutdown(wait=True)
+
+    def _write(self, checkpoint: Checkpoint) -> None:
+        assert checkpoint.step is not None
+        save_checkpoint(checkpoint_directory(self.run, checkpoint.step), checkpoint)
+        remove_old_checkpoints(
+            self.run, checkpoint.step, keep_last=self.keep_last, keep_every=self.keep_every
+        )

@@ -29,6 +29,8 @@ COMMANDS = {
         "ditkernels.demo",
         "train a small DiT on real handwritten digits, sample it with guidance, show the picture",
     ),
+    "train": Command("ditkernels.trainer", "train a DiT on a folder of images, or on the digits"),
+    "plot": Command("ditkernels.plot", "draw loss and speed of training runs side by side"),
     "check": Command("ditkernels.check", "run the parity of every op and backend that this machine has"),
     "sample": Command(
         "ditkernels.sampler.command", "guided samples of a checkpoint, a handful or 50,000, resumable"

@@ -1,14 +1,33 @@
-"""Data sets: labelled images in memory, and the order in which training sees them."""
+"""Data sets, and the order in which training sees them.
+
+A batch is a pure function of (seed, step): which images, which of them are mirrored. So no number of worker processes and no
+restart changes what a run trains on, and a checkpoint needs to remember the step alone.
+"""
 
 from __future__ import annotations
 
+import importlib.util
+import os
+import signal
+from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader
+
+from ditkernels.config import TrainConfig
+from ditkernels.random import Stream, below, permutation
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 HELD_OUT_EVERY = 5
+IMAGE_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+VALIDATION_SEED = 0  # every run is measured on the same images
 
 
 @dataclass(frozen=True)
@@ -69,7 +88,7 @@ def _every_nth_of_each_class(labels: Tensor, n: int) -> Tensor:
 
 
 class ShuffledStream:
-    """An endless stream of sample indices: every epoch a fresh permutation, fixed by (seed, epoch).
+    """An endless stream of sample indices: every epoch a fresh permutation, keyed by (seed, epoch).
 
     Batches are addressed by step and run across the ends of epochs, so a run that resumes at step k sees what
     an unbroken run would have seen, with nothing to restore.
@@ -110,8 +129,277 @@ class ShuffledStream:
 
     def _permutation(self, epoch: int) -> Tensor:
         if epoch != self._epoch:
-            # Not torch's CPU generator: it reads only the low 32 bits of a seed, which two keys do not fit.
-            order = np.random.default_rng((self.seed, epoch)).permutation(self.length)
-            self._order = torch.from_numpy(order)
+            self._order = permutation(self.seed, epoch, self.length)
             self._epoch = epoch
         return self._order
+
+
+class Batch(NamedTuple):
+    """What a step trains on.
+
+    Attributes:
+        images: (B, C, H, W), float32 in [-1, 1] or uint8.
+        labels: (B,) int64.
+        unreadable: files that should have been among them; the next readable ones stand in their place.
+    """
+
+    images: Tensor
+    labels: Tensor
+    unreadable: tuple[str, ...] = ()
+
+
+class Batches(Protocol):
+    """A data set in the order of training: item k is the batch of step k, a pure function of the seed and k."""
+
+    def __getitem__(self, step: int) -> Batch: ...
+
+
+class InMemoryBatches:
+    """Batches of images that fit in memory; arguments as of :class:`ShuffledStream`."""
+
+    def __init__(self, data: LabelledImages, batch_size: int, seed: int) -> None:
+        self.data = data
+        self.stream = ShuffledStream(len(data), batch_size, seed)
+
+    def __getitem__(self, step: int) -> Batch:
+        chosen = self.stream.batch(step)
+        return Batch(self.data.images[chosen], self.data.labels[chosen])
+
+
+@dataclass(frozen=True)
+class ImageFolder:
+    """The images under a folder: one subfolder a class, as ImageNet has them, or all of one class.
+
+    Attributes:
+        root: the folder.
+        files: paths under it, sorted within each class.
+        labels: (len(files),) int64.
+        class_to_idx: label by name of subfolder, in sorted order; empty if unconditional.
+    """
+
+    root: Path
+    files: list[str]
+    labels: Tensor
+    class_to_idx: dict[str, int]
+
+    @staticmethod
+    def scan(root: str | os.PathLike[str], *, unconditional: bool = False) -> ImageFolder:
+        """Finds the images; none is opened.
+
+        Raises:
+            ValueError: the folder is missing, or holds no images.
+        """
+        root = Path(root)
+        if not root.is_dir():
+            raise ValueError(f"data_path: {root} is no folder")
+        folders = [""] if unconditional else sorted(entry.name for entry in root.iterdir() if entry.is_dir())
+        found = [_images_under(root, folder) for folder in folders]
+        kept = [(folder, files) for folder, files in zip(folders, found, strict=True) if files]
+        if not kept:
+            expected = "no image" if unconditional else "no subfolder with images"
+            raise ValueError(f"data_path: {root} holds {expected} ({', '.join(sorted(IMAGE_SUFFIXES))})")
+        labels = torch.repeat_interleave(
+            torch.arange(len(kept)), torch.tensor([len(files) for _, files in kept])
+        )
+        names = {} if unconditional else {folder: label for label, (folder, _) in enumerate(kept)}
+        return ImageFolder(root, [file for _, files in kept for file in files], labels, names)
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+
+def _images_under(root: Path, folder: str) -> list[str]:
+    found = []
+    for path, _, names in os.walk(root / folder, followlinks=True):
+        inside = os.path.relpath(path, root)
+        found += [os.path.join(inside, name) for name in names if Path(name).suffix.lower() in IMAGE_SUFFIXES]
+    return sorted(found)
+
+
+class FolderBatches:
+    """Batches of an :class:`ImageFolder`: cropped, mirrored by chance, uint8.
+
+    Args:
+        folder: the images.
+        image_size: edge of the crop.
+        flip: mirror an image with probability 1/2, keyed by (seed, step, position in the batch).
+        max_unreadable: files in a row that may be unreadable.
+        batch_size, seed: as of :class:`ShuffledStream`.
+
+    Raises:
+        ImportError: Pillow is not installed.
+    """
+
+    def __init__(
+        self,
+        folder: ImageFolder,
+        batch_size: int,
+        seed: int,
+        *,
+        image_size: int,
+        flip: bool,
+        max_unreadable: int,
+    ) -> None:
+        if importlib.util.find_spec("PIL") is None:
+            raise ImportError("image folders need Pillow: pip install ditkernels[vae]")
+        self.folder = folder
+        self.image_size = image_size
+        self.flip = flip
+        self.max_unreadable = max_unreadable
+        self.stream = ShuffledStream(len(folder), batch_size, seed)
+
+    def __getitem__(self, step: int) -> Batch:
+        chosen = self.stream.batch(step)
+        unreadable: list[str] = []
+        read = [self._read(index, unreadable) for index in chosen.tolist()]
+        images = torch.stack([image for image, _ in read])
+        if self.flip:
+            mirrored = below(2, self.stream.seed, Stream.FLIP, step, torch.arange(len(chosen))) == 1
+            images = torch.where(mirrored[:, None, None, None], images.flip(-1), images)
+        labels = self.folder.labels[[index for _, index in read]]
+        return Batch(images, labels, tuple(unreadable))
+
+    def _read(self, index: int, unreadable: list[str]) -> tuple[Tensor, int]:
+        """The image (3, size, size) at ``index``, or the next readable one, and the index it was found at."""
+        from PIL import Image, UnidentifiedImageError
+
+        # What Pillow raises on files cut short or altered, whatever their format.
+        damaged = (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+        for attempt in range(self.max_unreadable + 1):
+            at = (index + attempt) % len(self.folder)
+            path = self.folder.root / self.folder.files[at]
+            try:
+                with Image.open(path) as image:
+                    pixels = center_crop(image.convert("RGB"), self.image_size)
+            except damaged:
+                unreadable.append(str(path))
+                continue
+            return torch.from_numpy(pixels).permute(2, 0, 1), at
+        raise UnreadableImagesError(
+            f"{self.max_unreadable + 1} images in a row are unreadable, the last {unreadable[-1]}"
+        )
+
+
+class UnreadableImagesError(ValueError):
+    """More images are unreadable than the run allows."""
+
+
+def center_crop(image: Image, size: int) -> np.ndarray:
+    """The square centre of a Pillow image, (size, size, channels) uint8, as ADM prepares ImageNet.
+
+    Halved by box averages while both edges stay at least twice ``size``, then resized bicubically until the shorter
+    edge is ``size``, then cropped (Dhariwal & Nichol, arXiv 2105.05233; the crop every DiT number rests on).
+    """
+    from PIL.Image import Resampling
+
+    while min(image.size) >= 2 * size:
+        image = image.resize((image.width // 2, image.height // 2), Resampling.BOX)
+    scale = size / min(image.size)
+    resized = image.resize((round(image.width * scale), round(image.height * scale)), Resampling.BICUBIC)
+    pixels = np.array(resized)
+    top, left = (pixels.shape[0] - size) // 2, (pixels.shape[1] - size) // 2
+    return pixels[top : top + size, left : left + size]
+
+
+def stream_batches(batches: Batches, steps: range, *, workers: int, pin_memory: bool) -> Iterator[Batch]:
+    """The batches of ``steps`` in order, made by ``workers`` processes, or in this one if 0; the same batches either way."""
+    loader: DataLoader[Batch] = DataLoader(
+        batches,  # type: ignore[arg-type]
+        sampler=steps,
+        batch_size=None,
+        num_workers=workers,
+        collate_fn=_as_it_is,
+        pin_memory=pin_memory,
+        worker_init_fn=_ignore_signals,
+        # Otherwise it would draw a seed from the caller's.
+        generator=torch.Generator(),
+    )
+    return iter(loader)
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
+
+
+def _ignore_signals(_worker: int) -> None:
+    # A terminal's Ctrl-C and a scheduler's SIGTERM reach the whole group; the trainer decides when its workers stop.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    torch.set_num_threads(1)
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """What a run trains on and is measured by.
+
+    Attributes:
+        train: batches of ``global_batch_size`` images.
+        validation: batches of the images the validation loss is taken of, or None.
+        length: images in an epoch.
+        shape: (C, H, W) of an image.
+        class_to_idx: label by name of class.
+    """
+
+    train: Batches
+    validation: Batches | None
+    length: int
+    shape: tuple[int, int, int]
+    class_to_idx: dict[str, int]
+
+
+def open_data(config: TrainConfig) -> TrainingData:
+    """The data that ``config.data_path`` names: 'digits', or a folder of images.
+
+    Raises:
+        ValueError: no such data, or it does not fit ``image_size`` or ``num_classes``.
+        ImportError: the extra that reads it is not installed.
+    """
+    if not config.data_path:
+        raise ValueError("data_path: got nothing, allowed are a folder of images and 'digits'")
+    if config.data_path == "digits" and not Path("digits").is_dir():
+        return _open_digits(config)
+    folder = ImageFolder.scan(config.data_path, unconditional=config.unconditional)
+    _check_classes(len(folder.class_to_idx), config)
+    reading = {"image_size": config.image_size, "max_unreadable": config.max_unreadable}
+    train = FolderBatches(folder, config.global_batch_size, config.global_seed, flip=config.flip, **reading)
+    validation = None
+    if config.val_path is not None:
+        held_out = ImageFolder.scan(config.val_path, unconditional=config.unconditional)
+        if held_out.class_to_idx != folder.class_to_idx:
+            raise ValueError(
+                f"val_path: the classes of {config.val_path} are not those of {config.data_path}"
+            )
+        validation = FolderBatches(
+            held_out, _validation_batch(config), VALIDATION_SEED, flip=False, **reading
+        )
+    shape = (3, config.image_size, config.image_size)
+    return TrainingData(train, validation, len(folder), shape, folder.class_to_idx)
+
+
+def _open_digits(config: TrainConfig) -> TrainingData:
+    train, held_out = load_digits()
+    channels, height, width = train.images.shape[1:]
+    if config.image_size != height:
+        raise ValueError(f"image_size: got {config.image_size}, the digits have {height}")
+    if config.vae != "none":
+        raise ValueError(f"vae: got {config.vae!r}, the digits are trained on as pixels: --vae none")
+    names = {} if config.unconditional else {str(digit): digit for digit in range(10)}
+    _check_classes(len(names), config)
+    if config.unconditional:
+        train, held_out = (LabelledImages(part.images, 0 * part.labels) for part in (train, held_out))
+    return TrainingData(
+        InMemoryBatches(train, config.global_batch_size, config.global_seed),
+        InMemoryBatches(held_out, _validation_batch(config), VALIDATION_SEED),
+        len(train),
+        (channels, height, width),
+        names,
+    )
+
+
+def _validation_batch(config: TrainConfig) -> int:
+    return min(config.val_images, config.global_batch_size // config.accumulation)
+
+
+def _check_classes(found: int, config: TrainConfig) -> None:
+    if found > config.num_classes:
+        raise ValueError(f"num_classes: got {config.num_classes}, but {config.data_path} has {found} classes")

@@ -6,13 +6,14 @@ import argparse
 import importlib.util
 import json
 import platform
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -20,12 +21,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ditkernels._version import __version__
-from ditkernels.checkpoint import Checkpoint, save_checkpoint
+from ditkernels.config import TrainConfig
 from ditkernels.data import LabelledImages, load_digits
 from ditkernels.diffusion import GaussianDiffusion, create_diffusion
-from ditkernels.models import DiT
+from ditkernels.plot import MUTED, TEXT, WRONG, draw_losses, new_figure, save
+from ditkernels.reference import DiT
+from ditkernels.runlog import METRICS, read_metrics
 from ditkernels.sampler import SampleConfig, sample_progressive
-from ditkernels.trainer import TrainConfig, train
+from ditkernels.trainer import train
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -33,16 +36,22 @@ if TYPE_CHECKING:
 
 CLASSES = 10
 PER_CLASS = 10
-MODEL: dict[str, Any] = {
-    "input_size": 8,
-    "patch_size": 2,
-    "in_channels": 1,
-    "hidden_size": 64,
-    "depth": 4,
-    "num_heads": 4,
-    "num_classes": CLASSES,
-}
-TRAINING = TrainConfig(steps=1500, batch_size=64, learning_rate=3e-3, ema_decay=0.995)
+TRAINING = TrainConfig(
+    data_path="digits",
+    vae="none",
+    image_size=8,
+    num_classes=CLASSES,
+    num_workers=0,
+    model="DiT-S/2",
+    hidden_size=64,
+    depth=4,
+    num_heads=4,
+    steps=1500,
+    global_batch_size=64,
+    learning_rate=3e-3,
+    ema_decay=0.995,
+    log_every=50,
+)
 # All channels are guided, since there is only one; x_0 is clipped, since these are pixels.
 SAMPLING = SampleConfig(guidance_scale=3.0, guided_channels=None, clip_denoised=True)
 SAMPLING_STEPS = 100
@@ -99,7 +108,13 @@ def run(args: argparse.Namespace) -> int:
     from ditkernels import check
 
     device = check.resolve_device(args.device)
-    training = replace(TRAINING, steps=args.steps, seed=args.seed)
+    training = replace(
+        TRAINING,
+        steps=args.steps,
+        global_seed=args.seed,
+        device=args.device,
+        results_dir=str(args.out / "run"),
+    )
     sampling = replace(SAMPLING, guidance_scale=args.guidance, seed=args.seed)
     sampling_diffusion = create_diffusion(str(args.sampling_steps))
     args.out.mkdir(parents=True, exist_ok=True)
@@ -121,20 +136,12 @@ def _demonstrate(
 ) -> None:
     digits, held_out = load_digits()
     classify = _train_classifier(digits)
-    model = _new_model(training.seed).to(device)
-    size = sum(parameter.numel() for parameter in model.parameters())
-    print(f"\nTraining a DiT of {size:,} parameters on {len(digits):,} handwritten digits, on {device}")
+    # The run of an earlier demo; its folder is the demo's own.
+    shutil.rmtree(training.results_dir, ignore_errors=True)
+    print(f"\nTraining a DiT on {len(digits):,} handwritten digits, on {device}")
     with _Stopwatch() as training_time:
-        trained = train(model, create_diffusion(""), digits, training)
-    save_checkpoint(
-        out / "checkpoint",
-        Checkpoint(
-            model.state_dict(),
-            trained.ema.state_dict(),
-            training.steps,
-            {"model": MODEL, "training": asdict(training)},
-        ),
-    )
+        trained = train(training)
+    rows = read_metrics(Path(training.results_dir) / METRICS)
 
     print(f"Drawing {CLASSES * PER_CLASS} digits with guidance, and as many without")
     with _Stopwatch() as sampling_time:
@@ -149,10 +156,10 @@ def _demonstrate(
         "unguided_sample_accuracy": unguided.accuracy,
         "real_accuracy": real.accuracy,
         "training_seconds": round(training_time.seconds, 2),
-        "images_per_second": round(training.steps * training.batch_size / training_time.seconds, 1),
+        "images_per_second": round(trained.step * training.global_batch_size / training_time.seconds, 1),
         "sampling_seconds": round(sampling_time.seconds, 2),
-        "last_100_losses_mean": float(np.mean(trained.losses[-100:])),
-        "parameters": size,
+        "last_loss": rows[-1]["loss"],
+        "parameters": sum(parameter.numel() for parameter in trained.ema.parameters()),
         "device": str(device),
         "machine": platform.machine(),
         "versions": {
@@ -160,13 +167,14 @@ def _demonstrate(
             "torch": torch.__version__,
             "python": platform.python_version(),
         },
-        "model": MODEL,
         "training": asdict(training),
         "sampling": {**asdict(sampling), "steps": sampling_diffusion.num_timesteps},
     }
     (out / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
-    _save(_picture_of_samples(guided, unguided, real, guided_steps, sampling), out / "samples.png")
-    _save(_picture_of_losses(trained.losses), out / "loss.png")
+    save(_picture_of_samples(guided, unguided, real, guided_steps, sampling), out / "samples.png")
+    losses = new_figure(width=8.0, height=4.0)
+    draw_losses(losses.add_axes((0.09, 0.14, 0.88, 0.76)), {f"mean of {training.log_every} steps": rows})
+    save(losses, out / "loss.png")
 
     print(
         f"\nguided_sample_accuracy {guided.accuracy:.3f}   (drawn with guidance {sampling.guidance_scale:g})"
@@ -175,7 +183,7 @@ def _demonstrate(
     print(
         f"real_accuracy {real.accuracy:.3f}   (the same classifier on {len(held_out)} held-out real digits)"
     )
-    for name in ("samples.png", "loss.png", "metrics.json", "checkpoint/"):
+    for name in ("samples.png", "loss.png", "metrics.json", "run/"):
         print(f"wrote {out / name}")
 
 
@@ -213,12 +221,6 @@ class _Stopwatch:
         self.seconds = time.perf_counter() - self._start
 
 
-def _new_model(seed: int) -> DiT:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return DiT(**MODEL)
-
-
 def _train_classifier(digits: LabelledImages) -> Classifier:
     """A support vector machine on the real digits: exact, quick, and not a network like the one it judges."""
     from sklearn.svm import SVC
@@ -247,14 +249,13 @@ def _draw(model: DiT, diffusion: GaussianDiffusion, config: SampleConfig) -> lis
 ENLARGED = 8
 STRIP_LENGTH = 32
 STRIP_DIGITS = (3, 8)
-BACKGROUND, TEXT, MUTED, ACCENT, WRONG = "#101418", "#f2f5f7", "#9fb0c0", "#7cc4ff", "#ff5a4f"
 
 
 def _picture_of_samples(
     guided: Read, unguided: Read, real: Read, guided_steps: Sequence[Tensor], sampling: SampleConfig
 ) -> Figure:
     """Three grids, a row a class, with what the classifier misread framed; below, two digits emerging."""
-    figure = _new_figure(width=12.0, height=5.55)
+    figure = new_figure(width=12.0, height=5.55)
     layout = figure.add_gridspec(
         2,
         3,
@@ -287,35 +288,6 @@ def _picture_of_samples(
     _show_grid(axes, strip, [str(digit) for digit in STRIP_DIGITS])
     axes.set_title("from noise to digit", color=TEXT, fontsize=11)
     return figure
-
-
-def _picture_of_losses(losses: Sequence[float]) -> Figure:
-    figure = _new_figure(width=8.0, height=4.0)
-    axes = figure.add_axes((0.09, 0.14, 0.88, 0.76), facecolor=BACKGROUND)
-    steps = np.arange(1, len(losses) + 1)
-    window = min(50, len(losses))
-    mean = np.convolve(losses, np.full(window, 1 / window), mode="valid")
-    axes.plot(steps, losses, color=MUTED, alpha=0.35, linewidth=0.6, label="each step")
-    axes.plot(steps[window - 1 :], mean, color=ACCENT, linewidth=1.8, label=f"mean of {window} steps")
-    axes.set_yscale("log")
-    axes.set_title("training loss: noise error + variance term", color=TEXT, fontsize=11)
-    axes.set_xlabel("step", color=MUTED)
-    axes.tick_params(which="both", colors=MUTED)
-    axes.grid(which="both", color=MUTED, alpha=0.15, linewidth=0.5)
-    axes.spines[:].set_visible(False)
-    axes.legend(frameon=False, labelcolor=TEXT)
-    return figure
-
-
-def _new_figure(*, width: float, height: float) -> Figure:
-    # Not through pyplot: it would look for a display and leave global state behind.
-    from matplotlib.figure import Figure
-
-    return Figure(figsize=(width, height), dpi=150, facecolor=BACKGROUND)
-
-
-def _save(figure: Figure, path: Path) -> None:
-    figure.savefig(path, metadata={"Software": None})
 
 
 def _show_grid(axes: Axes, images: Tensor, row_names: Sequence[str]) -> None:

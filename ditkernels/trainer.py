@@ -1,201 +1,648 @@
-"""Training: one loop, read from top to bottom."""
+"""Training: one loop, read from top to bottom, from a config to weights that a crash at any instant cannot change.
+
+Everything random is keyed by (seed, step, position in the batch), so a run is a function of its config and its data: how many
+processes read images, in how many parts a batch is computed and where the run was interrupted does not matter. The host enqueues
+a step and reads the loss of the one before; in between it waits for nothing.
+"""
 
 from __future__ import annotations
 
-import copy
-import math
+import argparse
+import os
+import signal
 import sys
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Generic, TypeVar
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
 
 import torch
-from torch import Tensor, nn
-from tqdm import tqdm
+from torch import Tensor
 
-from ditkernels.data import LabelledImages, ShuffledStream
-from ditkernels.diffusion import GaussianDiffusion
+from ditkernels import flops
+from ditkernels.checkpoint import (
+    Checkpoint,
+    CheckpointError,
+    CheckpointWriter,
+    checkpoint_directory,
+    checkpoints_of,
+    load_checkpoint,
+    load_public_checkpoint,
+    newest_checkpoint,
+    set_aside,
+)
+from ditkernels.config import TrainConfig, add_flags, differences, from_flags
+from ditkernels.data import Batch, TrainingData, UnreadableImagesError, open_data, stream_batches
+from ditkernels.diffusion import GaussianDiffusion, create_diffusion
+from ditkernels.models import DiT_models
+from ditkernels.ops._registry import use_backend
+from ditkernels.optimizer import (
+    EMA,
+    LossScale,
+    learning_rate,
+    load_optimizer_tensors,
+    make_optimizer,
+    optimizer_tensors,
+    update,
+)
+from ditkernels.random import Stream, below, normals, uniforms
+from ditkernels.reference import DiT
+from ditkernels.runlog import METRICS, OneStepLate, RunLog, StepMetrics, cut_back
+from ditkernels.vae import VAE, load_vae
 
-Model = TypeVar("Model", bound=nn.Module)
+RESIDUAL_DTYPES = {"auto": None, "bf16": torch.bfloat16, "fp32": torch.float32}
+AUTOCAST_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class NonFiniteGradientError(FloatingPointError):
+    """Too many steps in a row had a loss or gradient that is not finite; the last good checkpoint is kept."""
 
 
 @dataclass(frozen=True)
-class TrainConfig:
-    """How to train.
+class TrainResult:
+    """What a run leaves in memory.
+
+    Attributes:
+        model: the trained one, in train mode.
+        ema: the moving average of its weights, in eval mode.
+        step: steps taken.
+        interrupted: the signal that ended the run early, after a checkpoint; None if it is complete.
+    """
+
+    model: DiT
+    ema: DiT
+    step: int
+    interrupted: int | None
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The loop
+# ------------------------------------------------------------------------------------------------------------
+
+
+def train(config: TrainConfig, *, model: DiT | None = None, data: TrainingData | None = None) -> TrainResult:
+    """Train as ``config`` says, in ``config.results_dir``.
+
+    The same config and data give the same weights, bit for bit, on the same device with the same number of threads,
+    whether the run is broken off and resumed or not. The caller's random state is left as it was.
 
     Args:
-        steps: optimizer steps.
-        batch_size: samples a step.
-        learning_rate: constant, of AdamW with betas (0.9, 0.999), as in the DiT paper.
-        weight_decay: of AdamW.
-        ema_decay: the moving average is ema_decay·average + (1 − ema_decay)·weights, once a step.
-        seed: fixes the order of the data, the timesteps, the noise and the dropped labels.
+        config: see TrainConfig.
+        model: trained in place of the one that ``config.model`` names.
+        data: trained on in place of what ``config.data_path`` names.
 
     Raises:
-        ValueError: a value out of range.
+        ValueError: the config does not fit the data, the model or the folder; CheckpointError is one.
+        NonFiniteGradientError: more than ``config.max_skipped`` steps in a row were skipped.
+        OSError: a checkpoint could not be written; the ones before are whole.
+    """
+    device = resolve_device(config.device)
+    run = Path(config.results_dir)
+    with ExitStack() as stack:
+        stack.enter_context(numerics(config, device))
+        data = data or open_data(config)
+        vae = None if config.vae == "none" else load_vae(config.vae, device)
+        model = model or build_model(config, latent_shape(config, data, vae))
+        trainer = Trainer(config, data, vae, model.to(device))
+        begin(run, trainer)
+        stop = stack.enter_context(StopSignal())
+        writer = CheckpointWriter(run, keep_last=config.keep_last, keep_every=config.keep_every)
+        stack.callback(writer.close)
+        log = trainer.new_log()
+        stack.callback(log.close)
+        late = OneStepLate()
+        steps = range(trainer.step, trainer.total)
+        batches = stream_batches(
+            data.train, steps, workers=config.num_workers, pin_memory=device.type == "cuda"
+        )
+
+        saved = trainer.step
+        for step, batch in zip(steps, batches, strict=True):
+            trainer.note_unreadable(batch, log)
+            rate = learning_rate(config, step, trainer.total)
+            scalars = trainer.train_step(batch, step, rate)
+            trainer.step = step + 1
+            trainer.take_in(late.push(step + 1, rate, scalars), log)
+
+            if config.val_every and (step + 1) % config.val_every == 0:
+                log.write({"step": step + 1, "validation_loss": trainer.validation_loss()})
+            if config.sample_every and (step + 1) % config.sample_every == 0:
+                trainer.draw_samples(run / "samples" / f"step-{step + 1:08d}.png")
+            last = stop.number is not None or step + 1 == trainer.total
+            if last or (step + 1) % config.ckpt_every == 0:
+                trainer.take_in(late.pop(), log)
+                writer.save(trainer.checkpoint(log))
+                saved = step + 1
+            writer.raise_failure()
+            if stop.number is not None:
+                break
+        writer.wait()
+        if stop.number is not None:
+            log.say(
+                f"stopped by {signal.Signals(stop.number).name}; {checkpoint_directory(run, saved)} is whole"
+            )
+    interrupted = stop.number if trainer.step < trainer.total else None
+    return TrainResult(trainer.model, trainer.ema.model, trainer.step, interrupted)
+
+
+class Trainer:
+    """The state of a run, and what it does with a batch.
+
+    Args:
+        config: the run's.
+        data: what it trains on.
+        vae: turns images into latents; None trains on pixels.
+        model: on the device that trains.
+
+    Attributes:
+        step: steps taken.
+        total: steps of the whole run.
     """
 
-    steps: int
-    batch_size: int = 256
-    learning_rate: float = 1e-4
-    weight_decay: float = 0.0
-    ema_decay: float = 0.9999
-    seed: int = 0
+    def __init__(self, config: TrainConfig, data: TrainingData, vae: VAE | None, model: DiT) -> None:
+        self.config = config
+        self.data = data
+        self.vae = vae
+        self.model = model
+        self.device = next(model.parameters()).device
+        self.precision = resolve_precision(config.precision, self.device)
+        self.diffusion: GaussianDiffusion = create_diffusion("", learn_sigma=model.learn_sigma)
+        self.ema = EMA(model, config.ema_decay)
+        self.optimizer = make_optimizer((w for w in model.parameters() if w.requires_grad), config)
+        self.loss_scale = LossScale(self.device) if self.precision == "fp16" else None
+        self.step = 0
+        self.total = config.steps or max(1, config.epochs * data.length // config.global_batch_size)
+        self.skipped = 0
+        self.skipped_in_a_row = 0
+        self.unreadable: set[str] = set()
+        self._pending: Mapping[str, float] | None = None
+        # Forward and backward cost three times the forward; a multiply-add is two operations.
+        self.flops_per_image = 3 * flops.count(model).flops
+        self._positions = torch.arange(config.global_batch_size, device=self.device)
+        self._check_label_dropout()
+        model.train()
+        # Labels are dropped below, by keyed draws; in train mode the embedder would drop again.
+        model.y_embedder.eval()
+        if config.compile:
+            for block in (*model.blocks, model.final_layer):
+                block.compile(dynamic=False)
 
-    def __post_init__(self) -> None:
-        for name in ("steps", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: got {getattr(self, name)}, allowed is 1 or more")
-        if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
-            raise ValueError(f"learning_rate: got {self.learning_rate}, allowed is a positive number")
-        if not (math.isfinite(self.weight_decay) and self.weight_decay >= 0):
-            raise ValueError(f"weight_decay: got {self.weight_decay}, allowed is 0 or more")
-        if not 0 <= self.ema_decay < 1:
-            raise ValueError(f"ema_decay: got {self.ema_decay}, allowed is 0 up to, not including, 1")
-        if not 0 <= self.seed < 2**32:
-            # torch's CPU generator reads the low 32 bits only.
-            raise ValueError(f"seed: got {self.seed}, allowed are 0..{2**32 - 1}")
+    # --------------------------------------------------------------------------------------------------------
+    # One step
+    # --------------------------------------------------------------------------------------------------------
 
+    def train_step(self, batch: Batch, step: int, rate: float) -> list[Tensor]:
+        """Forward, backward, optimizer, moving average; returns loss, gradient norm and skipped, 0-dim on the device."""
+        parts = self.config.accumulation
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.zero_grad(set_to_none=True)
+        loss = torch.zeros((), device=self.device)
+        images, labels = self._to_device(batch.images), self._to_device(batch.labels)
+        for positions, some_images, some_labels in zip(
+            self._positions.chunk(parts), images.chunk(parts), labels.chunk(parts), strict=True
+        ):
+            part = self._loss(some_images, some_labels, step, positions) / parts
+            (part if self.loss_scale is None else part * self.loss_scale.value).backward()
+            loss += part.detach()
+        norm, skipped = update(self.optimizer, loss, self.loss_scale, self.config.grad_clip)
+        self.ema.update()
+        return [loss, norm, skipped]
 
-@dataclass(frozen=True)
-class TrainResult(Generic[Model]):
-    """What training leaves beside the model: its moving average, in eval mode, and every step's loss."""
+    def _loss(self, images: Tensor, labels: Tensor, step: int, positions: Tensor) -> Tensor:
+        """Mean loss of the samples at ``positions`` (b,) of the global batch of ``step``."""
+        seed, dropout = self.config.global_seed, self.config.label_dropout
+        latents = self._latents(images, Stream.POSTERIOR, step, positions)
+        if dropout > 0:
+            dropped = uniforms(seed, Stream.LABEL_DROP, step, positions) < dropout
+            labels = torch.where(dropped, self.model.num_classes, labels)
+        t = below(self.diffusion.num_timesteps, seed, Stream.TIMESTEP, step, positions)
+        noise = normals(seed, Stream.NOISE, step, positions, tuple(latents.shape[1:]))
+        with self._autocast():
+            losses = self.diffusion.training_losses(self.model, latents, t, {"y": labels}, noise)
+        return losses["loss"].mean()
 
-    ema: Model
-    losses: list[float]
+    def _latents(self, images: Tensor, stream: Stream, step: int, positions: Tensor) -> Tensor:
+        if images.dtype == torch.uint8:
+            images = images.float() / 127.5 - 1
+        if self.vae is None:
+            return images
+        shape = self.vae.latent_shape(images.shape[-1])
+        return self.vae.latents(images, normals(self.config.global_seed, stream, step, positions, shape))
 
+    def _to_device(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self.device, non_blocking=True)
 
-class NonFiniteLossError(FloatingPointError):
-    """The loss became NaN or infinite; the message names the step."""
+    def _autocast(self) -> AbstractContextManager[Any]:
+        dtype = AUTOCAST_DTYPES.get(self.precision)
+        return nullcontext() if dtype is None else torch.autocast(self.device.type, dtype)
 
+    # --------------------------------------------------------------------------------------------------------
+    # What the host learns
+    # --------------------------------------------------------------------------------------------------------
 
-class EMA(Generic[Model]):
-    """The exponential moving average of a model's weights, as a model in eval mode.
+    def new_log(self) -> RunLog:
+        """The log that goes on where the run stands."""
+        return RunLog(
+            self.config,
+            total=self.total,
+            start=self.step,
+            flops_per_image=self.flops_per_image,
+            device=self.device,
+            pending=self._pending,
+        )
 
-    Frozen parameters and buffers are copied once, at the start, and never touched again.
-    """
+    def take_in(self, metrics: StepMetrics | None, log: RunLog) -> None:
+        """Counts and logs a step that has reached the host.
 
-    def __init__(self, model: Model, decay: float) -> None:
-        self.decay = decay
-        self.model = copy.deepcopy(model).eval().requires_grad_(False)
-        pairs = zip(self.model.parameters(), model.parameters(), strict=True)
-        trainable = [(average, weight) for average, weight in pairs if weight.requires_grad]
-        self._averages: list[Tensor] = [average for average, _ in trainable]
-        self._weights: list[Tensor] = [weight for _, weight in trainable]
+        Raises:
+            NonFiniteGradientError: it is one skipped step too many.
+        """
+        if metrics is None:
+            return
+        self.skipped += metrics.skipped
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if metrics.skipped else 0
+        log.step(metrics, self.skipped)
+        if self.skipped_in_a_row > self.config.max_skipped:
+            raise NonFiniteGradientError(
+                f"{self.skipped_in_a_row} steps in a row up to step {metrics.step} had a loss or gradient that is not "
+                f"finite (the last: loss {metrics.loss}, norm {metrics.norm}); a lower learning rate is the usual cure"
+            )
+
+    def note_unreadable(self, batch: Batch, log: RunLog) -> None:
+        """Names and counts the files that could not be read.
+
+        Raises:
+            UnreadableImagesError: they are more than ``max_unreadable``.
+        """
+        for path in batch.unreadable:
+            if path not in self.unreadable:
+                self.unreadable.add(path)
+                log.say(f"skipped {path}: not a readable image ({len(self.unreadable)} so far)")
+        if len(self.unreadable) > self.config.max_unreadable:
+            raise UnreadableImagesError(
+                f"{len(self.unreadable)} images are unreadable, allowed are {self.config.max_unreadable} "
+                f"(max_unreadable); the last one is {batch.unreadable[-1]}"
+            )
 
     @torch.no_grad()
-    def update(self) -> None:
-        """average ← decay·average + (1 − decay)·weight, over all trainable tensors in one foreach pass."""
-        torch._foreach_lerp_(self._averages, self._weights, 1 - self.decay)
+    def validation_loss(self) -> float:
+        """Mean loss of the moving average on held-out images, always with the same timesteps and noise.
+
+        Raises:
+            ValueError: there are no held-out images.
+        """
+        if self.data.validation is None:
+            raise ValueError("val_every: there are no held-out images, allowed is 0; val_path names some")
+        seed, count = 0, 0
+        losses: list[Tensor] = []
+        while count < self.config.val_images:
+            batch = self.data.validation[len(losses)]
+            positions = torch.arange(count, count + len(batch.labels), device=self.device)
+            count += len(positions)
+            latents = self._latents(self._to_device(batch.images), Stream.VALIDATION_POSTERIOR, 0, positions)
+            t = below(self.diffusion.num_timesteps, seed, Stream.VALIDATION_TIMESTEP, 0, positions)
+            noise = normals(seed, Stream.VALIDATION_NOISE, 0, positions, tuple(latents.shape[1:]))
+            with self._autocast():
+                found = self.diffusion.training_losses(
+                    self.ema.model, latents, t, {"y": self._to_device(batch.labels)}, noise
+                )
+            losses.append(found["loss"].double())
+        return torch.cat(losses)[: self.config.val_images].mean().item()
+
+    def draw_samples(self, path: Path) -> None:
+        """Writes a grid of 16 images drawn from the moving average, of classes spread over all, always from the same noise."""
+        from ditkernels.sampler import SampleConfig, sample
+
+        guided = self.config.label_dropout > 0
+        settings = SampleConfig(
+            guidance_scale=self.config.sample_guidance if guided else 1.0,
+            guided_channels=3 if self.vae is not None else None,
+            clip_denoised=self.vae is None,
+        )
+        labels = torch.arange(16) * max(1, self.model.num_classes // 16) % self.model.num_classes
+        diffusion = create_diffusion(str(self.config.sample_steps), learn_sigma=self.model.learn_sigma)
+        with self._autocast():
+            drawn = sample(self.ema.model, diffusion, labels, settings)
+        save_grid(drawn if self.vae is None else self.vae.decode(drawn), path)
+
+    # --------------------------------------------------------------------------------------------------------
+    # Checkpoints
+    # --------------------------------------------------------------------------------------------------------
+
+    def checkpoint(self, log: RunLog) -> Checkpoint:
+        """Everything that training goes on from; the tensors are those in use, not copies."""
+        return Checkpoint(
+            model=self.model.state_dict(),
+            ema=self.ema.model.state_dict(),
+            step=self.step,
+            config={"model": model_arguments(self.model), "training": asdict(self.config)},
+            optimizer=optimizer_tensors(self.optimizer, self.model),
+            state={
+                "images_seen": self.step * self.config.global_batch_size,
+                "data_length": self.data.length,
+                "class_to_idx": self.data.class_to_idx,
+                "skipped": self.skipped,
+                "skipped_in_a_row": self.skipped_in_a_row,
+                "unreadable": sorted(self.unreadable),
+                "loss_scale": None if self.loss_scale is None else self.loss_scale.state(),
+                "pending": log.pending(),
+            },
+        )
+
+    def resume(self, checkpoint: Checkpoint, origin: Path) -> None:
+        """Takes over a checkpoint of the same run.
+
+        Raises:
+            CheckpointError: it is of another config or of other data; what differs is listed.
+        """
+        self._check_same_run(checkpoint, origin)
+        assert checkpoint.ema is not None
+        assert checkpoint.optimizer is not None
+        assert checkpoint.step is not None
+        self.model.load_state_dict(checkpoint.model)
+        self.ema.model.load_state_dict(checkpoint.ema)
+        load_optimizer_tensors(self.optimizer, self.model, checkpoint.optimizer)
+        self.step = checkpoint.step
+        self.skipped = checkpoint.state["skipped"]
+        self.skipped_in_a_row = checkpoint.state["skipped_in_a_row"]
+        self.unreadable = set(checkpoint.state["unreadable"])
+        self._pending = checkpoint.state["pending"]
+        if self.loss_scale is not None:
+            self.loss_scale.load(checkpoint.state["loss_scale"])
+
+    def _check_same_run(self, checkpoint: Checkpoint, origin: Path) -> None:
+        if checkpoint.ema is None or checkpoint.optimizer is None or "training" not in checkpoint.config:
+            raise CheckpointError(
+                f"{origin} holds weights but no training state; init_from starts from weights"
+            )
+        found = differences(checkpoint.config["training"], self.config)
+        if self.config.lr_schedule == "constant":
+            # How long the run shall be changes no step of it, unless the rate depends on it.
+            found = [text for text in found if not text.startswith(("steps:", "epochs:"))]
+        mine, theirs = model_arguments(self.model), checkpoint.config["model"]
+        found += [
+            f"{name}: {theirs.get(name)!r} there, {mine[name]!r} here"
+            for name in mine
+            if theirs.get(name) != mine[name]
+        ]
+        for name, here in (("data_length", self.data.length), ("class_to_idx", self.data.class_to_idx)):
+            if checkpoint.state[name] != here:
+                found.append(f"{name}: other data")
+        if found:
+            raise CheckpointError(f"{origin} is of another run: {'; '.join(found)}")
+
+    def _check_label_dropout(self) -> None:
+        table, classes = self.model.y_embedder.embedding_table, self.model.num_classes
+        if self.config.label_dropout > 0 and table.num_embeddings == classes:
+            raise ValueError(
+                f"label_dropout: got {self.config.label_dropout}, allowed is 0: the model has no null class"
+            )
 
 
-def train(
-    model: Model,
-    diffusion: GaussianDiffusion,
-    data: LabelledImages,
-    config: TrainConfig,
-    *,
-    progress: bool = True,
-) -> TrainResult[Model]:
-    """Train `model` in place on `data`, on the device that the model is on.
+# ------------------------------------------------------------------------------------------------------------
+# Beginning: a fresh run, one from given weights, one that goes on
+# ------------------------------------------------------------------------------------------------------------
 
-    The same seed gives the same weights, bit for bit, on the same device with the same number of threads. The
-    caller's random state is left as it was.
 
-    Args:
-        model: called as model(x, t, y=labels); drops labels itself, in train mode. Left in train mode.
-        diffusion: the process to learn; its training_losses is the loss.
-        data: images in the model's shape.
-        config: see TrainConfig.
-        progress: show a bar with loss, images/s and time left on stderr.
+def begin(run: Path, trainer: Trainer) -> None:
+    """Puts the trainer where the run stands, and cuts the run's metrics back to there.
 
     Raises:
-        NonFiniteLossError: the loss of a step is NaN or infinite; the weights are those before that step.
+        CheckpointError: nothing to resume, or it is of another run.
+        ValueError: a fresh run would overwrite one.
     """
-    weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    device = weights[0].device
-    optimizer = make_optimizer(weights, config)
-    ema = EMA(model, config.ema_decay)
-    stream = ShuffledStream(len(data), config.batch_size, config.seed)
-    data = data.to(device)
-    losses: list[float] = []
-
-    model.train()
-    with _seeded(config.seed, device), _Bar(config, shown=progress) as bar:
-        for step in range(config.steps):
-            batch = stream.batch(step).to(device)
-            loss = diffusion_loss(model, diffusion, data.images[batch], data.labels[batch])
-            losses.append(_finite(loss, step))
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizer.step()
-            ema.update()
-            bar.advance(losses)
-    return TrainResult(ema.model, losses)
+    config = trainer.config
+    if config.resume == "auto":
+        _resume_newest(run, trainer)
+    elif config.resume != "none":
+        _resume_from(Path(config.resume), run, trainer)
+    elif checkpoints_of(run) or (run / METRICS).exists():
+        raise ValueError(
+            f"results_dir: {run} holds a run; --resume auto goes on with it, another folder starts a new one"
+        )
+    if trainer.step == 0 and config.init_from is not None:
+        initialise(trainer, config.init_from)
+    run.mkdir(parents=True, exist_ok=True)
+    cut_back(run / METRICS, trainer.step)
 
 
-def make_optimizer(weights: Iterable[nn.Parameter], config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW over `weights`, fused on the devices that have it."""
-    weights = list(weights)
-    return torch.optim.AdamW(
-        weights,
-        lr=config.learning_rate,
-        weight_decay=config.weight_decay,
-        fused=all(weight.device.type in ("cpu", "cuda") for weight in weights),
+def _resume_newest(run: Path, trainer: Trainer) -> None:
+    found = newest_checkpoint(run)
+    if found.path is not None and found.checkpoint is not None:
+        trainer.resume(found.checkpoint, found.path)
+    for path, reason in found.broken.items():
+        print(
+            f"ditkernels: passed over a broken checkpoint, now {set_aside(path)}: {reason}", file=sys.stderr
+        )
+    where = (
+        f"step {trainer.step}, {found.path}" if found.path else f"nothing: {run} holds no whole checkpoint"
+    )
+    print(f"resumed from {where}")
+
+
+def _resume_from(path: Path, run: Path, trainer: Trainer) -> None:
+    checkpoint = load_checkpoint(path)
+    trainer.resume(checkpoint, path)
+    newer = [step for step in checkpoints_of(run) if step > trainer.step]
+    if newer:
+        raise CheckpointError(
+            f"resume: {run} holds checkpoints newer than {path}, up to step {newer[-1]}; give another results_dir"
+        )
+    print(f"resumed from step {trainer.step}, {path}")
+
+
+def initialise(trainer: Trainer, source: str) -> None:
+    """Starts model and moving average from the weights of a checkpoint's folder or a public ``.pt`` file.
+
+    The moving average is taken where there is one. Positions are made anew for another image size. With another number of
+    classes the labels' rows start afresh, and the null class keeps its row.
+
+    Raises:
+        CheckpointError: no checkpoint, or tensors that do not fit; they are listed.
+    """
+    path = Path(source)
+    checkpoint = load_checkpoint(path) if path.is_dir() else load_public_checkpoint(path)
+    own = trainer.model.state_dict()
+    given = {**checkpoint.sampling_weights}
+    if "pos_embed" in own:
+        given["pos_embed"] = own["pos_embed"]
+    table = "y_embedder.embedding_table.weight"
+    if table in given:
+        given[table] = _resized_table(given[table], own[table], trainer.model.num_classes)
+    wrong = [
+        f"{name} {_shape(given.get(name))}, here {_shape(own.get(name))}"
+        for name in sorted(own.keys() | given.keys())
+        if _shape(given.get(name)) != _shape(own.get(name))
+    ]
+    if wrong:
+        raise CheckpointError(f"init_from: {source} does not fit the model: {'; '.join(wrong[:8])}")
+    trainer.model.load_state_dict(given)
+    trainer.ema.model.load_state_dict(given)
+    print(f"initialised from {source}")
+
+
+def _resized_table(given: Tensor, own: Tensor, classes: int) -> Tensor:
+    """The rows of ``given`` for a table (rows, D) like ``own``, which has ``classes`` rows and perhaps the null class."""
+    if given.shape == own.shape or given.shape[1] != own.shape[1]:
+        return given
+    resized = own.detach().cpu().clone()
+    if abs(len(given) - len(own)) == 1 and classes in (len(given), len(given) - 1):
+        # The same classes, with and without a null class.
+        resized[:classes] = given[:classes]
+    elif len(own) > classes:
+        resized[classes] = given[-1]
+    return resized
+
+
+def _shape(tensor: Tensor | None) -> str:
+    return "missing" if tensor is None else str(tuple(tensor.shape))
+
+
+def latent_shape(config: TrainConfig, data: TrainingData, vae: VAE | None) -> tuple[int, int, int]:
+    """(C, H, W) of what the model sees; errors as of :meth:`VAE.latent_shape`."""
+    return data.shape if vae is None else vae.latent_shape(config.image_size)
+
+
+def build_model(config: TrainConfig, shape: tuple[int, int, int]) -> DiT:
+    """The model of a config for inputs (C, H, W), freshly initialised on the CPU by ``global_seed``."""
+    sizes = {name: getattr(config, name) for name in ("hidden_size", "depth", "num_heads")}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.global_seed)
+        model: DiT = DiT_models[config.model](
+            input_size=shape[1:],
+            in_channels=shape[0],
+            num_classes=1 if config.unconditional else config.num_classes,
+            class_dropout_prob=config.label_dropout,
+            conditioning=config.conditioning,
+            residual_dtype=RESIDUAL_DTYPES[config.residual_dtype],
+            attention_backend=config.attention_backend,
+            checkpointing=config.checkpointing,
+            **{name: size for name, size in sizes.items() if size is not None},
+        )
+    return model
+
+
+def model_arguments(model: DiT) -> dict[str, Any]:
+    """The arguments that make a DiT of the same shapes, as JSON values."""
+    rows = model.y_embedder.embedding_table.num_embeddings
+    hidden_size = model.x_embedder.proj.weight.shape[0]
+    return {
+        "input_size": list(model.input_size),
+        "patch_size": model.patch_size,
+        "in_channels": model.in_channels,
+        "hidden_size": hidden_size,
+        "depth": len(model.blocks),
+        "num_heads": model.num_heads,
+        "mlp_ratio": model.state_dict()["blocks.0.mlp.fc1.weight"].shape[0] / hidden_size,
+        "class_dropout_prob": model.y_embedder.dropout_prob if rows > model.num_classes else 0.0,
+        "num_classes": model.num_classes,
+        "learn_sigma": model.learn_sigma,
+        "conditioning": model.conditioning,
+    }
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Surroundings
+# ------------------------------------------------------------------------------------------------------------
+
+
+def resolve_device(name: str) -> torch.device:
+    """As ``ditkernels.check.resolve_device``, imported only here."""
+    from ditkernels import check
+
+    return check.resolve_device(name)
+
+
+def resolve_precision(name: str, device: torch.device) -> str:
+    """bf16, fp16, tf32 or fp32; "auto" is bf16 on GPUs that have it, else fp32."""
+    if name != "auto":
+        return name
+    return (
+        "bf16"
+        if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        else "fp32"
     )
 
 
-def diffusion_loss(model: nn.Module, diffusion: GaussianDiffusion, images: Tensor, labels: Tensor) -> Tensor:
-    """Mean training loss of a batch (B, C, H, W) with labels (B,), at uniformly drawn timesteps; a scalar."""
-    t = torch.randint(diffusion.num_timesteps, labels.shape, device=images.device)
-    return diffusion.training_losses(model, images, t, model_kwargs={"y": labels})["loss"].mean()
-
-
-def _finite(loss: Tensor, step: int) -> float:
-    value = loss.item()
-    if not math.isfinite(value):
-        raise NonFiniteLossError(
-            f"the loss became {value} at step {step}; a lower learning rate is the usual cure"
-        )
-    return value
-
-
 @contextmanager
-def _seeded(seed: int, device: torch.device) -> Iterator[None]:
-    devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(seed)
-        yield
+def numerics(config: TrainConfig, device: torch.device) -> Iterator[None]:
+    """The process-wide settings of a run: TF32, determinism, backends; put back afterwards."""
+    before = torch.get_float32_matmul_precision()
+    was_deterministic = torch.are_deterministic_algorithms_enabled()
+    tf32 = resolve_precision(config.precision, device) == "tf32"
+    torch.set_float32_matmul_precision("high" if tf32 else "highest")
+    if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    forced = None if config.backend == "auto" else config.backend
+    try:
+        with use_backend(forced):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+        torch.use_deterministic_algorithms(was_deterministic)
 
 
-class _Bar:
-    """The progress bar: step, smoothed loss, images/s, time left."""
+class StopSignal:
+    """SIGTERM and SIGINT end the run after the step in progress and a checkpoint; a second one ends the process at once.
 
-    FORMAT = "{desc}{percentage:3.0f}%|{bar}| {rate_fmt}, {remaining} left{postfix}"
-    SMOOTHING_STEPS = 50
+    Attributes:
+        number: the signal that came, or None.
+    """
 
-    def __init__(self, config: TrainConfig, *, shown: bool) -> None:
-        self.config = config
-        self.tqdm = tqdm(
-            total=config.steps * config.batch_size,
-            unit=" images",
-            unit_scale=True,
-            desc=f"step 0/{config.steps}",
-            bar_format=self.FORMAT,
-            disable=not shown,
-            # A log file gets a line now and then, a terminal a bar that moves.
-            mininterval=0.1 if sys.stderr.isatty() else 10.0,
-        )
+    def __init__(self) -> None:
+        self.number: int | None = None
+        self._before: dict[int, Any] = {}
 
-    def __enter__(self) -> _Bar:
+    def __enter__(self) -> StopSignal:
+        # Python delivers signals to the main thread only.
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._before[number] = signal.signal(number, self._handle)
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.tqdm.close()
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
-    def advance(self, losses: list[float]) -> None:
-        recent = losses[-self.SMOOTHING_STEPS :]
-        self.tqdm.set_description(f"step {len(losses)}/{self.config.steps}", refresh=False)
-        self.tqdm.set_postfix(loss=f"{sum(recent) / len(recent):.4f}", refresh=False)
-        self.tqdm.update(self.config.batch_size)
+    def _handle(self, number: int, _frame: FrameType | None) -> None:
+        if self.number is not None:
+            os._exit(128 + number)
+        self.number = number
+
+
+def save_grid(images: Tensor, path: Path, columns: int = 4) -> None:
+    """Writes images (N, C, H, W), C 1 or 3, in [-1, 1], as one PNG, row by row.
+
+    Raises:
+        ImportError: Pillow is not installed.
+    """
+    try:
+        from PIL import Image
+    except ImportError as error:
+        raise ImportError(f"sample grids need Pillow ({error}): pip install ditkernels[vae]") from error
+    pixels = (images.float() * 127.5 + 128).clamp(0, 255).to(torch.uint8).cpu()
+    rows = [torch.cat(list(row), dim=-1) for row in pixels.split(columns)]
+    picture = torch.cat(rows, dim=-2).permute(1, 2, 0).squeeze(-1)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(picture.numpy()).save(path)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# `ditkernels train`
+# ------------------------------------------------------------------------------------------------------------
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of `ditkernels train`: the fields of TrainConfig."""
+    add_flags(parser, TrainConfig)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Trains; returns 0, or 128 + the number of the signal that ended the run early."""
+    result = train(from_flags(TrainConfig, args))
+    return 0 if result.interrupted is None else 128 + result.interrupted

@@ -166,3 +166,7 @@ def assert_accelerated_agreement(actual: Tensor, expected: Tensor, name: str = "
 
 ACCELERATED_TRAINING = 1e-4
 """Losses after three AdamW steps in fp32: Adam divides by gradients' own size, so their rounding, 1e-6, grows some tens of times."""
+
+
+ACCUMULATION_ULPS = 32.0
+"""The same sums over a batch, grouped otherwise: some tens of roundings, relative to the largest element of each gradient."""

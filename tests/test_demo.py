@@ -5,12 +5,13 @@ import json
 import subprocess
 import sys
 import types
+from dataclasses import replace
 
 import pytest
 import torch
 
 from ditkernels import demo
-from ditkernels.checkpoint import load_checkpoint
+from ditkernels.checkpoint import newest_checkpoint
 from ditkernels.cli import main
 from ditkernels.demo import Read
 from ditkernels.reference import DiT
@@ -30,6 +31,8 @@ def check(monkeypatch):
         return stand_in.passes
 
     monkeypatch.setattr("ditkernels.check.report", report)
+    # Three steps, three losses to draw.
+    monkeypatch.setattr(demo, "TRAINING", replace(demo.TRAINING, log_every=1))
     return stand_in
 
 
@@ -48,14 +51,14 @@ def test_it_writes_pictures_metrics_and_a_checkpoint_and_says_so(tmp_path, capsy
         assert f"{name} {metrics[name]:.3f}" in shown
     assert metrics["real_accuracy"] > 0.97
     assert (metrics["training"]["steps"], metrics["sampling"]["steps"]) == (3, 2)
-    for name in (*PICTURES, "metrics.json", "checkpoint"):
+    for name in (*PICTURES, "metrics.json", "run"):
         assert f"wrote {out / name}" in shown
     for name in PICTURES:
         assert (out / name).read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_checkpoint_makes_the_model_again(tmp_path):
-    checkpoint = load_checkpoint(run(tmp_path) / "checkpoint")
+    checkpoint = newest_checkpoint(run(tmp_path) / "run").checkpoint
     assert checkpoint.step == 3
     model = DiT(**checkpoint.config["model"])
     model.load_state_dict(checkpoint.model)
@@ -84,7 +87,7 @@ def test_same_seed_same_bytes_whatever_the_number_of_threads(tmp_path, monkeypat
     assert threads_in_training == [1, 1]
     other_seed = run(tmp_path / "c", "--seed", "1")
     metrics = json.loads((other_seed / "metrics.json").read_text())
-    assert (metrics["training"]["seed"], metrics["sampling"]["seed"]) == (1, 1)
+    assert (metrics["training"]["global_seed"], metrics["sampling"]["seed"]) == (1, 1)
     for name in PICTURES:
         assert (first / name).read_bytes() == (second / name).read_bytes()
         assert (first / name).read_bytes() != (other_seed / name).read_bytes()
@@ -94,7 +97,7 @@ def test_a_second_run_replaces_the_first(tmp_path):
     run(tmp_path)
     files = sorted(path.name for path in tmp_path.iterdir())
     run(tmp_path, "--steps", "4")
-    assert load_checkpoint(tmp_path / "checkpoint").step == 4
+    assert newest_checkpoint(tmp_path / "run").checkpoint.step == 4
     assert sorted(path.name for path in tmp_path.iterdir()) == files
 
 
@@ -121,7 +124,7 @@ def test_a_missing_package_names_the_extra_before_anything_runs(tmp_path, monkey
     "flags, message",
     [
         (("--steps", "0"), "steps: got 0"),
-        (("--seed", "-1"), "seed: got -1"),
+        (("--seed", "-1"), "global_seed: got -1"),
         (("--guidance", "-2"), "guidance_scale: got -2"),
         (("--sampling-steps", "0"), "0"),
         (("--sampling-steps", "1001"), "1001"),

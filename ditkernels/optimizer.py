@@ -1,0 +1,148 @@
+"""What happens between a gradient and the weights: norm, clipping, loss scale, AdamW, moving average. Nothing waits for the host.
+
+A gradient that is not finite must not reach the weights, and whether it is finite is known on the device only. AdamW's fused
+kernel takes that answer as a tensor (`found_inf`) and then leaves weights and moments as they are, and a divisor of the gradients
+beside it (`grad_scale`), which serves for clipping and for fp16's loss scale at once. On a skipped step therefore
+
+- weights, moments and AdamW's own step count stay as they are;
+- the moving average takes its usual step towards the unchanged weights;
+- the run's step count, and with it the learning rate, the data and all keyed random numbers, go on.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterable, Mapping
+from typing import Generic, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from ditkernels.config import TrainConfig
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def make_optimizer(weights: Iterable[nn.Parameter], config: TrainConfig) -> torch.optim.AdamW:
+    """Fused AdamW with betas (0.9, 0.999), as in the DiT paper."""
+    return torch.optim.AdamW(
+        list(weights), lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
+    )
+
+
+def learning_rate(config: TrainConfig, step: int, total: int) -> float:
+    """The rate of ``step``, counted from 0, in a run of ``total``: linear warm-up, then constant or a half cosine to 0."""
+    if step < config.warmup_steps:
+        return config.learning_rate * (step + 1) / config.warmup_steps
+    if config.lr_schedule == "constant":
+        return config.learning_rate
+    done = (step - config.warmup_steps) / max(1, total - config.warmup_steps)
+    return config.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
+
+
+class LossScale:
+    """fp16's loss scale, on the device: halved after an overflow, doubled after 2,000 steps without one.
+
+    Small gradients underflow in fp16; they are computed of a loss this many times larger (Micikevicius et al.,
+    arXiv 1710.03740).
+    """
+
+    INITIAL, GROWTH, BACKOFF, INTERVAL = 2.0**16, 2.0, 0.5, 2000
+
+    def __init__(self, device: torch.device) -> None:
+        self.value = torch.tensor(self.INITIAL, device=device)
+        self._good_steps = torch.tensor(0, dtype=torch.int32, device=device)
+
+    def update(self, overflow: Tensor) -> None:
+        """``overflow``: 1.0 if the step was skipped, else 0.0."""
+        torch._amp_update_scale_(
+            self.value, self._good_steps, overflow, self.GROWTH, self.BACKOFF, self.INTERVAL
+        )
+
+    def state(self) -> dict[str, float]:
+        """As JSON values; read from the device."""
+        return {"value": self.value.item(), "good_steps": int(self._good_steps.item())}
+
+    def load(self, state: Mapping[str, float]) -> None:
+        """Takes over a :meth:`state`."""
+        self.value.fill_(state["value"])
+        self._good_steps.fill_(int(state["good_steps"]))
+
+
+class Update(NamedTuple):
+    """What an update did: 0-dim fp32 tensors on the device.
+
+    Attributes:
+        norm: of the whole gradient, before clipping.
+        skipped: 1.0 if loss or gradient was not finite and nothing was changed, else 0.0.
+    """
+
+    norm: Tensor
+    skipped: Tensor
+
+
+def update(optimizer: torch.optim.AdamW, loss: Tensor, scale: LossScale | None, clip: float | None) -> Update:
+    """One step of the optimizer on the gradients that are there, skipped on the device if they or the loss are not finite.
+
+    Args:
+        loss: the step's, unscaled; 0-dim.
+        scale: what the gradients' loss was multiplied by.
+        clip: a larger norm is scaled down to this one.
+    """
+    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+    gradients = [weight.grad for weight in weights if weight.grad is not None]
+    norm = torch.nn.utils.get_total_norm(gradients, foreach=True)
+    divisor = None
+    if scale is not None:
+        divisor = scale.value.clone()
+        norm = norm / divisor
+    if clip is not None:
+        excess = (norm / clip).clamp(min=1)
+        divisor = excess if divisor is None else divisor * excess
+    skipped = (~torch.isfinite(norm + loss)).float()
+    optimizer.grad_scale, optimizer.found_inf = divisor, skipped  # type: ignore[attr-defined]
+    optimizer.step()
+    if scale is not None:
+        scale.update(skipped)
+    return Update(norm, skipped)
+
+
+def optimizer_tensors(optimizer: torch.optim.AdamW, model: nn.Module) -> dict[str, Tensor]:
+    """Moments and step counts by name of parameter and of tensor, "blocks.0.attn.qkv.weight.exp_avg"."""
+    return {
+        f"{name}.{kind}": tensor
+        for name, weight in model.named_parameters()
+        for kind, tensor in optimizer.state.get(weight, {}).items()
+    }
+
+
+def load_optimizer_tensors(
+    optimizer: torch.optim.AdamW, model: nn.Module, tensors: Mapping[str, Tensor]
+) -> None:
+    """Takes over :func:`optimizer_tensors`, wherever they lie."""
+    weights = dict(model.named_parameters())
+    for key, tensor in tensors.items():
+        name, _, kind = key.rpartition(".")
+        weight = weights[name]
+        optimizer.state[weight][kind] = tensor.to(weight.device, copy=True)
+
+
+class EMA(Generic[Model]):
+    """The exponential moving average of a model's weights, as a model in eval mode.
+
+    Frozen parameters and buffers are copied once, at the start, and never touched again.
+    """
+
+    def __init__(self, model: Model, decay: float) -> None:
+        self.decay = decay
+        self.model = copy.deepcopy(model).eval().requires_grad_(False)
+        pairs = zip(self.model.parameters(), model.parameters(), strict=True)
+        trainable = [(average, weight) for average, weight in pairs if weight.requires_grad]
+        self._averages: list[Tensor] = [average for average, _ in trainable]
+        self._weights: list[Tensor] = [weight for _, weight in trainable]
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """average ← decay·average + (1 − decay)·weight, over all trainable tensors in one foreach pass."""
+        torch._foreach_lerp_(self._averages, self._weights, 1 - self.decay)

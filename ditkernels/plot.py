@@ -1,0 +1,110 @@
+"""`ditkernels plot RUN...`: loss and speed of training runs, side by side in one picture."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ditkernels.runlog import METRICS, read_metrics
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+BACKGROUND, TEXT, MUTED, ACCENT, WRONG = "#101418", "#f2f5f7", "#9fb0c0", "#7cc4ff", "#ff5a4f"
+COLOURS = (ACCENT, "#ffb454", "#9ae58a", "#ff7eb6", "#c3a6ff", "#f2f5f7", "#5fd7d7", "#e5d36a")
+
+Rows = Sequence[Mapping[str, Any]]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of `ditkernels plot`."""
+    parser.add_argument(
+        "runs", nargs="+", type=Path, metavar="RUN", help="folder that `ditkernels train` wrote"
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("runs.png"),
+        help="picture to write: .png, .svg, .pdf (default: %(default)s)",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Draws; returns 0.
+
+    Raises:
+        ValueError: a folder holds no metrics.
+        ImportError: matplotlib is not installed.
+    """
+    runs = {str(folder): read_metrics(folder / METRICS) for folder in args.runs}
+    figure = new_figure(width=12.0, height=4.6)
+    losses, speeds = figure.subplots(1, 2)
+    figure.subplots_adjust(left=0.06, right=0.985, top=0.91, bottom=0.12, wspace=0.16)
+    draw_losses(losses, runs)
+    draw_speeds(speeds, runs)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    save(figure, args.out)
+    print(f"wrote {args.out}")
+    return 0
+
+
+def draw_losses(axes: Axes, runs: Mapping[str, Rows]) -> None:
+    """Training losses, and validation losses dashed, of runs by name."""
+    for (name, rows), colour in zip(runs.items(), _colours(runs), strict=True):
+        axes.plot(*_series(rows, "loss"), color=colour, linewidth=1.6, label=name)
+        steps, values = _series(rows, "validation_loss")
+        if steps:
+            label = f"{name}, validation"
+            axes.plot(steps, values, color=colour, linewidth=1.2, linestyle="--", label=label)
+    axes.set_yscale("log")
+    _dress(axes, "training loss: noise error + variance term")
+
+
+def draw_speeds(axes: Axes, runs: Mapping[str, Rows]) -> None:
+    """Images per second of runs by name."""
+    for (name, rows), colour in zip(runs.items(), _colours(runs), strict=True):
+        axes.plot(*_series(rows, "images_per_second"), color=colour, linewidth=1.6, label=name)
+    axes.set_ylim(bottom=0)
+    _dress(axes, "images per second")
+
+
+def new_figure(*, width: float, height: float) -> Figure:
+    """A dark figure; sizes in inches.
+
+    Raises:
+        ImportError: matplotlib is not installed; the message names the extra.
+    """
+    try:
+        # Not through pyplot: it would look for a display and leave global state behind.
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError(f"pictures need matplotlib ({error}): pip install ditkernels[demo]") from error
+
+    return Figure(figsize=(width, height), dpi=150, facecolor=BACKGROUND)
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Writes the picture; a PNG without the version of the software in it, so that equal pictures are equal files."""
+    figure.savefig(path, metadata={"Software": None} if path.suffix == ".png" else None)
+
+
+def _series(rows: Rows, name: str) -> tuple[list[int], list[float]]:
+    kept = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
+    return [step for step, _ in kept], [value for _, value in kept]
+
+
+def _colours(runs: Mapping[str, Rows]) -> list[str]:
+    return [COLOURS[index % len(COLOURS)] for index in range(len(runs))]
+
+
+def _dress(axes: Axes, title: str) -> None:
+    axes.set_facecolor(BACKGROUND)
+    axes.set_title(title, color=TEXT, fontsize=11)
+    axes.set_xlabel("step", color=MUTED)
+    axes.tick_params(which="both", colors=MUTED)
+    axes.grid(which="both", color=MUTED, alpha=0.15, linewidth=0.5)
+    axes.spines[:].set_visible(False)
+    axes.legend(frameon=False, labelcolor=TEXT)
