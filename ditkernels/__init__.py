@@ -3,10 +3,12 @@
 >>> model = ditkernels.DiT_models["DiT-XL/2"](input_size=32)        # same constructor and state dict as the public DiT
 >>> with ditkernels.use_backend("torch"): model(x, t, y)            # force a backend; by default each op chooses
 >>> h = ditkernels.ops.modulate_norm(x, shift, scale)               # or call one op
+>>> ditkernels.accelerate(model)                                    # or speed up the DiT you have, in place
 """
 
 from ditkernels import diffusion, ops, reference
 from ditkernels._version import __version__
+from ditkernels.accelerate import accelerate, restore
 from ditkernels.diffusion import create_diffusion
 from ditkernels.models import DiT, DiT_models
 from ditkernels.ops._registry import BackendError, use_backend
@@ -33,9 +35,11 @@ __all__ = [
     "DiT_XL_8",
     "DiT_models",
     "__version__",
+    "accelerate",
     "create_diffusion",
     "diffusion",
     "ops",
     "reference",
+    "restore",
     "use_backend",
 ]

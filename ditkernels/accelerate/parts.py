@@ -1,0 +1,184 @@
+"""The fused forwards that more than one family of models shares: norms, gates and residuals, attention, patch embedding."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ditkernels import ops, reference
+from ditkernels.accelerate import proof
+from ditkernels.accelerate.refusals import FAULTS, Refused, eps_of, require_plain
+from ditkernels.accelerate.swap import Fused
+from ditkernels.models import Stream, closed
+from ditkernels.ops import _registry as registry
+from ditkernels.ops.attention import BACKENDS, choose, describe
+
+# ------------------------------------------------------------------------------------------------------------------
+# Norms and residuals
+# ------------------------------------------------------------------------------------------------------------------
+
+
+def kind_of_norm(name: str, norm: nn.Module, width: int) -> str:
+    """Which norm of the ops a module is, told by what it computes: "layernorm" or "rmsnorm". Raises Refused if neither."""
+    eps = eps_of(name, norm)
+    parameters = dict(norm.named_parameters())
+    if not parameters.keys() <= {"weight", "bias"} or any(p.shape != (width,) for p in parameters.values()):
+        raise Refused(f"{name} is {type(norm).__name__} with parameters the ops do not know")
+    trial = copy.deepcopy(norm).double()
+    proof.randomise(trial)
+    x = proof.Draw(torch.float64, proof.device_of(norm)).rows(2, 5, width)
+    try:
+        want = trial(x)
+    except FAULTS as fault:
+        raise Refused(f"{name} is {type(norm).__name__} and does not run ({fault})") from fault
+    affine = {key: getattr(trial, key, None) for key in ("weight", "bias")}
+    for kind in reference.NORMS:
+        error = (reference.normalize(x, **affine, norm=kind, eps=eps) - want).abs().max()
+        if error <= proof.WIDE_TOLERANCE[torch.float64] * want.abs().max():
+            return kind
+    raise Refused(f"{name} is {type(norm).__name__}, neither layer norm nor RMS norm")
+
+
+def norm_arguments(norm: nn.Module, kind: str) -> dict[str, Any]:
+    """A norm as the ops take it: its parameters and eps as they are now, so that both can still be changed."""
+    weight, bias = getattr(norm, "weight", None), getattr(norm, "bias", None)
+    return {"weight": weight, "bias": bias, "norm": kind, "eps": eps_of("norm", norm)}
+
+
+def normed(
+    stream: Stream, norm: nn.Module, kind: str, shift: Tensor | None, scale: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Closes the open residual of ``stream``; returns the new x and its modulated norm."""
+    arguments = norm_arguments(norm, kind)
+    if stream.branch is None:
+        return stream.x, ops.modulate_norm(stream.x, shift, scale, **arguments)
+    x, _, gate = promoted(stream)
+    return ops.gated_residual_norm(x, stream.branch, gate, shift, scale, **arguments)
+
+
+def promoted(stream: Stream) -> Stream:
+    """``stream`` with x in the dtype that plain PyTorch would give the sum."""
+    added = [t for t in (stream.branch, stream.gate) if t is not None]
+    dtype = stream.x.dtype
+    for tensor in added:
+        dtype = torch.promote_types(dtype, tensor.dtype)
+    return stream if dtype == stream.x.dtype else stream._replace(x=stream.x.to(dtype))
+
+
+def plain(stream: Stream) -> Tensor:
+    """The residual stream with nothing left to add."""
+    return closed(promoted(stream)).x
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Attention
+# ------------------------------------------------------------------------------------------------------------------
+
+
+def given(*options: Any) -> bool:
+    """Whether a caller has set any of the optional arguments."""
+    return any(option is not None and option is not False for option in options)
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """What a linear or a convolution gives for x."""
+    return registry.autocast_dtype(x) or x.dtype
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attention of separate q, k and v (B, N, heads, head_dim), by the kernel that ``ops.attention`` would choose: (B, N, D)."""
+    dtype = compute_dtype(q)
+    q, k, v = (t.to(dtype) for t in (q, k, v))
+    problem = describe(q, k, v)
+    return BACKENDS[choose(problem)].run(q, k, v, problem.head_dim**-0.5).flatten(2)
+
+
+class PackedAttention(Fused):
+    """timm's self-attention: ``qkv``, ``proj``. A call with a mask takes the original's way."""
+
+    qkv: nn.Linear
+    proj: nn.Linear
+    num_heads: int
+
+    def forward(self, x: Tensor, *rest: Any, **options: Any) -> Tensor:
+        if given(*rest, *options.values()):
+            return super().forward(x, *rest, **options)
+        return self.proj(ops.attention(self.qkv(x).unflatten(-1, (3, self.num_heads, -1))))
+
+
+def check_packed_attention(attn: Any) -> None:
+    """Raises Refused unless ``attn`` looks like timm's attention without options."""
+    for name in ("qkv", "proj"):
+        require_plain(name, getattr(attn, name, nn.Identity()), nn.Linear)
+    if not isinstance(getattr(attn, "num_heads", None), int):
+        raise Refused(f"{type(attn).__name__} has no num_heads")
+    for name, option in attn.named_children():
+        if name not in ("qkv", "proj") and not isinstance(option, (nn.Identity, nn.Dropout)):
+            raise Refused(f"it has {name}, a {type(option).__name__}, which the op does not know")
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Patches
+# ------------------------------------------------------------------------------------------------------------------
+
+
+class PatchEmbed(Fused):
+    """timm's patch embedding, with the positions if they are given. Other image sizes than its own go the original's way."""
+
+    proj: nn.Conv2d
+    img_size: tuple[int, int] | None
+
+    def forward(self, x: Tensor, pos_embed: Tensor | None = None) -> Tensor:
+        if not self._fits(x):
+            tokens = super().forward(x)
+            return tokens if pos_embed is None else tokens + pos_embed
+        return ops.patch_embed(x, self.proj.weight, self.proj.bias, pos_embed)
+
+    def _fits(self, x: Tensor) -> bool:
+        size = self.img_size
+        return x.dim() == 4 and size is not None and tuple(x.shape[2:]) == tuple(size)
+
+
+def check_patch_embed(embed: Any) -> None:
+    """Raises Refused unless ``embed`` has a convolution whose stride is its square kernel, and nothing after it."""
+    conv: Any = getattr(embed, "proj", nn.Identity())
+    require_plain("proj", conv, nn.Conv2d)
+    square = conv.kernel_size[0] == conv.kernel_size[1]
+    default = (conv.padding, conv.dilation, conv.groups) == ((0, 0), (1, 1), 1)
+    if not square or conv.stride != conv.kernel_size or not default:
+        raise Refused(f"proj is {conv}, no convolution over square patches side by side")
+    for name, option in embed.named_children():
+        if name != "proj" and not isinstance(option, nn.Identity):
+            raise Refused(f"it has {name}, a {type(option).__name__}, which the op does not know")
+
+
+def finished(
+    stream: Stream,
+    shift: Tensor,
+    scale: Tensor,
+    linear: nn.Linear,
+    grid: tuple[int, int],
+    patch_size: int,
+    norm: nn.Module,
+    kind: str,
+) -> Tensor:
+    """The end of a DiT in one op: the last residual, norm, modulation, linear, unpatchify."""
+    x, branch, gate = promoted(stream)
+    affine = {"norm_weight": getattr(norm, "weight", None), "norm_bias": getattr(norm, "bias", None)}
+    return ops.final_layer(
+        x,
+        shift,
+        scale,
+        linear.weight,
+        linear.bias,
+        grid=grid,
+        patch_size=patch_size,
+        branch=branch,
+        gate=gate,
+        **affine,
+        norm=kind,
+        eps=eps_of("norm", norm),
+    )

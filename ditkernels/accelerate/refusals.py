@@ -1,0 +1,95 @@
+"""What keeps a part from being rewired: things that a fused forward would pass over, or would compute differently."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+FAULTS = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    ImportError,
+    LookupError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+"""What a forward may raise on inputs that do not suit it."""
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_WRAPPERS = ("FullyShardedDataParallel", "FSDPModule", "CheckpointWrapper", "OffloadWrapper")
+_EPS_NAMES = ("eps", "variance_epsilon", "epsilon")
+
+
+class Refused(Exception):
+    """A part stays as it was; the message says why."""
+
+
+def refuse_wrapped(model: nn.Module) -> None:
+    """Raises ValueError on a model that FSDP or a checkpoint wrapper already holds.
+
+    By name, since importing torch.distributed's wrappers only to ask costs a second.
+    """
+    for name, module in model.named_modules():
+        wrapper = next((cls.__name__ for cls in type(module).__mro__ if cls.__name__ in _WRAPPERS), None)
+        if wrapper is not None:
+            raise ValueError(
+                f"accelerate: {name or 'the model'} is already wrapped in {wrapper}; accelerate the model first, then wrap it"
+            )
+
+
+def refuse_intercepted(module: nn.Module, *, below: bool = True) -> None:
+    """Raises Refused where somebody listens in: hooks, or a forward put in place on the instance."""
+    for name, inner in module.named_modules() if below else [("", module)]:
+        where = name or "it"
+        for kind in _HOOKS:
+            if getattr(inner, kind, None):
+                raise Refused(f"{where} has {kind.strip('_').replace('_', ' ')}")
+        if "forward" in vars(inner):
+            raise Refused(f"the forward of {where} was replaced on the instance")
+
+
+def refuse_random(module: nn.Module) -> None:
+    """Raises Refused on dropout or drop-path above zero, wherever in the module."""
+    for name, inner in module.named_modules():
+        probability = next(
+            (
+                p
+                for p in (getattr(inner, key, 0) for key in ("p", "drop_prob"))
+                if isinstance(p, float) and p > 0
+            ),
+            0,
+        )
+        if probability and "drop" in type(inner).__name__.lower():
+            raise Refused(f"{name or 'it'} is {type(inner).__name__} with probability {probability}")
+
+
+def require_plain(name: str, module: nn.Module, kind: type[nn.Module]) -> None:
+    """Raises Refused unless ``module`` is torch's own layer with ordinary weights, which a kernel may read."""
+    if type(module) is not kind:
+        raise Refused(
+            f"{name} is {type(module).__module__}.{type(module).__qualname__}, not torch's {kind.__name__}"
+        )
+    for key, parameter in module.named_parameters(recurse=False):
+        if type(parameter.data) is not torch.Tensor or not parameter.is_floating_point():
+            raise Refused(
+                f"{name}.{key} is {type(parameter.data).__name__} of {parameter.dtype}, not ordinary weights"
+            )
+
+
+def require_children(module: nn.Module, *names: str) -> None:
+    missing = [name for name in names if not isinstance(getattr(module, name, None), nn.Module)]
+    if missing:
+        raise Refused(f"{type(module).__name__} has no {', '.join(missing)}")
+
+
+def eps_of(name: str, norm: nn.Module) -> float:
+    """The eps of a norm; raises Refused where it has none, or one that depends on the dtype."""
+    for key in _EPS_NAMES:
+        if hasattr(norm, key):
+            eps = getattr(norm, key)
+            if not isinstance(eps, float) or eps < 0:
+                raise Refused(f"{name}.{key} is {eps!r}; the ops need a number")
+            return eps
+    raise Refused(f"{name} is {type(norm).__name__} without an eps")

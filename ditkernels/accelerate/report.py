@@ -1,0 +1,72 @@
+"""What ``accelerate`` did, part by part."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from itertools import groupby
+
+_INDEX = re.compile(r"\.(\d+)(?=\.|$)")
+
+
+@dataclass(frozen=True)
+class Part:
+    """One part of a model.
+
+    Attributes:
+        name: its path in the model; "" for the model itself.
+        fused: the ops it runs now; empty where it was left as it was.
+        reason: why it was left; empty where it was fused.
+    """
+
+    name: str
+    fused: tuple[str, ...] = ()
+    reason: str = ""
+
+    @property
+    def _said(self) -> str:
+        return f"fused: {', '.join(self.fused)}" if self.fused else f"left: {self.reason}"
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was fused, and what was left and why. ``str()`` gives a line a part, equal neighbours of a list in one."""
+
+    model: str
+    parts: tuple[Part, ...]
+
+    @property
+    def fused(self) -> tuple[Part, ...]:
+        """The parts that run fused ops now."""
+        return tuple(part for part in self.parts if part.fused)
+
+    @property
+    def left(self) -> tuple[Part, ...]:
+        """The parts that stayed as they were."""
+        return tuple(part for part in self.parts if not part.fused)
+
+    def __str__(self) -> str:
+        rows = [(_range([p.name for p in parts]), said) for said, parts in self._runs()]
+        width = max((len(name) for name, _ in rows), default=0)
+        head = f"ditkernels.accelerate: {self.model}, {len(self.fused)} parts fused, {len(self.left)} left"
+        return "\n".join([head, *(f"  {name:<{width}}  {said}" for name, said in rows)])
+
+    def _runs(self) -> list[tuple[str, list[Part]]]:
+        """Parts of the same kind, consecutive in their list and with the same said of them."""
+        by_kind: dict[str, list[Part]] = {}
+        for part in self.parts:
+            by_kind.setdefault(_INDEX.sub(".*", part.name, count=1), []).append(part)
+        return [
+            (said, list(run))
+            for parts in by_kind.values()
+            for said, run in groupby(parts, key=lambda part: part._said)
+        ]
+
+
+def _range(names: list[str]) -> str:
+    if len(names) == 1:
+        return names[0] or "(across blocks)"
+    first, last = (_INDEX.search(name) for name in (names[0], names[-1]))
+    assert first is not None
+    assert last is not None
+    return f"{names[0][: first.start()]}.{first[1]}-{last[1]}{names[0][first.end() :]}"

@@ -1,0 +1,88 @@
+"""Rewiring by class: a module gets a subclass of its own class, whose forward calls the fused ops. Parameters stay where they are.
+
+A closure in the place of ``forward`` would keep the original's weights in every deep copy; a class belongs to each copy alike,
+so copies, pickles, ``.to()``, DDP and ``torch.compile`` keep working. The subclass takes the original's name and module, because
+libraries write these into checkpoints and sharding policies.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any, ClassVar
+
+from torch import nn
+
+SETTINGS = "_ditkernels"
+
+
+class Fused(nn.Module):
+    """What every rewired module is an instance of. A subclass gives the forward; ``fused_class`` joins it with the original."""
+
+    mixin: ClassVar[type[Fused]]
+    original: ClassVar[type[nn.Module]]
+    _ditkernels: dict[str, Any]
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        # Whoever calls type(model)(...) wants the model as it was written.
+        self.__class__ = type(self).original  # type: ignore[assignment]
+        self.__init__(*args, **kwargs)  # type: ignore[misc]
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        """By its two halves, both of which can be imported; the joined class cannot."""
+        reduced = super().__reduce_ex__(protocol)
+        return rebuild, (type(self).mixin, type(self).original), *reduced[2:]
+
+    def _get_name(self) -> str:
+        return f"Fused{super()._get_name()}"
+
+
+_joined: dict[tuple[type[Fused], type[nn.Module]], type[Fused]] = {}
+
+
+def fused_class(mixin: type[Fused], original: type[nn.Module]) -> type[Fused]:
+    """The subclass of ``original`` whose forward is ``mixin``'s; the same one for every module of that class."""
+    if (mixin, original) not in _joined:
+        names = {name: getattr(original, name) for name in ("__module__", "__qualname__", "__doc__")}
+        namespace = {**names, "mixin": mixin, "original": original}
+        _joined[mixin, original] = type(original.__name__, (mixin, original), namespace)
+    return _joined[mixin, original]
+
+
+def rebuild(mixin: type[Fused], original: type[nn.Module]) -> Fused:
+    """An empty instance, for pickle and deepcopy to fill."""
+    cls = fused_class(mixin, original)
+    return cls.__new__(cls)
+
+
+@dataclass(frozen=True)
+class Swap:
+    """A module, by its path, that is to get the forward of ``mixin``, with what that forward needs to know."""
+
+    path: str
+    mixin: type[Fused]
+    settings: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+
+    def under(self, prefix: str) -> Swap:
+        """The same, seen from a module that holds this one at ``prefix``."""
+        return Swap(".".join(filter(None, (prefix, self.path))), self.mixin, self.settings)
+
+
+def rewire(root: nn.Module, swaps: Sequence[Swap]) -> None:
+    """Carries out all swaps, or, if one fails, none."""
+    with ExitStack() as undo:
+        for swap in swaps:
+            module = root.get_submodule(swap.path)
+            setattr(module, SETTINGS, dict(swap.settings))
+            undo.callback(unwire, module)
+            module.__class__ = fused_class(swap.mixin, type(module))
+        undo.pop_all()
+
+
+def unwire(module: nn.Module) -> None:
+    """The module as it was written."""
+    if isinstance(module, Fused):
+        module.__class__ = type(module).original  # type: ignore[assignment]
+    module.__dict__.pop(SETTINGS, None)
