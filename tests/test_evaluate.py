@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 import types
@@ -14,14 +15,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numerics import METRIC_AGREEMENT
+from test_sampler import random_model
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 from torch_fidelity.metric_isc import isc_features_to_metric
 from torch_fidelity.metric_prc import prc_features_to_metric
 
 from ditkernels import cli
+from ditkernels.diffusion import create_diffusion
 from ditkernels.evaluate import Features, Inception, Reference, evaluate, load_reference, metrics
 from ditkernels.evaluate.metrics import Gaussian, GaussianSum, InceptionScore, frechet_distance
+from ditkernels.evaluate.monitor import Monitor
+from ditkernels.sampler import Batches, Job, Labels, SampleConfig, generate
 
 
 def random_features(count, seed, *, width=24, shift=0.0):
@@ -400,3 +405,58 @@ def test_a_reference_is_read_once(images):
     assert isinstance(reference, Reference)
     first = evaluate(iter([images[0]]), reference, extractor=brightness)
     assert evaluate(iter([images[0]]), reference, extractor=brightness) == first
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# While training
+# ----------------------------------------------------------------------------------------------------------------
+
+
+def monitor_of(model, images, **changes):
+    settings = {
+        "diffusion": create_diffusion("3"),
+        "config": SampleConfig(guidance_scale=2.0),
+        "labels": Labels("balanced", (0, 1, 2)),
+        "batches": Batches(10, 4),
+        "reference": load_reference(iter([images]), extractor=brightness),
+        "extractor": brightness,
+    }
+    return Monitor(**{**settings, **changes})
+
+
+def test_a_monitor_measures_what_the_files_would_hold(tmp_path):
+    model = random_model(channels=1)
+    images = as_images(torch.Generator().manual_seed(1), 30, size=6)[:, :, :4]
+    monitor = monitor_of(model, images)
+    job = Job(monitor.labels, monitor.config, monitor.batches, formats=("npz",))
+    generate(model, monitor.diffusion, job, tmp_path, progress=False)
+    expected = evaluate(tmp_path / "samples.npz", monitor.reference, extractor=brightness, batch_size=4)
+    found = monitor(model)
+    assert found.count == 10
+    assert dataclasses.replace(found, labels=expected.labels) == expected
+    assert expected.labels["scheme"] == "balanced"
+
+
+def test_a_monitor_draws_the_same_every_time_and_leaves_the_random_state():
+    model = random_model(channels=1)
+    images = as_images(torch.Generator().manual_seed(1), 30, size=6)[:, :, :4]
+    state = torch.get_rng_state()
+    first = monitor_of(model, images)(model)
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.rand(3)
+    assert monitor_of(model, images)(model) == first
+    with pytest.raises(ValueError, match="train mode"):
+        monitor_of(model, images)(random_model(channels=1).train())
+
+
+def test_a_monitor_decodes_latents():
+    model = random_model(channels=4)
+    images = as_images(torch.Generator().manual_seed(1), 30, size=6)[:, :, :4]
+    seen = []
+
+    def decode(latents):
+        seen.append(tuple(latents.shape))
+        return latents[:, :3].tanh()
+
+    monitor_of(model, images, decode=decode)(model)
+    assert seen == [(4, 4, 4, 6), (4, 4, 4, 6), (2, 4, 4, 6)]
