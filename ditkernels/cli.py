@@ -38,6 +38,9 @@ COMMANDS = {
     "eval": Command(
         "ditkernels.evaluate.command", "FID, sFID, Inception Score, precision and recall of samples"
     ),
+    "convert": Command(
+        "ditkernels.convert", "checkpoints between the public DiT layout, diffusers' and ours"
+    ),
     "flops": Command("ditkernels.flops", "parameters and Gflops of the models, beside the paper's numbers"),
     "info": Command("ditkernels.info", "machine, versions, and for every op the backend chosen and why"),
 }
