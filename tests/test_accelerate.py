@@ -44,6 +44,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "DiT": public.DiT,
     "DiT-head_dim_72": partial(public.DiT, hidden_size=144, num_heads=2, depth=2),
     "DiT-patch_4-no_sigma": partial(public.DiT, patch_size=4, learn_sigma=False, class_dropout_prob=0.0),
+    "DiT-qk_norm": partial(public.DiT, qk_norm=True, norm_layer=nn.LayerNorm, depth=2),
     "SiT": public.SiT,
     "Lightning": lightning.LightningDiT,
     "Lightning-no_shift-qk_norm": partial(lightning.LightningDiT, wo_shift=True, qk_norm=True),
@@ -99,7 +100,7 @@ def forward_backward(model: nn.Module, size: int = 3, dtype: torch.dtype = F32) 
     named = {n.removeprefix("module."): p for n, p in model.named_parameters() if p.requires_grad}
     grads = torch.autograd.grad(out, [x, *named.values()], cotangent, allow_unused=True)
     results = {"output": out.detach(), **{f"d{n}": g for n, g in zip(["x", *named], grads) if g is not None}}
-    for name in [n for n in results if n.endswith(("attn.qkv.bias", "to_k.bias"))]:
+    for name in [n for n in results if n.endswith(("attn.qkv.bias", "to_k.bias", "k_norm.bias"))]:
         whole = results.pop(name)
         if name.endswith("qkv.bias"):
             results[name] = torch.cat([whole.chunk(3)[0], whole.chunk(3)[2]])
@@ -387,10 +388,6 @@ def set_lora(model: nn.Module) -> None:
     model.blocks[1].attn.qkv = lora(model.blocks[1].attn.qkv)
 
 
-def set_qk_norm(model: nn.Module) -> None:
-    model.blocks[1].attn.q_norm = nn.LayerNorm(12)
-
-
 def set_eps(model: nn.Module) -> None:
     model.blocks[1].norm2 = nn.RMSNorm(48)
 
@@ -417,7 +414,6 @@ REFUSED = [
     (set_forward, "blocks.1", "the forward of it was replaced on the instance"),
     (set_lora, "blocks.1.attn", "qkv is .*LoraLinear, not torch's Linear"),
     (set_quantised, "blocks.1.attn", "proj is .*quantized.*, not torch's Linear"),
-    (set_qk_norm, "blocks.1.attn", "has q_norm, a LayerNorm, which the op does not know"),
     (set_eps, "blocks.1", "norm2.eps is None; the ops need a number"),
     (set_norm, "blocks.1", "norm2 is GroupNorm"),
 ]

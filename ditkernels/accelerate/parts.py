@@ -109,15 +109,39 @@ class PackedAttention(Fused):
         return self.proj(ops.attention(self.qkv(x).unflatten(-1, (3, self.num_heads, -1))))
 
 
-def check_packed_attention(attn: Any) -> None:
-    """Raises Refused unless ``attn`` looks like timm's attention without options."""
+class NormedAttention(Fused):
+    """As ``PackedAttention``, with norms of q and k, and, as in LightningDiT, rotary positions given in the call."""
+
+    qkv: nn.Linear
+    q_norm: nn.Module
+    k_norm: nn.Module
+    proj: nn.Linear
+    num_heads: int
+
+    def forward(self, x: Tensor, rope: Any = None, *rest: Any, **options: Any) -> Tensor:
+        unknown = rope is not None and not self._ditkernels["rope"]
+        if unknown or given(*rest, *options.values()):
+            arguments = () if rope is None else (rope,)
+            return super().forward(x, *arguments, *rest, **options)
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        q, k = self.q_norm(q), self.k_norm(k)
+        if rope is not None:
+            q, k = rope(q), rope(k)
+        return self.proj(attend(*(t.to(v.dtype).transpose(1, 2) for t in (q, k, v))))
+
+
+def check_attention(attn: Any) -> bool:
+    """Whether an attention with ``qkv`` and ``proj`` norms q and k. Raises Refused if it has options that the op does not know."""
     for name in ("qkv", "proj"):
         require_plain(name, getattr(attn, name, nn.Identity()), nn.Linear)
     if not isinstance(getattr(attn, "num_heads", None), int):
         raise Refused(f"{type(attn).__name__} has no num_heads")
     for name, option in attn.named_children():
-        if name not in ("qkv", "proj") and not isinstance(option, (nn.Identity, nn.Dropout)):
+        known = name in ("qkv", "proj", "q_norm", "k_norm")
+        if not known and not isinstance(option, (nn.Identity, nn.Dropout)):
             raise Refused(f"it has {name}, a {type(option).__name__}, which the op does not know")
+    norms = [getattr(attn, name, nn.Identity()) for name in ("q_norm", "k_norm")]
+    return not all(isinstance(norm, nn.Identity) for norm in norms)
 
 
 # ------------------------------------------------------------------------------------------------------------------

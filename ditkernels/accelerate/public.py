@@ -171,13 +171,26 @@ def plan(root: Any, blocks: str) -> Iterator[Found]:
     yield found("", lambda: _plan_model(root, blocks, swaps, fused_blocks))
 
 
-def _plan_attention(attn: Any) -> Planned:
+def _plan_attention(attn: Any, rope: Any) -> Planned:
     refuse_intercepted(attn)
     refuse_random(attn)
-    parts.check_packed_attention(attn)
-    width = attn.qkv.in_features
-    swap = Swap("", parts.PackedAttention)
-    return ("attention",), proven(attn, [swap], lambda draw: ((draw.normal(3, _TOKENS, width),), {}))
+    normed = parts.check_attention(attn)
+    width, rotary = attn.qkv.in_features, rope is not None and _takes(attn, "rope")
+    length = _rope_length(rope) if rotary else _TOKENS
+
+    def inputs(draw: proof.Draw) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        return (draw.normal(3, length, width), *_moved(rope if rotary else None, draw)), {}
+
+    mixin = parts.NormedAttention if normed or rotary else parts.PackedAttention
+    return ("attention",), proven(attn, [Swap("", mixin, {"rope": rotary})], inputs)
+
+
+def _takes(module: nn.Module, name: str) -> bool:
+    return name in inspect.signature(module.forward).parameters
+
+
+def _moved(rope: Any, draw: proof.Draw) -> tuple[nn.Module, ...]:
+    return () if rope is None else (proof.moved(rope, draw),)
 
 
 def _plan_embed(root: Any) -> Planned:
@@ -197,7 +210,7 @@ def _plan_block(name: str, block: Any, rope: Any) -> Iterator[Found]:
         missing = ", ".join(c for c in _CHILDREN if not isinstance(getattr(block, c, None), nn.Module))
         yield Part(name, reason=f"{type(block).__name__} has no {missing}"), []
         return
-    yield found(f"{name}.attn", lambda: _plan_attention(block.attn))
+    yield found(f"{name}.attn", lambda: _plan_attention(block.attn, rope))
     yield Part(f"{name}.mlp", reason=f"no op covers it, it is called as it is ({_described(block.mlp)})"), []
     yield found(name, lambda: _plan_modulation(block, rope))
 
@@ -216,13 +229,13 @@ def _plan_modulation(block: Any, rope: Any) -> Planned:
     chunks = _out_features(block.adaLN_modulation) // width
     if chunks not in (4, 6):
         raise Refused(f"adaLN_modulation gives {chunks} vectors, known are 6 and, without shifts, 4")
-    takes_rope = "feat_rope" in inspect.signature(block.forward).parameters and rope is not None
+    takes_rope = rope is not None and _takes(block, "feat_rope")
     norms = tuple(parts.kind_of_norm(key, getattr(block, key), width) for key in ("norm1", "norm2"))
-    length = _rope_length(rope) if takes_rope and rope is not None else _TOKENS
+    length = _rope_length(rope) if takes_rope else _TOKENS
 
     def inputs(draw: proof.Draw) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        extra = (proof.moved(rope, draw),) if takes_rope and rope is not None else ()
-        return (draw.rows(3, length, width), draw.normal(3, width), *extra), {}
+        arguments = (draw.rows(3, length, width), draw.normal(3, width))
+        return (*arguments, *_moved(rope if takes_rope else None, draw)), {}
 
     swap = Swap("", Block, {"norms": norms, "shifts": chunks == 6, "rope": takes_rope})
     return ("modulate_norm", "gated_residual_norm", "gated_residual"), proven(block, [swap], inputs)
@@ -317,7 +330,7 @@ def _model_settings(root: Any, swaps: list[Swap]) -> dict[str, Any]:
     linear = root.final_layer.linear if "final_layer" in fused else nn.Identity()
     readable = type(linear) is nn.Linear and type(linear.weight.data) is Tensor
     return {
-        "train_argument": "train" in inspect.signature(root.y_embedder.forward).parameters,
+        "train_argument": _takes(root.y_embedder, "train"),
         "rope": getattr(root, "feat_rope", None) is not None,
         "patch_size": root.x_embedder.proj.kernel_size[0] if readable and "x_embedder" in fused else 0,
     }
