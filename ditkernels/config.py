@@ -33,8 +33,8 @@ class TrainConfig:
     """How to train; every field is a flag of ``ditkernels train`` and a key of its YAML file, explained in docs/training.md.
 
     Raises:
-        TypeError: a value of another type than its field's.
-        ValueError: a value out of range, or two that exclude each other; the field is named.
+        ValueError: a value of another type than its field's, one out of range, or two that exclude each other; the field is
+            named.
     """
 
     data_path: str = option("", "folder of images, one subfolder a class; or 'digits'")
@@ -147,7 +147,7 @@ def check_fields(config: Any) -> None:
                 raise ValueError(f"{spec.name}: got {value!r}, allowed are {allowed}")
             continue
         if type(value) is not kind and not (kind is float and type(value) is int):
-            raise TypeError(f"{spec.name}: got {value!r}, allowed is {_described(kind)}")
+            raise ValueError(f"{spec.name}: got {value!r}, allowed is {_described(kind)}")
         least = spec.metadata["least"]
         if isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"{spec.name}: got {value}, allowed is a finite number")
@@ -177,7 +177,7 @@ def from_flags(config: type[Config], args: argparse.Namespace) -> Config:
     """The config of the flags that were given, of the YAML file they name, and of the defaults, in this order.
 
     Raises:
-        TypeError, ValueError: as the config; a file that is no mapping, or holds unknown keys, which are named.
+        ValueError: as the config; a file that is no mapping, or holds unknown keys, which are named.
         OSError: the file cannot be read.
     """
     values = {} if args.config is None else read_yaml(config, Path(args.config))

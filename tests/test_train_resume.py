@@ -1,0 +1,382 @@
+"""A run that is killed, stopped or finds its checkpoints damaged goes on and ends bit for bit where an unbroken one does.
+
+Training runs in processes forked from a server that has imported everything, so that fifty of them take seconds.
+"""
+
+import json
+import multiprocessing
+import os
+import random
+import resource
+import shutil
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch._dynamo  # an optimizer imports it when it is made
+from sklearn.datasets import load_digits as _warm  # noqa: F401 (the server imports this module once for all)
+
+from ditkernels import sampler, trainer  # noqa: F401 (likewise)
+from ditkernels.checkpoint import CheckpointWriter, checkpoints_of, load_checkpoint, newest_checkpoint
+from ditkernels.cli import main
+from ditkernels.config import TrainConfig
+from ditkernels.runlog import METRICS, read_metrics
+from ditkernels.trainer import Trainer
+
+STEPS = 10
+TRAIN = [
+    *("train", "--data-path", "digits", "--vae", "none", "--image-size", "8", "--num-classes", "10"),
+    *("--model", "DiT-S/2", "--hidden-size", "16", "--depth", "1", "--num-heads", "2", "--steps", str(STEPS)),
+    *("--global-batch-size", "4", "--learning-rate", "1e-2", "--ema-decay", "0.9", "--num-workers", "0"),
+    *("--device", "cpu", "--log-every", "3", "--resume", "auto", "--ckpt-every", "2", "--keep-last", "2"),
+]
+KILLED = -signal.SIGKILL
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Processes
+# ------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def forked():
+    context = multiprocessing.get_context("forkserver")
+    before = os.environ.get("PYTHONPATH", "")
+    # The server looks for what it imports there.
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), before])
+    context.set_forkserver_preload([__name__])
+    yield context
+    os.environ["PYTHONPATH"] = before
+
+
+def child(argv, ready, sabotage):
+    """Trains in a forked process; ``sabotage`` is called before."""
+    torch.set_num_threads(1)
+    log = os.open(f"{argv[argv.index('--results-dir') + 1]}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    sys.stdout = sys.stderr = os.fdopen(1, "w", buffering=1)
+    if sabotage is not None:
+        sabotage[0](*sabotage[1:])
+    ready.send(None)
+    sys.exit(main(argv))
+
+
+def start(context, folder, *flags, sabotage=None):
+    here, there = context.Pipe()
+    process = context.Process(
+        target=child, args=([*TRAIN, "--results-dir", str(folder), *flags], there, sabotage)
+    )
+    process.start()
+    there.close()
+    here.recv()
+    return process
+
+
+def finish(process):
+    process.join(timeout=120)
+    assert process.exitcode is not None, "the process hangs"
+    return process.exitcode
+
+
+def complete(context, folder, *flags, sabotage=None):
+    return finish(start(context, folder, *flags, sabotage=sabotage))
+
+
+def told(folder):
+    return Path(f"{folder}.log").read_text()
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Where a run ends
+# ------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def unbroken(forked, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("unbroken") / "run"
+    assert complete(forked, folder) == 0
+    return folder
+
+
+def rows(folder):
+    """The metrics that are no measurement of speed or memory."""
+    kept = ("step", "loss", "grad_norm", "learning_rate", "skipped")
+    return [{name: row.get(name) for name in kept} for row in read_metrics(folder / METRICS)]
+
+
+def assert_same_end(folder, unbroken):
+    mine, theirs = newest_checkpoint(folder), newest_checkpoint(unbroken)
+    assert not mine.broken
+    assert mine.checkpoint.step == theirs.checkpoint.step == STEPS
+    assert mine.checkpoint.parts.keys() == {"model", "ema", "optimizer"}
+    for part, tensors in theirs.checkpoint.parts.items():
+        found = mine.checkpoint.parts[part]
+        assert found.keys() == tensors.keys()
+        assert all(torch.equal(found[name], tensors[name]) for name in tensors), part
+    assert mine.checkpoint.state == theirs.checkpoint.state
+    assert rows(folder) == rows(unbroken)
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Killed
+# ------------------------------------------------------------------------------------------------------------------
+
+
+def test_killed_at_fifty_random_moments_it_ends_where_an_unbroken_run_does(forked, unbroken, tmp_path):
+    begin = time.perf_counter()
+    assert complete(forked, tmp_path / "clock") == 0
+    duration = time.perf_counter() - begin
+    moments = random.Random(0)
+    kills = ended = 0
+    while kills < 50:
+        folder = tmp_path / str(ended)
+        while True:
+            process = start(forked, folder)
+            process.join(timeout=moments.uniform(0, duration))
+            if process.exitcode is None:
+                process.kill()
+            if finish(process) == 0:
+                break
+            assert process.exitcode == KILLED, told(folder)
+            kills += 1
+            if kills == 50:
+                assert complete(forked, folder) == 0, told(folder)
+                break
+        assert_same_end(folder, unbroken)
+        ended += 1
+
+
+CALLS = ("fsync", "replace", "unlink", "rmdir", "mkdir")
+
+
+def kill_at_call(number, folder):
+    """Lets the process die in place of its ``number``-th system call on the run's folder that makes or removes something."""
+    made = []
+
+    def intercept(name):
+        genuine = getattr(os, name)
+
+        def call(*args, **kwargs):
+            if len(made) == number:
+                os.kill(os.getpid(), signal.SIGKILL)
+            made.append(name)
+            return genuine(*args, **kwargs)
+
+        return call
+
+    for name in CALLS:
+        setattr(os, name, intercept(name))
+
+
+def test_killed_in_every_stage_of_a_checkpoint_write_it_ends_where_an_unbroken_run_does(
+    forked, unbroken, tmp_path
+):
+    # The first three steps are common to all. The second checkpoint removes the first.
+    common = tmp_path / "common"
+    flags = ("--ckpt-every", "3", "--keep-last", "1")
+    assert complete(forked, common, *flags, "--steps", "3") == 0
+    for number in range(200):
+        folder = tmp_path / str(number)
+        shutil.copytree(common, folder)
+        status = complete(forked, folder, *flags, "--steps", "6", sabotage=(kill_at_call, number, folder))
+        if status == 0:
+            break
+        assert status == KILLED, told(folder)
+        found = newest_checkpoint(folder)
+        assert not found.broken or all(not (path / "manifest.json").exists() for path in found.broken)
+        assert found.checkpoint.step in (3, 6)
+        assert complete(forked, folder) == 0, told(folder)
+        assert_same_end(folder, unbroken)
+    assert 12 < number < 60
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Stopped
+# ------------------------------------------------------------------------------------------------------------------
+
+
+def slow_steps(seconds):
+    genuine = Trainer.train_step
+
+    def train_step(self, *args):
+        time.sleep(seconds)
+        return genuine(self, *args)
+
+    Trainer.train_step = train_step
+
+
+def wait_for_step(folder):
+    """Waits until a checkpoint shows that the loop is running."""
+    deadline = time.monotonic() + 60
+    while not list(folder.glob("checkpoints/step-*/manifest.json")):
+        assert time.monotonic() < deadline, told(folder)
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_finishes_the_step_saves_and_sets_the_status(forked, unbroken, tmp_path, number):
+    folder = tmp_path / "run"
+    process = start(forked, folder, sabotage=(slow_steps, 0.2))
+    wait_for_step(folder)
+    os.kill(process.pid, number)
+    assert finish(process) == 128 + number
+    assert f"stopped by {number.name}" in told(folder)
+    stopped = newest_checkpoint(folder).checkpoint.step
+    assert 2 <= stopped < STEPS
+    assert complete(forked, folder) == 0
+    assert f"resumed from step {stopped}" in told(folder)
+    assert_same_end(folder, unbroken)
+
+
+def test_a_second_signal_exits_at_once(forked, tmp_path):
+    folder = tmp_path / "run"
+    process = start(forked, folder, "--ckpt-every", "1", sabotage=(slow_steps, 1.0))
+    wait_for_step(folder)
+    steps = set(checkpoints_of(folder))
+    os.kill(process.pid, signal.SIGTERM)
+    time.sleep(0.2)
+    os.kill(process.pid, signal.SIGINT)
+    begin = time.monotonic()
+    assert finish(process) == 128 + signal.SIGINT
+    assert time.monotonic() - begin < 0.7
+    assert set(checkpoints_of(folder)) == steps
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Damaged, another run's, a full disk
+# ------------------------------------------------------------------------------------------------------------------
+
+
+def flip_a_bit(path):
+    content = bytearray(path.read_bytes())
+    content[-4] ^= 1
+    path.write_bytes(content)
+
+
+def cut_short(path):
+    path.write_bytes(path.read_bytes()[:-3])
+
+
+@pytest.mark.parametrize("damage", [flip_a_bit, cut_short])
+@pytest.mark.parametrize("pattern", ["model-*", "ema-*", "optimizer-*", "manifest.json"])
+def test_a_damaged_checkpoint_is_passed_over_and_said(forked, unbroken, tmp_path, damage, pattern):
+    folder = tmp_path / "run"
+    shutil.copytree(unbroken, folder)
+    (victim,) = checkpoints_of(folder)[STEPS].glob(pattern)
+    damage(victim)
+    assert complete(forked, folder) == 0
+    shown = told(folder)
+    assert "passed over a broken checkpoint" in shown
+    assert victim.name in shown
+    assert "resumed from step 8" in shown
+    assert_same_end(folder, unbroken)
+
+
+def test_a_run_without_a_whole_checkpoint_starts_over(forked, unbroken, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(unbroken, folder)
+    for path in checkpoints_of(folder).values():
+        flip_a_bit(path / "manifest.json")
+    assert complete(forked, folder) == 0
+    assert "resumed from nothing" in told(folder)
+    assert_same_end(folder, unbroken)
+
+
+def limit_files(size, step):
+    """When the checkpoint of ``step`` is to be written, a file of more than ``size`` bytes finds the disk full."""
+    genuine = CheckpointWriter.save
+
+    def save(self, checkpoint):
+        if checkpoint.step == step:
+            self.wait()
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+        genuine(self, checkpoint)
+
+    CheckpointWriter.save = save
+
+
+def test_on_a_full_disk_the_old_checkpoint_survives(forked, unbroken, tmp_path):
+    folder = tmp_path / "run"
+    assert complete(forked, folder, sabotage=(limit_files, 20_000, 6)) == 2
+    shown = told(folder)
+    assert "error: " in shown
+    assert "could not be written" in shown
+    assert "Traceback" not in shown
+    found = newest_checkpoint(folder)
+    assert found.checkpoint.step == 4
+    left = [path.name for path in folder.rglob("*") if ".tmp" in path.name or path.stat().st_size == 20_000]
+    assert left == []
+    assert complete(forked, folder) == 0
+    assert_same_end(folder, unbroken)
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (("--learning-rate", "0.5"), "learning_rate: 0.01 there, 0.5 here"),
+        (
+            ("--global-seed", "3", "--grad-clip", "1"),
+            "grad_clip: None there, 1.0 here; global_seed: 0 there, 3 here",
+        ),
+        (("--hidden-size", "32"), "hidden_size: 16 there, 32 here"),
+        (("--unconditional", "--label-dropout", "0"), "class_to_idx: other data"),
+    ],
+)
+def test_a_checkpoint_of_another_run_is_refused_with_what_differs(unbroken, tmp_path, capsys, flags, message):
+    folder = tmp_path / "run"
+    shutil.copytree(unbroken, folder)
+    before = rows(folder)
+    assert main([*TRAIN, "--results-dir", str(folder), *flags]) == 2
+    shown = capsys.readouterr().err
+    assert "is of another run" in shown
+    assert message in shown
+    assert rows(folder) == before
+
+
+def test_how_a_run_is_watched_and_how_long_it_is_may_change(unbroken, tmp_path, capsys):
+    folder = tmp_path / "run"
+    shutil.copytree(unbroken, folder)
+    flags = ("--steps", "12", "--ckpt-every", "5", "--log-every", "1", "--keep-last", "1")
+    assert main([*TRAIN, "--results-dir", str(folder), *flags]) == 0
+    assert newest_checkpoint(folder).checkpoint.step == 12
+    assert main([*TRAIN, "--results-dir", str(folder), "--lr-schedule", "cosine"]) == 2
+    assert "lr_schedule" in capsys.readouterr().err
+
+
+def test_a_named_checkpoint_is_resumed_in_another_folder(unbroken, tmp_path, capsys):
+    path = checkpoints_of(unbroken)[8]
+    assert main([*TRAIN, "--results-dir", str(tmp_path / "run"), "--resume", str(path)]) == 0
+    assert f"resumed from step 8, {path}" in capsys.readouterr().out
+    mine, theirs = (
+        load_checkpoint(checkpoints_of(tmp_path / "run")[STEPS]),
+        load_checkpoint(checkpoints_of(unbroken)[STEPS]),
+    )
+    assert all(torch.equal(mine.model[name], theirs.model[name]) for name in theirs.model)
+    assert main([*TRAIN, "--results-dir", str(unbroken), "--resume", str(path)]) == 2
+    assert "holds checkpoints newer than" in capsys.readouterr().err
+
+
+def test_weights_alone_are_no_run_to_resume(unbroken, tmp_path, capsys):
+    from ditkernels.checkpoint import Checkpoint, save_checkpoint
+
+    found = load_checkpoint(checkpoints_of(unbroken)[STEPS])
+    save_checkpoint(tmp_path / "weights", Checkpoint(found.model, found.ema, 10, found.config))
+    assert main([*TRAIN, "--results-dir", str(tmp_path / "run"), "--resume", str(tmp_path / "weights")]) == 2
+    assert "no training state" in capsys.readouterr().err
+
+
+def test_the_last_ones_and_every_mth_are_kept(tmp_path, capsys):
+    flags = ("--ckpt-every", "1", "--keep-last", "2", "--keep-every", "4", "--resume", "none")
+    assert main([*TRAIN, "--results-dir", str(tmp_path / "run"), *flags]) == 0
+    assert list(checkpoints_of(tmp_path / "run")) == [4, 8, 9, 10]
+
+
+def test_the_manifest_tells_what_the_run_was(unbroken):
+    manifest = json.loads((checkpoints_of(unbroken)[STEPS] / "manifest.json").read_text())
+    assert TrainConfig(**manifest["config"]["training"]).steps == STEPS
+    assert manifest["state"]["images_seen"] == 4 * STEPS
+    assert sorted(manifest["files"]) == ["ema", "model", "optimizer"]
