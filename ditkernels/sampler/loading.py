@@ -32,7 +32,7 @@ class Loaded(NamedTuple):
     digest: str
 
 
-def load_model(path: Path, *, weights: str = "ema", num_heads: int | None = None) -> Loaded:
+def load_model(path: str | Path, *, weights: str = "ema", num_heads: int | None = None) -> Loaded:
     """The model of a checkpoint's folder or of a public ``.pt`` file.
 
     Everything but the number of heads follows from the weights; that is taken from the checkpoint's config, else from the
@@ -49,6 +49,7 @@ def load_model(path: Path, *, weights: str = "ema", num_heads: int | None = None
     """
     if weights not in WEIGHTS:
         raise ValueError(f"weights: got {weights!r}, allowed are {', '.join(WEIGHTS)}")
+    path = Path(path)
     checkpoint = load_checkpoint(path) if path.is_dir() else load_public_checkpoint(path)
     bare = not checkpoint.config and checkpoint.ema is None
     if weights == "ema" and checkpoint.ema is None and not bare:
