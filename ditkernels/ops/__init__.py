@@ -7,6 +7,7 @@ from ditkernels.ops import (  # noqa: F401 (they register a backend)
     final_layer_triton,
     patch_embed_cuda,
     patch_embed_triton,
+    unpatchify_triton,
 )
 from ditkernels.ops.adaln import gated_residual, gated_residual_norm, modulate_norm
 from ditkernels.ops.attention import attention

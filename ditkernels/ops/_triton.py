@@ -149,9 +149,9 @@ def launch(
             kernel[(programs,)](*args, **constants, num_warps=tile.warps, num_stages=tile.stages)
 
 
-def strides(tensor: Tensor | None) -> tuple[int, ...]:
-    """Of a (B, N, D) tensor; zeros for an absent one."""
-    return (0, 0, 0) if tensor is None else tensor.stride()
+def with_strides(tensor: Tensor | None) -> tuple[Any, ...] | None:
+    """A tensor as the kernels take it: (tensor, strides ...), None for an absent one."""
+    return None if tensor is None else (tensor, *tensor.stride())
 
 
 def packed(vector: Tensor | None) -> Tensor | None:
@@ -161,5 +161,6 @@ def packed(vector: Tensor | None) -> Tensor | None:
     return vector.contiguous()
 
 
-def batch_stride(vector: Tensor | None) -> int:
-    return 0 if vector is None else vector.stride(0)
+def per_sample(vector: Tensor | None) -> tuple[Tensor, int] | None:
+    """A packed (B, D) vector as the kernels take it: (vector, stride of the samples), None for an absent one."""
+    return None if vector is None else (vector, vector.stride(0))

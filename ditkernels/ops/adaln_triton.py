@@ -16,10 +16,7 @@ code is not compiled. Passes count how often each element of a (B, N, D) tensor 
                    and adds up P = Σ dh, Q = Σ dh·x̂, R = Σ dx·branch, S = Σ dx in fp32; those that are needed go to
                    partial sums (B, chunks, sums, D), fp32. Without a gate the branch is not read and dbranch not written.
 
-    add_chunks     a program owns ``COLUMNS`` channels of one sample: adds the chunks in order, writes dshift, dscale,
-                   dgate (B, D), and the sample's terms of dweight, dbias, dbranch_bias (B, terms, D), fp32.
-
-    add_samples    a program owns ``COLUMNS`` channels: adds the samples' terms in order, writes dweight, dbias, dbranch_bias (D,).
+    add_chunks, add_samples    of _rows_triton.py bring the partial sums together: the gradients of all vectors.
 
 Arithmetic is fp32 on values widened after the load. Nothing is added atomically, no two programs write one element, and the
 number of chunks depends on shapes alone: same inputs, same bits.
@@ -31,7 +28,6 @@ strided channels is copied). Offsets are 64-bit.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -39,7 +35,26 @@ from torch import Tensor
 
 from ditkernels.ops import _registry as registry
 from ditkernels.ops import _triton, adaln
-from ditkernels.ops._triton import Tile, batch_stride, ceil_div, jit, packed, pieces, strides, tl
+from ditkernels.ops._rows_triton import (
+    Vectors,
+    centred,
+    channels_of,
+    chunking,
+    contiguous,
+    load_piece,
+    mask_of,
+    modulated,
+    of_sample,
+    or_empty,
+    over_rows,
+    rows_of,
+    saved_statistics,
+    slope_of,
+    statistics,
+    stream_piece,
+    through_norm,
+)
+from ditkernels.ops._triton import Tile, ceil_div, jit, per_sample, pieces, tl, with_strides
 
 # ------------------------------------------------------------------------------------------------------------------
 # Kernels
@@ -56,90 +71,26 @@ def _tail_columns(HEAD: tl.constexpr, TAIL: tl.constexpr, ROWS: tl.constexpr):  
 
 
 @jit
-def _mask(live, columns, END: tl.constexpr, D: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The mask of a piece that ends before channel END; its columns are tested only where the piece sticks out of the row."""
-    mask = live
-    if END > D:
-        mask = live & (columns < D)
-    return mask
-
-
-@jit
-def _channels(vector, columns, END: tl.constexpr, D: tl.constexpr):  # type: ignore[no-untyped-def]
-    """A vector's channels in fp32, (1, piece)."""
-    if END > D:
-        return tl.load(vector + columns, columns < D, 0.0).to(tl.float32)
-    else:
-        return tl.load(vector + columns).to(tl.float32)
-
-
-@jit
-def _load(rows, stride, columns, mask):  # type: ignore[no-untyped-def]
-    """One piece of some rows in fp32, zero outside."""
-    return tl.load(rows + columns * stride, mask, 0.0).to(tl.float32)
-
-
-@jit
-def _new_stream(  # type: ignore[no-untyped-def]
-    x, x_d, branch, branch_d, gate, branch_bias, x1, columns, mask, END: tl.constexpr, D: tl.constexpr
-):
-    """One piece of x1 = x + gate·(branch + branch_bias), in fp32 as rounded to the stored dtype; stores it unless x1 is None."""
-    value = _load(x, x_d, columns, mask)
-    if branch is not None:
-        u = _load(branch, branch_d, columns, mask)
-        if branch_bias is not None:
-            u += _channels(branch_bias, columns, END, D)
-        if gate is not None:
-            u *= _channels(gate, columns, END, D)
-        value += u
+def _store_stream(x1, line, value, columns, mask, D: tl.constexpr):  # type: ignore[no-untyped-def]
     if x1 is not None:
-        stored = value.to(x1.dtype.element_ty)
-        tl.store(x1 + columns, stored, mask)
-        value = stored.to(tl.float32)
-    return value
-
-
-@jit
-def _centred(value, mean, columns, END: tl.constexpr, D: tl.constexpr):  # type: ignore[no-untyped-def]
-    """value - mean, zero outside the row so that squares can be summed."""
-    centred = value - mean
-    if END > D:
-        centred = tl.where(columns < D, centred, 0.0)
-    return centred
+        tl.store(x1 + line * D + columns, value.to(x1.dtype.element_ty), mask)
 
 
 @jit
 def _store_modulated(  # type: ignore[no-untyped-def]
     normed, shift, scale, weight, bias, h, columns, mask, END: tl.constexpr, D: tl.constexpr
 ):
-    """Stores one piece of h = (x̂·weight + bias)·(1 + scale) + shift."""
-    if weight is not None:
-        normed *= _channels(weight, columns, END, D)
-    if bias is not None:
-        normed += _channels(bias, columns, END, D)
-    if scale is not None:
-        normed *= 1.0 + _channels(scale, columns, END, D)
-    if shift is not None:
-        normed += _channels(shift, columns, END, D)
-    tl.store(h + columns, normed.to(h.dtype.element_ty), mask)
+    value = modulated(normed, shift, scale, weight, bias, columns, END, D)
+    tl.store(h + columns, value.to(h.dtype.element_ty), mask)
 
 
 @jit
 def forward_rows(  # type: ignore[no-untyped-def]
     x,
-    x_b,
-    x_n,
-    x_d,
     branch,
-    branch_b,
-    branch_n,
-    branch_d,
     gate,
-    gate_b,
     shift,
-    shift_b,
     scale,
-    scale_b,
     branch_bias,
     weight,
     bias,
@@ -161,22 +112,22 @@ def forward_rows(  # type: ignore[no-untyped-def]
     live = rows < N
     line = sample * N + rows
     head = tl.arange(0, HEAD).to(tl.int64)[None, :]
-    head_mask = _mask(live, head, HEAD, D)
+    head_mask = mask_of(live, head, HEAD, D)
+    gate = of_sample(gate, sample)
+    shift = of_sample(shift, sample)
+    scale = of_sample(scale, sample)
+    x = rows_of(x, sample, rows)
+    branch = rows_of(branch, sample, rows)
 
-    x += sample * x_b + rows * x_n
-    if branch is not None:
-        branch += sample * branch_b + rows * branch_n
-    if gate is not None:
-        gate += sample * gate_b
-    if x1 is not None:
-        x1 += line * D
-    value = _new_stream(x, x_d, branch, branch_d, gate, branch_bias, x1, head, head_mask, HEAD, D)
+    u = load_piece(branch, head, head_mask)
+    value = stream_piece(x, u, gate, branch_bias, head, head_mask, HEAD, D)
+    _store_stream(x1, line, value, head, head_mask, D)
     if TAIL > 0:
         tail = _tail_columns(HEAD, TAIL, ROWS)
-        tail_mask = _mask(live, tail, HEAD + TAIL, D)
-        tail_value = _new_stream(
-            x, x_d, branch, branch_d, gate, branch_bias, x1, tail, tail_mask, HEAD + TAIL, D
-        )
+        tail_mask = mask_of(live, tail, HEAD + TAIL, D)
+        tail_u = load_piece(branch, tail, tail_mask)
+        tail_value = stream_piece(x, tail_u, gate, branch_bias, tail, tail_mask, HEAD + TAIL, D)
+        _store_stream(x1, line, tail_value, tail, tail_mask, D)
 
     if h is not None:
         if mean is not None:
@@ -185,9 +136,9 @@ def forward_rows(  # type: ignore[no-untyped-def]
                 mu += tl.sum(tail_value, 1, keep_dims=True)
             mu = tl.div_rn(mu, D * 1.0)
             tl.store(mean + line, mu, live)
-            value = _centred(value, mu, head, HEAD, D)
+            value = centred(value, mu, head, HEAD, D)
             if TAIL > 0:
-                tail_value = _centred(tail_value, mu, tail, HEAD + TAIL, D)
+                tail_value = centred(tail_value, mu, tail, HEAD + TAIL, D)
         squares = tl.sum(value * value, 1, keep_dims=True)
         if TAIL > 0:
             squares += tl.sum(tail_value * tail_value, 1, keep_dims=True)
@@ -195,42 +146,18 @@ def forward_rows(  # type: ignore[no-untyped-def]
         tl.store(rstd + line, r, live)
 
         h += line * D
-        if shift is not None:
-            shift += sample * shift_b
-        if scale is not None:
-            scale += sample * scale_b
         _store_modulated(value * r, shift, scale, weight, bias, h, head, head_mask, HEAD, D)
         if TAIL > 0:
             _store_modulated(tail_value * r, shift, scale, weight, bias, h, tail, tail_mask, HEAD + TAIL, D)
 
 
 @jit
-def _slope(scale, weight, columns, END: tl.constexpr, D: tl.constexpr):  # type: ignore[no-untyped-def]
-    """a = (1 + scale)·weight, (1, piece)."""
-    slope = tl.full(columns.shape, 1.0, tl.float32)
-    if scale is not None:
-        slope += _channels(scale, columns, END, D)
-    if weight is not None:
-        slope *= _channels(weight, columns, END, D)
-    return slope
-
-
-@jit
-def _normed(x1, x1_d, mu, r, columns, mask):  # type: ignore[no-untyped-def]
+def _normed(x1, mu, r, columns, mask):  # type: ignore[no-untyped-def]
     """One piece of x̂ = (x1 - mean)·rstd; outside the row it is not zero, but there dh is."""
-    value = _load(x1, x1_d, columns, mask)
+    value = load_piece(x1, columns, mask).to(tl.float32)
     if mu is not None:
         value -= mu
     return value * r
-
-
-@jit
-def _through_norm(dnormed, normed, r, along_mean, along_normed):  # type: ignore[no-untyped-def]
-    """One piece of rstd·(dx̂ - mean_d(dx̂) - x̂·mean_d(dx̂·x̂)); along_mean is None for rmsnorm."""
-    dx = dnormed - normed * along_normed
-    if along_mean is not None:
-        dx -= along_mean
-    return dx * r
 
 
 @jit
@@ -247,15 +174,10 @@ def _along(piece, ROWS: tl.constexpr):  # type: ignore[no-untyped-def]
 
 
 @jit
-def _over_rows(piece):  # type: ignore[no-untyped-def]
-    return tl.sum(piece, 0, keep_dims=True)
-
-
-@jit
 def _folded(piece, FOLD: tl.constexpr):  # type: ignore[no-untyped-def]
     """What is added to a sum over the tail: one row where folding is cheap, else row by row, to be folded at the end."""
     if FOLD:
-        return _over_rows(piece)
+        return over_rows(piece)
     else:
         return piece
 
@@ -271,25 +193,11 @@ def _store_sum(partial, at: tl.constexpr, total, columns, END: tl.constexpr, D: 
 @jit
 def backward_rows(  # type: ignore[no-untyped-def]
     dx1,
-    dx1_b,
-    dx1_n,
-    dx1_d,
     dh,
-    dh_b,
-    dh_n,
-    dh_d,
     x1,
-    x1_b,
-    x1_n,
-    x1_d,
     branch,
-    branch_b,
-    branch_n,
-    branch_d,
     gate,
-    gate_b,
     scale,
-    scale_b,
     weight,
     mean,
     rstd,
@@ -315,24 +223,16 @@ def backward_rows(  # type: ignore[no-untyped-def]
     head = tl.arange(0, HEAD).to(tl.int64)[None, :]
     if TAIL > 0:
         tail = _tail_columns(HEAD, TAIL, ROWS)
-    if dx1 is not None:
-        dx1 += sample * dx1_b
-    if dh is not None:
-        dh += sample * dh_b
-        x1 += sample * x1_b
-        if scale is not None:
-            scale += sample * scale_b
-        if not ONE_WARP:
-            slope = _slope(scale, weight, head, HEAD, D)
-            if TAIL > 0:
-                tail_slope = _slope(scale, weight, tail, HEAD + TAIL, D)
-    if dbranch is not None:
-        branch += sample * branch_b
-        gate += sample * gate_b
-        if not ONE_WARP:
-            g = _channels(gate, head, HEAD, D)
-            if TAIL > 0:
-                tail_g = _channels(gate, tail, HEAD + TAIL, D)
+    gate = of_sample(gate, sample)
+    scale = of_sample(scale, sample)
+    if dh is not None and not ONE_WARP:
+        slope = slope_of(scale, weight, head, HEAD, D)
+        if TAIL > 0:
+            tail_slope = slope_of(scale, weight, tail, HEAD + TAIL, D)
+    if dbranch is not None and not ONE_WARP:
+        g = channels_of(gate, head, HEAD, D)
+        if TAIL > 0:
+            tail_g = channels_of(gate, tail, HEAD + TAIL, D)
 
     p = tl.zeros([1, HEAD], tl.float32)
     q = tl.zeros([1, HEAD], tl.float32)
@@ -349,22 +249,24 @@ def backward_rows(  # type: ignore[no-untyped-def]
         rows = (start + tl.arange(0, ROWS)).to(tl.int64)[:, None]
         live = rows < last
         line = sample * N + rows
-        mask = _mask(live, head, HEAD, D)
+        mask = mask_of(live, head, HEAD, D)
+        stream_rows = rows_of(dx1, sample, rows)
+        branch_rows = rows_of(branch, sample, rows)
         if TAIL > 0:
-            tail_mask = _mask(live, tail, HEAD + TAIL, D)
+            tail_mask = mask_of(live, tail, HEAD + TAIL, D)
 
         # Between warps a reduction is a barrier that no load is moved across, so the loads that are needed last are issued
         # before it, and stay in their own dtype, which takes fewer registers. One warp has no barrier, and no registers
         # to spare: it loads what it needs when it needs it, vectors too.
         if not ONE_WARP:
             if dx1 is not None:
-                stream = tl.load(dx1 + rows * dx1_n + head * dx1_d, mask, 0.0)
+                stream = load_piece(stream_rows, head, mask)
                 if TAIL > 0:
-                    tail_stream = tl.load(dx1 + rows * dx1_n + tail * dx1_d, tail_mask, 0.0)
+                    tail_stream = load_piece(stream_rows, tail, tail_mask)
             if dbranch is not None:
-                u = tl.load(branch + rows * branch_n + head * branch_d, mask, 0.0)
+                u = load_piece(branch_rows, head, mask)
                 if TAIL > 0:
-                    tail_u = tl.load(branch + rows * branch_n + tail * branch_d, tail_mask, 0.0)
+                    tail_u = load_piece(branch_rows, tail, tail_mask)
 
         if dh is not None:
             if ROWS == 1:
@@ -373,24 +275,26 @@ def backward_rows(  # type: ignore[no-untyped-def]
             else:
                 mu = tl.load(mean + line, live, 0.0) if mean is not None else None
                 scaling = tl.load(rstd + line, live, 0.0)
-            dnormed = _load(dh + rows * dh_n, dh_d, head, mask)
-            normed = _normed(x1 + rows * x1_n, x1_d, mu, scaling, head, mask)
+            dh_rows = rows_of(dh, sample, rows)
+            x1_rows = rows_of(x1, sample, rows)
+            dnormed = load_piece(dh_rows, head, mask).to(tl.float32)
+            normed = _normed(x1_rows, mu, scaling, head, mask)
             if TAIL > 0:
-                tail_dnormed = _load(dh + rows * dh_n, dh_d, tail, tail_mask)
-                tail_normed = _normed(x1 + rows * x1_n, x1_d, mu, scaling, tail, tail_mask)
+                tail_dnormed = load_piece(dh_rows, tail, tail_mask).to(tl.float32)
+                tail_normed = _normed(x1_rows, mu, scaling, tail, tail_mask)
             if SUM_P >= 0:
-                p += _over_rows(dnormed)
+                p += over_rows(dnormed)
                 if TAIL > 0:
                     tail_p += _folded(tail_dnormed, ONE_WARP)
             if SUM_Q >= 0:
-                q += _over_rows(dnormed * normed)
+                q += over_rows(dnormed * normed)
                 if TAIL > 0:
                     tail_q += _folded(tail_dnormed * tail_normed, ONE_WARP)
 
             if ONE_WARP:
-                slope = _slope(scale, weight, head, HEAD, D)
+                slope = slope_of(scale, weight, head, HEAD, D)
                 if TAIL > 0:
-                    tail_slope = _slope(scale, weight, tail, HEAD + TAIL, D)
+                    tail_slope = slope_of(scale, weight, tail, HEAD + TAIL, D)
             dnormed *= slope
             along_normed = _along(dnormed * normed, ROWS)
             along_mean = _along(dnormed, ROWS) if mean is not None else None
@@ -402,22 +306,22 @@ def backward_rows(  # type: ignore[no-untyped-def]
             along_normed = tl.div_rn(along_normed, D * 1.0)
             if mean is not None:
                 along_mean = tl.div_rn(along_mean, D * 1.0)
-            d = _through_norm(dnormed, normed, scaling, along_mean, along_normed)
+            d = through_norm(dnormed, normed, scaling, along_mean, along_normed)
             if TAIL > 0:
-                tail_d = _through_norm(tail_dnormed, tail_normed, scaling, along_mean, along_normed)
+                tail_d = through_norm(tail_dnormed, tail_normed, scaling, along_mean, along_normed)
             if dx1 is not None:
                 if ONE_WARP:
-                    stream = tl.load(dx1 + rows * dx1_n + head * dx1_d, mask, 0.0)
+                    stream = load_piece(stream_rows, head, mask)
                     if TAIL > 0:
-                        tail_stream = tl.load(dx1 + rows * dx1_n + tail * dx1_d, tail_mask, 0.0)
+                        tail_stream = load_piece(stream_rows, tail, tail_mask)
                 d += stream.to(tl.float32)
                 if TAIL > 0:
                     tail_d += tail_stream.to(tl.float32)
         else:
             if ONE_WARP:
-                stream = tl.load(dx1 + rows * dx1_n + head * dx1_d, mask, 0.0)
+                stream = load_piece(stream_rows, head, mask)
                 if TAIL > 0:
-                    tail_stream = tl.load(dx1 + rows * dx1_n + tail * dx1_d, tail_mask, 0.0)
+                    tail_stream = load_piece(stream_rows, tail, tail_mask)
             d = stream.to(tl.float32)
             if TAIL > 0:
                 tail_d = tail_stream.to(tl.float32)
@@ -428,19 +332,19 @@ def backward_rows(  # type: ignore[no-untyped-def]
                 tl.store(dx + line * D + tail, tail_d.to(dx.dtype.element_ty), tail_mask)
         if dbranch is not None:
             if ONE_WARP:
-                g = _channels(gate, head, HEAD, D)
+                g = channels_of(gate, head, HEAD, D)
                 if TAIL > 0:
-                    tail_g = _channels(gate, tail, HEAD + TAIL, D)
-                u = tl.load(branch + rows * branch_n + head * branch_d, mask, 0.0)
+                    tail_g = channels_of(gate, tail, HEAD + TAIL, D)
+                u = load_piece(branch_rows, head, mask)
                 if TAIL > 0:
-                    tail_u = tl.load(branch + rows * branch_n + tail * branch_d, tail_mask, 0.0)
+                    tail_u = load_piece(branch_rows, tail, tail_mask)
             tl.store(dbranch + line * D + head, (g * d).to(dbranch.dtype.element_ty), mask)
-            r += _over_rows(d * u.to(tl.float32))
+            r += over_rows(d * u.to(tl.float32))
             if TAIL > 0:
                 tl.store(dbranch + line * D + tail, (tail_g * tail_d).to(dbranch.dtype.element_ty), tail_mask)
                 tail_r += _folded(tail_d * tail_u.to(tl.float32), ONE_WARP)
         if SUM_S >= 0:
-            s += _over_rows(d)
+            s += over_rows(d)
             if TAIL > 0:
                 tail_s += _folded(tail_d, ONE_WARP)
 
@@ -451,126 +355,19 @@ def backward_rows(  # type: ignore[no-untyped-def]
         if SUM_P >= 0:
             _store_sum(partial, SUM_P, p, head, HEAD, D)
             if TAIL > 0:
-                _store_sum(partial, SUM_P, _over_rows(tail_p), tail, HEAD + TAIL, D)
+                _store_sum(partial, SUM_P, over_rows(tail_p), tail, HEAD + TAIL, D)
         if SUM_Q >= 0:
             _store_sum(partial, SUM_Q, q, head, HEAD, D)
             if TAIL > 0:
-                _store_sum(partial, SUM_Q, _over_rows(tail_q), tail, HEAD + TAIL, D)
+                _store_sum(partial, SUM_Q, over_rows(tail_q), tail, HEAD + TAIL, D)
         if SUM_R >= 0:
             _store_sum(partial, SUM_R, r, head, HEAD, D)
             if TAIL > 0:
-                _store_sum(partial, SUM_R, _over_rows(tail_r), tail, HEAD + TAIL, D)
+                _store_sum(partial, SUM_R, over_rows(tail_r), tail, HEAD + TAIL, D)
         if SUM_S >= 0:
             _store_sum(partial, SUM_S, s, head, HEAD, D)
             if TAIL > 0:
-                _store_sum(partial, SUM_S, _over_rows(tail_s), tail, HEAD + TAIL, D)
-
-
-@jit
-def add_chunks(  # type: ignore[no-untyped-def]
-    partial,
-    chunks,
-    gate,
-    gate_b,
-    scale,
-    scale_b,
-    branch_bias,
-    weight,
-    bias,
-    dgate,
-    dshift,
-    dscale,
-    terms,
-    D: tl.constexpr,
-    SUM_P: tl.constexpr,
-    SUM_Q: tl.constexpr,
-    SUM_R: tl.constexpr,
-    SUM_S: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
-    program = tl.program_id(0)
-    blocks: tl.constexpr = (D + COLUMNS - 1) // COLUMNS
-    sample = (program // blocks).to(tl.int64)
-    columns = (program % blocks) * COLUMNS + tl.arange(0, COLUMNS)
-    inside = columns < D
-    sums: tl.constexpr = (SUM_P >= 0) + (SUM_Q >= 0) + (SUM_R >= 0) + (SUM_S >= 0)
-
-    p = tl.zeros([COLUMNS], tl.float32)
-    q = tl.zeros([COLUMNS], tl.float32)
-    r = tl.zeros([COLUMNS], tl.float32)
-    s = tl.zeros([COLUMNS], tl.float32)
-    for chunk in range(chunks):
-        at = partial + (sample * chunks + chunk) * (sums * D) + columns
-        if SUM_P >= 0:
-            p += tl.load(at + SUM_P * D, inside, 0.0)
-        if SUM_Q >= 0:
-            q += tl.load(at + SUM_Q * D, inside, 0.0)
-        if SUM_R >= 0:
-            r += tl.load(at + SUM_R * D, inside, 0.0)
-        if SUM_S >= 0:
-            s += tl.load(at + SUM_S * D, inside, 0.0)
-
-    out = sample * D + columns
-    if dshift is not None:
-        tl.store(dshift + out, p.to(dshift.dtype.element_ty), inside)
-    if dscale is not None:
-        through_weight = q
-        if weight is not None:
-            through_weight *= tl.load(weight + columns, inside, 0.0).to(tl.float32)
-        if bias is not None:
-            through_weight += tl.load(bias + columns, inside, 0.0).to(tl.float32) * p
-        tl.store(dscale + out, through_weight.to(dscale.dtype.element_ty), inside)
-    if dgate is not None:
-        through_gate = r
-        if branch_bias is not None:
-            through_gate += tl.load(branch_bias + columns, inside, 0.0).to(tl.float32) * s
-        tl.store(dgate + out, through_gate.to(dgate.dtype.element_ty), inside)
-
-    if terms is not None:
-        kinds: tl.constexpr = (weight is not None) + (bias is not None) + (branch_bias is not None)
-        terms += sample * (kinds * D) + columns
-        if scale is not None:
-            slope = 1.0 + tl.load(scale + sample * scale_b + columns, inside, 0.0).to(tl.float32)
-            p *= slope
-            q *= slope
-        if gate is not None:
-            s *= tl.load(gate + sample * gate_b + columns, inside, 0.0).to(tl.float32)
-        if weight is not None:
-            tl.store(terms, q, inside)
-            terms += D
-        if bias is not None:
-            tl.store(terms, p, inside)
-            terms += D
-        if branch_bias is not None:
-            tl.store(terms, s, inside)
-
-
-@jit
-def add_samples(  # type: ignore[no-untyped-def]
-    terms,
-    batch,
-    out_0,
-    out_1,
-    out_2,
-    D: tl.constexpr,
-    KINDS: tl.constexpr,
-    SAMPLES: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
-    columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
-    inside = columns < D
-    for kind in tl.static_range(KINDS):
-        total = tl.zeros([SAMPLES, COLUMNS], tl.float32)
-        for start in range(0, batch, SAMPLES):
-            samples = (start + tl.arange(0, SAMPLES)).to(tl.int64)[:, None]
-            at = terms + (samples * KINDS + kind) * D + columns
-            total += tl.load(at, (samples < batch) & inside, 0.0)
-        out = out_0
-        if kind == 1:
-            out = out_1
-        if kind == 2:
-            out = out_2
-        tl.store(out + columns, tl.sum(total, 0, keep_dims=True).to(out.dtype.element_ty), inside)
+                _store_sum(partial, SUM_S, over_rows(tail_s), tail, HEAD + TAIL, D)
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -600,11 +397,6 @@ _BACKWARD = {
     (1152, 4): Tile(1, 4),
 }
 
-_PROGRAMS = 1024
-_SHORTEST_CHUNK = 16
-_COLUMNS = 128
-_SAMPLES, _SAMPLE_COLUMNS = 32, 32
-
 
 def _other_width(width: int) -> Tile:
     """About 1024 channels at a time, in warps of 256; rows wider than that one by one."""
@@ -624,16 +416,6 @@ def backward_tile(width: int, itemsize: int) -> Tile:
     return _BACKWARD.get((width, itemsize)) or _other_width(width)
 
 
-def chunking(batch: int, length: int, rows: int) -> tuple[int, int]:
-    """(chunks of a sample, rows of a chunk) of the backward, from shapes alone.
-
-    About ``_PROGRAMS`` programs in all, so that a GPU is filled, but no chunk so short that its partial sums would outweigh it.
-    """
-    wanted = max(1, min(ceil_div(_PROGRAMS, max(batch, 1)), ceil_div(length, _SHORTEST_CHUNK)))
-    chunk_rows = ceil_div(max(ceil_div(length, wanted), 1), rows) * rows
-    return ceil_div(length, chunk_rows), chunk_rows
-
-
 # ------------------------------------------------------------------------------------------------------------------
 # Launch
 # ------------------------------------------------------------------------------------------------------------------
@@ -642,12 +424,7 @@ def chunking(batch: int, length: int, rows: int) -> tuple[int, int]:
 def _forward(
     x: Tensor,
     branch: Tensor | None,
-    gate: Tensor | None,
-    shift: Tensor | None,
-    scale: Tensor | None,
-    branch_bias: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
+    vectors: Vectors,
     x1: Tensor | None,
     h: Tensor | None,
     mean: Tensor | None,
@@ -658,35 +435,19 @@ def _forward(
     tile = forward_tile(width, _narrowest(x, branch, h))
     head, tail = pieces(width)
     blocks = ceil_div(length, tile.rows)
-    gate, shift, scale, branch_bias, weight, bias = map(
-        packed, (gate, shift, scale, branch_bias, weight, bias)
-    )
+    gate, shift, scale, branch_bias, weight, bias = vectors
     _triton.launch(
         forward_rows,
         batch * blocks,
         tile,
         x.device,
-        *(x, *strides(x), branch, *strides(branch)),
-        *(gate, batch_stride(gate), shift, batch_stride(shift), scale, batch_stride(scale)),
+        *(with_strides(x), with_strides(branch), per_sample(gate), per_sample(shift), per_sample(scale)),
         *(branch_bias, weight, bias, x1, h, mean, rstd, length, blocks, eps),
         D=width,
         HEAD=head,
         TAIL=tail,
         ROWS=tile.rows,
     )
-
-
-def _statistics(x: Tensor, norm: str) -> tuple[Tensor | None, Tensor]:
-    mean = None if norm == "rmsnorm" else x.new_empty(x.shape[:2], dtype=torch.float32)
-    return mean, x.new_empty(x.shape[:2], dtype=torch.float32)
-
-
-def _or_nothing(mean: Tensor | None, like: Tensor) -> Tensor:
-    return like.new_empty(0, dtype=torch.float32) if mean is None else mean
-
-
-def _contiguous(like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    return torch.empty(like.shape, dtype=dtype or like.dtype, device=like.device)
 
 
 def _modulate_norm(
@@ -699,15 +460,16 @@ def _modulate_norm(
     eps: float,
     out_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    h = _contiguous(x, out_dtype)
-    mean, rstd = _statistics(x, norm)
-    _forward(x, None, None, shift, scale, None, weight, bias, None, h, mean, rstd, eps)
-    return h, _or_nothing(mean, x), rstd
+    h = contiguous(x, out_dtype)
+    mean, rstd = statistics(x, norm)
+    _forward(x, None, Vectors.packed(None, shift, scale, None, weight, bias), None, h, mean, rstd, eps)
+    return h, or_empty(mean, x, torch.float32), rstd
 
 
 def _gated_residual(x: Tensor, branch: Tensor, gate: Tensor | None, branch_bias: Tensor | None) -> Tensor:
-    x1 = _contiguous(x)
-    _forward(x, branch, gate, None, None, branch_bias, None, None, x1, None, None, None, 0.0)
+    x1 = contiguous(x)
+    vectors = Vectors.packed(gate, None, None, branch_bias, None, None)
+    _forward(x, branch, vectors, x1, None, None, None, 0.0)
     return x1
 
 
@@ -724,19 +486,11 @@ def _gated_residual_norm(
     eps: float,
     out_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    x1, h = _contiguous(x), _contiguous(x, out_dtype)
-    mean, rstd = _statistics(x, norm)
-    _forward(x, branch, gate, shift, scale, branch_bias, weight, bias, x1, h, mean, rstd, eps)
-    return x1, h, _or_nothing(mean, x), rstd
-
-
-def _sum_indices(*needed: bool) -> tuple[dict[str, int], int]:
-    """Where each of the sums P, Q, R, S lies among those that are needed (-1: it is not), and how many are."""
-    places, count = {}, 0
-    for name, need in zip(("SUM_P", "SUM_Q", "SUM_R", "SUM_S"), needed):
-        places[name] = count if need else -1
-        count += need
-    return places, count
+    x1, h = contiguous(x), contiguous(x, out_dtype)
+    mean, rstd = statistics(x, norm)
+    vectors = Vectors.packed(gate, shift, scale, branch_bias, weight, bias)
+    _forward(x, branch, vectors, x1, h, mean, rstd, eps)
+    return x1, h, or_empty(mean, x, torch.float32), rstd
 
 
 def _backward(
@@ -744,93 +498,35 @@ def _backward(
     dh: Tensor | None,
     x1: Tensor | None,
     branch: Tensor | None,
-    gate: Tensor | None,
-    shift: Tensor | None,
-    scale: Tensor | None,
-    branch_bias: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
+    vectors: Vectors,
     mean: Tensor | None,
     rstd: Tensor | None,
     dx: Tensor | None,
     dbranch: Tensor | None,
 ) -> tuple[Tensor, ...]:
-    """Runs the three kernels; returns dgate, dshift, dscale, dbranch_bias, dweight, dbias, (0,) for an absent argument."""
+    """Runs the three kernels; returns the gradients of the vectors in their order, (0,) for an absent one."""
     like = next(t for t in (dh, dx1) if t is not None)
     batch, length, width = like.shape
-    gate, shift, scale, branch_bias, weight, bias = map(
-        packed, (gate, shift, scale, branch_bias, weight, bias)
-    )
-    places, count = _sum_indices(
-        shift is not None or bias is not None,
-        scale is not None or weight is not None,
-        gate is not None,
-        branch_bias is not None,
-    )
     tile = backward_tile(width, _narrowest(dx1, dh, x1, branch))
     head, tail = pieces(width)
     chunks, chunk_rows = chunking(batch, length, tile.rows)
-    partial = like.new_empty((batch, chunks, count, width), dtype=torch.float32) if count else None
+    partial = vectors.partial_sums(like, chunks)
     _triton.launch(
         backward_rows,
         batch * chunks,
         tile,
         like.device,
-        *(dx1, *strides(dx1), dh, *strides(dh), x1, *strides(x1)),
-        *(branch, *strides(branch), gate, batch_stride(gate), scale, batch_stride(scale), weight),
+        *map(with_strides, (dx1, dh, x1, branch)),
+        *(per_sample(vectors.gate), per_sample(vectors.scale), vectors.weight),
         *(mean, rstd, dx, dbranch, partial, length, chunks, chunk_rows),
-        **places,
+        **vectors.sums(),
         D=width,
         HEAD=head,
         TAIL=tail,
         ROWS=tile.rows,
         ONE_WARP=tile.warps == 1,
     )
-    dgate, dshift, dscale = (None if v is None else _contiguous(v) for v in (gate, shift, scale))
-    vectors = [v for v in (weight, bias, branch_bias) if v is not None]
-    terms = like.new_empty((batch, len(vectors), width), dtype=torch.float32) if vectors else None
-    if partial is not None:
-        _triton.launch(
-            add_chunks,
-            batch * ceil_div(width, _COLUMNS),
-            Tile(1, 4),
-            like.device,
-            *(partial, chunks, gate, batch_stride(gate), scale, batch_stride(scale), branch_bias),
-            *(weight, bias, dgate, dshift, dscale, terms),
-            **places,
-            D=width,
-            COLUMNS=_COLUMNS,
-        )
-    dvectors = _add_samples(terms, vectors)
-    dweight, dbias, dbranch_bias = (
-        None if v is None else next(dvectors) for v in (weight, bias, branch_bias)
-    )
-    gradients = (dgate, dshift, dscale, dbranch_bias, dweight, dbias)
-    return tuple(like.new_empty(0) if g is None else g for g in gradients)
-
-
-def _add_samples(terms: Tensor | None, vectors: list[Tensor]) -> Iterator[Tensor]:
-    """The gradients of the (D,) vectors, from every sample's terms (B, vectors, D)."""
-    if terms is None:
-        return iter(())
-    batch, kinds, width = terms.shape
-    outs = [_contiguous(v) for v in vectors]
-    _triton.launch(
-        add_samples,
-        ceil_div(width, _SAMPLE_COLUMNS),
-        Tile(1, 4),
-        terms.device,
-        *(terms, batch, *outs, *[None] * (3 - kinds)),
-        D=width,
-        KINDS=kinds,
-        SAMPLES=_SAMPLES,
-        COLUMNS=_SAMPLE_COLUMNS,
-    )
-    return iter(outs)
-
-
-def _saved(mean: Tensor, rstd: Tensor, norm: str) -> tuple[Tensor | None, Tensor]:
-    return None if norm == "rmsnorm" else mean.contiguous(), rstd.contiguous()
+    return tuple(or_empty(g, like) for g in vectors.gradients(partial))
 
 
 def _modulate_norm_backward(
@@ -844,10 +540,10 @@ def _modulate_norm_backward(
     shift: Tensor | None,
     norm: str,
 ) -> tuple[Tensor, ...]:
-    dx = _contiguous(x)
-    statistics = _saved(mean, rstd, norm)
+    dx = contiguous(x)
+    vectors = Vectors.packed(None, shift, scale, None, weight, bias)
     _, dshift, dscale, _, dweight, dbias = _backward(
-        None, dy, x, None, None, shift, scale, None, weight, bias, *statistics, dx, None
+        None, dy, x, None, vectors, *saved_statistics(mean, rstd, norm), dx, None
     )
     return dx, dshift, dscale, dweight, dbias
 
@@ -855,12 +551,11 @@ def _modulate_norm_backward(
 def _gated_residual_backward(
     dy: Tensor, branch: Tensor, gate: Tensor | None, branch_bias: Tensor | None
 ) -> tuple[Tensor, ...]:
-    dbranch = None if gate is None else _contiguous(branch)
+    dbranch = None if gate is None else contiguous(branch)
     kept = None if gate is None else branch
-    dgate, _, _, dbranch_bias, _, _ = _backward(
-        dy, None, None, kept, gate, None, None, branch_bias, None, None, None, None, None, dbranch
-    )
-    return branch.new_empty(0) if dbranch is None else dbranch, dgate, dbranch_bias
+    vectors = Vectors.packed(gate, None, None, branch_bias, None, None)
+    dgate, _, _, dbranch_bias, _, _ = _backward(dy, None, None, kept, vectors, None, None, None, dbranch)
+    return or_empty(dbranch, branch), dgate, dbranch_bias
 
 
 def _gated_residual_norm_backward(
@@ -878,14 +573,12 @@ def _gated_residual_norm_backward(
     shift: Tensor | None,
     norm: str,
 ) -> tuple[Tensor, ...]:
-    dx = _contiguous(x1)
-    dbranch = None if gate is None else _contiguous(branch)
+    dx = contiguous(x1)
+    dbranch = None if gate is None else contiguous(branch)
     kept = None if gate is None else branch
-    statistics = _saved(mean, rstd, norm)
-    vectors = _backward(
-        *(dx1, dh, x1, kept, gate, shift, scale, branch_bias, weight, bias, *statistics, dx, dbranch)
-    )
-    return dx, branch.new_empty(0) if dbranch is None else dbranch, *vectors
+    vectors = Vectors.packed(gate, shift, scale, branch_bias, weight, bias)
+    dvectors = _backward(dx1, dh, x1, kept, vectors, *saved_statistics(mean, rstd, norm), dx, dbranch)
+    return dx, or_empty(dbranch, branch), *dvectors
 
 
 # ------------------------------------------------------------------------------------------------------------------

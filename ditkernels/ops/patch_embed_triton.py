@@ -33,8 +33,8 @@ from torch import Tensor
 
 from ditkernels.ops import _registry as registry
 from ditkernels.ops import _triton
-from ditkernels.ops._triton import Tile, ceil_div, jit, packed, strides, tl
-from ditkernels.ops.adaln_triton import _mask
+from ditkernels.ops._rows_triton import load_piece, mask_of, rows_of
+from ditkernels.ops._triton import Tile, ceil_div, jit, packed, tl, with_strides
 from ditkernels.ops.patch_embed import PATCH_EMBED, PATCH_EMBED_BACKWARD
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -51,30 +51,23 @@ def _lines(first, N, ROWS: tl.constexpr):  # type: ignore[no-untyped-def]
 
 
 @jit
-def _patch_offsets(  # type: ignore[no-untyped-def]
-    sample, token, values, grid_w, x_b, x_c, x_y, x_x, P: tl.constexpr
-):
+def _places(image, sample, token, values, grid_w, P: tl.constexpr):  # type: ignore[no-untyped-def]
     """Where values (1, ..) of the patches of tokens (.., 1) lie in the images."""
     y = (token // grid_w * P).to(tl.int64)
     x = (token % grid_w * P).to(tl.int64)
     channel = (values // (P * P)).to(tl.int64)
     row = (values // P % P).to(tl.int64)
     column = (values % P).to(tl.int64)
-    return (sample * x_b + y * x_y + x * x_x) + (channel * x_c + row * x_y + column * x_x)
+    of_token = sample * image[1] + y * image[3] + x * image[4]
+    return image[0] + of_token + (channel * image[2] + row * image[3] + column * image[4])
 
 
 @jit
 def embed(  # type: ignore[no-untyped-def]
     x,
-    x_b,
-    x_c,
-    x_y,
-    x_x,
     weight,
     bias,
     pos,
-    pos_n,
-    pos_d,
     y,
     lines,
     N,
@@ -100,31 +93,24 @@ def embed(  # type: ignore[no-untyped-def]
     product = tl.zeros([ROWS, COLUMNS], tl.float32)
     for start in range(0, K, VALUES):
         places = start + tl.arange(0, VALUES)
-        at = _patch_offsets(sample, token, places[None, :], grid_w, x_b, x_c, x_y, x_x, P)
-        u = tl.load(x + at, live & (places[None, :] < K), 0.0)
+        at = _places(x, sample, token, places[None, :], grid_w, P)
+        u = tl.load(at, live & (places[None, :] < K), 0.0)
         w_at = weight + channels.to(tl.int64)[:, None] * K + places[None, :]
-        w = tl.load(w_at, _mask(places[None, :] < K, channels[:, None], ROUND, D), 0.0)
+        w = tl.load(w_at, mask_of(places[None, :] < K, channels[:, None], ROUND, D), 0.0)
         u = u.to(tl.float32).to(weight.dtype.element_ty).to(PRODUCT)
         product = tl.dot(u, tl.trans(w).to(PRODUCT), product, input_precision="ieee")
     if bias is not None:
         product += tl.load(bias + columns, columns < D, 0.0).to(tl.float32)
-    mask = _mask(live, columns, ROUND, D)
+    mask = mask_of(live, columns, ROUND, D)
     if pos is not None:
-        product += tl.load(pos + token.to(tl.int64) * pos_n + columns * pos_d, mask, 0.0).to(tl.float32)
+        product += load_piece(rows_of(pos, 0, token.to(tl.int64)), columns, mask).to(tl.float32)
     tl.store(y + line * D + columns, product.to(y.dtype.element_ty), mask)
 
 
 @jit
 def weight_products(  # type: ignore[no-untyped-def]
     dy,
-    dy_b,
-    dy_n,
-    dy_d,
     x,
-    x_b,
-    x_c,
-    x_y,
-    x_x,
     weight,
     partial,
     bias_partial,
@@ -156,19 +142,18 @@ def weight_products(  # type: ignore[no-untyped-def]
     for first in range(group * group_lines, last, ROWS):
         live = first + tl.arange(0, ROWS)[:, None] < last
         sample, token = _lines(first, N, ROWS)
-        at = dy + sample * dy_b + token.to(tl.int64) * dy_n + columns * dy_d
-        d = tl.load(at, _mask(live, columns, ROUND, D), 0.0)
+        d = load_piece(rows_of(dy, sample, token.to(tl.int64)), columns, mask_of(live, columns, ROUND, D))
         if bias_partial is not None:
             db += tl.sum(d.to(tl.float32), 0)
         if partial is not None:
-            at = _patch_offsets(sample, token, values, grid_w, x_b, x_c, x_y, x_x, P)
-            u = tl.load(x + at, live & (values < K), 0.0)
+            at = _places(x, sample, token, values, grid_w, P)
+            u = tl.load(at, live & (values < K), 0.0)
             u = u.to(tl.float32).to(weight.dtype.element_ty).to(PRODUCT)
             dw = tl.dot(tl.trans(d).to(PRODUCT), u, dw, input_precision="ieee")
 
     if partial is not None:
         at = partial + (group * D + channels.to(tl.int64)[:, None]) * K + values
-        tl.store(at, dw, _mask(values < K, channels[:, None], ROUND, D))
+        tl.store(at, dw, mask_of(values < K, channels[:, None], ROUND, D))
     if bias_partial is not None:  # noqa: SIM102 (the first is decided by the compiler)
         if value_tile == 0:
             tl.store(bias_partial + group * D + channels, db, channels < D)
@@ -188,15 +173,8 @@ def add_groups(  # type: ignore[no-untyped-def]
 @jit
 def image_gradients(  # type: ignore[no-untyped-def]
     dy,
-    dy_b,
-    dy_n,
-    dy_d,
     weight,
     dx,
-    dx_b,
-    dx_c,
-    dx_y,
-    dx_x,
     lines,
     N,
     grid_w,
@@ -220,21 +198,17 @@ def image_gradients(  # type: ignore[no-untyped-def]
     for start in range(0, D, COLUMNS):
         channels = start + tl.arange(0, COLUMNS)
         columns = channels.to(tl.int64)[None, :]
-        at = dy + sample * dy_b + token.to(tl.int64) * dy_n + columns * dy_d
-        d = tl.load(at, _mask(live, columns, ROUND, D), 0.0)
+        d = load_piece(rows_of(dy, sample, token.to(tl.int64)), columns, mask_of(live, columns, ROUND, D))
         w_at = weight + channels.to(tl.int64)[:, None] * K + values
-        w = tl.load(w_at, _mask(values < K, channels[:, None], ROUND, D), 0.0)
+        w = tl.load(w_at, mask_of(values < K, channels[:, None], ROUND, D), 0.0)
         du = tl.dot(d.to(PRODUCT), w.to(PRODUCT), du, input_precision="ieee")
-    at = dx + _patch_offsets(sample, token, values, grid_w, dx_b, dx_c, dx_y, dx_x, P)
-    tl.store(at, du.to(dx.dtype.element_ty), live & (values < K))
+    at = _places(dx, sample, token, values, grid_w, P)
+    tl.store(at, du.to(dx[0].dtype.element_ty), live & (values < K))
 
 
 @jit
 def add_positions(  # type: ignore[no-untyped-def]
     dy,
-    dy_b,
-    dy_n,
-    dy_d,
     dpos,
     batch,
     N,
@@ -246,11 +220,10 @@ def add_positions(  # type: ignore[no-untyped-def]
     tiles: tl.constexpr = (D + COLUMNS - 1) // COLUMNS
     columns = (program % tiles * COLUMNS + tl.arange(0, COLUMNS)).to(tl.int64)[None, :]
     token = (program // tiles).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
-    mask = _mask(token < N, columns, tiles * COLUMNS, D)
-    dy += token * dy_n + columns * dy_d
+    mask = mask_of(token < N, columns, tiles * COLUMNS, D)
     total = tl.zeros([ROWS, COLUMNS], tl.float32)
     for sample in range(batch):
-        total += tl.load(dy + tl.cast(sample, tl.int64) * dy_b, mask, 0.0).to(tl.float32)
+        total += load_piece(rows_of(dy, tl.cast(sample, tl.int64), token), columns, mask).to(tl.float32)
     tl.store(dpos + token * D + columns, total.to(dpos.dtype.element_ty), mask)
 
 
@@ -317,10 +290,6 @@ def _sizes(x: Tensor, weight: Tensor) -> tuple[int, int, int, int, int]:
     return grid_h * grid_w, grid_w, width, channels * p * p, p
 
 
-def _position_strides(pos_embed: Tensor | None) -> tuple[int, int]:
-    return (0, 0) if pos_embed is None else (pos_embed.stride(-2), pos_embed.stride(-1))
-
-
 def _patch_embed(
     x: Tensor, weight: Tensor, bias: Tensor | None, pos_embed: Tensor | None, out_dtype: torch.dtype
 ) -> Tensor:
@@ -328,13 +297,13 @@ def _patch_embed(
     lines = x.shape[0] * length
     product = product_dtype(weight)
     y = x.new_empty((x.shape[0], length, width), dtype=out_dtype)
+    positions = None if pos_embed is None else with_strides(pos_embed.expand(1, length, width))
     _triton.launch(
         embed,
         ceil_div(lines, _EMBED.rows) * ceil_div(width, _COLUMNS),
         _EMBED,
         x.device,
-        *(x, *x.stride(), weight.contiguous(), packed(bias), pos_embed, *_position_strides(pos_embed)),
-        *(y, lines, length, grid_w),
+        *(with_strides(x), weight.contiguous(), packed(bias), positions, y, lines, length, grid_w),
         D=width,
         K=values,
         P=p,
@@ -380,7 +349,7 @@ def _weight_gradients(
             groups * ceil_div(values, held) * ceil_div(width, columns),
             tile,
             x.device,
-            *(dy, *strides(dy), x, *x.stride(), weight, partial, bias_partial),
+            *(with_strides(dy), with_strides(x), weight, partial, bias_partial),
             *(lines, length, group_lines, grid_w),
             D=width,
             K=values,
@@ -424,7 +393,7 @@ def _image_gradient(dy: Tensor, x: Tensor, weight: Tensor) -> Tensor:
         ceil_div(lines, _IMAGE.rows) * ceil_div(values, held),
         _IMAGE,
         x.device,
-        *(dy, *strides(dy), weight.contiguous(), dx, *dx.stride(), lines, length, grid_w),
+        *(with_strides(dy), weight.contiguous(), with_strides(dx), lines, length, grid_w),
         D=width,
         K=values,
         P=p,
@@ -444,7 +413,7 @@ def _position_gradient(dy: Tensor, pos_embed: Tensor) -> Tensor:
         ceil_div(length, _POSITIONS.rows) * ceil_div(width, _COLUMNS),
         _POSITIONS,
         dy.device,
-        *(dy, *strides(dy), dpos, batch, length),
+        *(with_strides(dy), dpos, batch, length),
         D=width,
         COLUMNS=_COLUMNS,
         ROWS=_POSITIONS.rows,

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import sys
 from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
-from interpreted import Launch, guarded, in_place, load_source, reordered, shuffled, traced
+from interpreted import Launch, guarded, in_place, load_sources, reordered, shuffled, traced
 from test_adaln import BF16, F32, OPS, make_inputs, run
 from torch import Tensor
 from triton.runtime.errors import InterpreterError
 
 from ditkernels.ops import _registry as registry
-from ditkernels.ops import adaln, adaln_triton
+from ditkernels.ops import _rows_triton, _triton, adaln, adaln_triton
+from ditkernels.ops._triton import Tile
 
 ALL = "gate shift scale branch_bias weight bias"
 # Reads and writes of (B, N, D) tensors, forward and backward, with these vectors present.
@@ -97,11 +97,11 @@ def test_the_number_of_chunks_depends_on_the_shape_alone_and_fills_a_gpu() -> No
         (2000, 5, 1),
         (0, 5, 1),
     ]:
-        chunks, chunk_rows = adaln_triton.chunking(batch, length, rows)
+        chunks, chunk_rows = _rows_triton.chunking(batch, length, rows)
         assert chunk_rows % rows == 0
         assert (chunks - 1) * chunk_rows < length <= chunks * chunk_rows
-    assert adaln_triton.chunking(256, 256, 1) == (4, 64)
-    assert adaln_triton.chunking(1, 256, 1) == (16, 16)
+    assert _rows_triton.chunking(256, 256, 1) == (4, 64)
+    assert _rows_triton.chunking(1, 256, 1) == (16, 16)
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -166,7 +166,7 @@ def spread(tensor: Tensor, strides: tuple[int, ...]) -> Tensor:
     return torch.empty(extent, dtype=tensor.dtype).as_strided(tensor.shape, strides).copy_(tensor)
 
 
-def check_sums_beyond(module: object) -> None:
+def check_sums_beyond(rows: object) -> None:
     """Partial sums and samples' terms of more than 2^31 elements: the last ones are found and added."""
     samples, width, columns = 6_000_000, 96, 96
     partial = torch.empty(samples, 1, 4, width)
@@ -177,12 +177,12 @@ def check_sums_beyond(module: object) -> None:
     terms = torch.empty(samples, 3, width)
     assert partial.numel() > FAR
     with in_place(), guarded(), reordered(last):
-        module._triton.launch(
-            module.add_chunks,
+        _triton.launch(
+            rows.add_chunks,
             samples,
-            module.Tile(1, 4),
+            Tile(1, 4),
             partial.device,
-            *(partial, 1, gate, 0, scale, 0, branch_bias, weight, bias, dgate, dshift, dscale, terms),
+            *(partial, 1, (gate, 0), (scale, 0), branch_bias, weight, bias, dgate, dshift, dscale, terms),
             D=width,
             SUM_P=0,
             SUM_Q=1,
@@ -198,10 +198,10 @@ def check_sums_beyond(module: object) -> None:
     terms[-1, -1, -32:] = 5
     outs = [torch.empty(width) for _ in range(3)]
     with in_place(), guarded(), reordered(last):
-        module._triton.launch(
-            module.add_samples,
+        _triton.launch(
+            rows.add_samples,
             width // 32,
-            module.Tile(1, 4),
+            Tile(1, 4),
             terms.device,
             *(terms, samples, *outs),
             D=width,
@@ -228,17 +228,15 @@ def test_strides_beyond_2_to_the_31_elements() -> None:
 
 
 def test_sums_beyond_2_to_the_31_elements() -> None:
-    check_sums_beyond(adaln_triton)
+    check_sums_beyond(_rows_triton)
 
 
 def test_kernels_with_32_bit_offsets_would_be_found(tmp_path: Path) -> None:
-    source = Path(adaln_triton.__file__).read_text().replace("tl.int64", "tl.int32")
-    narrow = load_source(adaln_triton, source, tmp_path / "narrow.py")
-    module = sys.modules["narrow"]
+    narrow, copies = load_sources(adaln_triton, lambda s: s.replace("tl.int64", "tl.int32"), tmp_path)
     for shape in FAR_SHAPES.values():
         with pytest.raises((InterpreterError, AssertionError)):
             check_rows_beyond(narrow, *shape)
     with pytest.raises((InterpreterError, AssertionError)):
         check_strides_beyond(narrow)
     with pytest.raises((InterpreterError, AssertionError)):
-        check_sums_beyond(module)
+        check_sums_beyond(copies[_rows_triton.__name__])

@@ -161,7 +161,12 @@ def recorded(capability: int) -> Iterator[list[Compiled]]:
             num_stages=tile.stages,
             **constants,
         )
-        parameters = [n for n, kind in compiled.src.signature.items() if kind != "constexpr"]
+        parameters = [
+            name
+            for name, kind in compiled.src.signature.items()
+            for part in (kind if isinstance(kind, tuple) else (kind,))
+            if part != "constexpr"
+        ]
         code = compiled.asm
         kernels.append(Compiled(kernel.fn.__name__, code["cubin"], code["ptx"], parameters))
 

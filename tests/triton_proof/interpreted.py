@@ -27,7 +27,7 @@ from torch import Tensor
 from triton.runtime import interpreter
 
 from ditkernels.ops import _registry as registry
-from ditkernels.ops import _triton
+from ditkernels.ops import _rows_triton, _triton, unpatchify_triton
 
 BUILDER = interpreter.interpreter_builder
 
@@ -99,6 +99,11 @@ class Launch:
         return False
 
 
+def without_strides(argument: Any) -> Any:
+    """The tensor of an argument that comes with its strides; any other as it is."""
+    return argument[0] if isinstance(argument, tuple) else argument
+
+
 def element_addresses(tensor: Tensor) -> np.ndarray:
     """The address of every element, in row-major order of its shape."""
     offsets = torch.zeros((), dtype=torch.int64)
@@ -115,7 +120,10 @@ def traced() -> Iterator[list[Launch]]:
 
     def recording(kernel: Any, programs: int, tile: Any, device: Any, *args: Any, **constants: Any) -> None:
         names = list(inspect.signature(kernel.fn).parameters)
-        launches.append(Launch(kernel.fn.__name__, programs, {**dict(zip(names, args)), **constants}))
+        given = {**dict(zip(names, args)), **constants}
+        launches.append(
+            Launch(kernel.fn.__name__, programs, {n: without_strides(v) for n, v in given.items()})
+        )
         launch(kernel, programs, tile, device, *args, **constants)
 
     def note(pointers: Any, mask: Any, store: bool) -> None:
@@ -190,7 +198,9 @@ def guarded() -> Iterator[None]:
     def watching(kernel: Any, programs: int, tile: Any, device: Any, *args: Any, **constants: Any) -> None:
         nonlocal starts, ends
         storages = {
-            a.untyped_storage().data_ptr(): a.untyped_storage() for a in args if isinstance(a, Tensor)
+            a.untyped_storage().data_ptr(): a.untyped_storage()
+            for a in map(without_strides, (*args, *constants.values()))
+            if isinstance(a, Tensor)
         }
         starts = np.array(sorted(storages), np.uint64)
         ends = np.array([p + storages[p].nbytes() for p in sorted(storages)], np.uint64)
@@ -218,29 +228,40 @@ def guarded() -> Iterator[None]:
         yield
 
 
-def load_source(module: types.ModuleType, source: str, path: Path) -> dict[str, Callable[..., Any]]:
-    """Runs ``source`` as another copy of ``module``; returns the kernels it would register, by op, without registering them."""
-    path.write_text(source)  # the interpreter reads a kernel's source from its file
-    copy = types.ModuleType(path.stem)
-    copy.__file__ = str(path)
+SHARED = (_rows_triton, unpatchify_triton)
+"""Modules whose device functions other modules' kernels call, in the order in which they import each other."""
+
+
+def load_sources(
+    module: types.ModuleType, change: Callable[[str], str], folder: Path
+) -> tuple[dict[str, Callable[..., Any]], dict[str, types.ModuleType]]:
+    """Runs the changed sources of ``module`` and of SHARED as other copies of them, without registering anything.
+
+    Returns the kernels that they would register, by op, and the copies by the name of what they copy.
+    """
     registered: dict[str, Callable[..., Any]] = {}
 
     def collect(op: Any, backend: str, kernel: Callable[..., Any], *, refuse: Any = None) -> None:
         registered[op.name] = kernel
 
-    sys.modules[path.stem] = copy
-    with mock.patch.object(registry, "implement", collect):
-        exec(compile(source, str(path), "exec"), copy.__dict__)
-    return registered
+    copies: dict[str, types.ModuleType] = {}
+    with mock.patch.object(registry, "implement", collect), mock.patch.dict(sys.modules):
+        for original in (*(m for m in SHARED if m is not module), module):
+            name = original.__name__
+            path = folder / f"{name.split('.')[-1]}.py"
+            path.write_text(change(Path(original.__file__ or "").read_text()))
+            sys.modules[name] = copies[name] = types.ModuleType(name)
+            copies[name].__file__ = str(path)  # the interpreter reads a kernel's source from its file
+            exec(compile(path.read_text(), str(path), "exec"), copies[name].__dict__)
+    return registered, copies
 
 
 @contextlib.contextmanager
 def mutant(module: types.ModuleType, old: str, new: str, folder: Path) -> Iterator[None]:
-    """Runs the ops on the kernels of ``module`` with ``old``, which must occur in its source, replaced by ``new`` everywhere."""
-    source = Path(module.__file__ or "").read_text()
-    assert old in source, f"the source of {module.__name__} has no {old!r}"
-    path = folder / f"mutant_{abs(hash((old, new)))}.py"
-    registered = load_source(module, source.replace(old, new), path)
+    """Runs the ops on the kernels of ``module`` with ``old``, which must occur in its source or in SHARED, replaced by ``new``."""
+    sources = [Path(m.__file__ or "").read_text() for m in (module, *SHARED)]
+    assert any(old in source for source in sources), f"the source of {module.__name__} has no {old!r}"
+    registered, _ = load_sources(module, lambda source: source.replace(old, new), folder)
     with contextlib.ExitStack() as stack:
         for name, kernel in registered.items():
             stack.enter_context(

@@ -6,7 +6,7 @@ import pytest
 import torch
 from ahead import Compiled, recorded
 
-from ditkernels.ops import final_layer_triton, patch_embed_triton
+from ditkernels.ops import final_layer_triton, patch_embed_triton, unpatchify_triton
 from ditkernels.reference import SIZES
 
 F32, BF16 = torch.float32, torch.bfloat16
@@ -111,8 +111,8 @@ def test_ampere_and_blackwell(capability: int, seen: set[bytes]) -> None:
 def test_unpatchify_compiles() -> None:
     tokens = torch.empty(2, 256, 32, dtype=BF16)
     with recorded(90) as kernels:
-        final_layer_triton._unpatchify(tokens, 16, 16, 2)
-        final_layer_triton._unpatchify_backward(torch.empty(2, 8, 32, 32, dtype=BF16), 2)
+        unpatchify_triton._unpatchify(tokens, 16, 16, 2)
+        unpatchify_triton._unpatchify_backward(torch.empty(2, 8, 32, 32, dtype=BF16), 2)
     assert [(k.name, k.spills) for k in kernels] == [("place_values", 0), ("gather_values", 0)]
 
 

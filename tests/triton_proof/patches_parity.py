@@ -32,6 +32,8 @@ FINAL = [
     (2, (3, 3), 7, 1, 4, F32, F32, F32, "layernorm", OPTIONAL),
     (2, (1, 2), 3, 3, 1, F32, F32, F32, "rmsnorm", OPTIONAL),
     (1, (1, 2), 2500, 2, 4, F32, F32, F32, "layernorm", ("branch", "branch_bias")),
+    (1, (1, 2), 4100, 1, 5, F32, BF16, F32, "layernorm", OPTIONAL),
+    (1, (1, 2), 4128, 1, 4, F32, F32, F32, "rmsnorm", ("shift", "scale")),
 ]
 EMBED = [
     (1, (1, 1), 384, 2, F32, F32, F32, F32, 4),
@@ -173,8 +175,8 @@ def test_a_wider_image_is_not_rounded_to_the_weights_dtype() -> None:
 
 
 def test_what_the_kernels_cannot_take_is_refused_before_launch() -> None:
-    x, weight = torch.zeros(1, 1, 4097), torch.zeros(4, 4097)
-    with pytest.raises(registry.BackendError, match="a row of 4097 channels does not fit"):
+    x, weight = torch.zeros(1, 1, 5), torch.zeros(0, 5)
+    with pytest.raises(registry.BackendError, match="the linear has no outputs"):
         final_layer(x, None, None, weight, grid=(1, 1), patch_size=2)
     with pytest.raises(registry.BackendError, match="float64 is not among the kernels' dtypes"):
         patch_embed(torch.zeros(1, 1, 2, 2, dtype=F64), torch.zeros(4, 1, 2, 2))
