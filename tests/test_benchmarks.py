@@ -148,3 +148,13 @@ def test_a_bad_flag_is_named(
     with pytest.raises(SystemExit):
         runpy.run_path(str(BENCHMARKS / f"{script}.py"), run_name="__main__")
     assert said in capsys.readouterr().err
+
+
+def test_trainer_overhead(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    size = ("--batch", "2", "--input-size", "8", "--steps", "2", "--log-every", "2")
+    bare, trainer = run("trainer_overhead", *size, monkeypatch=monkeypatch, out=tmp_path / "o.json")
+    assert (bare["contender"], trainer["contender"]) == ("bare", "trainer")
+    assert bare["ms_a_step"] > 0
+    assert -1 < trainer["overhead"] < math.inf
+    # Three turns of two steps, of which the last has not reached the host.
+    assert trainer["logged_lines"] == 2
