@@ -1,12 +1,16 @@
 """Checkpoints: exact, whole at every instant, and honest about damage."""
 
 import argparse
+import dataclasses
 import json
 import os
 import stat
+import subprocess
+import threading
 from collections import OrderedDict
 
 import pytest
+import safetensors
 import torch
 
 from ditkernels import checkpoint as checkpoint_module
@@ -14,9 +18,15 @@ from ditkernels.checkpoint import (
     MANIFEST,
     Checkpoint,
     CheckpointError,
+    CheckpointWriter,
+    checkpoint_directory,
+    checkpoints_of,
     load_checkpoint,
     load_public_checkpoint,
+    newest_checkpoint,
+    remove_old_checkpoints,
     save_checkpoint,
+    set_aside,
 )
 
 
@@ -302,3 +312,144 @@ def test_a_damaged_public_file_is_named(tmp_path, content):
 def test_a_missing_public_file_is_named(tmp_path):
     with pytest.raises(CheckpointError, match=r"absent\.pt: no such file"):
         load_public_checkpoint(tmp_path / "absent.pt")
+
+
+# --------------------------------------------------------------------------------------------------------------
+# The checkpoints of a run
+# --------------------------------------------------------------------------------------------------------------
+
+
+def whole(step):
+    """A checkpoint with everything in it."""
+    made = make(step)
+    state = {"pending": {"loss": 0.1 + step}, "names": ["a"]}
+    return dataclasses.replace(made, optimizer={"w.exp_avg": torch.full((4,), float(step))}, state=state)
+
+
+def save_steps(run, *steps):
+    for step in steps:
+        save_checkpoint(checkpoint_directory(run, step), whole(step))
+
+
+def test_optimizer_and_state_come_back(tmp_path):
+    save_checkpoint(tmp_path, whole(3))
+    loaded = load_checkpoint(tmp_path)
+    assert_same(loaded, make(3))
+    assert loaded.optimizer.keys() == {"w.exp_avg"}
+    assert torch.equal(loaded.optimizer["w.exp_avg"], torch.full((4,), 3.0))
+    assert loaded.state == {"pending": {"loss": 3.1}, "names": ["a"]}
+
+
+def test_new_folders_are_on_the_disk_before_what_they_hold_counts(tmp_path, monkeypatch):
+    synced = []
+    genuine = checkpoint_module._sync_directory
+
+    def sync(path):
+        synced.append(path)
+        genuine(path)
+
+    monkeypatch.setattr(checkpoint_module, "_sync_directory", sync)
+    directory = checkpoint_directory(tmp_path / "run", 7)
+    save_checkpoint(directory, whole(7))
+    assert sorted(synced[:3]) == [tmp_path, tmp_path / "run", tmp_path / "run" / "checkpoints"]
+    assert synced[3:] == [directory, directory]
+
+
+def test_the_newest_whole_checkpoint_is_found_and_the_broken_ones_named(tmp_path):
+    assert newest_checkpoint(tmp_path) == (None, None, {})
+    save_steps(tmp_path, 2, 10, 9)
+    assert list(checkpoints_of(tmp_path)) == [2, 9, 10]
+    flip_a_bit(next(checkpoint_directory(tmp_path, 10).glob("optimizer-*")))
+    found = newest_checkpoint(tmp_path)
+    assert (found.path, found.checkpoint.step) == (checkpoint_directory(tmp_path, 9), 9)
+    ((path, reason),) = found.broken.items()
+    assert path == checkpoint_directory(tmp_path, 10)
+    assert "is damaged" in reason
+    assert set_aside(path).is_dir()
+    assert list(checkpoints_of(tmp_path)) == [2, 9]
+
+
+@pytest.mark.parametrize(
+    "keep_last, keep_every, kept", [(2, 0, [4, 5, 7]), (1, 2, [2, 4, 5, 7]), (9, 0, [1, 2, 3, 4, 5, 7])]
+)
+def test_old_checkpoints_are_removed_but_the_last_and_every_mth(tmp_path, keep_last, keep_every, kept):
+    save_steps(tmp_path, 1, 2, 3, 4, 5, 7)
+    remove_old_checkpoints(tmp_path, 5, keep_last=keep_last, keep_every=keep_every)
+    assert list(checkpoints_of(tmp_path)) == kept
+
+
+def test_what_has_no_manifest_is_removed_and_not_counted(tmp_path):
+    save_steps(tmp_path, 1, 2, 3)
+    (checkpoint_directory(tmp_path, 2) / MANIFEST).unlink()
+    remove_old_checkpoints(tmp_path, 3, keep_last=2, keep_every=0)
+    assert list(checkpoints_of(tmp_path)) == [1, 3]
+
+
+def test_the_writer_saves_what_was_there_when_it_was_asked(tmp_path, monkeypatch):
+    gate = threading.Event()
+    genuine = checkpoint_module.save_checkpoint
+
+    def slow(*arguments):
+        gate.wait(timeout=60)
+        genuine(*arguments)
+
+    monkeypatch.setattr(checkpoint_module, "save_checkpoint", slow)
+    writer = CheckpointWriter(tmp_path, keep_last=1, keep_every=0)
+    checkpoint = whole(1)
+    writer.save(checkpoint)
+    for tensors in checkpoint.parts.values():
+        for tensor in tensors.values():
+            tensor.zero_()
+    assert checkpoints_of(tmp_path) == {}, "training would have waited for the disk"
+    gate.set()
+    writer.wait()
+    assert_same(newest_checkpoint(tmp_path).checkpoint, make(1))
+    writer.save(whole(2))
+    writer.close()
+    assert list(checkpoints_of(tmp_path)) == [2]
+
+
+def test_a_failure_of_the_writer_is_raised_and_the_old_checkpoint_kept(tmp_path, monkeypatch):
+    writer = CheckpointWriter(tmp_path, keep_last=1, keep_every=0)
+    writer.save(whole(1))
+    writer.wait()
+
+    def full_disk(*_):
+        raise safetensors.SafetensorError("No space left on device (os error 28)")
+
+    monkeypatch.setattr(checkpoint_module, "save_file", full_disk)
+    writer.save(whole(2))
+    writer.close()
+    with pytest.raises(OSError, match="No space left"):
+        writer.raise_failure()
+    writer.raise_failure()
+    assert newest_checkpoint(tmp_path).checkpoint.step == 1
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 256 KiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(folder)]
+    try:
+        mounted = subprocess.run(mount, capture_output=True).returncode == 0
+    except FileNotFoundError:
+        mounted = False
+    if not mounted:
+        pytest.skip("mounting a small tmpfs is not allowed here; RLIMIT_FSIZE stands for it elsewhere")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_on_a_full_file_system_the_old_checkpoint_survives_and_nothing_is_left_over(small_disk):
+    save_steps(small_disk, 1)
+    before = sorted(small_disk.rglob("*"))
+    large = Checkpoint({"a": torch.zeros(30_000)}, ema={"a": torch.ones(60_000)}, step=2)
+    with pytest.raises(OSError, match=r"could not be written.*No space left"):
+        save_checkpoint(checkpoint_directory(small_disk, 2), large)
+    with pytest.raises(OSError, match="No space left"):
+        save_checkpoint(checkpoint_directory(small_disk, 1), large)
+    assert newest_checkpoint(small_disk).checkpoint.step == 1
+    left = set(small_disk.rglob("*")) - set(before)
+    assert left == {checkpoint_directory(small_disk, 2)}
