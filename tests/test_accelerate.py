@@ -10,7 +10,7 @@ import pickle
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -94,12 +94,21 @@ def call(model: nn.Module, size: int = 3, dtype: torch.dtype = F32) -> tuple[Ten
 
 
 def forward_backward(model: nn.Module, size: int = 3, dtype: torch.dtype = F32) -> Results:
-    """Output and every gradient for a fixed random cotangent; biases of keys, whose true gradient is zero, are left out."""
+    """Output and every gradient."""
     out, x = call(model, size, dtype)
-    cotangent = torch.randn(out.shape, generator=torch.Generator().manual_seed(5)).to(out.dtype)
     named = {n.removeprefix("module."): p for n, p in model.named_parameters() if p.requires_grad}
-    grads = torch.autograd.grad(out, [x, *named.values()], cotangent, allow_unused=True)
-    results = {"output": out.detach(), **{f"d{n}": g for n, g in zip(["x", *named], grads) if g is not None}}
+    grads = torch.autograd.grad(out, [x, *named.values()], cotangent(out), allow_unused=True)
+    gradients = {f"d{n}": g for n, g in zip(["x", *named], grads) if g is not None}
+    return comparable({"output": out.detach(), **gradients})
+
+
+def cotangent(out: Tensor) -> Tensor:
+    """A fixed random one."""
+    return torch.randn(out.shape, generator=torch.Generator().manual_seed(5)).to(out.dtype)
+
+
+def comparable(results: Results) -> Results:
+    """Without the gradients of biases of keys, whose true value is zero: softmax ignores them."""
     for name in [n for n in results if n.endswith(("attn.qkv.bias", "to_k.bias", "k_norm.bias"))]:
         whole = results.pop(name)
         if name.endswith("qkv.bias"):
@@ -655,20 +664,75 @@ def test_compiled_models_run_the_fused_ops(name: str, first: str) -> None:
     assert_agreement(got, plain)
 
 
-def test_ddp_runs_the_fused_ops(tmp_path: Path) -> None:
+@pytest.fixture
+def process_group(tmp_path: Path) -> Iterator[None]:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("first", ["accelerate", "ddp"])
+def test_ddp_runs_the_fused_ops(process_group: None, first: str) -> None:
+    model = make("DiT")
+    plain = copy.deepcopy(model)
+    if first == "accelerate":
+        quietly(model)
+    wrapped = nn.parallel.DistributedDataParallel(model)
+    report = quietly(wrapped)
+    assert "accelerated already" in str(report) if first == "accelerate" else report.fused
+    got = forward_backward(wrapped)
+    ran = fused_ops(lambda: call(wrapped)[0].sum().backward())
+    assert {"gated_residual_norm_torch", "gated_residual_norm_backward_torch"} <= ran
+    assert_agreement(got, plain)
+
+
+def test_fsdp2_shards_an_accelerated_model(process_group: None) -> None:
+    fsdp = pytest.importorskip("torch.distributed.fsdp")
     model = make("DiT")
     plain = copy.deepcopy(model)
     quietly(model)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
-        wrapped = nn.parallel.DistributedDataParallel(model)
-        got = forward_backward(wrapped)
-        ran = fused_ops(lambda: call(wrapped)[0].sum().backward())
-        assert "accelerated already" in str(quietly(wrapped))
-    finally:
-        torch.distributed.destroy_process_group()
-    assert {"gated_residual_norm_torch", "gated_residual_norm_backward_torch"} <= ran
-    assert_agreement(got, plain)
+    mesh = torch.distributed.init_device_mesh("cpu", (1,))
+    for block in model.blocks:
+        fsdp.fully_shard(block, mesh=mesh)
+    fsdp.fully_shard(model, mesh=mesh)
+    out, x = call(model)
+    out.backward(cotangent(out))
+    got = {n: p.grad.full_tensor() for n, p in model.named_parameters() if p.grad is not None}
+    assert_agreement(comparable({"output": out, "dx": x.grad, **{f"d{n}": g for n, g in got.items()}}), plain)
+    with pytest.raises(ValueError, match="already wrapped in FSDPModule"):
+        restore(model)
+
+
+def test_a_checkpoint_wrapper_over_an_accelerated_block_closes_the_stream() -> None:
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+    model = make("DiT")
+    plain = copy.deepcopy(model)
+    quietly(model)
+    model.blocks[1] = checkpoint_wrapper(model.blocks[1])
+    seen = []
+    model.blocks[1].register_forward_pre_hook(lambda module, args: seen.append(type(args[0])))
+    out, _ = call(model)
+    torch.testing.assert_close(out, call(plain)[0])
+    assert seen == [Tensor]
+
+
+def test_a_block_in_several_places_is_rewired_once() -> None:
+    model = make("DiT")
+    model.blocks[2] = model.blocks[0]
+    plain = copy.deepcopy(model)
+    quietly(model)
+    assert_unchanged(model, plain)
+    restore(model)
+    assert type(model.blocks[2]) is public.DiTBlock
+
+
+def test_on_the_meta_device_nothing_can_be_proven() -> None:
+    with torch.device("meta"):
+        model = public.DiT()
+    report = quietly(model)
+    assert not report.fused
+    assert "meta device" in reason(report, "blocks.1")
 
 
 def test_blocks_stay_callable_on_their_own() -> None:

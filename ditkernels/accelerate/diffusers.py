@@ -152,7 +152,7 @@ class Model(Fused):
             )
         stream = Stream(self.pos_embed(hidden_states))
         for block in self.transformer_blocks:
-            stream = _through(block, stream, timestep, class_labels)
+            stream = parts.through(block, stream, timestep=timestep, class_labels=class_labels)
         stream = parts.promoted(stream)
         conditioning = self.transformer_blocks[0].norm1.emb(
             timestep, class_labels, hidden_dtype=stream.x.dtype
@@ -161,12 +161,6 @@ class Model(Fused):
         end = (self.proj_out_2, (side, side), p, self.norm_out, self._ditkernels["norm"])
         image = parts.finished(stream, shift, scale, *end)
         return self._ditkernels["output"](sample=image) if return_dict else (image,)
-
-
-def _through(block: nn.Module, stream: Stream, timestep: Any, class_labels: Any) -> Stream:
-    if getattr(block, "carries_stream", False):
-        return block(stream, timestep=timestep, class_labels=class_labels)
-    return Stream(block(parts.plain(stream), timestep=timestep, class_labels=class_labels))
 
 
 # ------------------------------------------------------------------------------------------------------------------

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import torch
@@ -27,7 +26,7 @@ def kind_of_norm(name: str, norm: nn.Module, width: int) -> str:
     parameters = dict(norm.named_parameters())
     if not parameters.keys() <= {"weight", "bias"} or any(p.shape != (width,) for p in parameters.values()):
         raise Refused(f"{name} is {type(norm).__name__} with parameters the ops do not know")
-    trial = copy.deepcopy(norm).double()
+    trial = proof.duplicate(norm).double()
     proof.randomise(trial)
     x = proof.Draw(torch.float64, proof.device_of(norm)).rows(2, 5, width)
     try:
@@ -71,6 +70,14 @@ def promoted(stream: Stream) -> Stream:
 def plain(stream: Stream) -> Tensor:
     """The residual stream with nothing left to add."""
     return closed(promoted(stream)).x
+
+
+def through(block: nn.Module, stream: Stream, *args: Any, **kwargs: Any) -> Stream:
+    """One block on an open stream; a block that was left as it was gets, and gives, a closed one."""
+    # Asked of its class, since a checkpoint wrapper answers for what it wraps, and an open stream would double what it keeps.
+    if getattr(type(block), "carries_stream", False):
+        return block(stream, *args, **kwargs)
+    return Stream(block(plain(stream), *args, **kwargs))
 
 
 # ------------------------------------------------------------------------------------------------------------------

@@ -78,7 +78,7 @@ def disagreement(
     """
     try:
         with _isolated(module):
-            trial = copy.deepcopy(module, dict(stand_ins or {}))
+            trial = duplicate(module, stand_ins)
             randomise(trial)
             return _compare(trial, swaps, inputs)
     except Refused as refused:
@@ -89,17 +89,34 @@ def disagreement(
 def _isolated(module: nn.Module) -> Iterator[None]:
     """Nothing that a run does to global state outlasts it."""
     device = device_of(module)
-    if device.type == "meta":
-        raise Refused("it lies on the meta device, where nothing can be run")
     devices = [device] if device.type == "cuda" else []
     autocast = torch.autocast(device.type, enabled=False)
     with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng(devices), autocast:
         yield
 
 
+def duplicate(module: nn.Module, stand_ins: Mapping[int, nn.Module] | None = None) -> nn.Module:
+    """A deep copy, with ``stand_ins`` in the place of the modules of these ids. Raises Refused where it cannot be copied."""
+    try:
+        return copy.deepcopy(module, dict(stand_ins or {}))
+    except FAULTS as fault:
+        raise Refused(f"it cannot be copied ({_first_line(fault)})") from fault
+
+
 def device_of(module: nn.Module) -> torch.device:
-    """Where the first parameter lies, else the CPU."""
-    return next((p.device for p in module.parameters()), torch.device("cpu"))
+    """Where the first parameter lies, else the CPU. Raises Refused on the meta device, where nothing can be run."""
+    device = next((p.device for p in module.parameters()), torch.device("cpu"))
+    if device.type == "meta":
+        raise Refused("it lies on the meta device, where nothing can be run")
+    return device
+
+
+def _seed(device: torch.device) -> None:
+    """Of the CPU and of this device alone; torch.manual_seed would reach generators that nobody puts back."""
+    torch.default_generator.manual_seed(SEED)
+    if device.type == "cuda":
+        index = torch.cuda.current_device() if device.index is None else device.index
+        torch.cuda.default_generators[index].manual_seed(SEED)
 
 
 def dtype_of(module: nn.Module) -> torch.dtype:
@@ -160,8 +177,8 @@ def _widest(trial: nn.Module, inputs: Inputs) -> tuple[torch.dtype, dict[bool, R
 def _rewired(
     trial: nn.Module, swaps: Sequence[Swap], inputs: Inputs, dtype: torch.dtype, modes: Sequence[bool]
 ) -> dict[bool, Results]:
-    rewire(trial, swaps)
     try:
+        rewire(trial, swaps)
         return {mode: _run(trial.train(mode), inputs, dtype) for mode in modes}
     except FAULTS as fault:
         raise Refused(f"the fused forward fails ({type(fault).__name__}: {_first_line(fault)})") from fault
@@ -173,9 +190,10 @@ def _rewired(
 
 def _run(module: nn.Module, inputs: Inputs, dtype: torch.dtype) -> Results:
     """Outputs, and the gradients of every input and parameter, for random cotangents."""
-    draw = Draw(dtype, device_of(module))
+    device = device_of(module)
+    draw = Draw(dtype, device)
     args, kwargs = inputs(draw)
-    torch.manual_seed(SEED)
+    _seed(device)
     outputs = tensors_in(module(*args, **kwargs))
     if not outputs:
         raise Refused("its own forward returns no tensor")

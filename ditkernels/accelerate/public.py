@@ -77,7 +77,7 @@ class Block(Fused):
 
 def given_more_than_rope(rest: list[Any], settings: dict[str, Any]) -> bool:
     """Whether a block is called with arguments that its fused forward was not proven with."""
-    return len(rest) > 1 or (bool(rest) and not settings["rope"] and parts.given(*rest))
+    return len(rest) > 1 or (not settings["rope"] and parts.given(*rest))
 
 
 class FinalLayer(Fused):
@@ -122,10 +122,7 @@ class Model(Fused):
         c = self.t_embedder(t) + self.y_embedder(y, *training)
         rope = (self.feat_rope,) if settings["rope"] else ()
         for block in self.blocks:
-            if getattr(block, "carries_stream", False):
-                stream = block(stream, c, *rope)
-            else:
-                stream = Stream(block(parts.plain(stream), c, *rope))
+            stream = parts.through(block, stream, c, *rope)
         image = self._image(stream, c, x.shape)
         return image.chunk(2, dim=1)[0] if settings["half"] else image
 

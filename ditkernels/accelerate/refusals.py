@@ -27,7 +27,7 @@ class Refused(Exception):
 
 
 def refuse_wrapped(model: nn.Module) -> None:
-    """Raises ValueError on a model that FSDP or a checkpoint wrapper already holds.
+    """Raises ValueError on a model that FSDP or a checkpoint wrapper holds.
 
     By name, since importing torch.distributed's wrappers only to ask costs a second.
     """
@@ -35,7 +35,7 @@ def refuse_wrapped(model: nn.Module) -> None:
         wrapper = next((cls.__name__ for cls in type(module).__mro__ if cls.__name__ in _WRAPPERS), None)
         if wrapper is not None:
             raise ValueError(
-                f"accelerate: {name or 'the model'} is already wrapped in {wrapper}; accelerate the model first, then wrap it"
+                f"{name or 'the model'} is already wrapped in {wrapper}; accelerate the model first, then wrap it"
             )
 
 

@@ -75,6 +75,8 @@ def rewire(root: nn.Module, swaps: Sequence[Swap]) -> None:
     with ExitStack() as undo:
         for swap in swaps:
             module = root.get_submodule(swap.path)
+            if isinstance(module, Fused):  # it stands in several places of the model
+                continue
             setattr(module, SETTINGS, dict(swap.settings))
             undo.callback(unwire, module)
             module.__class__ = fused_class(swap.mixin, type(module))
