@@ -6,6 +6,7 @@ torch cannot. Sources and headers are measured by ninja's dependency files: a ch
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import shlex
@@ -172,29 +173,31 @@ def build_library(
     return out / LIBRARY
 
 
-def build_machine_code(
-    out: Path, tools: Toolchain, names: Sequence[str], files: Sequence[Path] | None = None
-) -> None:
-    """Compiles each file for each architecture ("80", "90a") alone, to <file>.<name>.ptx and .cubin in the folder ``out``.
+def compile_ptx(tools: Toolchain, file: Path, name: str, out: Path) -> None:
+    """Compiles one file to PTX for one architecture ("80", "90a").
 
     Raises:
         BuildError: it does not compile.
     """
-    lines = [
-        "rule ptx",
-        "  depfile = $out.d",
-        "  deps = gcc",
-        f"  command = {tools.nvcc} {_compiling(tools)} -arch=compute_$name"
-        " '-DDITKERNELS_ARCHITECTURES=\"\"' -ptx -MD -MF $out.d $in -o $out",
-        "rule assemble",
-        f"  command = {tools.nvcc} -arch=sm_$name -cubin $in -o $out",
-    ]
-    for file in sources() if files is None else files:
-        for name in names:
-            stem = f"{file.stem}.{name}"
-            lines += [f"build {stem}.ptx: ptx {_escaped(file)}", f"  name = {name}"]
-            lines += [f"build {stem}.cubin: assemble {stem}.ptx", f"  name = {name}"]
-    _run_ninja(out, lines, jobs())
+    unused = '-DDITKERNELS_ARCHITECTURES=""'
+    flags = shlex.split(_compiling(tools))
+    _run([tools.nvcc, *flags, f"-arch=compute_{name}", unused, "-ptx", str(file), "-o", str(out)])
+
+
+def assemble(tools: Toolchain, ptx: Path, name: str, out: Path, entries: Sequence[str] = ()) -> None:
+    """Assembles PTX to machine code for one architecture, of all kernels or of these alone.
+
+    Raises:
+        BuildError: the assembler refuses.
+    """
+    chosen = [word for entry in entries for word in ("-Xptxas", f"--entry={entry}")]
+    _run([tools.nvcc, f"-arch=sm_{name}", "-cubin", *chosen, str(ptx), "-o", str(out)])
+
+
+def _run(command: Sequence[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise BuildError(f"{shlex.join(command)}\n{done.stdout}{done.stderr}")
 
 
 def _compiling(tools: Toolchain) -> str:
@@ -229,3 +232,17 @@ def _run_ninja(out: Path, lines: Sequence[str], workers: int) -> None:
             "csrc/ does not compile, see above. MAX_JOBS=1 needs less memory, CUDA_HOME names another toolkit, "
             "TORCH_CUDA_ARCH_LIST other architectures"
         )
+
+
+def main() -> None:
+    """Builds the library into a folder: ``python csrc/nvcc.py FOLDER``, then DITKERNELS_CUDA_LIBRARY=FOLDER/_C.so names it."""
+    spec = importlib.util.find_spec("torch")
+    compiler = find_nvcc()
+    if len(sys.argv) != 2 or compiler is None or spec is None or spec.origin is None:
+        raise SystemExit("usage: python csrc/nvcc.py FOLDER, with nvcc on the PATH and torch installed")
+    targets = architectures(os.environ.get("TORCH_CUDA_ARCH_LIST"))
+    print(build_library(Path(sys.argv[1]), Toolchain(compiler, Path(spec.origin).parent), targets))
+
+
+if __name__ == "__main__":
+    main()

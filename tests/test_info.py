@@ -2,11 +2,13 @@
 
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from ditkernels import cli, info
+from ditkernels.ops import _cuda
 from ditkernels.ops import _registry as registry
 
 # The fixture below replaces it.
@@ -114,3 +116,29 @@ def test_importing_it_initialises_no_cuda_and_asks_no_driver():
     code = "import torch, ditkernels.info, ditkernels.check; print(torch.cuda.is_initialized())"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stdout) == (0, "False\n"), done.stderr
+
+
+def test_without_a_gpu_it_says_why_there_are_no_registers_to_show(capsys):
+    text = shown(capsys, "--device", "cpu")
+    assert f"library: {_cuda.library()}" in text
+    assert "registers, spills and occupancy: only a GPU tells them, and cpu is none" in text
+
+
+def test_a_device_tells_registers_spills_shared_memory_and_occupancy(monkeypatch):
+    table = torch.tensor(
+        [[168, 0, 1024, 144, 2, 90], [255, 8, 99328, 256, 1, 90], [168, 0, 1024, 144, 2, 90]]
+    )
+    op = SimpleNamespace(
+        cuda_kernel_attributes=lambda index: (table, "backward_rows<float>\nwide\nbackward_rows<float>")
+    )
+    monkeypatch.setattr(torch.ops, "ditkernels", op)
+    monkeypatch.setattr(_cuda, "_absence", None)
+    monkeypatch.setattr(_cuda, "architectures", lambda: "9.0a")
+    properties = SimpleNamespace(max_threads_per_multi_processor=2048)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    library, _, *lines = info._kernels(torch.device("cuda:0"))
+    assert library.endswith("built for 9.0a")
+    assert lines == [
+        "backward_rows<float>: 168 registers, 0 B spilled, 1024 B shared, 144 threads, occupancy 14%, sm_90",
+        "wide: 255 registers, 8 B spilled, 99328 B shared, 256 threads, occupancy 12%, sm_90",
+    ]

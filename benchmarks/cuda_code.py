@@ -1,0 +1,243 @@
+"""Compiles csrc/ for GPUs that are not there and reads every kernel's code: registers, spills, tensor cores, access widths.
+
+What a parameter's bytes are is read from the structs in the sources, and held against the size that the compiler gave them.
+Results lie under build/static by content, so that they are made once for all processes and repeats.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import importlib.util
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "csrc"))
+
+import machine_code  # noqa: E402
+import nvcc  # noqa: E402
+from machine_code import Code  # noqa: E402
+
+# The (B, N, D) tensors, by the names that the kernels' parameters have; such a parameter is a `Tokens`.
+BIG = ("x", "x1", "branch", "h", "y", "dx", "dx1", "dbranch", "dh", "dy")
+SCALARS = {"int": 4, "float": 4, "bool": 1, "int64_t": 8, "ScalarType": 1}
+FIELD = re.compile(
+    r"([\w:]+(?:<.*>)?(?:, [\w:]+>)?)\s*(\*?)\s+(\w+(?:\s*=\s*[^,;]+)?(?:,\s*\w+(?:\s*=\s*[^,;]+)?)*)"
+)
+PARAMETER = re.compile(r"\[(\w+_param_0|%\w+)(?:\+(-?\d+))?\]")
+TAKEN = re.compile(r"^\s*(mov|add)\.\w+\s+(%\w+),\s*(\w+_param_0|%\w+)(?:,\s*(-?\d+))?;", re.M)
+
+
+def why_not() -> str | None:
+    """Why the kernels' code cannot be read here, or None if it can."""
+    if nvcc.find_nvcc() is None:
+        return "nvcc is not here"
+    if importlib.util.find_spec("torch") is None:
+        return "torch is not here"
+    missing = [name for name in ("cuobjdump", "c++filt") if machine_code.tool(name) is None]
+    return f"{' and '.join(missing)} is not here" if missing else None
+
+
+def rows(family: str, architecture: str, every: int = 1) -> list[dict[str, Any]]:
+    """What is known of the kernels of csrc/<family>.cu, compiled for an architecture such as "90a".
+
+    Args:
+        every: 1 for all of them, n for a sample of every n-th.
+
+    Returns:
+        a row a kernel: ``kernel`` with its template arguments, ``family``, ``arch``, ``registers``, ``spills`` (accesses of local
+        memory, bytes of stack and of local memory), ``static_shared_bytes``, ``threads`` (the most of a block), ``tf32``
+        (instructions), ``wide`` (whether 128-bit accesses are promised), ``wide_fraction`` by tensor.
+
+    Raises:
+        nvcc.BuildError: it does not compile.
+    """
+    source = nvcc.CSRC / f"{family}.cu"
+    folder = ROOT / "build/static" / _key(family, architecture, every)
+    folder.mkdir(parents=True, exist_ok=True)
+    done = folder / "rows.json"
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not done.exists():
+            ptx, cubin = _compiled(source, architecture, every, folder)
+            made = [_row(code, family, architecture) for code in read(ptx, cubin, source)]
+            done.with_suffix(".tmp").write_text(json.dumps(made, indent=1))
+            done.with_suffix(".tmp").replace(done)
+    found: list[dict[str, Any]] = json.loads(done.read_text())
+    return found
+
+
+def _key(*asked: object) -> str:
+    import torch
+
+    key = hashlib.sha256(repr((asked, torch.__version__, nvcc.find_nvcc())).encode())
+    for file in (*sorted(nvcc.CSRC.glob("*.*")), Path(__file__), Path(machine_code.__file__)):
+        key.update(file.read_bytes())
+    return key.hexdigest()[:16]
+
+
+def _compiled(source: Path, architecture: str, every: int, folder: Path) -> tuple[Path, Path]:
+    import torch
+
+    compiler = nvcc.find_nvcc()
+    assert compiler is not None
+    tools = nvcc.Toolchain(compiler, Path(torch.__file__).parent)
+    ptx, cubin = folder / "code.ptx", folder / "code.cubin"
+    nvcc.compile_ptx(tools, source, architecture, ptx)
+    entries = list(_entries(ptx.read_text()))[::every] if every > 1 else ()
+    nvcc.assemble(tools, ptx, architecture, cubin, entries)
+    return ptx, cubin
+
+
+def _row(code: Code, family: str, architecture: str) -> dict[str, Any]:
+    wide = promised_wide(code.name)
+    threads = re.search(r"\.maxntid (\d+)", code.ptx)
+    return {
+        "kernel": re.sub(r"\(.*", "", code.name),
+        "backend": "cuda",
+        "family": family,
+        "arch": f"sm_{architecture}",
+        "registers": code.resources["REG"],
+        "spills": code.spills,
+        "static_shared_bytes": code.resources["SHARED"],
+        "threads": int(threads.group(1)) if threads else None,
+        "tf32": sum("TF32" in opcode for opcode in code.opcodes),
+        "wide": wide,
+        "wide_fraction": machine_code.wide_shares(code, BIG) if wide else {},
+    }
+
+
+def promised_wide(kernel: str) -> bool:
+    """Whether a kernel of this name moves big tensors by 128-bit accesses: the first truth among its template arguments says so.
+
+    Kernels without template arguments own no big tensor.
+    """
+    arguments = re.search(r"<(.*)>", kernel)
+    truths = re.findall(r"\b(true|false)\b", arguments.group(1)) if arguments else []
+    return bool(truths) and truths[0] == "true"
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Reading
+# ------------------------------------------------------------------------------------------------------------------
+
+
+def read(ptx: Path, cubin: Path, source: Path) -> list[Code]:
+    """Every kernel of a compiled file that was assembled."""
+    usage, sass = _usage(cubin), _functions(cubin)
+    entries = {entry: text for entry, text in _entries(ptx.read_text()).items() if entry in sass}
+    names = dict(zip(entries, demangled(entries)))
+    structs = _structs(source)
+    return [
+        Code(names[e], text, sass[e], usage[e], _arguments(text, names[e], structs))
+        for e, text in entries.items()
+    ]
+
+
+def demangled(names: Iterable[str]) -> list[str]:
+    """Kernels as ``forward_rows<float, BFloat16, 384, true>(Forward<float, BFloat16>)``."""
+    filter_ = machine_code.tool("c++filt")
+    assert filter_ is not None
+    done = subprocess.run([filter_], input="\n".join(names), capture_output=True, text=True, check=True)
+    text = re.sub(r"ditkernels::|\(anonymous namespace\)::|c10::|torch::headeronly::", "", done.stdout)
+    return [re.sub(r"^void ", "", line) for line in text.splitlines()]
+
+
+def _entries(ptx: str) -> dict[str, str]:
+    """The text of each kernel, by its mangled name."""
+    parts = re.split(r"^(?:\.visible |\.weak )?\.entry (\w+)", ptx, flags=re.M)[1:]
+    return dict(zip(parts[::2], parts[1::2]))
+
+
+def _dumped(cubin: Path, *flags: str) -> str:
+    dump = machine_code.tool("cuobjdump")
+    assert dump is not None
+    return subprocess.run([dump, *flags, str(cubin)], capture_output=True, text=True, check=True).stdout
+
+
+def _usage(cubin: Path) -> dict[str, dict[str, int]]:
+    found = re.findall(r"^ Function (\w+):\n(.*REG:.*)$", _dumped(cubin, "-res-usage"), flags=re.M)
+    return {name: {k: int(v) for k, v in re.findall(r"(\w+):(\d+)", line)} for name, line in found}
+
+
+def _functions(cubin: Path) -> dict[str, str]:
+    parts = re.split(r"^\s*Function : (\w+)$", _dumped(cubin, "-sass"), flags=re.M)[1:]
+    return dict(zip(parts[::2], parts[1::2]))
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Parameters
+# ------------------------------------------------------------------------------------------------------------------
+
+
+def _structs(source: Path) -> dict[str, list[tuple[str, bool, str]]]:
+    """Of every struct of a file and its headers: type, whether it is a pointer, and name of each field."""
+    text = "".join(p.read_text() for p in (*sorted(nvcc.CSRC.glob("*.cuh")), source))
+    found = {}
+    for name, body in re.findall(r"^struct (?:alignas\(\d+\) )?(\w+) \{\n(.*?)^\};", text, flags=re.M | re.S):
+        fields = []
+        for statement in re.sub(r"//.*", "", body).split(";"):
+            pointer = "*" in statement
+            match = FIELD.fullmatch(statement.strip().replace("*", ""))
+            if match is None:
+                break
+            names = re.findall(r"(\w+)(?:\s*=\s*[^,]+)?(?:,|$)", match.group(3))
+            fields += [(re.sub(r"<.*", "", match.group(1)), pointer, each) for each in names]
+        found[name] = fields
+    return found
+
+
+def layout(
+    struct: str, structs: dict[str, list[tuple[str, bool, str]]], prefix: str = "", start: int = 0
+) -> tuple[dict[int, str], int, int]:
+    """By byte offset the names of a struct's scalars, its size and its alignment."""
+    at, alignment, places = start, 1, {}
+    for kind, pointer, name in structs[struct]:
+        if pointer or kind in SCALARS:
+            size = align = 8 if pointer else SCALARS[kind]
+            at = -(-at // align) * align
+            places[at] = prefix + name
+        else:
+            align = layout(kind, structs)[2]
+            at = -(-at // align) * align
+            inner, size, _ = layout(kind, structs, f"{prefix}{name}.", at)
+            places |= inner
+        at, alignment = at + size, max(alignment, align)
+    return places, -(-at // alignment) * alignment - start, alignment
+
+
+def _arguments(ptx: str, name: str, structs: dict[str, list[tuple[str, bool, str]]]) -> Any:
+    """Which tensor's pointer an operand reads from the one parameter, a struct, of a kernel."""
+    struct = re.search(r"\((\w+)[^()]*\)$", name)
+    assert struct is not None, name
+    places, size, _ = layout(struct.group(1), structs)
+    declared = re.search(r"param_0\[(\d+)\]", ptx)
+    if declared is None or int(declared.group(1)) != size:
+        raise ValueError(f"{name}: {struct.group(1)} was read as {size} bytes, the compiler says otherwise")
+    bases = _bases(ptx)
+
+    def argument(operands: str) -> str | None:
+        match = PARAMETER.search(operands)
+        if match is None or not (match.group(1) in bases or match.group(1).endswith("_param_0")):
+            return None
+        place = places.get(bases.get(match.group(1), 0) + int(match.group(2) or 0), "")
+        return place.removesuffix(".data") if place.endswith(".data") else None
+
+    return argument
+
+
+def _bases(ptx: str) -> dict[str, int]:
+    """Registers that hold an address within the parameter, and its offset."""
+    bases: dict[str, int] = {}
+    for kind, target, source, number in TAKEN.findall(ptx):
+        if source.endswith("_param_0"):
+            bases[target] = 0
+        elif source in bases and (kind == "mov" or number):
+            bases[target] = bases[source] + int(number or 0)
+    return bases

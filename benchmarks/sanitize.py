@@ -1,0 +1,40 @@
+"""Forward and backward of every op on one backend, at the small and awkward shapes of `ditkernels check`: for compute-sanitizer.
+
+compute-sanitizer --tool memcheck --error-exitcode 9 python benchmarks/sanitize.py --backend cuda
+"""
+
+from __future__ import annotations
+
+import argparse
+
+import torch
+
+from ditkernels import ops
+from ditkernels.check import CASES, PRECISIONS, resolve_device
+from ditkernels.ops import _registry as registry
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--backend", choices=registry.BACKENDS, required=True)
+    parser.add_argument(
+        "--device", default="auto", help="cpu, cuda, cuda:1 ...; auto is cuda if there is one"
+    )
+    args = parser.parse_args(argv)
+    device = resolve_device(args.device)
+    runs = 0
+    with registry.use_backend(args.backend):
+        for case in CASES:
+            if case.op == "attention":
+                continue
+            for precision in PRECISIONS:
+                leaves = {n: t.requires_grad_() for n, t in case.inputs(precision, device).items()}
+                out = getattr(ops, case.op)(**leaves, **case.options)
+                outputs = out if isinstance(out, tuple) else (out,)
+                torch.autograd.grad(outputs, list(leaves.values()), [torch.ones_like(o) for o in outputs])
+                runs += 1
+    print(f"{runs} forwards and backwards on {args.backend}, {device}")
+
+
+if __name__ == "__main__":
+    main()
