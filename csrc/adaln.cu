@@ -153,8 +153,9 @@ __global__ void __launch_bounds__(most_threads(WIDTH)) backward_rows(const Backw
   const bool inside = column < width;
   const int64_t sample = blockIdx.x / a.chunks;
   const int64_t first = blockIdx.x % a.chunks * a.chunk_rows;
-  const int64_t last = first + a.chunk_rows < a.length ? first + a.chunk_rows : a.length;
+  const int count = static_cast<int>(first + a.chunk_rows < a.length ? a.chunk_rows : a.length - first);
 
+  const bool gated = a.dbranch.data != nullptr, has_dx1 = a.dx1.data != nullptr;
   Unit slope = {}, gate = {}, p = {}, q = {}, r = {}, s = {};
   if (inside) {
     if constexpr (NORM) {
@@ -166,16 +167,16 @@ __global__ void __launch_bounds__(most_threads(WIDTH)) backward_rows(const Backw
     if constexpr (RESIDUAL) gate = load<WIDE>(a.gate, sample, column, width, 1.0f);
   }
 
-  for (int64_t start = first; start < last; start += ROWS) {
+  for (int start = 0; start < count; start += ROWS) {
     Unit stream[ROWS] = {}, u[ROWS] = {}, dnormed[ROWS] = {}, normed[ROWS] = {};
     float mean[ROWS] = {}, rstd[ROWS] = {};
 #pragma unroll
     for (int k = 0; k < ROWS; ++k) {
-      const int64_t token = start + k;
-      if (!inside || token >= last) continue;
-      if (!NORM || a.dx1.data != nullptr) stream[k] = load<WIDE>(a.dx1, sample, token, column, width);
+      const int64_t token = first + start + k;
+      if (!inside || start + k >= count) continue;
+      if (!NORM || has_dx1) stream[k] = load<WIDE>(a.dx1, sample, token, column, width);
       if constexpr (RESIDUAL)
-        if (a.dbranch.data != nullptr) u[k] = load<WIDE>(a.branch, sample, token, column, width);
+        if (gated) u[k] = load<WIDE>(a.branch, sample, token, column, width);
       if constexpr (NORM) {
         dnormed[k] = load<WIDE>(a.dh, sample, token, column, width);
         normed[k] = load<WIDE>(a.x1, sample, token, column, width);
@@ -209,8 +210,8 @@ __global__ void __launch_bounds__(most_threads(WIDTH)) backward_rows(const Backw
     }
 #pragma unroll
     for (int k = 0; k < ROWS; ++k) {
-      const int64_t token = start + k;
-      if (!inside || token >= last) continue;
+      const int64_t token = first + start + k;
+      if (!inside || start + k >= count) continue;
       if constexpr (NORM) store<WIDE>(a.dx, sample, token, column, width, stream[k]);
       if constexpr (RESIDUAL) {
         Unit dbranch;
@@ -220,7 +221,7 @@ __global__ void __launch_bounds__(most_threads(WIDTH)) backward_rows(const Backw
           s.at[i] += stream[k].at[i];
           dbranch.at[i] = gate.at[i] * stream[k].at[i];
         }
-        if (a.dbranch.data != nullptr) store<WIDE>(a.dbranch, sample, token, column, width, dbranch);
+        if (gated) store<WIDE>(a.dbranch, sample, token, column, width, dbranch);
       }
     }
   }

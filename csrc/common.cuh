@@ -322,7 +322,7 @@ __device__ __forceinline__ int spread_column(int tile) { return lane_row() / 2 *
 __device__ __forceinline__ Unit sums_of(const float (&sums)[4][4], int half) {
   Unit unit;
 #pragma unroll
-  for (int i = 0; i < UNIT; ++i) unit.at[i] = sums[i / 2][2 * half + i % 2];
+  for (int i = 0; i < UNIT; ++i) unit.at[i] = half == 0 ? sums[i / 2][i % 2] : sums[i / 2][2 + i % 2];
   return unit;
 }
 
@@ -341,7 +341,7 @@ __device__ __forceinline__ Unit shuffled(const Unit& unit, int lane) {
 template <typename T, int TILES>
 __device__ __forceinline__ void multiply_by_shuffles(
     float (&sums)[TILES][4], const Fragment<T>& low, const Fragment<T>& high, const Fragment<T> (&right)[TILES]) {
-#pragma unroll
+#pragma unroll 1
   for (int quarter = 0; quarter < 4; ++quarter) {
     const Unit above = shuffled(widened(low), lane_row() * 4 + quarter);
     const Unit below = shuffled(widened(high), lane_row() * 4 + quarter);
@@ -627,6 +627,9 @@ void by_row(ScalarType stream, ScalarType branch, int64_t width, bool wide, Body
 // Host side: launch
 // ---------------------------------------------------------------------------------------------------------------------
 
+// Bytes of shared memory that a launch may use without asking for them.
+constexpr int SHARED_UNASKED = 48 * 1024;
+
 // Every kernel of the library, with the largest block and the most shared memory that it is launched with.
 struct Kernel {
   std::string name;
@@ -678,8 +681,7 @@ void launch(const char* op, int64_t blocks, const Tensor& like, const Arguments&
   STD_TORCH_CHECK(
       aoti_torch_get_current_cuda_stream != nullptr && aoti_torch_get_current_cuda_stream(device, &stream) == 0,
       op, ": torch gave no CUDA stream for device ", device);
-  constexpr int WITHOUT_ASKING = 48 * 1024;
-  if (SHARED > WITHOUT_ASKING) cudaFuncSetAttribute(KERNEL, cudaFuncAttributeMaxDynamicSharedMemorySize, SHARED);
+  if (SHARED > SHARED_UNASKED) cudaFuncSetAttribute(KERNEL, cudaFuncAttributeMaxDynamicSharedMemorySize, SHARED);
   KERNEL<<<static_cast<unsigned>(blocks), threads, shared, static_cast<cudaStream_t>(stream)>>>(arguments);
   const cudaError_t error = cudaGetLastError();
   STD_TORCH_CHECK(error == cudaSuccess, op, ": ", cudaGetErrorString(error), "; the library is built for ",

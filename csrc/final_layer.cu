@@ -47,12 +47,65 @@ struct RowVectors {
   Vector gate, branch_bias, shift, scale, norm_weight, norm_bias;
 };
 
+// Eight channels of each, straight from global memory; neutral values for what is absent.
+template <bool WIDE>
+struct Direct {
+  const RowVectors& v;
+  int64_t sample;
+  int column, width;
+  __device__ __forceinline__ Unit gate() const { return load<WIDE>(v.gate, sample, column, width, 1.0f); }
+  __device__ __forceinline__ Unit branch_bias() const { return load<WIDE>(v.branch_bias, 0, column, width, 0.0f); }
+  __device__ __forceinline__ Unit norm_weight() const { return load<WIDE>(v.norm_weight, 0, column, width, 1.0f); }
+  __device__ __forceinline__ Unit norm_bias() const { return load<WIDE>(v.norm_bias, 0, column, width, 0.0f); }
+  __device__ __forceinline__ Unit shift() const { return load<WIDE>(v.shift, sample, column, width, 0.0f); }
+  __device__ __forceinline__ Unit factor() const {
+    Unit factor = load<WIDE>(v.scale, sample, column, width, 0.0f);
+#pragma unroll
+    for (int i = 0; i < UNIT; ++i) factor.at[i] += 1.0f;
+    return factor;
+  }
+};
+
+// The same from shared memory, where `stage` has put them: a block of the backward comes back to them for every row.
+constexpr int VECTORS = 6;
+
+template <int WIDTH>
+struct Staged {
+  Shared<float> from;
+  int own;
+  __device__ __forceinline__ Unit vector(int i) const { return widened(from.read_unit(i * WIDTH + own)); }
+  __device__ __forceinline__ Unit gate() const { return vector(0); }
+  __device__ __forceinline__ Unit branch_bias() const { return vector(1); }
+  __device__ __forceinline__ Unit norm_weight() const { return vector(2); }
+  __device__ __forceinline__ Unit norm_bias() const { return vector(3); }
+  __device__ __forceinline__ Unit shift() const { return vector(4); }
+  __device__ __forceinline__ Unit factor() const { return vector(5); }
+};
+
+// WIDTH channels from `first` on of a sample's vectors, by a block.
+template <bool WIDE, int WIDTH>
+__device__ __forceinline__ void stage(const Shared<float>& to, const RowVectors& v, int64_t sample, int first, int width) {
+  constexpr int UNITS = WIDTH / UNIT;
+  const int own = threadIdx.x % UNITS * UNIT, vector = threadIdx.x / UNITS;
+  const Direct<WIDE> from{v, sample, first + own, width};
+  __syncthreads();
+  if (vector < VECTORS && first + own < width) {
+    Unit unit;
+    if (vector == 0) unit = from.gate();
+    if (vector == 1) unit = from.branch_bias();
+    if (vector == 2) unit = from.norm_weight();
+    if (vector == 3) unit = from.norm_bias();
+    if (vector == 4) unit = from.shift();
+    if (vector == 5) unit = from.factor();
+    to.write_unit(vector * WIDTH + own, narrowed<float>(unit));
+  }
+  __syncthreads();
+}
+
 // Eight channels of x1 from those of x and the branch.
-template <bool WIDE, typename T>
-__device__ __forceinline__ Unit joined(
-    const Unit& x, const Unit& branch, const RowVectors& v, int64_t sample, int column, int width, ScalarType dtype) {
-  const Unit gate = load<WIDE>(v.gate, sample, column, width, 1.0f);
-  const Unit bias = load<WIDE>(v.branch_bias, 0, column, width, 0.0f);
+template <typename T, typename Vectors>
+__device__ __forceinline__ Unit joined(const Unit& x, const Unit& branch, const Vectors& v, ScalarType dtype) {
+  const Unit gate = v.gate(), bias = v.branch_bias();
   Unit unit;
 #pragma unroll
   for (int i = 0; i < UNIT; ++i) unit.at[i] = rounded<T>(x.at[i] + gate.at[i] * (branch.at[i] + bias.at[i]), dtype);
@@ -60,26 +113,22 @@ __device__ __forceinline__ Unit joined(
 }
 
 // Eight channels of h = (x̂ · norm_weight + norm_bias) · (1 + scale) + shift.
-template <bool WIDE>
-__device__ __forceinline__ Unit modulated(const Unit& normed, const RowVectors& v, int64_t sample, int column, int width) {
-  const Unit weight = load<WIDE>(v.norm_weight, 0, column, width, 1.0f);
-  const Unit bias = load<WIDE>(v.norm_bias, 0, column, width, 0.0f);
-  const Unit scale = load<WIDE>(v.scale, sample, column, width, 0.0f);
-  const Unit shift = load<WIDE>(v.shift, sample, column, width, 0.0f);
+template <typename Vectors>
+__device__ __forceinline__ Unit modulated(const Unit& normed, const Vectors& v) {
+  const Unit weight = v.norm_weight(), bias = v.norm_bias(), factor = v.factor(), shift = v.shift();
   Unit unit;
 #pragma unroll
-  for (int i = 0; i < UNIT; ++i)
-    unit.at[i] = (normed.at[i] * weight.at[i] + bias.at[i]) * (1.0f + scale.at[i]) + shift.at[i];
+  for (int i = 0; i < UNIT; ++i) unit.at[i] = (normed.at[i] * weight.at[i] + bias.at[i]) * factor.at[i] + shift.at[i];
   return unit;
 }
 
 // Eight channels of (1 + scale) · norm_weight.
-template <bool WIDE>
-__device__ __forceinline__ Unit slope_of(const RowVectors& v, int64_t sample, int column, int width) {
-  const Unit scale = load<WIDE>(v.scale, sample, column, width, 0.0f);
-  Unit slope = load<WIDE>(v.norm_weight, 0, column, width, 1.0f);
+template <typename Vectors>
+__device__ __forceinline__ Unit slope_of(const Vectors& v) {
+  const Unit factor = v.factor();
+  Unit slope = v.norm_weight();
 #pragma unroll
-  for (int i = 0; i < UNIT; ++i) slope.at[i] *= 1.0f + scale.at[i];
+  for (int i = 0; i < UNIT; ++i) slope.at[i] *= factor.at[i];
   return slope;
 }
 
@@ -162,11 +211,12 @@ __device__ __forceinline__ void norm_row(const Forward<T, U>& a, const Shared<H>
   float sums = 0.0f, squares = 0.0f, mean = 0.0f;
 #pragma unroll
   for (int i = 0; i < row.units(width); ++i) {
-    if (own_column(i) >= width) continue;
-    Unit unit = load<WIDE>(a.x, sample, token, own_column(i), width);
+    const int column = own_column(i);
+    if (column >= width) continue;
+    Unit unit = load<WIDE>(a.x, sample, token, column, width);
     if (a.branch.data != nullptr)
-      unit = joined<WIDE, T>(unit, load<WIDE>(a.branch, sample, token, own_column(i), width), a.vectors, sample, own_column(i),
-                             width, a.x.dtype);
+      unit = joined<T>(unit, load<WIDE>(a.branch, sample, token, column, width),
+                       Direct<WIDE>{a.vectors, sample, column, width}, a.x.dtype);
 #pragma unroll
     for (int k = 0; k < UNIT; ++k) sums += unit.at[k];
     row.set(i, unit);
@@ -194,7 +244,7 @@ __device__ __forceinline__ void norm_row(const Forward<T, U>& a, const Shared<H>
     Unit unit = row.get(i);
 #pragma unroll
     for (int k = 0; k < UNIT; ++k) unit.at[k] *= rstd;
-    unit = modulated<WIDE>(unit, a.vectors, sample, own_column(i), width);
+    unit = modulated(unit, Direct<WIDE>{a.vectors, sample, own_column(i), width});
     tile.write_unit(at + own_column(i), operand<H, U>(unit, a.weight.dtype));
   }
 }
@@ -213,8 +263,12 @@ __device__ __forceinline__ Fragment<H> weight_unit(const Forward<T, U>& a, int v
   return narrowed<H>(load<WIDE>(a.weight, 0, value, column, a.width));
 }
 
+// Blocks on a multiprocessor, which bounds the registers: fp32 products need more than half of them.
+template <typename U>
+constexpr int FORWARD_ABREAST = std::is_same_v<U, float> || std::is_same_v<U, Any> ? 1 : 2;
+
 template <typename T, typename U, int WIDTH, bool WIDE>
-__global__ void __launch_bounds__(THREADS) forward_rows(const Forward<T, U> a) {
+__global__ void __launch_bounds__(THREADS, FORWARD_ABREAST<U>) forward_rows(const Forward<T, U> a) {
   using H = std::conditional_t<std::is_same_v<U, Any>, float, U>;
   constexpr int ROWS = MOST_ROWS<H>, TILES = ROWS / TILE_ROWS;
   const int width = WIDTH > 0 ? WIDTH : a.width, rows = WIDTH > 0 ? ROWS : a.rows;
@@ -297,8 +351,8 @@ __global__ void __launch_bounds__(THREADS) sample_terms(const SampleTerms a) {
   float slope_sum = 0.0f, offset = 0.0f;
   for (int i = 0; own_column(i) < a.width; ++i) {
     const Unit weight = load<WIDE>(a.weight, 0, value, own_column(i), a.width);
-    const Unit slope = slope_of<WIDE>(a.vectors, sample, own_column(i), a.width);
-    const Unit origin = modulated<WIDE>(Unit{}, a.vectors, sample, own_column(i), a.width);
+    const Direct<WIDE> vectors{a.vectors, sample, own_column(i), a.width};
+    const Unit slope = slope_of(vectors), origin = modulated(Unit{}, vectors);
 #pragma unroll
     for (int k = 0; k < UNIT; ++k) {
       slope_sum += weight.at[k] * slope.at[k];
@@ -350,11 +404,16 @@ __global__ void __launch_bounds__(THREADS) row_means(const RowMeans<P> a) {
 // Backward
 // ---------------------------------------------------------------------------------------------------------------------
 
-constexpr int BLOCK_ROWS = 64;
+// backward_columns: small blocks, several on a multiprocessor, because a thread needs many registers.
+constexpr int COLUMN_THREADS = 128;
+constexpr int COLUMN_WARPS = COLUMN_THREADS / WARP;
 constexpr int COLUMNS = 64;
-constexpr int ROW_BANDS = BLOCK_ROWS / TILE_ROWS;
+constexpr int COLUMN_ROWS = COLUMN_WARPS / (COLUMNS / DEPTH) * TILE_ROWS;
+constexpr int ROW_BANDS = COLUMN_ROWS / TILE_ROWS;
+// weight_products
+constexpr int PRODUCT_ROWS = 64;
 constexpr int PRODUCT_COLUMNS = 32;
-constexpr int64_t GROUPS = 32;
+constexpr int64_t GROUPS = 64;
 constexpr int64_t ROWS_PER_VALUE = 8;  // so that the partial sums of dW stay below 1/8 of the elements of x
 
 // Values of a patch whose dW backward_columns adds up on its way.
@@ -375,28 +434,49 @@ struct Backward {
   int width, values, padded, value_tiles;
 };
 
-// Eight channels of a row as the forward saw them.
-struct Seen {
-  Unit normed, branch;
-  float rstd;
+// Eight channels of a row, on their way from global memory while a product is being computed.
+template <typename T>
+using Raw = std::conditional_t<std::is_same_v<T, Any>, Unit, Fragment<T>>;
+
+template <bool WIDE, typename T>
+__device__ __forceinline__ Raw<T> fetch(const Tokens<T>& from, int64_t sample, int64_t token, int column, int width) {
+  if constexpr (std::is_same_v<T, Any>)
+    return load<WIDE>(from, sample, token, column, width);
+  else
+    return load_words(from, sample, token, column);
+}
+
+__device__ __forceinline__ Unit widened(const Unit& unit) { return unit; }
+
+template <typename T, typename U>
+struct RawRow {
+  Raw<T> x;
+  Raw<U> branch;
 };
 
 template <bool WIDE, typename T, typename U, typename P>
-__device__ __forceinline__ Seen see(const Backward<T, U, P>& a, int64_t sample, int64_t token, int column) {
-  Unit x = load<WIDE>(a.x, sample, token, column, a.width);
-  Seen seen{{}, {}, load_one(a.rstd, sample, token, 0)};
-  if (a.branch.data != nullptr) {
-    seen.branch = load<WIDE>(a.branch, sample, token, column, a.width);
-    x = joined<WIDE, T>(x, seen.branch, a.vectors, sample, column, a.width, a.x.dtype);
-  }
+__device__ __forceinline__ RawRow<T, U> fetch_row(const Backward<T, U, P>& a, int64_t sample, int64_t token, int column) {
+  RawRow<T, U> row = {};
+  row.x = fetch<WIDE>(a.x, sample, token, column, a.width);
+  if (a.branch.data != nullptr) row.branch = fetch<WIDE>(a.branch, sample, token, column, a.width);
+  return row;
+}
+
+// Eight channels of x̂.
+template <typename T, typename U, typename P, typename Vectors>
+__device__ __forceinline__ Unit normed_row(
+    const Backward<T, U, P>& a, const RawRow<T, U>& row, const Vectors& vectors, int64_t sample, int64_t token) {
+  Unit unit = widened(row.x);
+  if (a.branch.data != nullptr) unit = joined<T>(unit, widened(row.branch), vectors, a.x.dtype);
+  const float rstd = load_one(a.rstd, sample, token, 0);
   const float mean = a.mean.data != nullptr ? load_one(a.mean, sample, token, 0) : 0.0f;
 #pragma unroll
-  for (int i = 0; i < UNIT; ++i) seen.normed.at[i] = (x.at[i] - mean) * seen.rstd;
-  return seen;
+  for (int i = 0; i < UNIT; ++i) unit.at[i] = (unit.at[i] - mean) * rstd;
+  return unit;
 }
 
 // `count` values, from `from` on, of rows of dz as operands in shared memory; zero outside. By a block.
-template <int ROWS, int COUNT, typename T, typename U, typename P>
+template <int THREADS, int ROWS, int COUNT, typename T, typename U, typename P>
 __device__ __forceinline__ void stage_dz(
     const Backward<T, U, P>& a, const Shared<P>& tile, int stride, int64_t sample, int64_t start, int64_t last, int from) {
   for (int unit = threadIdx.x; unit < ROWS * COUNT / UNIT; unit += THREADS) {
@@ -412,24 +492,25 @@ struct ChunkSums {
 };
 
 // dx and dbranch of a unit, and its part of the sums.
-template <bool WIDE, typename T, typename U, typename P>
-__device__ __forceinline__ void finish(
-    const Backward<T, U, P>& a, const Seen& seen, const Unit& dh, int64_t sample, int64_t token, int column, ChunkSums& sums) {
-  const Unit slope = slope_of<WIDE>(a.vectors, sample, column, a.width);
+template <bool WIDE, typename T, typename U, typename P, typename Vectors>
+__device__ __forceinline__ void finish(const Backward<T, U, P>& a, const Unit& normed, const Unit& branch, const Unit& dh,
+                                       const Vectors& vectors, int64_t sample, int64_t token, int column, ChunkSums& sums) {
+  const Unit slope = slope_of(vectors);
+  const float rstd = load_one(a.rstd, sample, token, 0);
   const float along_mean = a.mean.data != nullptr ? load_one(a.means, sample, token, 0) : 0.0f;
   const float along_normed = load_one(a.means, sample, token, 1);
   Unit dx;
 #pragma unroll
   for (int i = 0; i < UNIT; ++i) {
-    dx.at[i] = seen.rstd * (dh.at[i] * slope.at[i] - along_mean - seen.normed.at[i] * along_normed);
+    dx.at[i] = rstd * (dh.at[i] * slope.at[i] - along_mean - normed.at[i] * along_normed);
     sums.of[0].at[i] += dh.at[i];
-    sums.of[1].at[i] += dh.at[i] * seen.normed.at[i];
-    sums.of[2].at[i] += dx.at[i] * seen.branch.at[i];
+    sums.of[1].at[i] += dh.at[i] * normed.at[i];
+    sums.of[2].at[i] += dx.at[i] * branch.at[i];
     sums.of[3].at[i] += dx.at[i];
   }
   store<WIDE>(a.dx, sample, token, column, a.width, dx);
   if (a.dbranch.data == nullptr) return;
-  const Unit gate = load<WIDE>(a.vectors.gate, sample, column, a.width, 1.0f);
+  const Unit gate = vectors.gate();
 #pragma unroll
   for (int i = 0; i < UNIT; ++i) dx.at[i] *= gate.at[i];
   store<WIDE>(a.dbranch, sample, token, column, a.width, dx);
@@ -449,11 +530,13 @@ __device__ __forceinline__ void store_sums(const Tokens<float>& to, ChunkSums& s
       if (lane_row() == 0) scratch.write((band * SUMS + k) * COLUMNS + own + i, value);
     }
   __syncthreads();
-  const int k = threadIdx.x / COLUMNS, column = threadIdx.x % COLUMNS;
-  float total = 0.0f;
+  for (int at = threadIdx.x; at < SUMS * COLUMNS; at += COLUMN_THREADS) {
+    float total = 0.0f;
 #pragma unroll
-  for (int other = 0; other < ROW_BANDS; ++other) total += scratch.read((other * SUMS + k) * COLUMNS + column);
-  if (first_column + column < width) store_one(to, sample, chunk * SUMS + k, first_column + column, total);
+    for (int other = 0; other < ROW_BANDS; ++other) total += scratch.read(other * SUMS * COLUMNS + at);
+    const int column = first_column + at % COLUMNS;
+    if (column < width) store_one(to, sample, chunk * SUMS + at / COLUMNS, column, total);
+  }
   __syncthreads();
 }
 
@@ -471,29 +554,40 @@ __device__ __forceinline__ void store_weight_sums(
 }
 
 template <typename P, int HELD>
-constexpr int COLUMNS_SHARED = ROW_BANDS * SUMS * COLUMNS * 4 +
-    (HELD == 0 ? 0 : BLOCK_ROWS * (COLUMNS + HELD + 2 * ACROSS_APART<P>) * static_cast<int>(sizeof(P)));
+constexpr int COLUMNS_SHARED = (ROW_BANDS * SUMS + VECTORS) * COLUMNS * 4 +
+    (HELD == 0 ? 0 : COLUMN_ROWS * (COLUMNS + HELD + 2 * ACROSS_APART<P>) * static_cast<int>(sizeof(P)));
 
 template <typename T, typename U, typename P, bool WIDE, int HELD>
-__global__ void __launch_bounds__(THREADS) backward_columns(const Backward<T, U, P> a) {
+__global__ void __launch_bounds__(COLUMN_THREADS) backward_columns(const Backward<T, U, P> a) {
   constexpr int ROW_STRIDE = COLUMNS + ACROSS_APART<P>, DZ_STRIDE = HELD + ACROSS_APART<P>;
-  constexpr int BANDS = HELD == 0 ? 1 : HELD / TILE_ROWS, TILES = COLUMNS / TILE_COLUMNS / (WARPS / BANDS);
+  // Of dW's bands of 16 values and tiles of 8 channels a warp owns OWN_BANDS by TILES.
+  constexpr int BANDS = HELD == 0 ? 1 : HELD / TILE_ROWS, ABREAST = BANDS < COLUMN_WARPS ? BANDS : COLUMN_WARPS;
+  constexpr int OWN_BANDS = BANDS / ABREAST, TILES = COLUMNS / TILE_COLUMNS / (COLUMN_WARPS / ABREAST);
   const Shared<float> scratch{0};
-  const Shared<P> rows{ROW_BANDS * SUMS * COLUMNS * 4};
-  const Shared<P> values{rows.first + BLOCK_ROWS * ROW_STRIDE * static_cast<int>(sizeof(P))};
+  const Shared<float> staged{ROW_BANDS * SUMS * COLUMNS * 4};
+  const Shared<P> rows{(ROW_BANDS * SUMS + VECTORS) * COLUMNS * 4};
+  const Shared<P> values{rows.first + COLUMN_ROWS * ROW_STRIDE * static_cast<int>(sizeof(P))};
   const int tiles = (a.width + COLUMNS - 1) / COLUMNS, first_column = blockIdx.x % tiles * COLUMNS;
   const int64_t group = blockIdx.x / tiles;
   const int warp = threadIdx.x / WARP, side = warp % 2 * DEPTH, own = side + lane_quarter() * UNIT, column = first_column + own;
   const int row = warp / 2 * TILE_ROWS + lane_row();
+  const Staged<COLUMNS> vectors{staged, own};
+  const int own_values = warp % ABREAST * OWN_BANDS * TILE_ROWS, own_tiles = warp / ABREAST * TILES * TILE_COLUMNS;
 
-  float weight_sums[TILES][4] = {};
+  float weight_sums[OWN_BANDS][TILES][4] = {};
   float bias_sum = 0.0f;
   const int64_t end = (group + 1) * a.group_chunks < a.all_chunks ? (group + 1) * a.group_chunks : a.all_chunks;
   for (int64_t chunk = group * a.group_chunks; chunk < end; ++chunk) {
     const int64_t sample = chunk / a.chunks, first = chunk % a.chunks * a.chunk_rows;
     const int64_t last = first + a.chunk_rows < a.length ? first + a.chunk_rows : a.length;
+    stage<WIDE, COLUMNS>(staged, a.vectors, sample, first_column, a.width);
     ChunkSums sums = {};
-    for (int64_t start = first; start < last; start += BLOCK_ROWS) {
+    for (int64_t start = first; start < last; start += COLUMN_ROWS) {
+      RawRow<T, U> raw[2] = {};
+#pragma unroll
+      for (int half = 0; half < 2; ++half)
+        if (start + row + half * 8 < last && column < a.width)
+          raw[half] = fetch_row<WIDE>(a, sample, start + row + half * 8, column);
       float dh[4][4] = {};
       for (int depth = lane_quarter() * UNIT; depth - lane_quarter() * UNIT < a.padded; depth += DEPTH) {
         const Fragment<P> none = narrowed<P>(Unit{});
@@ -508,30 +602,31 @@ __global__ void __launch_bounds__(THREADS) backward_columns(const Backward<T, U,
       for (int half = 0; half < 2; ++half) {
         const int64_t token = start + row + half * 8;
         const bool inside = token < last && column < a.width;
-        Seen seen = {};
+        Unit h = {};
         if (inside) {
-          seen = see<WIDE>(a, sample, token, column);
-          finish<WIDE>(a, seen, sums_of(dh, half), sample, token, column, sums);
+          const Unit normed = normed_row(a, raw[half], vectors, sample, token);
+          finish<WIDE>(a, normed, widened(raw[half].branch), sums_of(dh, half), vectors, sample, token, column, sums);
+          if constexpr (HELD > 0) h = modulated(normed, vectors);
         }
-        if constexpr (HELD > 0) {
-          const Unit h = inside ? modulated<WIDE>(seen.normed, a.vectors, sample, column, a.width) : Unit{};
-          rows.write_unit((row + half * 8) * ROW_STRIDE + own, operand<P, U>(h, a.weight));
-        }
+        if constexpr (HELD > 0) rows.write_unit((row + half * 8) * ROW_STRIDE + own, operand<P, U>(h, a.weight));
       }
       if constexpr (HELD > 0) {
-        stage_dz<BLOCK_ROWS, HELD>(a, values, DZ_STRIDE, sample, start, last, 0);
+        stage_dz<COLUMN_THREADS, COLUMN_ROWS, HELD>(a, values, DZ_STRIDE, sample, start, last, 0);
         __syncthreads();
 #pragma unroll
-        for (int depth = 0; depth < BLOCK_ROWS; depth += DEPTH) {
-          const int value = depth * DZ_STRIDE + warp % BANDS * TILE_ROWS;
+        for (int depth = 0; depth < COLUMN_ROWS; depth += DEPTH) {
           Fragment<P> right[TILES];
 #pragma unroll
           for (int j = 0; j < TILES; ++j)
-            right[j] = read_across(rows, depth * ROW_STRIDE + (warp / BANDS * TILES + j) * TILE_COLUMNS, ROW_STRIDE);
-          multiply(weight_sums, read_across(values, value, DZ_STRIDE), read_across(values, value + 8, DZ_STRIDE), right);
+            right[j] = read_across(rows, depth * ROW_STRIDE + own_tiles + j * TILE_COLUMNS, ROW_STRIDE);
+#pragma unroll
+          for (int i = 0; i < OWN_BANDS; ++i) {
+            const int at = depth * DZ_STRIDE + own_values + i * TILE_ROWS;
+            multiply(weight_sums[i], read_across(values, at, DZ_STRIDE), read_across(values, at + 8, DZ_STRIDE), right);
+          }
         }
         if (first_column == 0 && threadIdx.x < HELD)
-          for (int at = 0; at < BLOCK_ROWS; ++at)
+          for (int at = 0; at < COLUMN_ROWS; ++at)
             bias_sum += static_cast<float>(values.read(at * DZ_STRIDE + threadIdx.x));
         __syncthreads();
       }
@@ -540,28 +635,32 @@ __global__ void __launch_bounds__(THREADS) backward_columns(const Backward<T, U,
       store_sums(a.partial, sums, scratch, sample, chunk % a.chunks, first_column, own, a.width);
   }
   if constexpr (HELD > 0) {
-    const int value = warp % BANDS * TILE_ROWS, at = first_column + warp / BANDS * TILES * TILE_COLUMNS;
-    store_weight_sums(a, weight_sums, group, value, at);
+#pragma unroll
+    for (int i = 0; i < OWN_BANDS; ++i)
+      store_weight_sums(a, weight_sums[i], group, own_values + i * TILE_ROWS, first_column + own_tiles);
     if (a.bias_partial.data != nullptr && first_column == 0 && static_cast<int>(threadIdx.x) < a.values && threadIdx.x < HELD)
       store_one(a.bias_partial, 0, group, threadIdx.x, bias_sum);
   }
 }
 
 template <typename P>
-constexpr int PRODUCT_SHARED =
-    BLOCK_ROWS*(PRODUCT_COLUMNS + PRODUCT_VALUES<P> + 2 * ACROSS_APART<P>) * static_cast<int>(sizeof(P));
+constexpr int PRODUCT_SHARED = VECTORS * PRODUCT_COLUMNS * 4 +
+    PRODUCT_ROWS*(PRODUCT_COLUMNS + PRODUCT_VALUES<P> + 2 * ACROSS_APART<P>) * static_cast<int>(sizeof(P));
 
 template <typename T, typename U, typename P, bool WIDE>
 __global__ void __launch_bounds__(THREADS) weight_products(const Backward<T, U, P> a) {
   constexpr int VALUES = PRODUCT_VALUES<P>, PER_THREAD = VALUES / THREADS;
   constexpr int ROW_STRIDE = PRODUCT_COLUMNS + ACROSS_APART<P>, DZ_STRIDE = VALUES + ACROSS_APART<P>;
   constexpr int BANDS = VALUES / WARPS / TILE_ROWS, TILES = PRODUCT_COLUMNS / TILE_COLUMNS, UNITS = PRODUCT_COLUMNS / UNIT;
-  const Shared<P> rows{0}, values{BLOCK_ROWS * ROW_STRIDE * static_cast<int>(sizeof(P))};
+  const Shared<float> staged{0};
+  const Shared<P> rows{VECTORS * PRODUCT_COLUMNS * 4};
+  const Shared<P> values{rows.first + PRODUCT_ROWS * ROW_STRIDE * static_cast<int>(sizeof(P))};
   const int tiles = (a.width + PRODUCT_COLUMNS - 1) / PRODUCT_COLUMNS, first_column = blockIdx.x % tiles * PRODUCT_COLUMNS;
   const int first_value = blockIdx.x / tiles % a.value_tiles * VALUES;
   const int64_t group = blockIdx.x / (tiles * a.value_tiles);
   const int row = threadIdx.x / UNITS, own = threadIdx.x % UNITS * UNIT, column = first_column + own;
   const int own_values = threadIdx.x / WARP * BANDS * TILE_ROWS;
+  const Staged<PRODUCT_COLUMNS> vectors{staged, own};
 
   float weight_sums[BANDS][TILES][4] = {};
   float bias_sums[PER_THREAD] = {};
@@ -569,17 +668,18 @@ __global__ void __launch_bounds__(THREADS) weight_products(const Backward<T, U, 
   for (int64_t chunk = group * a.group_chunks; chunk < end; ++chunk) {
     const int64_t sample = chunk / a.chunks, first = chunk % a.chunks * a.chunk_rows;
     const int64_t last = first + a.chunk_rows < a.length ? first + a.chunk_rows : a.length;
-    for (int64_t start = first; start < last; start += BLOCK_ROWS) {
+    stage<WIDE, PRODUCT_COLUMNS>(staged, a.vectors, sample, first_column, a.width);
+    for (int64_t start = first; start < last; start += PRODUCT_ROWS) {
       Unit h = {};
       if (start + row < last && column < a.width) {
-        const Seen seen = see<WIDE>(a, sample, start + row, column);
-        h = modulated<WIDE>(seen.normed, a.vectors, sample, column, a.width);
+        const RawRow<T, U> raw = fetch_row<WIDE>(a, sample, start + row, column);
+        h = modulated(normed_row(a, raw, vectors, sample, start + row), vectors);
       }
       rows.write_unit(row * ROW_STRIDE + own, operand<P, U>(h, a.weight));
-      stage_dz<BLOCK_ROWS, VALUES>(a, values, DZ_STRIDE, sample, start, last, first_value);
+      stage_dz<THREADS, PRODUCT_ROWS, VALUES>(a, values, DZ_STRIDE, sample, start, last, first_value);
       __syncthreads();
 #pragma unroll
-      for (int depth = 0; depth < BLOCK_ROWS; depth += DEPTH) {
+      for (int depth = 0; depth < PRODUCT_ROWS; depth += DEPTH) {
         Fragment<P> right[TILES];
 #pragma unroll
         for (int j = 0; j < TILES; ++j) right[j] = read_across(rows, depth * ROW_STRIDE + j * TILE_COLUMNS, ROW_STRIDE);
@@ -592,7 +692,7 @@ __global__ void __launch_bounds__(THREADS) weight_products(const Backward<T, U, 
       if (first_column == 0)
 #pragma unroll
         for (int i = 0; i < PER_THREAD; ++i)
-          for (int at = 0; at < BLOCK_ROWS; ++at)
+          for (int at = 0; at < PRODUCT_ROWS; ++at)
             bias_sums[i] += static_cast<float>(values.read(at * DZ_STRIDE + i * THREADS + threadIdx.x));
       __syncthreads();
     }
@@ -752,10 +852,10 @@ struct Chunks {
 };
 
 Chunks chunks_of(int64_t batch, int64_t length, int64_t values) {
-  const int64_t wanted = ceil_div(GROUPS, batch > 0 ? batch : 1), most = ceil_div(length, BLOCK_ROWS);
+  const int64_t wanted = ceil_div(GROUPS, batch > 0 ? batch : 1), most = ceil_div(length, PRODUCT_ROWS);
   int64_t chunks = wanted < most ? wanted : most;
   if (chunks < 1) chunks = 1;
-  const int64_t rows = round_up(ceil_div(length > 0 ? length : 1, chunks), BLOCK_ROWS);
+  const int64_t rows = round_up(ceil_div(length > 0 ? length : 1, chunks), PRODUCT_ROWS);
   chunks = ceil_div(length, rows);
   int64_t of_group = ceil_div(batch * chunks, GROUPS);
   const int64_t shortest = ceil_div(ROWS_PER_VALUE * values, rows);
@@ -809,7 +909,7 @@ void launch_backward(const char* op, const Inputs& t, const Outputs& o, const Ch
   a.value_tiles = static_cast<int>(ceil_div(values, PRODUCT_VALUES<P>));
   const int64_t blocks = chunks.groups * ceil_div(width, COLUMNS);
   const auto launch_columns = [&](auto held) {
-    launch<backward_columns<T, U, P, WIDE, held>, THREADS, COLUMNS_SHARED<P, held>>(op, blocks, t.x, a);
+    launch<backward_columns<T, U, P, WIDE, held>, COLUMN_THREADS, COLUMNS_SHARED<P, held>>(op, blocks, t.x, a);
   };
   if (values <= 32) return launch_columns(Number<32>{});
   if (values <= MOST_HELD<P>) return launch_columns(Number<MOST_HELD<P>>{});

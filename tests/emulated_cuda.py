@@ -29,8 +29,6 @@ from ditkernels.ops import _registry as registry
 
 ROOT = Path(__file__).parent.parent
 EMULATION = ROOT / "tests/emulation"
-FAMILIES = tuple(sorted(p.name for p in (ROOT / "csrc").glob("*.cu")))
-HEADERS = (*sorted((ROOT / "csrc").glob("*.cuh")), EMULATION / "emulation.h")
 MODULE = "ditkernels_emulation"
 # _FORTIFY_SOURCE takes a jump from one fiber to another for a broken stack.
 FLAGS = (
@@ -48,8 +46,8 @@ FLAGS = (
 
 
 def sources() -> dict[str, str]:
-    """The kernels' sources by file name."""
-    return {name: (ROOT / "csrc" / name).read_text() for name in FAMILIES}
+    """The kernels' sources and headers by file name."""
+    return {p.name: p.read_text() for p in sorted((ROOT / "csrc").glob("*.cu*"))}
 
 
 def why_not() -> str | None:
@@ -63,7 +61,7 @@ def why_not() -> str | None:
 def build(texts: dict[str, str]) -> Path:
     """The library made of these sources, built unless one of the same content, flags and stack lies in build/emulation."""
     key = hashlib.sha256(repr((FLAGS, torch.__version__, sys.version, sorted(texts.items()))).encode())
-    for file in (*HEADERS, EMULATION / "module.cu"):
+    for file in (EMULATION / "emulation.h", EMULATION / "module.cu"):
         key.update(file.read_bytes())
     folder = ROOT / "build/emulation" / key.hexdigest()[:16]
     path = folder / f"{MODULE}.so"
@@ -73,18 +71,18 @@ def build(texts: dict[str, str]) -> Path:
         if not path.exists():
             for name, text in texts.items():
                 (folder / name).write_text(text)
-            (folder / "build.ninja").write_text(_rules([folder / name for name in texts]))
+            (folder / "build.ninja").write_text(_rules(folder, texts))
             subprocess.run([sys.executable, "-m", "ninja", "-C", str(folder)], check=True, stdout=sys.stderr)
     return path
 
 
-def _rules(files: list[Path]) -> str:
+def _rules(folder: Path, texts: dict[str, str]) -> str:
     import pybind11
 
     torch_root = Path(torch.__file__).parent
     system = (torch_root / "include", pybind11.get_include(), sysconfig.get_paths()["include"])
-    include = " ".join((f"-I{EMULATION}", f"-I{ROOT}/csrc", *(f"-isystem {path}" for path in system)))
-    files = [*files, EMULATION / "module.cu"]
+    include = " ".join((f"-I{EMULATION}", f"-I{folder}", *(f"-isystem {path}" for path in system)))
+    files = [*(folder / name for name in texts if name.endswith(".cu")), EMULATION / "module.cu"]
     return "\n".join(
         (
             f"rule compile\n  command = g++ {' '.join(FLAGS)} {include} -x c++ -c $in -o $out",
@@ -108,6 +106,12 @@ def load(path: Path) -> ModuleType:
     return module
 
 
+@cache
+def as_they_are() -> ModuleType:
+    """The library of csrc/ as the process first found it: sources may be edited while tests run."""
+    return load(build(sources()))
+
+
 @contextlib.contextmanager
 def running(
     module: ModuleType | None = None, *, tracing: bool = False, order: int = 0, last_block_only: bool = False
@@ -124,7 +128,7 @@ def running(
     if reason:
         pytest.skip(reason)
     with mock.patch.object(_cuda, "_absence", _cuda._absence):
-        module = module or load(build(sources()))
+        module = module or as_they_are()
         _cuda._absence = None
         module.reset(tracing, order, last_block_only)
         with registry.use_backend("cuda"):

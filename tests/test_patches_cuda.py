@@ -1,4 +1,4 @@
-"""The CUDA kernels of patch_embed, final_layer and unpatchify, run by tests/emulation: parity, traffic, order, offsets, refusals."""
+"""The CUDA kernels of patch_embed, final_layer and unpatchify, in the emulation: parity, traffic, order, offsets, refusals."""
 
 from __future__ import annotations
 
@@ -70,6 +70,15 @@ def test_parity_of_the_wide_path_of_final_layer(
     grid = (2, 3) if patch == 8 else (5, 7)
     inputs = final_inputs(2, grid, width, patch, stream, rest)
     test_final_layer.assert_parity(inputs, grid=grid, patch_size=patch)
+
+
+@pytest.mark.parametrize("rest", [F32, BF16])
+@pytest.mark.parametrize("width, patch", [(384, 2), (40, 8), (100, 2)])
+def test_parity_of_final_layer_over_several_chunks_and_groups(
+    width: int, patch: int, rest: torch.dtype
+) -> None:
+    inputs = final_inputs(2, (10, 13), width, patch, F32, rest, channels=4)
+    test_final_layer.assert_parity(inputs, grid=(10, 13), patch_size=patch)
 
 
 @pytest.mark.parametrize("width", [4090, 20_320])

@@ -1,0 +1,337 @@
+"""Every planted fault in the CUDA sources is found by the parity checks or by the emulation itself.
+
+All faults stand in one build: «expression» in the source becomes a choice, made at run time, between itself and the faulty one.
+Only the general path is compiled, which is the same code at dtypes known at run time and element accesses.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Iterator
+
+import emulated_cuda
+import pytest
+import test_final_layer
+import test_patch_embed
+import torch
+from patches_mutants import check_final_layer, check_patch_embed
+from test_adaln import BF16, F32, assert_parity, make_inputs
+
+from ditkernels.ops import _registry as registry
+from ditkernels.ops.final_layer import final_layer
+from ditkernels.ops.patch_embed import patch_embed
+
+ADALN, SUMS, EMBED, FINAL, COMMON, TURNED = (
+    *("adaln.cu", "sums.cuh", "patch_embed.cu", "final_layer.cu", "common.cuh", "turned.cuh"),
+)
+
+# By name: the file, a place in it that occurs once with the expression marked, and what takes the expression's place.
+MUTANTS = {
+    # ------------------------------------------------------------------------------------------------ adaln
+    "gate zeroed": (ADALN, "row[r].at[i] + «gate.at[i]» * (u", "0.0f"),
+    "branch bias ignored": (ADALN, "(u[r].at[i] + «branch_bias.at[i]»)", "0.0f"),
+    "stream not rounded": (ADALN, "row[r].at[i] = «rounded<T>(value, a.x.dtype)»;", "value"),
+    "mean forgotten": (ADALN, "? row[r].at[i] - «mean» : 0.0f", "0.0f"),
+    "column mask of the squares dropped": (ADALN, "«column + i < width» ? row[r].at[i] - mean", "true"),
+    "eps dropped": (ADALN, "sqrtf(sums[r] / width + «a.eps»)", "0.0f"),
+    "eps divided by D": (ADALN, "sqrtf(sums[r] / width + «a.eps»)", "a.eps / width"),
+    "eps outside the root": (  # sqrt(v) + eps = sqrt(v + 2 eps sqrt(v) + eps²)
+        *(ADALN, "sqrtf(sums[r] / width + «a.eps»)", "a.eps * (2.0f * sqrtf(sums[r] / width) + a.eps)"),
+    ),
+    "weight ignored": (ADALN, "row[r].at[i] * rstd * «weight.at[i]» +", "1.0f"),
+    "bias after the modulation": (ADALN, "rstd * weight.at[i] + «bias.at[i]»;", "0.0f"),
+    "scale without the one": (ADALN, "affine * («1.0f» + scale.at[i])", "0.0f"),
+    "shift and scale swapped": (
+        *(ADALN, "load<WIDE>(«a.scale», sample, column, width, 0.0f);\n    const Unit shift", "a.shift"),
+    ),
+    "shift ignored": (ADALN, "(1.0f + scale.at[i]) + «shift.at[i]»;", "0.0f"),
+    "batch index of x dropped": (ADALN, "load<WIDE>(a.x, «sample», first + r", "0"),
+    "batch index of the branch dropped": (ADALN, "load<WIDE>(a.branch, «sample», first + r", "0"),
+    "batch index of the gate dropped": (ADALN, "const Unit gate = load<WIDE>(a.gate, «sample», column", "0"),
+    "batch index of the shift dropped": (ADALN, "load<WIDE>(a.shift, «sample», column", "0"),
+    "batch index of h dropped": (ADALN, "store<WIDE>(a.h, «sample», first + r", "0"),
+    "slope without the one": (ADALN, "slope.at[i] *= «1.0f» + scale.at[i]", "0.0f"),
+    "batch index of dh dropped": (ADALN, "load<WIDE>(a.dh, «sample», token", "0"),
+    "batch index of dx1 dropped": (ADALN, "load<WIDE>(a.dx1, «sample», token", "0"),
+    "stream's gradient lost": (ADALN, "if («!NORM || has_dx1») stream[k] = load", "false"),
+    "P after the slope": (ADALN, "p.at[i] += «dnormed[k].at[i]»;", "dnormed[k].at[i] * slope.at[i]"),
+    "Q without x̂": (ADALN, "q.at[i] += «dnormed[k].at[i] * normed[k].at[i]»;", "dnormed[k].at[i]"),
+    "R lost": (ADALN, "r.at[i] += «stream[k].at[i] * u[k].at[i]»;", "0.0f"),
+    "S lost": (ADALN, "s.at[i] += «stream[k].at[i]»;", "0.0f"),
+    "slope forgotten in dx̂": (ADALN, "dnormed[k].at[i] *= «slope.at[i]»;", "1.0f"),
+    "mean of dx̂ not subtracted": (ADALN, "(dnormed[k].at[i] - «along_mean» - ", "0.0f"),
+    "x̂'s share not subtracted": (ADALN, "normed[k].at[i] * «along_normed»);", "0.0f"),
+    "rstd forgotten in dx": (ADALN, "stream[k].at[i] += «rstd[k]» *", "1.0f"),
+    "dbranch without the gate": (ADALN, "dbranch.at[i] = «gate.at[i]» *", "1.0f"),
+    "every chunk starts at the first": (
+        *(ADALN, "first = «blockIdx.x % a.chunks * a.chunk_rows»;", "int64_t{0}"),
+    ),
+    "the last chunk runs on": (
+        ADALN,
+        "first + a.chunk_rows < «a.length» ? a.chunk_rows",
+        "a.length + a.chunk_rows",
+    ),
+    "one chunk's rows lost": (ADALN, "for (int start = «0»; start < count", "ROWS"),
+    # ------------------------------------------------------------------------------------------------ sums
+    "one chunk's sums lost": (SUMS, "for (int64_t chunk = «0»; chunk", "1"),
+    "P and Q swapped": (SUMS, "p += load_one(a.partial, sample, «chunk * SUMS», column)", "chunk * SUMS + 1"),
+    "bias forgotten in dscale": (SUMS, "«load_one(a.bias, 0, column, 0.0f)» * p", "0.0f"),
+    "weight forgotten in dscale": (SUMS, "«load_one(a.weight, 0, column, 1.0f)» * q", "1.0f"),
+    "branch bias forgotten in dgate": (SUMS, "«load_one(a.branch_bias, 0, column, 0.0f)» * s", "0.0f"),
+    "sums' slope without the one": (SUMS, "slope = «1.0f» + load_one", "0.0f"),
+    "batch index of the sums' scale dropped": (SUMS, "load_one(a.scale, «sample», column, 0.0f)", "0"),
+    "scale forgotten in dweight": (SUMS, "sample, 0, column, «slope» * q", "1.0f"),
+    "scale forgotten in dbias": (SUMS, "sample, 1, column, «slope» * p", "1.0f"),
+    "gate forgotten in dbranch_bias": (SUMS, "«load_one(a.gate, sample, column, 1.0f)» * s", "1.0f"),
+    "one sample's terms lost": (SUMS, "for (int64_t sample = «0»; sample", "1"),
+    "one group lost": (SUMS, "for (int64_t group = «0»; group", "1"),
+    # ------------------------------------------------------------------------------------------------ common
+    "one lane's sums lost": (COMMON, "for (int warp = «0»; warp < warps", "1"),
+    "a quarter of the summands lost": (COMMON, "for (int quarter = «0»; quarter", "1"),
+    "even and odd columns swapped": (COMMON, "sums[j][0] += above.at[i] * «even.at[i]»;", "odd.at[i]"),
+    "rows of a tile swapped": (COMMON, "sums[j][2] += «below.at[i]» *", "above.at[i]"),
+    "columns dealt out wrongly": (
+        COMMON,
+        "lane_row() / 2 * UNIT + «tile * 2 + lane_row() % 2»;",
+        "tile + lane_row() % 2 * 4",
+    ),
+    "halves of a tile swapped": (COMMON, "unit.at[i] = «half == 0» ? sums", "half != 0"),
+    "across the wrong rows": (COMMON, "«i / 2 * UNIT + lane_quarter() * 2 + i % 2»;", "i / 2 * UNIT"),
+    "turned weight not turned": (
+        TURNED,
+        "? «load_one(a.weight, 0, at, row)» :",
+        "load_one(a.weight, 0, 0, row)",
+    ),
+    # ------------------------------------------------------------------------------------------------ patch_embed
+    "sample of a line ignored": (EMBED, "return {«sample», static_cast<int>(line", "int64_t{0}"),
+    "channel of a value ignored": (EMBED, "channel = «value / (a.patch * a.patch)»;", "0"),
+    "patch transposed": (EMBED, "row = «value / a.patch % a.patch», channel", "value % a.patch"),
+    "rows and columns of the grid swapped": (
+        EMBED,
+        "«line.token / a.grid_w») * a.patch + row",
+        "line.token % a.grid_w",
+    ),
+    "patches not rounded": (
+        EMBED,
+        "inside ? «rounded<Any>(patch_value(a, line, first + at), weight)»",
+        "patch_value(a, line, first + at)",
+    ),
+    "line mask dropped": (EMBED, "const bool live = «start + row < last»;", "true"),
+    "bias of the embedding ignored": (EMBED, "unit.at[i] += «bias.at[i]» + pos.at[i];", "0.0f"),
+    "bias ignored without positions": (EMBED, "unit.at[i] += «bias.at[i]»;\n  }\n  store", "0.0f"),
+    "positions ignored": (EMBED, "+= bias.at[i] + «pos.at[i]»;", "0.0f"),
+    "positions of the line and not of the token": (
+        EMBED,
+        "load<WIDE>(a.pos, 0, «line % a.patches.length»",
+        "line",
+    ),
+    "line mask of y dropped": (EMBED, "if («line >= a.lines» || column >= a.width) return;", "false"),
+    "values beyond the first tile lost": (EMBED, "for (int from = 0; from < «a.patches.values»", "1"),
+    "only the first slice of values": (
+        EMBED,
+        "depth < VALUES && «from + depth < a.patches.values»;",
+        "depth < 1",
+    ),
+    "column tiles beyond the first lost": (EMBED, "column < «a.width»; column += a.parts", "1"),
+    "group starts at the first line": (EMBED, "const int64_t first = «group * a.group_lines»;", "int64_t{0}"),
+    "one block of a group lost": (
+        EMBED,
+        "for (int64_t start = «first»; start < last; start += LINES)",
+        "first + LINES",
+    ),
+    "dbias lost": (EMBED, "bias.at[k] += «units[i].at[k]»;", "0.0f"),
+    "dbias of some rows": (EMBED, "for (int row = «0»; row < ROWS; ++row) total", "1"),
+    "batch index of dy dropped": (EMBED, "units[i] = load<WIDE>(a.dy, «place.sample»", "0"),
+    "dW's channel and value swapped": (
+        EMBED,
+        "lane_row() + «i / 2 * 8»;\n        const int place",
+        "i % 2 * 8",
+    ),
+    "dx of half the lines": (EMBED, "const int64_t number = first + i * TILE_ROWS + «half * 8» +", "0"),
+    "dx's channels beyond the first lost": (
+        *(EMBED, "column - lane_quarter() * UNIT < «a.width»; column += DEPTH", "1"),
+    ),
+    "batch index of dx's dy dropped": (EMBED, "narrowed<T>(load<WIDE>(a.dy, «place.sample»", "0"),
+    "one sample's positions lost": (EMBED, "for (int64_t sample = «0»; sample < a.batch", "1"),
+    # ------------------------------------------------------------------------------------------------ final_layer
+    "last gate zeroed": (FINAL, "x.at[i] + «gate.at[i]» * (branch", "0.0f"),
+    "last branch bias ignored": (FINAL, "(branch.at[i] + «bias.at[i]»)", "0.0f"),
+    "norm's weight ignored": (FINAL, "(normed.at[i] * «weight.at[i]» + bias", "1.0f"),
+    "norm's bias ignored": (FINAL, "weight.at[i] + «bias.at[i]») * factor", "0.0f"),
+    "scale ignored": (FINAL, "bias.at[i]) * «factor.at[i]» + shift", "1.0f"),
+    "shift of the last layer ignored": (FINAL, "factor.at[i] + «shift.at[i]»;", "0.0f"),
+    "factor without the one": (FINAL, "factor.at[i] += «1.0f»;", "0.0f"),
+    "batch index of the last shift dropped": (FINAL, "load<WIDE>(v.shift, «sample», column", "0"),
+    "batch index of the last scale dropped": (FINAL, "load<WIDE>(v.scale, «sample», column", "0"),
+    "batch index of the last gate dropped": (FINAL, "load<WIDE>(v.gate, «sample», column", "0"),
+    "slope ignored": (FINAL, "slope.at[i] *= «factor.at[i]»;", "1.0f"),
+    "channel of the image ignored": (FINAL, "return body(«value % grid.channels», token", "0"),
+    "row of the patch ignored": (FINAL, "* grid.patch + «place / grid.patch»,", "0"),
+    "column of the patch ignored": (FINAL, "* grid.patch + «place % grid.patch»);", "0"),
+    "rows and columns of the image swapped": (
+        FINAL,
+        "«token / grid.columns» * grid.patch",
+        "token % grid.columns",
+    ),
+    "last mean forgotten": (FINAL, "? unit.at[k] - «mean» : 0.0f", "0.0f"),
+    "last column mask dropped": (FINAL, "unit.at[k] = «own_column(i) + k < width» ? unit", "true"),
+    "last eps dropped": (FINAL, "/ width + «a.eps»);", "0.0f"),
+    "batch index of the last x dropped": (FINAL, "Unit unit = load<WIDE>(a.x, «sample», token", "0"),
+    "batch index of the last branch dropped": (
+        FINAL,
+        "load<WIDE>(a.branch, «sample», token, column, width),\n",
+        "0",
+    ),
+    "h not rounded": (FINAL, "unit.at[i] = «rounded<U>(unit.at[i], weight)»;", "unit.at[i]"),
+    "bias of the linear ignored": (FINAL, "float z = «load_one(a.bias, 0, at, 0.0f)»;", "0.0f"),
+    "one warp's part lost": (FINAL, "for (int part = «place / DEPTH»; part", "place / DEPTH + abreast"),
+    "values beyond the first tiles lost": (FINAL, "for (int start = 0; start < «tiles»; start", "1"),
+    "row mask of the image dropped": (FINAL, "row >= rows || «first + row >= a.length» ||", "false"),
+    "batch index of the image dropped": (FINAL, "store_one(a.out, «sample», channel", "0"),
+    "slope's share lost": (FINAL, "slope_sum += «weight.at[k] * slope.at[k]»;", "0.0f"),
+    "offset lost": (FINAL, "offset += «weight.at[k] * origin.at[k]»;", "0.0f"),
+    "offset without the linear's bias": (FINAL, "+ «load_one(a.bias, 0, value, 0.0f)»;\n  if", "0.0f"),
+    "mean of dx̂ lost": (FINAL, "along_mean += «dz» * load_one(a.terms, sample", "0.0f"),
+    "mean of dx̂ · x̂ without the offset": (FINAL, "(z - «load_one(a.terms, sample, 1, value)»)", "0.0f"),
+    "means of one sample": (FINAL, "store_one(a.means, «sample», token, 1", "0"),
+    "batch index of the terms dropped": (FINAL, "load_one(a.terms, «sample», 0, value)", "0"),
+    "batch index of dout dropped": (FINAL, "load_one(a.dout, «sample», channel", "0"),
+    "batch index of z dropped": (FINAL, "load_one(a.out, «sample», channel", "0"),
+    "mean forgotten in the backward": (FINAL, "unit.at[i] = (unit.at[i] - «mean») * rstd;", "0.0f"),
+    "dx without the slope": (FINAL, "(dh.at[i] * «slope.at[i]» - along_mean", "1.0f"),
+    "last P of dx̂": (FINAL, "sums.of[0].at[i] += «dh.at[i]»;", "dh.at[i] * slope.at[i]"),
+    "last Q without x̂": (FINAL, "sums.of[1].at[i] += «dh.at[i] * normed.at[i]»;", "dh.at[i]"),
+    "last R lost": (FINAL, "sums.of[2].at[i] += «dx.at[i] * branch.at[i]»;", "0.0f"),
+    "last S lost": (FINAL, "sums.of[3].at[i] += «dx.at[i]»;", "0.0f"),
+    "last dbranch without the gate": (FINAL, "dx.at[i] *= «gate.at[i]»;", "1.0f"),
+    "one band of rows lost": (FINAL, "for (int other = «0»; other < ROW_BANDS", "1"),
+    "chunks of one sample": (FINAL, "store_one(to, sample, «chunk» * SUMS +", "0"),
+    "one chunk of a group lost": (
+        FINAL,
+        "for (int64_t chunk = «group * a.group_chunks»; chunk < end; ++chunk) {\n"
+        "    const int64_t sample = chunk / a.chunks, first = chunk % a.chunks * a.chunk_rows;\n"
+        "    const int64_t last = first + a.chunk_rows < a.length ? first + a.chunk_rows : a.length;\n"
+        "    stage<WIDE, COLUMNS>",
+        "group * a.group_chunks + 1",
+    ),
+    "vectors of one sample": (FINAL, "stage<WIDE, COLUMNS>(staged, a.vectors, «sample», first_column", "0"),
+    "values of dW lost": (FINAL, "inside = start + row < last && «from + value < a.padded»;", "value < 8"),
+    "dW of x̂": (FINAL, "if constexpr (HELD > 0) h = «modulated(normed, vectors)»;", "normed"),
+    "dbias of the last layer lost": (
+        FINAL,
+        "bias_sum += «static_cast<float>(values.read(at * DZ_STRIDE + threadIdx.x))»;",
+        "0.0f",
+    ),
+    "dW's rows beyond the first band": (FINAL, "value + lane_row() + «i / 2 * 8», at", "0"),
+    "unpatchify's row and column swapped": (
+        *(
+            FINAL,
+            "«row % a.grid.patch» * a.grid.patch + column % a.grid.patch) * a.grid",
+            "column % a.grid.patch",
+        ),
+    ),
+    "unpatchify's channel ignored": (FINAL, "a.grid.channels + «channel»;", "0"),
+    "sample of the tokens dropped": (FINAL, "load_one(a.tokens, «sample», token, value)", "0"),
+    "sample of the gathered image dropped": (FINAL, "load_one(a.image, «sample», channel", "0"),
+}
+
+
+def mutated() -> dict[str, str]:
+    """The sources with every fault planted, each behind its number, and nothing but the general path."""
+    texts = emulated_cuda.sources()
+    choices: dict[tuple[str, int, int], str] = {}
+    for number, (name, (file, place, faulty)) in enumerate(MUTANTS.items(), 1):
+        before, expression, after = re.split("[«»]", place)
+        assert texts[file].count(before + expression + after) == 1, f"{name}: {place!r} is not once in {file}"
+        start = texts[file].index(before + expression + after) + len(before)
+        span = (file, start, start + len(expression))
+        choices[span] = f"emulation::mutant == {number} ? {faulty} : {choices.get(span, expression)}"
+    for (file, start, end), choice in sorted(choices.items(), reverse=True):
+        texts[file] = f"{texts[file][:start]}({choice}){texts[file][end:]}"
+    only_general = "if (!wide) return body(Any{}, Any{}, std::false_type{});"
+    assert only_general in texts[COMMON]
+    a, b = texts[COMMON].split(only_general)
+    texts[COMMON] = (
+        a
+        + only_general.replace("if (!wide) return ", "(void)stream, (void)branch, (void)wide;\n  ")
+        + b[b.index("}\n") :]
+    )
+    return texts
+
+
+@pytest.fixture(autouse=True, scope="module")
+def emulation() -> Iterator[object]:
+    with emulated_cuda.running(emulated_cuda.load(emulated_cuda.build(mutated()))) as module:
+        yield module
+        module.mutate(0)
+
+
+@pytest.fixture(autouse=True)
+def _on_cuda():
+    with registry.use_backend("cuda"):
+        yield
+
+
+def check_adaln() -> None:
+    """A masked tail, several chunks, rows that fill no block, every vector, an eps that matters, two samples."""
+    assert_parity("gated_residual_norm", make_inputs("gated_residual_norm", 2, 21, 23, F32, F32), eps=0.1)
+    assert_parity("modulate_norm", make_inputs("modulate_norm", 2, 3, 384, F32, F32), eps=0.1)
+    x, branch = (torch.randn(2, 3, 96) for _ in range(2))
+    x1, _, mean, _ = torch.ops.ditkernels.gated_residual_norm_cuda(
+        x.to(BF16), branch, *[None] * 6, "layernorm", 1e-6, F32
+    )
+    torch.testing.assert_close(mean, x1.float().mean(-1))
+
+
+def check_embed_without_positions() -> None:
+    inputs = test_patch_embed.make_inputs(2, (3, 2), 12, 2)
+    test_patch_embed.assert_parity({n: v for n, v in inputs.items() if n != "pos_embed"})
+
+
+def check_embed_of_many_lines() -> None:
+    """So many that a block takes several tiles of channels."""
+    x, weight = torch.randn(1 << 15, 1, 1, 1), torch.randn(130, 1, 1, 1)
+    torch.testing.assert_close(patch_embed(x, weight)[:, 0], x[:, 0, 0] * weight[:, 0, 0, 0], rtol=0, atol=0)
+
+
+def check_final_layer_over_several_chunks() -> None:
+    inputs = test_final_layer.make_inputs(2, (10, 13), 16, 2)
+    test_final_layer.assert_parity(inputs, grid=(10, 13), patch_size=2)
+
+
+def check_rows_are_rounded() -> None:
+    """With an identity for weight the image shows the rows."""
+    x, weight = torch.randn(1, 2, 32), torch.eye(32, dtype=BF16)
+    rows = final_layer(x, None, None, weight, grid=(1, 2), patch_size=1, out_dtype=F32)
+    torch.testing.assert_close(rows, rows.to(BF16).float(), rtol=0, atol=0)
+
+
+FAMILIES = {
+    ADALN: (check_adaln,),
+    EMBED: (check_patch_embed, check_embed_without_positions, check_embed_of_many_lines),
+    FINAL: (check_final_layer, check_final_layer_over_several_chunks, check_rows_are_rounded),
+}
+ALL = tuple(itertools.chain(*FAMILIES.values()))
+
+
+def run_checks(file: str) -> None:
+    """Those of the file's family, or all for what the families share."""
+    for check in FAMILIES.get(file, ALL):
+        check()
+
+
+def test_the_kernels_as_they_are_pass() -> None:
+    run_checks(COMMON)
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_killed(emulation, name: str) -> None:
+    emulation.mutate(list(MUTANTS).index(name) + 1)
+    try:
+        with pytest.raises((AssertionError, RuntimeError)) as caught:
+            run_checks(MUTANTS[name][0])
+    finally:
+        emulation.mutate(0)
+    words = ("contract", "out of bounds", "not finite", "not close", "not equal", "nobody wrote", "absent")
+    assert any(word in str(caught.value) for word in words), str(caught.value)

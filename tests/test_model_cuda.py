@@ -1,0 +1,35 @@
+"""The whole model on the CUDA kernels, in the emulation: four conditionings, every gradient, and twenty steps of training."""
+
+from __future__ import annotations
+
+import emulated_cuda
+import pytest
+from model_parity import test_twenty_training_steps_stay_with_the_reference  # noqa: F401 (runs here on the fixture below)
+from test_models import (  # noqa: F401
+    SMALL,
+    forward_backward,
+    pair,
+    test_autocast_keeps_the_stream_in_fp32,
+    test_rounds_no_worse_than_the_reference,
+)
+
+
+@pytest.fixture(autouse=True)
+def _emulated():
+    with emulated_cuda.running():
+        yield
+
+
+def test_every_kernel_of_the_model_is_ours() -> None:
+    fused, _ = pair(**SMALL)
+    with emulated_cuda.running() as emulation:
+        forward_backward(fused)
+        ran = {kernel for kernel, _ in emulation.counts()}
+    assert {
+        "embed",
+        "forward_rows",
+        "backward_rows",
+        "backward_columns",
+        "weight_products",
+        "row_means",
+    } <= ran
