@@ -119,7 +119,7 @@ def train(config: TrainConfig, *, model: DiT | None = None, data: TrainingData |
             data.train, steps, workers=config.num_workers, pin_memory=device.type == "cuda"
         )
 
-        saved = trainer.step
+        stopped = None
         for step, batch in zip(steps, batches, strict=True):
             trainer.note_unreadable(batch, log)
             rate = learning_rate(config, step, trainer.total)
@@ -127,24 +127,21 @@ def train(config: TrainConfig, *, model: DiT | None = None, data: TrainingData |
             trainer.step = step + 1
             trainer.take_in(late.push(step + 1, rate, scalars), log)
 
-            if config.val_every and (step + 1) % config.val_every == 0:
-                log.write({"step": step + 1, "validation_loss": trainer.validation_loss()})
-            if config.sample_every and (step + 1) % config.sample_every == 0:
-                trainer.draw_samples(run / "samples" / f"step-{step + 1:08d}.png")
-            last = stop.number is not None or step + 1 == trainer.total
+            trainer.look(log)
+            # Read once: a signal that comes later than this is the next step's.
+            stopped = stop.number
+            last = stopped is not None or step + 1 == trainer.total
             if last or (step + 1) % config.ckpt_every == 0:
                 trainer.take_in(late.pop(), log)
                 writer.save(trainer.checkpoint(log))
-                saved = step + 1
             writer.raise_failure()
-            if stop.number is not None:
+            if last:
                 break
         writer.wait()
-        if stop.number is not None:
-            log.say(
-                f"stopped by {signal.Signals(stop.number).name}; {checkpoint_directory(run, saved)} is whole"
-            )
-    interrupted = stop.number if trainer.step < trainer.total else None
+        if stopped is not None:
+            whole = checkpoint_directory(run, trainer.step)
+            log.say(f"stopped by {signal.Signals(stopped).name}; {whole} is whole")
+    interrupted = stopped if trainer.step < trainer.total else None
     return TrainResult(trainer.model, trainer.ema.model, trainer.step, interrupted)
 
 
@@ -287,6 +284,14 @@ class Trainer:
                 f"{len(self.unreadable)} images are unreadable, allowed are {self.config.max_unreadable} "
                 f"(max_unreadable); the last one is {batch.unreadable[-1]}"
             )
+
+    def look(self, log: RunLog) -> None:
+        """Takes the validation loss and draws samples, at the steps that ask for them."""
+        config, step = self.config, self.step
+        if config.val_every and step % config.val_every == 0:
+            log.write({"step": step, "validation_loss": self.validation_loss()})
+        if config.sample_every and step % config.sample_every == 0:
+            self.draw_samples(Path(config.results_dir) / "samples" / f"step-{step:08d}.png")
 
     @torch.no_grad()
     def validation_loss(self) -> float:

@@ -54,6 +54,8 @@ def forked():
 
 def child(argv, ready, sabotage):
     """Trains in a forked process; ``sabotage`` is called before."""
+    # A group of its own, as a job has; a signal to the group reaches the data workers too.
+    os.setsid()
     torch.set_num_threads(1)
     log = os.open(f"{argv[argv.index('--results-dir') + 1]}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)
@@ -220,9 +222,9 @@ def wait_for_step(folder):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_finishes_the_step_saves_and_sets_the_status(forked, unbroken, tmp_path, number):
     folder = tmp_path / "run"
-    process = start(forked, folder, sabotage=(slow_steps, 0.2))
+    process = start(forked, folder, "--num-workers", "2", sabotage=(slow_steps, 0.2))
     wait_for_step(folder)
-    os.kill(process.pid, number)
+    os.killpg(process.pid, number)
     assert finish(process) == 128 + number
     assert f"stopped by {number.name}" in told(folder)
     stopped = newest_checkpoint(folder).checkpoint.step
