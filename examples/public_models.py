@@ -110,7 +110,8 @@ class DiT(nn.Module):
             self.block(hidden_size, num_heads, mlp_ratio, **block) for _ in range(depth)
         )
         self.final_layer = FinalLayer(hidden_size, patch_size, self.out_channels)
-        for module in (*(b.adaLN_modulation[-1] for b in self.blocks), self.final_layer.linear):
+        modulations = [layer.adaLN_modulation[-1] for layer in (*self.blocks, self.final_layer)]
+        for module in (*modulations, self.final_layer.linear):
             nn.init.zeros_(module.weight)
             nn.init.zeros_(module.bias)
 

@@ -165,7 +165,7 @@ def assert_accelerated_agreement(actual: Tensor, expected: Tensor, name: str = "
 
 
 ACCELERATED_TRAINING = 1e-4
-"""Losses after three AdamW steps in fp32: Adam divides by gradients' own size, so their rounding, 1e-6, grows some tens of times."""
+"""Losses after three AdamW steps in fp32: Adam divides by gradients' own size, so their rounding, 1e-6, grows tens of times."""
 
 
 ACCUMULATION_ULPS = 32.0
@@ -173,5 +173,10 @@ ACCUMULATION_ULPS = 32.0
 
 
 GUIDED_SAMPLES = 1e-3
-"""Latents of size 1 after a few guided steps in fp32: each step's noise errs by 1e-6, guidance multiplies that by 7, the first step's
-√(1/ᾱ − 1) by 157."""
+"""Latents of size 1 after a few guided steps in fp32: each step's noise errs by 1e-6, guidance multiplies that by 7, the first
+step's √(1/ᾱ − 1) by 157."""
+
+
+ROUNDED_NORM = {"rtol": 2 * 2.0**-8, "atol": 2 * 2.0**-8}
+"""Plain PyTorch rounds the norm of a bf16 stream to bf16 before an fp32 modulation, the fused op does not: one rounding of values
+up to 4."""

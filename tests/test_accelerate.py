@@ -316,6 +316,15 @@ def test_a_look_alike_is_left_alone_by_name(block: type[public.DiTBlock]) -> Non
     assert type(model.blocks[1]) is block
 
 
+def test_a_fresh_layer_that_returns_zero_proves_nothing() -> None:
+    model = public.DiT()
+    model.final_layer.__class__ = public.SwappedFinalLayer
+    report = quietly(model)
+    assert "its own forward computes something else" in reason(report, "final_layer")
+    assert type(model.final_layer) is public.SwappedFinalLayer
+    assert reason(report, "") == ""
+
+
 def randomised(model: nn.Module) -> nn.Module:
     with torch.no_grad():
         for parameter in model.parameters():
@@ -743,6 +752,25 @@ def test_blocks_stay_callable_on_their_own() -> None:
     tokens = copy.deepcopy(model.final_layer)
     restore(tokens)
     torch.testing.assert_close(model.final_layer(x, c), tokens(x, c))
+
+
+@pytest.mark.parametrize("name", ["DiT", "diffusers"])
+def test_mixed_dtypes_promote_as_before(name: str) -> None:
+    model = make(name)
+    block = copy.deepcopy(model.get_submodule("blocks.1" if name == "DiT" else "transformer_blocks.1"))
+    quietly(model)
+    fused = model.get_submodule("blocks.1" if name == "DiT" else "transformer_blocks.1")
+    x = torch.randn(2, 16, 48, dtype=BF16)
+    if name == "DiT":
+        outs = [b(x, torch.randn(2, 48, generator=torch.Generator().manual_seed(1))) for b in (fused, block)]
+        assert [out.dtype for out in outs] == [F32, F32]
+        torch.testing.assert_close(*outs, **numerics.ROUNDED_NORM)
+    else:
+        with torch.autocast("cpu", dtype=BF16):
+            outs = [
+                b(x, timestep=torch.tensor([1, 2]), class_labels=torch.tensor([1, 2])) for b in (fused, block)
+            ]
+        assert outs[0].dtype == outs[1].dtype
 
 
 def test_a_fused_class_builds_the_plain_model() -> None:

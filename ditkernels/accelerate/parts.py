@@ -52,19 +52,25 @@ def normed(
 ) -> tuple[Tensor, Tensor]:
     """Closes the open residual of ``stream``; returns the new x and its modulated norm."""
     arguments = norm_arguments(norm, kind)
-    if stream.branch is None:
-        return stream.x, ops.modulate_norm(stream.x, shift, scale, **arguments)
     x, _, gate = promoted(stream)
-    return ops.gated_residual_norm(x, stream.branch, gate, shift, scale, **arguments)
+    out_dtype = registry.autocast_dtype(x) or _promoted_dtype(x, shift, scale, arguments["weight"])
+    if stream.branch is None:
+        return x, ops.modulate_norm(x, shift, scale, **arguments, out_dtype=out_dtype)
+    return ops.gated_residual_norm(x, stream.branch, gate, shift, scale, **arguments, out_dtype=out_dtype)
 
 
 def promoted(stream: Stream) -> Stream:
     """``stream`` with x in the dtype that plain PyTorch would give the sum."""
-    added = [t for t in (stream.branch, stream.gate) if t is not None]
-    dtype = stream.x.dtype
-    for tensor in added:
-        dtype = torch.promote_types(dtype, tensor.dtype)
+    dtype = _promoted_dtype(*stream)
     return stream if dtype == stream.x.dtype else stream._replace(x=stream.x.to(dtype))
+
+
+def _promoted_dtype(x: Tensor, *others: Tensor | None) -> torch.dtype:
+    dtype = x.dtype
+    for tensor in others:
+        if tensor is not None:
+            dtype = torch.promote_types(dtype, tensor.dtype)
+    return dtype
 
 
 def plain(stream: Stream) -> Tensor:

@@ -43,6 +43,14 @@ class OtherGeluBlock(DiTBlock):
         return x + gate2.unsqueeze(1) * self.mlp.fc2(h)
 
 
+class SwappedFinalLayer(FinalLayer):
+    """Scale before shift, which does not show while the linear is zero."""
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        scale, shift = self.adaLN_modulation(c).chunk(2, dim=1)
+        return self.linear(modulate(self.norm_final(x), shift, scale))
+
+
 class SkippingDiT(DiT):
     """Adds the tokens once more, halfway."""
 
