@@ -34,11 +34,11 @@ def spread_within_classes(features: Tensor, labels: Tensor) -> float:
 
 def main() -> None:
     parser = measure.parser(__doc__)
-    parser.add_argument("--scales", type=numbers, default=[0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0])
-    parser.add_argument("--train-steps", type=measure.positive, default=1500)
+    parser.add_argument("--scales", type=numbers, default=[0.0, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
+    parser.add_argument("--train-steps", type=measure.positive, default=700)
     parser.add_argument("--batch-size", type=measure.positive, default=64)
-    parser.add_argument("--sampling-steps", type=measure.positive, default=50, help="of DDPM")
-    parser.add_argument("--count", type=measure.positive, default=1000, help="samples a scale")
+    parser.add_argument("--sampling-steps", type=measure.positive, default=25, help="of DDPM")
+    parser.add_argument("--count", type=measure.positive, default=300, help="samples a scale")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--figure", type=Path, metavar="FILE")
     args = parser.parse_args()

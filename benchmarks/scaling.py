@@ -42,10 +42,10 @@ def main() -> None:
     parser.add_argument(
         "--patches", type=measure.numbers, default=[4, 2, 1], help="patch sizes, divisors of 8"
     )
-    parser.add_argument("--train-steps", type=measure.positive, default=600)
+    parser.add_argument("--train-steps", type=measure.positive, default=300)
     parser.add_argument("--batch-size", type=measure.positive, default=64)
     parser.add_argument("--sampling-steps", type=measure.numbers, default=[4, 8, 16, 32], help="of DDPM")
-    parser.add_argument("--count", type=measure.positive, default=500, help="samples a point")
+    parser.add_argument("--count", type=measure.positive, default=300, help="samples a point")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--figures", type=Path, metavar="DIR")
     args = parser.parse_args()
