@@ -90,10 +90,25 @@ struct Fragment {
   Word words[UNIT * sizeof(T) / sizeof(Word)];
 };
 
+// Global memory, 16 bytes at once. The store is written out because nvcc splits some that it can see through; no kernel reads what
+// it has stored, so it need not be ordered.
 #ifndef DITKERNELS_EMULATION
 __device__ __forceinline__ void touch(int, const void*, int, int, bool) {}
+
+__device__ __forceinline__ Word read_word(const Word* from) {
+  const uint4 read = *reinterpret_cast<const uint4*>(from);
+  return {{read.x, read.y, read.z, read.w}};
+}
+
+__device__ __forceinline__ void write_word(Word* to, const Word& word) {
+  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(word.part[0]), "r"(word.part[1]),
+               "r"(word.part[2]), "r"(word.part[3]));
+}
 #else
 using emulation::touch;
+
+inline Word read_word(const Word* from) { return *from; }
+inline void write_word(Word* to, const Word& word) { *to = word; }
 #endif
 
 template <typename T>
@@ -145,7 +160,7 @@ __device__ __forceinline__ Fragment<T> load_words(const Tokens<T>& from, int64_t
   for (int i = 0; i < static_cast<int>(UNIT * sizeof(T) / sizeof(Word)); ++i) {
     const Word* word = reinterpret_cast<const Word*>(row + column) + i;
     touch(from.id, word, sizeof(Word), sizeof(T), false);
-    fragment.words[i] = *word;
+    fragment.words[i] = read_word(word);
   }
   return fragment;
 }
@@ -203,7 +218,7 @@ __device__ __forceinline__ void store(
     for (int i = 0; i < static_cast<int>(UNIT * sizeof(T) / sizeof(Word)); ++i) {
       Word* word = reinterpret_cast<Word*>(row + column) + i;
       touch(to.id, word, sizeof(Word), sizeof(T), true);
-      *word = fragment.words[i];
+      write_word(word, fragment.words[i]);
     }
   } else {
 #pragma unroll

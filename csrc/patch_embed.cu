@@ -202,7 +202,7 @@ struct WeightProducts {
   int column_tiles, value_tiles, width;
 };
 
-// Adds up, in a fixed order, what the threads of a block have for one unit of channels each; `tile` holds UNITS * 8 per thread row.
+// Adds up, in a fixed order, what the threads of a block have of dbias: one unit of channels each.
 template <int COLUMNS>
 __device__ __forceinline__ void store_bias_sums(
     const Tokens<float>& to, const Unit& unit, int64_t group, int column, int width) {

@@ -60,7 +60,9 @@ def why_not() -> str | None:
 
 def build(texts: dict[str, str]) -> Path:
     """The library made of these sources, built unless one of the same content, flags and stack lies in build/emulation."""
-    key = hashlib.sha256(repr((FLAGS, torch.__version__, sys.version, sorted(texts.items()))).encode())
+    key = hashlib.sha256(
+        repr((_rules(Path(), texts), torch.__version__, sys.version, sorted(texts.items()))).encode()
+    )
     for file in (EMULATION / "emulation.h", EMULATION / "module.cu"):
         key.update(file.read_bytes())
     folder = ROOT / "build/emulation" / key.hexdigest()[:16]
@@ -80,7 +82,8 @@ def _rules(folder: Path, texts: dict[str, str]) -> str:
     import pybind11
 
     torch_root = Path(torch.__file__).parent
-    system = (torch_root / "include", pybind11.get_include(), sysconfig.get_paths()["include"])
+    # pybind11's own headers come first: torch's copy of them refuses to be included beside the stable ABI.
+    system = (pybind11.get_include(), torch_root / "include", sysconfig.get_paths()["include"])
     include = " ".join((f"-I{EMULATION}", f"-I{folder}", *(f"-isystem {path}" for path in system)))
     files = [*(folder / name for name in texts if name.endswith(".cu")), EMULATION / "module.cu"]
     return "\n".join(
