@@ -24,7 +24,9 @@ def _refuse(op: str, x: Tensor, weight: Tensor, *args: Any) -> str | None:
     given = [a for a in args if isinstance(a, (Tensor, torch.dtype))]
     reason = _cuda.refuse(op, 1, x, weight, *given)
     if reason is None and x.shape[-1] > MAX_WIDTH:
-        return f"a row of {x.shape[-1]} channels does not fit in shared memory; the widest taken is {MAX_WIDTH}"
+        return (
+            f"a row of {x.shape[-1]} channels does not fit in shared memory; the widest taken is {MAX_WIDTH}"
+        )
     if reason is None and weight.shape[0] == 0:
         return "the linear has no outputs"
     return reason
