@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 from ahead import Compiled, recorded
+from machine_code import WIDE_SHARE, wide_shares
 
 from ditkernels.ops import _triton, adaln_triton
 from ditkernels.reference import SIZES
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
-WIDE_SHARE = 0.88  # of the bytes of a (B, N, D) tensor: 1024 of the 1152 channels of XL
 BATCH, TOKENS = 2, 256
 TENSOR_CORES = (
     "HMMA",
@@ -56,19 +56,6 @@ def compile_op(
     return kernels
 
 
-def wide_shares(kernel: Compiled, tensors: tuple[str, ...]) -> dict[str, float]:
-    """Of the bytes of each of these arguments: the share moved by 128-bit accesses."""
-    shares = {}
-    accesses = kernel.accesses()
-    wide = sum(a.bytes >= 16 for a in accesses if a.arguments.intersection(tensors))
-    assert kernel.wide_instructions >= wide, "the assembler split accesses"
-    for name in tensors:
-        mine = [a for a in accesses if name in a.arguments]
-        assert mine, f"{kernel.name}: no access to {name} found"
-        shares[name] = sum(a.bytes for a in mine if a.bytes >= 16) / sum(a.bytes for a in mine)
-    return shares
-
-
 def check(op: str, width: int, stream: torch.dtype, branch: torch.dtype, norm: str, capability: int) -> None:
     kernels = compile_op(op, width, stream, branch, norm, capability)
     assert [k.name for k in kernels] == ["forward_rows", "backward_rows", "add_chunks", "add_samples"]
@@ -77,7 +64,9 @@ def check(op: str, width: int, stream: torch.dtype, branch: torch.dtype, norm: s
         assert kernel.spills == 0, f"{kernel.name} spills"
         products = [o for o in kernel.opcodes if "TF32" in o or o.startswith(TENSOR_CORES)]
         assert not products, f"{kernel.name}: {products}"
-        for name, share in wide_shares(kernel, TOUCHED[op].get(kernel.name, ())).items():
+        shares = wide_shares(kernel, TOUCHED[op].get(kernel.name, ()))
+        assert set(shares) == set(TOUCHED[op].get(kernel.name, ())), f"{kernel.name}: no access found"
+        for name, share in shares.items():
             assert share >= WIDE_SHARE, f"{kernel.name}: {share:.0%} of {name} in 128-bit accesses"
 
 

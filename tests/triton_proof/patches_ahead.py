@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 from ahead import Compiled, recorded
+from machine_code import WIDE_SHARE, wide_shares
 
 from ditkernels.ops import final_layer_triton, patch_embed_triton, unpatchify_triton
 from ditkernels.reference import SIZES
 
 F32, BF16 = torch.float32, torch.bfloat16
-WIDE_SHARE = 0.88  # of the bytes of a (B, N, D) tensor: 1024 of the 1152 channels of XL
 BATCH, SIDE, CHANNELS = 2, 32, 4
 
 WIDTHS = [size["hidden_size"] for size in SIZES.values()]
@@ -56,13 +56,6 @@ def compile_patch_embed(
     return kernels
 
 
-def wide_share(kernel: Compiled, name: str) -> float:
-    """Of the bytes of this argument: the share moved by 128-bit accesses."""
-    mine = [a for a in kernel.accesses() if name in a.arguments]
-    assert mine, f"{kernel.name}: no access to {name} found"
-    return sum(a.bytes for a in mine if a.bytes >= 16) / sum(a.bytes for a in mine)
-
-
 def check(kernels: list[Compiled], seen: set[bytes]) -> None:
     """Holds every kernel whose machine code was not seen before to what is asked of all."""
     for kernel in kernels:
@@ -72,10 +65,11 @@ def check(kernels: list[Compiled], seen: set[bytes]) -> None:
         assert kernel.resources["REG"] > 0
         assert kernel.spills == 0, f"{kernel.name} spills"
         assert not [o for o in kernel.opcodes if "TF32" in o], f"{kernel.name} rounds to TF32"
-        for name in TOUCHED.get(kernel.name, ()):
-            if name in kernel.parameters:
-                share = wide_share(kernel, name)
-                assert share >= WIDE_SHARE, f"{kernel.name}: {share:.0%} of {name} in 128-bit accesses"
+        tensors = set(TOUCHED.get(kernel.name, ())) & set(kernel.parameters)
+        shares = wide_shares(kernel, tensors)
+        assert set(shares) == tensors, f"{kernel.name}: no access found"
+        for name, share in shares.items():
+            assert share >= WIDE_SHARE, f"{kernel.name}: {share:.0%} of {name} in 128-bit accesses"
 
 
 @pytest.fixture(scope="module")
