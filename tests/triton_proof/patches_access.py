@@ -194,6 +194,84 @@ def check_strides_beyond(kernels: dict[str, Callable]) -> None:
             assert torch.equal(a, b), f"output {i} at strides {tall}, {wide}, {of_image}"
 
 
+# Tensors of more than 2^31 elements, of whose memory only what the last programs touch is ever used.
+FAR_LENGTH, FAR_WIDTH = 131_200, 16384
+
+
+def last(programs: int) -> list[int]:
+    return [programs - 1]
+
+
+def far_like(near: Tensor) -> Tensor:
+    """A (1, FAR_LENGTH, D) tensor that ends in the one row of ``near``."""
+    far = torch.empty(1, FAR_LENGTH, near.shape[2], dtype=near.dtype)
+    far[:, -1:] = near
+    return far
+
+
+def assert_same_end(far: Tensor, near: Tensor, channels: int, name: str) -> None:
+    """The last channels of the last token, which the last program writes."""
+    torch.testing.assert_close(far[-1, -1, -channels:], near[-1, -1, -channels:], msg=name)
+
+
+def check_final_layer_beyond(kernels: dict[str, Callable]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, branch = (torch.randn(1, 1, FAR_WIDTH, generator=generator).to(BF16) for _ in range(2))
+    gate, shift, scale = torch.randn(3, 1, FAR_WIDTH, generator=generator)
+    weight = torch.randn(4, FAR_WIDTH, generator=generator) / FAR_WIDTH**0.5
+    dout = torch.randn(1, 4, 1, 1, generator=generator)
+
+    def there_and_back(x: Tensor, branch: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        tensors = (x, branch, gate, None, shift, scale, None, None, weight, None)
+        out, mean, rstd = kernels["final_layer"](*tensors, x.shape[1], 1, 1, "layernorm", 1e-6, F32)
+        cotangent = dout.expand(-1, -1, x.shape[1], -1)
+        arguments = (cotangent, out, *tensors, mean, rstd, x.shape[1], 1, 1, "layernorm")
+        dx, dbranch, *_ = kernels["final_layer_backward"](*arguments)
+        return out.transpose(1, 2)[..., 0], dx, dbranch
+
+    expected = there_and_back(x, branch)
+    with in_place(), guarded(), reordered(last):
+        got = there_and_back(far_like(x), far_like(branch))
+    for name, channels, far, near in zip(("out", "dx", "dbranch"), (4, 64, 64), got, expected):
+        assert_same_end(far, near, channels, name)
+
+
+def check_patch_embed_beyond(kernels: dict[str, Callable]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(1, 1, 1, 1), torch.randn(FAR_WIDTH, 1, 1, 1, generator=generator)
+    pos, dy = (torch.randn(1, 1, FAR_WIDTH, generator=generator).to(BF16) for _ in range(2))
+
+    def there_and_back(x: Tensor, pos: Tensor, dy: Tensor) -> tuple[Tensor, ...]:
+        y = kernels["patch_embed"](x, weight, None, pos, BF16)
+        dx, _, _, dpos = kernels["patch_embed_backward"](dy, x, weight, None, pos, [True, False, False, True])
+        return y, dpos, dx[..., 0].transpose(1, 2)
+
+    expected = there_and_back(x, pos, dy)
+    with in_place(), guarded(), reordered(last):
+        got = there_and_back(x.expand(-1, -1, FAR_LENGTH, -1), far_like(pos), far_like(dy))
+    for name, channels, far, near in zip(("y", "dpos", "dx"), (128, 128, 1), got, expected):
+        assert_same_end(far, near, channels, name)
+
+
+def check_unpatchify_beyond(kernels: dict[str, Callable]) -> None:
+    grid, values = (FAR_LENGTH, 1024), 16
+    tokens = torch.empty(1, grid[0] * grid[1], values, dtype=BF16)
+    assert tokens.numel() > FAR
+    tokens[0, -64:] = torch.arange(64 * values).reshape(64, values).to(BF16)
+    with in_place(), guarded(), reordered(last):
+        image = kernels["unpatchify"](tokens, *grid, 1)
+        assert torch.equal(image[0, -1, -1, -64:], tokens[0, -64:, -1])
+        image[0, :, -1, -64:] = tokens[0, -64:].t()
+        assert torch.equal(kernels["unpatchify_backward"](image, 1)[0, -64:], tokens[0, -64:])
+
+
+BEYOND = {
+    "final_layer": check_final_layer_beyond,
+    "patch_embed": check_patch_embed_beyond,
+    "unpatchify": check_unpatchify_beyond,
+}
+
+
 KERNELS = {
     name: getattr(module, f"_{name}")
     for module, names in (
@@ -209,8 +287,19 @@ def test_strides_beyond_2_to_the_31_elements() -> None:
     check_strides_beyond(KERNELS)
 
 
+@pytest.mark.parametrize("op", BEYOND)
+def test_rows_beyond_2_to_the_31_elements(op: str) -> None:
+    BEYOND[op](KERNELS)
+
+
 def test_kernels_with_32_bit_offsets_would_be_found(tmp_path: Path) -> None:
-    for module in (final_layer_triton, patch_embed_triton):
+    for module, ops in (
+        (final_layer_triton, ("final_layer", "unpatchify")),
+        (patch_embed_triton, ("patch_embed",)),
+    ):
         narrow, _ = load_sources(module, lambda s: s.replace("tl.int64", "tl.int32"), tmp_path)
         with pytest.raises((InterpreterError, AssertionError)):
             check_strides_beyond({**KERNELS, **narrow})
+        for op in ops:
+            with pytest.raises((InterpreterError, AssertionError)):
+                BEYOND[op]({**KERNELS, **narrow})
