@@ -59,7 +59,7 @@ def restore(model: nn.Module) -> None:
     """Puts everything back: each module computes, bit for bit, what it did before ``accelerate``.
 
     Raises:
-        ValueError: the model was wrapped in FSDP since; nothing is changed.
+        ValueError: the model was wrapped in FSDP or checkpoint wrappers since; nothing is changed.
     """
     refuse_wrapped(model)
     for module in list(model.modules()):

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ditkernels import ops
 from ditkernels.accelerate import parts, proof
 from ditkernels.accelerate.parts import Stream
-from ditkernels.accelerate.plans import Found, Planned, found, proven
+from ditkernels.accelerate.plans import Found, Planned, found, proven, refuse_around
 from ditkernels.accelerate.refusals import (
     Refused,
     refuse_intercepted,
@@ -290,16 +290,9 @@ class ProbeBlock(nn.Module):
 
 
 def _plan_model(root: Any, blocks: str, swaps: list[Swap], fused_blocks: int) -> Planned:
-    if not fused_blocks:
-        raise Refused("none of its blocks is fused")
-    if blocks != "transformer_blocks":
-        raise Refused(f"its blocks are called {blocks}")
+    refuse_around(root, blocks, "transformer_blocks", fused_blocks)
     require_children(root, "pos_embed", "norm_out", "proj_out_1", "proj_out_2")
     require_plain("proj_out_2", root.proj_out_2, nn.Linear)
-    refuse_intercepted(root, below=False)
-    for name, child in root.named_children():
-        if name != blocks:
-            refuse_intercepted(child)
     swap = Swap("", Model, _model_settings(root))
     return ("gated_residual_norm", "final_layer"), proven(root, [*swaps, swap], *_trial(root))[-1:]
 

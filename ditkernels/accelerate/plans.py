@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from torch import nn
 
 from ditkernels.accelerate import proof
-from ditkernels.accelerate.refusals import Refused
+from ditkernels.accelerate.refusals import Refused, refuse_intercepted
 from ditkernels.accelerate.report import Part
 from ditkernels.accelerate.swap import Swap
 
@@ -38,3 +38,15 @@ def proven(
     if reason is not None:
         raise Refused(reason)
     return list(swaps)
+
+
+def refuse_around(root: nn.Module, blocks: str, known_as: str, fused_blocks: int) -> None:
+    """Raises Refused where there is nothing to gain across blocks, or where somebody listens in around them."""
+    if not fused_blocks:
+        raise Refused("none of its blocks is fused")
+    if blocks != known_as:
+        raise Refused(f"its blocks are called {blocks}")
+    refuse_intercepted(root, below=False)
+    for name, child in root.named_children():
+        if name != blocks:
+            refuse_intercepted(child)

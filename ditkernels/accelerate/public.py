@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ditkernels.accelerate import parts, proof
 from ditkernels.accelerate.parts import Stream
-from ditkernels.accelerate.plans import Found, Planned, found, proven
+from ditkernels.accelerate.plans import Found, Planned, found, proven, refuse_around
 from ditkernels.accelerate.refusals import (
     Refused,
     refuse_intercepted,
@@ -303,15 +303,8 @@ class ProbeBlock(nn.Module):
 
 
 def _plan_model(root: Any, blocks: str, swaps: list[Swap], fused_blocks: int) -> Planned:
-    if not fused_blocks:
-        raise Refused("none of its blocks is fused")
-    if blocks != "blocks":
-        raise Refused(f"its blocks are called {blocks}")
+    refuse_around(root, blocks, "blocks", fused_blocks)
     require_children(root, "x_embedder", "t_embedder", "y_embedder", "final_layer")
-    refuse_intercepted(root, below=False)
-    for name, child in root.named_children():
-        if name != blocks:
-            refuse_intercepted(child)
     reasons = []
     for half in (False, True):
         swap = Swap("", Model, {**_model_settings(root, swaps), "half": half})
