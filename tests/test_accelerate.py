@@ -397,6 +397,14 @@ def set_backward_hook(model: nn.Module) -> None:
     model.blocks[1].norm1.register_full_backward_hook(lambda module, i, o: None)
 
 
+def set_hook_outside(model: nn.Module) -> None:
+    model.t_embedder.mlp.register_forward_hook(lambda module, args, out: 2 * out)
+
+
+def set_hook_on_model(model: nn.Module) -> None:
+    model.register_forward_hook(lambda module, args, out: 2 * out)
+
+
 def set_forward(model: nn.Module) -> None:
     inner = model.blocks[1]
     inner.forward = partial(type(inner).forward, inner)
@@ -429,6 +437,8 @@ REFUSED = [
     (set_hook, "blocks.1", "mlp.fc1 has forward hooks"),
     (set_pre_hook, "blocks.1", "norm2 has forward pre hooks"),
     (set_backward_hook, "blocks.1", "norm1 has backward hooks"),
+    (set_hook_outside, "", "t_embedder.mlp has forward hooks"),
+    (set_hook_on_model, "", "it has forward hooks"),
     (set_forward, "blocks.1", "the forward of it was replaced on the instance"),
     (set_lora, "blocks.1.attn", "qkv is .*LoraLinear, not torch's Linear"),
     (set_quantised, "blocks.1.attn", "proj is .*quantized.*, not torch's Linear"),

@@ -49,4 +49,4 @@ def refuse_around(root: nn.Module, blocks: str, known_as: str, fused_blocks: int
     refuse_intercepted(root, below=False)
     for name, child in root.named_children():
         if name != blocks:
-            refuse_intercepted(child)
+            refuse_intercepted(child, name)

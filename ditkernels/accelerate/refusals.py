@@ -39,10 +39,10 @@ def refuse_wrapped(model: nn.Module) -> None:
             )
 
 
-def refuse_intercepted(module: nn.Module, *, below: bool = True) -> None:
-    """Raises Refused where somebody listens in: hooks, or a forward put in place on the instance."""
+def refuse_intercepted(module: nn.Module, called: str = "", *, below: bool = True) -> None:
+    """Raises Refused where somebody listens in, by the name the module is ``called``: hooks, or a forward put on the instance."""
     for name, inner in module.named_modules() if below else [("", module)]:
-        where = name or "it"
+        where = ".".join(filter(None, (called, name))) or "it"
         for kind in _HOOKS:
             if getattr(inner, kind, None):
                 raise Refused(f"{where} has {kind.strip('_').replace('_', ' ')}")
