@@ -37,7 +37,7 @@ class TrainConfig:
             named.
     """
 
-    data_path: str = option("", "folder of images, one subfolder a class; or 'digits'")
+    data_path: str = option("", "folder of images, one subfolder a class; or 'digits'", free=True)
     val_path: str | None = option(None, "folder of images to measure the validation loss on", free=True)
     unconditional: bool = option(False, "one class for all images, no label dropout")
     image_size: int = option(256, "edge of the square images, in pixels", least=1)
@@ -45,7 +45,9 @@ class TrainConfig:
     flip: bool = option(True, "mirror half of the images of a folder")
     vae: str = option("ema", "ema, mse, a folder with an AutoencoderKL, or 'none' for pixels")
     num_workers: int = option(4, "processes that read images", least=0, free=True)
-    max_unreadable: int = option(100, "unreadable images that are skipped before the run stops", least=0)
+    max_unreadable: int = option(
+        100, "unreadable images that are skipped before the run stops", least=0, free=True
+    )
 
     model: str = option("DiT-XL/2", "DiT-{S,B,L,XL}/{2,4,8}")
     hidden_size: int | None = option(None, "in place of the model's own", least=4)
@@ -69,7 +71,7 @@ class TrainConfig:
     grad_clip: float | None = option(None, "largest norm of the gradient")
     ema_decay: float = option(0.9999, "of the moving average of the weights", least=0)
     max_skipped: int = option(
-        20, "non-finite gradients in a row that are skipped before the run stops", least=0
+        20, "non-finite gradients in a row that are skipped before the run stops", least=0, free=True
     )
     global_seed: int = option(0, "fixes the initial weights, the order of the data and all noise", least=0)
 
@@ -90,7 +92,9 @@ class TrainConfig:
     resume: str = option(
         "none", "auto: the newest whole checkpoint of the folder, if any; or its path", free=True
     )
-    init_from: str | None = option(None, "weights to start from: a checkpoint's folder or a public .pt file")
+    init_from: str | None = option(
+        None, "weights to start from: a checkpoint's folder or a public .pt file", free=True
+    )
     ckpt_every: int = option(50_000, "steps between checkpoints", least=1, free=True)
     keep_last: int = option(3, "newest checkpoints that are kept", least=1, free=True)
     keep_every: int = option(

@@ -333,7 +333,8 @@ def _memory_gib(device: torch.device) -> float:
         return torch.cuda.max_memory_allocated(device) / GIB
     import resource
 
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / GIB
 
 
 def _duration(seconds: float) -> str:

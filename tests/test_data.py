@@ -173,6 +173,11 @@ def test_half_of_the_images_are_mirrored_by_key(folder):
     # 200 draws: the standard deviation is 7.
     assert 65 < mirrored.sum() < 135
     assert torch.equal(batches(folder, batch_size=200)[3].images, flipped.images)
+    plain_later, flipped_later = (
+        batches(folder, batch_size=200, flip=False)[4],
+        batches(folder, batch_size=200)[4],
+    )
+    assert not torch.equal((plain_later.images == flipped_later.images).flatten(1).all(1), same)
 
 
 @pytest.mark.parametrize("workers", [1, 2])
