@@ -453,3 +453,16 @@ def test_on_a_full_file_system_the_old_checkpoint_survives_and_nothing_is_left_o
     assert newest_checkpoint(small_disk).checkpoint.step == 1
     left = set(small_disk.rglob("*")) - set(before)
     assert left == {checkpoint_directory(small_disk, 2)}
+
+
+def test_a_save_raises_the_failure_of_the_one_before(tmp_path, monkeypatch):
+    writer = CheckpointWriter(tmp_path, keep_last=1, keep_every=0)
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint_module.os, "replace", lambda *_: (_ for _ in ()).throw(OSError(28, "full")))
+        writer.save(whole(1))
+        with pytest.raises(OSError, match="full"):
+            writer.save(whole(2))
+    writer.save(whole(3))
+    writer.wait()
+    writer.close()
+    assert list(checkpoints_of(tmp_path)) == [3]
