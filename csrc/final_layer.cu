@@ -292,6 +292,7 @@ __global__ void __launch_bounds__(THREADS, FORWARD_ABREAST<U>) forward_rows(cons
   for (int start = 0; start < tiles; start += abreast) {
     const int value = (start + warp % abreast) * DEPTH;
     float sums[TILES][4][4] = {};
+#pragma unroll 2
     for (int depth = warp / abreast * DEPTH; depth < padded && value < a.values; depth += deep * DEPTH) {
       const int column = depth + lane_quarter() * UNIT;
       Fragment<H> right[4];
@@ -557,8 +558,12 @@ template <typename P, int HELD>
 constexpr int COLUMNS_SHARED = (ROW_BANDS * SUMS + VECTORS) * COLUMNS * 4 +
     (HELD == 0 ? 0 : COLUMN_ROWS * (COLUMNS + HELD + 2 * ACROSS_APART<P>) * static_cast<int>(sizeof(P)));
 
+// Blocks on a multiprocessor. Without a number the compiler aims at four and keeps a register in memory for it.
+template <typename P, int HELD>
+constexpr int COLUMNS_ABREAST = sizeof(P) == 2 && HELD == 0 ? 3 : 1;
+
 template <typename T, typename U, typename P, bool WIDE, int HELD>
-__global__ void __launch_bounds__(COLUMN_THREADS) backward_columns(const Backward<T, U, P> a) {
+__global__ void __launch_bounds__(COLUMN_THREADS, COLUMNS_ABREAST<P, HELD>) backward_columns(const Backward<T, U, P> a) {
   constexpr int ROW_STRIDE = COLUMNS + ACROSS_APART<P>, DZ_STRIDE = HELD + ACROSS_APART<P>;
   // Of dW's bands of 16 values and tiles of 8 channels a warp owns OWN_BANDS by TILES.
   constexpr int BANDS = HELD == 0 ? 1 : HELD / TILE_ROWS, ABREAST = BANDS < COLUMN_WARPS ? BANDS : COLUMN_WARPS;

@@ -36,15 +36,7 @@ def assert_sound(rows: list[dict[str, Any]]) -> None:
             assert share >= machine_code.WIDE_SHARE, f"{name}: {share:.0%} of {tensor} in 128-bit accesses"
 
 
-SPLITS = pytest.mark.xfail(
-    reason="nvcc splits the first store of h; some backwards in fp32 and fp16 spill 4 bytes"
-)
-SPILLS = pytest.mark.xfail(reason="the general paths of forward_rows and backward_columns spill")
-
-
-@pytest.mark.parametrize(
-    "family", [pytest.param("adaln", marks=SPLITS), pytest.param("final_layer", marks=SPILLS), "patch_embed"]
-)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_proof_of_every_kernel_on_hopper(family: str) -> None:
     assert_sound(cuda_code.rows(family, "90a"))
 
