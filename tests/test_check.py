@@ -172,6 +172,7 @@ def test_a_second_backend_is_found_and_checked(monkeypatch):
 def test_a_backend_without_a_backward_does_not_run(monkeypatch):
     kernel = registry.OPS["unpatchify"].implementations["torch"]
     monkeypatch.setitem(registry.OPS["unpatchify"].implementations, "cuda", kernel)
+    monkeypatch.delitem(registry.OPS["unpatchify_backward"].implementations, "cuda")
     chosen = case("unpatchify")
     reasons = check.refusals(chosen, chosen.inputs(FP32, CPU))
     assert reasons["torch"] is None
