@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,7 +21,7 @@ from hypothesis import strategies as st
 from test_sampler import random_model
 
 from ditkernels import cli
-from ditkernels.checkpoint import Checkpoint, CheckpointError, save_checkpoint
+from ditkernels.checkpoint import Checkpoint, CheckpointError, checkpoint_directory, save_checkpoint
 from ditkernels.diffusion import create_diffusion
 from ditkernels.models import DiT
 from ditkernels.reference import CONDITIONINGS, SIZES
@@ -360,6 +361,15 @@ def test_raw_and_ema_weights_are_told_apart(checkpoint, model):
     assert (ema.model.input_size, ema.model.num_classes, ema.model.num_heads) == ((4, 6), 3, 2)
     with pytest.raises(ValueError, match="weights: got 'best'"):
         load_model(checkpoint, weights="best")
+
+
+def test_a_training_run_stands_for_its_newest_checkpoint(checkpoint, tmp_path):
+    for step in (9, 10):
+        shutil.copytree(checkpoint, checkpoint_directory(tmp_path, step))
+    assert load_model(tmp_path).digest == load_model(checkpoint).digest
+    (checkpoint_directory(tmp_path, 10) / "manifest.json").unlink()
+    with pytest.raises(CheckpointError, match="step-00000010"):
+        load_model(tmp_path)
 
 
 @pytest.mark.parametrize("conditioning", CONDITIONINGS)

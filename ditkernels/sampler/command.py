@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of `ditkernels sample`."""
     default = "(default: %(default)s)"
     add = parser.add_argument
-    add("checkpoint", type=Path, help="folder of a checkpoint, or a public .pt file")
+    add("checkpoint", type=Path, help="folder of a checkpoint or of a training run, or a public .pt file")
     add("--out", type=Path, default=Path("samples"), help=f"folder to write to, or to resume {default}")
     add("--weights", choices=WEIGHTS, default="ema", help=f"moving average or trained weights {default}")
     add("--num-heads", type=int, help="where neither the checkpoint nor the paper tells")

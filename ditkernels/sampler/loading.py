@@ -11,7 +11,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ditkernels.checkpoint import Checkpoint, CheckpointError, load_checkpoint, load_public_checkpoint
+from ditkernels.checkpoint import (
+    Checkpoint,
+    CheckpointError,
+    checkpoints_of,
+    load_checkpoint,
+    load_public_checkpoint,
+)
 from ditkernels.models import DiT
 from ditkernels.reference import SIZES
 
@@ -33,13 +39,13 @@ class Loaded(NamedTuple):
 
 
 def load_model(path: str | Path, *, weights: str = "ema", num_heads: int | None = None) -> Loaded:
-    """The model of a checkpoint's folder or of a public ``.pt`` file.
+    """The model of a checkpoint's folder, of a run's newest checkpoint, or of a public ``.pt`` file.
 
     Everything but the number of heads follows from the weights; that is taken from the checkpoint's config, else from the
     paper's model of that width, unless given.
 
     Args:
-        path: a checkpoint's folder, or a file.
+        path: a checkpoint's folder, the folder of a training run, or a file.
         weights: "ema", the moving average, or "raw", the trained weights. A bare state dict is taken as what was asked for.
         num_heads: of attention.
 
@@ -50,7 +56,7 @@ def load_model(path: str | Path, *, weights: str = "ema", num_heads: int | None 
     if weights not in WEIGHTS:
         raise ValueError(f"weights: got {weights!r}, allowed are {', '.join(WEIGHTS)}")
     path = Path(path)
-    checkpoint = load_checkpoint(path) if path.is_dir() else load_public_checkpoint(path)
+    checkpoint = load_checkpoint(_newest(path)) if path.is_dir() else load_public_checkpoint(path)
     bare = not checkpoint.config and checkpoint.ema is None
     if weights == "ema" and checkpoint.ema is None and not bare:
         raise CheckpointError(f"{path} holds no moving average; allowed are the raw weights")
@@ -62,6 +68,11 @@ def load_model(path: str | Path, *, weights: str = "ema", num_heads: int | None 
         reason = " ".join(str(error).split())[:300]
         raise CheckpointError(f"{path} does not hold a DiT's weights: {reason}") from error
     return Loaded(model.eval().requires_grad_(False), checkpoint, digest(state))
+
+
+def _newest(folder: Path) -> Path:
+    """The newest checkpoint where the folder is a run's, else the folder."""
+    return [folder, *checkpoints_of(folder).values()][-1]
 
 
 def architecture(
