@@ -106,6 +106,21 @@ class TrainConfig:
     sample_every: int = option(0, "steps between grids of EMA samples; 0: none", least=0, free=True)
     sample_guidance: float = option(4.0, "guidance scale of those samples", least=0, free=True)
     sample_steps: int = option(50, "DDPM steps of those samples", least=1, free=True)
+    eval_every: int = option(
+        0, "steps between evaluations of EMA samples: FID and the others; 0: none", least=0, free=True
+    )
+    eval_reference: str | None = option(
+        None, "what they are compared with: .npz of images or statistics, or a folder", free=True
+    )
+    eval_weights: str | None = option(
+        None, "Inception's weights for torch-fidelity; nothing is downloaded", free=True
+    )
+    eval_extractor: str | None = option(
+        None, "MODULE:NAME, a function from images to features, in its place", free=True
+    )
+    eval_images: int = option(10_000, "images that are drawn for it", least=1, free=True)
+    eval_batch_size: int = option(64, "images that are drawn at once", least=1, free=True)
+    eval_guidance: float = option(1.0, "guidance scale of those images", least=0, free=True)
     tensorboard: bool = option(False, "log to TensorBoard too", free=True)
     wandb: bool = option(False, "log to Weights & Biases too", free=True)
     peak_tflops: float | None = option(

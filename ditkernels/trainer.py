@@ -17,7 +17,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -53,7 +53,11 @@ from ditkernels.reference import DiT
 from ditkernels.runlog import METRICS, OneStepLate, RunLog, StepMetrics, cut_back
 from ditkernels.vae import VAE, load_vae
 
+if TYPE_CHECKING:
+    from ditkernels.evaluate.monitor import Monitor
+
 RESIDUAL_DTYPES = {"auto": None, "bf16": torch.bfloat16, "fp32": torch.float32}
+EVALUATED = ("fid", "sfid", "inception_score", "precision", "recall")
 AUTOCAST_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -175,6 +179,7 @@ class Trainer:
         self.skipped = 0
         self.skipped_in_a_row = 0
         self.unreadable: set[str] = set()
+        self.monitor = self._monitor() if config.eval_every else None
         self._pending: Mapping[str, float] | None = None
         # Forward and backward cost three times the forward; a multiply-add is two operations.
         self.flops_per_image = 3 * flops.count(model).flops
@@ -286,12 +291,14 @@ class Trainer:
             )
 
     def look(self, log: RunLog) -> None:
-        """Takes the validation loss and draws samples, at the steps that ask for them."""
+        """Takes the validation loss, draws samples and evaluates, at the steps that ask for them."""
         config, step = self.config, self.step
         if config.val_every and step % config.val_every == 0:
             log.write({"step": step, "validation_loss": self.validation_loss()})
         if config.sample_every and step % config.sample_every == 0:
             self.draw_samples(Path(config.results_dir) / "samples" / f"step-{step:08d}.png")
+        if self.monitor is not None and step % config.eval_every == 0:
+            log.write({"step": step, **self.evaluate(self.monitor)})
 
     @torch.no_grad()
     def validation_loss(self) -> float:
@@ -333,6 +340,26 @@ class Trainer:
         with self._autocast():
             drawn = sample(self.ema.model, diffusion, labels, settings)
         save_grid(drawn if self.vae is None else self.vae.decode(drawn), path)
+
+    def _monitor(self) -> Monitor:
+        from ditkernels.evaluate.monitor import monitor_of_training
+
+        return monitor_of_training(
+            self.config,
+            num_classes=self.model.num_classes,
+            learn_sigma=self.model.learn_sigma,
+            device=self.device,
+            decode=None if self.vae is None else self.vae.decode,
+            autocast=AUTOCAST_DTYPES.get(self.precision),
+        )
+
+    def evaluate(self, monitor: Monitor) -> dict[str, float]:
+        """The metrics of the moving average that could be computed, by name, and the number of images they are of."""
+        found = monitor(self.ema.model)
+        metrics = {name: getattr(found, name) for name in EVALUATED}
+        return {name: value for name, value in metrics.items() if value is not None} | {
+            "evaluated_images": found.count
+        }
 
     # --------------------------------------------------------------------------------------------------------
     # Checkpoints

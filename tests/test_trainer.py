@@ -4,6 +4,7 @@ import dataclasses
 import signal
 import sys
 
+import numpy as np
 import pytest
 import torch
 from numerics import ACCUMULATION_ULPS, assert_drift
@@ -642,6 +643,64 @@ def test_samples_are_drawn_every_so_often(tmp_path):
         assert picture.size == (16, 16)
     rows = read_metrics(tmp_path / "run" / METRICS)
     assert [row["step"] for row in rows if "validation_loss" in row] == [2, 4]
+
+
+def brightness(images):
+    """Two features of an image that a test can compute by hand."""
+    pixels = images.float().flatten(1)
+    return torch.stack([pixels.mean(1), pixels.std(1)], dim=1)
+
+
+def evaluated(tmp_path, **changes):
+    np.savez(
+        tmp_path / "reference.npz", arr_0=np.random.default_rng(0).integers(0, 256, (20, 4, 4, 3), np.uint8)
+    )
+    settings = {
+        "eval_every": 2,
+        "eval_reference": str(tmp_path / "reference.npz"),
+        "eval_extractor": f"{__name__}:brightness",
+        "eval_images": 10,
+        "eval_batch_size": 4,
+        "sample_steps": 2,
+    }
+    return {**settings, **changes}
+
+
+def test_the_moving_average_is_evaluated_every_so_often(tmp_path):
+    result = run(tmp_path, **evaluated(tmp_path))
+    rows = [row for row in read_metrics(tmp_path / "run" / METRICS) if "fid" in row]
+    assert [(row["step"], row["evaluated_images"]) for row in rows] == [(2, 10), (4, 10)]
+    assert {"precision", "recall"} <= set(rows[0])
+    assert "inception_score" not in rows[0]  # it needs logits
+    settings = config(tmp_path, **evaluated(tmp_path))
+    again = Trainer(settings, some_data(settings), None, small_model())
+    again.ema.model.load_state_dict(result.ema.state_dict())
+    assert again.evaluate(again.monitor) == {k: v for k, v in rows[1].items() if k != "step"}
+    assert rows[0]["fid"] != rows[1]["fid"]
+
+
+def test_evaluation_changes_no_weight(tmp_path):
+    plain = run(tmp_path / "plain")
+    (tmp_path / "watched").mkdir()
+    watched = run(tmp_path / "watched", **evaluated(tmp_path))
+    assert same_bits(plain.model, watched.model)
+    assert same_bits(plain.ema, watched.ema)
+
+
+@pytest.mark.parametrize(
+    "changes, named",
+    [
+        ({"eval_reference": None}, "eval_every.*eval_reference"),
+        ({"eval_extractor": None}, "eval_every.*eval_weights or eval_extractor"),
+        ({"eval_extractor": "math:nothing"}, "extractor: got 'math:nothing'"),
+        ({"eval_weights": "inception.pth"}, "allowed is one of the two"),
+        ({"eval_reference": "nowhere.npz"}, "nowhere.npz"),
+    ],
+)
+def test_an_evaluation_that_cannot_be_is_refused_before_the_first_step(tmp_path, changes, named):
+    with pytest.raises((ValueError, OSError), match=named):
+        run(tmp_path, **evaluated(tmp_path, **changes))
+    assert not (tmp_path / "run" / METRICS).exists()
 
 
 def test_a_grid_lies_row_by_row(tmp_path):

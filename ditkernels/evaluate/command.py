@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
 import sys
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from ditkernels.check import resolve_device
-from ditkernels.evaluate import METRICS, Evaluation, Extractor, Inception, evaluate
+from ditkernels.evaluate import METRICS, Evaluation, Extractor, evaluate
+from ditkernels.evaluate.features import load_extractor
 from ditkernels.evaluate.metrics import NEIGHBOURS, SPLIT_SIZE
 
 LINES = {
@@ -57,7 +57,8 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         ValueError, ImportError: as ``evaluate`` and ``Inception``; an extractor that is not there.
     """
-    extractor = _extractor(args)
+    features = load_extractor(args.weights, args.extractor, resolve_device(args.device))
+    extractor = None if features is None else _Counting(features)
     result = evaluate(
         args.samples,
         args.reference,
@@ -100,18 +101,3 @@ class _Counting:
         features = self.extractor(images)
         self.bar.update(len(images))
         return features
-
-
-def _extractor(args: argparse.Namespace) -> Extractor | None:
-    device = resolve_device(args.device)
-    if args.weights is not None:
-        return _Counting(Inception(args.weights).to(device))
-    if args.extractor is None:
-        return None
-    module, _, name = args.extractor.partition(":")
-    found = getattr(importlib.import_module(module), name, None) if module and name else None
-    if not callable(found):
-        raise ValueError(
-            f"--extractor: got {args.extractor!r}, allowed is MODULE:NAME of a function or module"
-        )
-    return _Counting(found.to(device) if isinstance(found, nn.Module) else found)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import pickle
 from collections.abc import Callable, Mapping
@@ -108,6 +109,29 @@ class Inception(nn.Module):
         # Channels last: in the order (channel, row, column) sFID comes out some fifty times too large.
         flat = spatial[0][:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1)
         return Features(pool, flat, logits)
+
+
+def load_extractor(weights: str | Path | None, name: str | None, device: torch.device) -> Extractor | None:
+    """Inception with ``weights``, or the function or module called ``name``, "MODULE:NAME"; None if neither is given.
+
+    Args:
+        device: where modules go.
+
+    Raises:
+        ValueError: both are given, or there is no such function; as :class:`Inception`.
+        ImportError: no such module.
+    """
+    if weights is not None and name is not None:
+        raise ValueError(f"features: got weights {weights} and extractor {name}, allowed is one of the two")
+    if weights is not None:
+        return Inception(weights).to(device)
+    if name is None:
+        return None
+    module, _, attribute = name.partition(":")
+    found = getattr(importlib.import_module(module), attribute, None) if module and attribute else None
+    if not callable(found):
+        raise ValueError(f"extractor: got {name!r}, allowed is MODULE:NAME of a function or module")
+    return found.to(device) if isinstance(found, nn.Module) else found
 
 
 def _check_weights_file(path: Path) -> None:

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from ditkernels.diffusion import GaussianDiffusion
-from ditkernels.evaluate import Evaluation, Extractor, Reference, evaluate
+from ditkernels.config import TrainConfig
+from ditkernels.diffusion import GaussianDiffusion, create_diffusion
+from ditkernels.evaluate import Evaluation, Extractor, Reference, evaluate, load_reference
+from ditkernels.evaluate.features import load_extractor
 from ditkernels.evaluate.metrics import SPLIT_SIZE
 from ditkernels.reference import DiT
-from ditkernels.sampler import Batches, Labels, SampleConfig, draw
+from ditkernels.sampler import Batches, Labels, SampleConfig
+from ditkernels.sampler.generate import draw_batch
 from ditkernels.sampler.outputs import to_pixels
 
 
@@ -32,6 +37,7 @@ class Monitor:
         extractor: images (B, 3, H, W) uint8 -> features, as in ``evaluate``.
         decode: latents (B, C, H, W) -> images (B, 3, H, W) in [-1, 1]; None where the model draws pixels.
         split_size: images in a split of the Inception Score.
+        autocast: dtype of the model's products; None is the weights' own. Decoding and features stay outside.
     """
 
     diffusion: GaussianDiffusion
@@ -42,6 +48,7 @@ class Monitor:
     extractor: Extractor
     decode: Callable[[Tensor], Tensor] | None = None
     split_size: int = SPLIT_SIZE
+    autocast: torch.dtype | None = None
 
     def __call__(self, model: DiT) -> Evaluation:
         """The metrics of a model in eval mode.
@@ -58,6 +65,51 @@ class Monitor:
         )
 
     def _pixels(self, model: DiT) -> Iterator[Tensor]:
-        for drawn in draw(model, self.diffusion, self.labels, self.config, self.batches):
+        device = next(model.parameters()).device.type
+        for batch in range(len(self.batches)):
+            with nullcontext() if self.autocast is None else torch.autocast(device, self.autocast):
+                drawn = draw_batch(model, self.diffusion, self.labels, self.config, self.batches, batch)
             images = drawn if self.decode is None else self.decode(drawn)
             yield torch.from_numpy(to_pixels(images)).permute(0, 3, 1, 2)
+
+
+def monitor_of_training(
+    config: TrainConfig,
+    *,
+    num_classes: int,
+    learn_sigma: bool,
+    device: torch.device,
+    decode: Callable[[Tensor], Tensor] | None,
+    autocast: torch.dtype | None,
+) -> Monitor:
+    """The monitor that the ``eval_`` fields of a config describe; its reference is read here, once.
+
+    Args:
+        config: ``sample_steps`` DDPM steps, classes in turn.
+        num_classes, learn_sigma: the model's.
+        device: of the features.
+        decode, autocast: as of :class:`Monitor`.
+
+    Raises:
+        ValueError, ImportError: no reference or no features named, or as ``load_reference`` and ``load_extractor``.
+    """
+    if config.eval_reference is None:
+        raise ValueError("eval_every: got no eval_reference, which samples are compared with")
+    extractor = load_extractor(config.eval_weights, config.eval_extractor, device)
+    if extractor is None:
+        raise ValueError("eval_every: got no features, allowed are eval_weights or eval_extractor")
+    settings = SampleConfig(
+        guidance_scale=config.eval_guidance,
+        guided_channels=None if decode is None else 3,
+        clip_denoised=decode is None,
+    )
+    return Monitor(
+        create_diffusion(str(config.sample_steps), learn_sigma=learn_sigma),
+        settings,
+        Labels("balanced", tuple(range(num_classes))),
+        Batches(config.eval_images, config.eval_batch_size),
+        load_reference(Path(config.eval_reference), extractor=extractor, batch_size=config.eval_batch_size),
+        extractor,
+        decode=decode,
+        autocast=autocast,
+    )
