@@ -109,7 +109,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     args = parser.parse_args(argv)
     columns = ("shape", "dtype", "pass", "backend", "median_ms", "low_ms", "high_ms", "tflops", "note")
-    measure.report("attention", args, list(rows(args)), columns)
+    measure.report("attention", args, rows(args), columns)
 
 
 if __name__ == "__main__":

@@ -201,7 +201,7 @@ def main(argv: list[str] | None = None) -> None:
         *("model", "variant", "kernel", "gbytes", "products_ms", "moving_ms", "optimizer_ms"),
         *("step_ms", "images_per_s", "of_plain"),
     )
-    measure.report("cost_model", args, list(rows(args)), columns)
+    measure.report("cost_model", args, rows(args), columns)
 
 
 if __name__ == "__main__":

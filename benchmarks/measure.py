@@ -61,6 +61,38 @@ def interleaved(
 ) -> dict[str, Timing]:
     """Times the contenders in turns; the warm-up rounds, compilation included, are left out."""
     clock = _gpu_clock if device.type == "cuda" else _cpu_clock
+    found = _in_turns(contenders, clock, rounds, warmup)
+    return {name: timing(samples) for name, samples in found.items()}
+
+
+def interleaved_walls(
+    contenders: Sequence[Contender], device: torch.device, *, rounds: int, warmup: int = 1
+) -> dict[str, list[float]]:
+    """As ``interleaved``, by the clock on the wall, launch gaps included; milliseconds of every round, to be paired.
+
+    For what a user waits for: where the host is slower than the device, the host is what is timed.
+    """
+
+    def clock(run: Callable[[Any], Any], prepared: Any) -> Callable[[], float]:
+        _finish(device)
+
+        def finished(prepared: Any) -> None:
+            run(prepared)
+            _finish(device)
+
+        return _cpu_clock(finished, prepared)
+
+    return _in_turns(contenders, clock, rounds, warmup)
+
+
+def _finish(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _in_turns(
+    contenders: Sequence[Contender], clock: Callable[..., Callable[[], float]], rounds: int, warmup: int
+) -> dict[str, list[float]]:
     samples: dict[str, list[Callable[[], float]]] = {contender.name: [] for contender in contenders}
     for index in range(warmup + rounds):
         for contender in contenders:
@@ -68,7 +100,7 @@ def interleaved(
             elapsed = clock(contender.run, prepared)
             if index >= warmup:
                 samples[contender.name].append(elapsed)
-    return {name: _timing([elapsed() for elapsed in found]) for name, found in samples.items()}
+    return {name: [elapsed() for elapsed in found] for name, found in samples.items()}
 
 
 def _cpu_clock(run: Callable[[Any], Any], prepared: Any) -> Callable[[], float]:
@@ -92,7 +124,8 @@ def _gpu_clock(run: Callable[[Any], Any], prepared: Any) -> Callable[[], float]:
     return elapsed
 
 
-def _timing(milliseconds: list[float]) -> Timing:
+def timing(milliseconds: list[float]) -> Timing:
+    """Median and deciles of some milliseconds."""
     if len(milliseconds) == 1:
         return Timing(milliseconds[0], milliseconds[0], milliseconds[0])
     deciles = statistics.quantiles(milliseconds, n=10, method="inclusive")
@@ -245,23 +278,36 @@ def device_of(args: argparse.Namespace) -> torch.device:
 
 
 def report(
-    benchmark: str, args: argparse.Namespace, rows: list[dict[str, Any]], columns: Iterable[str]
+    benchmark: str, args: argparse.Namespace, rows: Iterable[dict[str, Any]], columns: Iterable[str]
 ) -> None:
-    """Prints ``columns`` of the rows as a table, and writes all of them where ``--json`` says."""
-    print(table(rows, list(columns)))
-    if args.json is None:
-        return
+    """Prints ``columns`` of the rows as a table, and writes all of them where ``--json`` says.
+
+    The file is written anew after every row, so that a benchmark cut short leaves what it had; ``complete`` tells.
+    """
     settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
-    result = {
+    result: dict[str, Any] = {
         "benchmark": benchmark,
         "environment": environment(device_of(args)),
         "settings": settings,
-        "rows": rows,
+        "complete": False,
+        "rows": [],
     }
-    args.json.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = args.json.with_name(args.json.name + ".tmp")
+    found: list[dict[str, Any]] = result["rows"]
+    for row in rows:
+        found.append(row)
+        _write(args.json, result)
+    result["complete"] = True
+    _write(args.json, result)
+    print(table(found, list(columns)))
+
+
+def _write(path: Path | None, result: dict[str, Any]) -> None:
+    if path is None:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(path.name + ".tmp")
     unfinished.write_text(json.dumps(result, indent=2) + "\n")
-    unfinished.replace(args.json)
+    unfinished.replace(path)
 
 
 def table(rows: list[dict[str, Any]], columns: list[str]) -> str:

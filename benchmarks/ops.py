@@ -286,7 +286,7 @@ def main(argv: list[str] | None = None) -> None:
         "of_copy",
         "note",
     )
-    measure.report("ops", args, list(rows(args)), columns)
+    measure.report("ops", args, rows(args), columns)
 
 
 if __name__ == "__main__":

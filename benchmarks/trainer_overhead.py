@@ -157,7 +157,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--log-every", type=measure.positive, default=10, help="steps between logged lines")
     args = parser.parse_args(argv)
     columns = ("model", "batch", "precision", "contender", "ms_a_step", "overhead", "within_limit")
-    measure.report("trainer_overhead", args, list(rows(args)), columns)
+    measure.report("trainer_overhead", args, rows(args), columns)
 
 
 if __name__ == "__main__":

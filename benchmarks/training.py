@@ -236,7 +236,7 @@ def main(argv: list[str] | None = None) -> None:
         *("contender", "batch", "median_ms", "low_ms", "high_ms"),
         *("images_per_s", "gflops_per_s", "mfu", "peak_gib", "note"),
     )
-    measure.report("training", args, list(rows(args)), columns)
+    measure.report("training", args, rows(args), columns)
 
 
 if __name__ == "__main__":

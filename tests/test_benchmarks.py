@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import runpy
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ def run(name: str, *arguments: str, monkeypatch: pytest.MonkeyPatch, out: Path) 
     assert result["benchmark"] == name
     assert set(result["environment"]) >= ENVIRONMENT
     assert result["settings"]["rounds"] == 2
+    assert result["complete"]
     for row in result["rows"]:
         if "median_ms" in row:
             assert set(row) >= TIMING
@@ -111,6 +113,60 @@ def test_training(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert torch.get_float32_matmul_precision() == "highest"
 
 
+SAMPLING = ("--model", "DiT-S/8", "--input-size", "16", "--batches", "2", "--lengths", "2,6")
+
+
+@pytest.mark.parametrize("solver", ["ddim", "ddpm"])
+def test_sampling(solver: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    named = ("--solver", solver, "--contenders", "eager-fp32,sampler-fp32")
+    rows = run("sampling", *SAMPLING, *named, monkeypatch=monkeypatch, out=tmp_path / "s.json")
+    assert [(row["contender"], row["steps"]) for row in rows] == [
+        *(("eager-fp32", 50), ("eager-fp32", 250)),
+        *(("sampler-fp32", 50), ("sampler-fp32", 250)),
+    ]
+    for row in rows:
+        whole = row["fixed_ms"] + row["steps"] * row["median_ms"]
+        assert math.isclose(row["images_per_s"], 2e3 / whole)
+        assert (row["batch"], row["timed_steps"], row["cuda_graphs"]) == (2, [2, 6], False)
+    assert 0 < rows[2]["error_over_allowed"] <= 1
+
+
+def test_a_wrong_model_draws_no_speed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from ditkernels import ops
+
+    right = ops.gated_residual_norm
+
+    def wrong(*args: Any, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        x, h = right(*args, **options)
+        return x, 1.001 * h
+
+    monkeypatch.setattr(ops, "gated_residual_norm", wrong)
+    named = ("--contenders", "eager-bf16,ours-fp32,sampler-fp32")
+    rows = run("sampling", *SAMPLING, *named, monkeypatch=monkeypatch, out=tmp_path / "s.json")
+    assert {row["contender"] for row in rows if "median_ms" in row} == {"eager-bf16"}
+    assert [row["contender"] for row in rows if "WRONG" in row.get("note", "")] == [
+        "ours-fp32",
+        "sampler-fp32",
+    ]
+
+
+def test_a_benchmark_cut_short_leaves_what_it_had(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import measure
+
+    def rows() -> Iterator[dict[str, Any]]:
+        yield {"what": "first"}
+        raise KeyboardInterrupt
+
+    out = tmp_path / "cut.json"
+    args = measure.parser(None).parse_args(["--device", "cpu", "--json", str(out)])
+    with pytest.raises(KeyboardInterrupt):
+        measure.report("cut", args, rows(), ["what"])
+    left = json.loads(out.read_text())
+    assert left["rows"] == [{"what": "first"}]
+    assert not left["complete"]
+
+
 def test_cost_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     size = ("--models", "DiT-S/8", "--batch", "64", "--detail", "--tflops", "100", "--bandwidth", "1000")
     rows = run("cost_model", *size, monkeypatch=monkeypatch, out=tmp_path / "m.json")
@@ -138,6 +194,7 @@ def test_cost_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         ("ops", ("--ops", "softmax"), "got softmax, allowed are modulate_norm"),
         ("attention", ("--tokens", "0"), "got 0, allowed is 1 or more"),
         ("training", ("--contenders", "fastest"), "got fastest, allowed are eager-fp32"),
+        ("sampling", ("--lengths", "5,5"), "got 5,5, allowed are two numbers of steps"),
     ],
 )
 def test_a_bad_flag_is_named(
