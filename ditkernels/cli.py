@@ -29,7 +29,10 @@ COMMANDS = {
         "ditkernels.demo",
         "train a small DiT on real handwritten digits, sample it with guidance, show the picture",
     ),
-    "train": Command("ditkernels.trainer", "train a DiT on a folder of images, or on the digits"),
+    "train": Command(
+        "ditkernels.trainer", "train a DiT on a folder of images or of latents, or on the digits"
+    ),
+    "encode": Command("ditkernels.encode", "a folder of images to latents, once, resumable, for `train`"),
     "plot": Command("ditkernels.plot", "draw loss and speed of training runs side by side"),
     "check": Command("ditkernels.check", "run the parity of every op and backend that this machine has"),
     "sample": Command(

@@ -9,8 +9,9 @@ from __future__ import annotations
 import importlib.util
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -20,7 +21,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from ditkernels.config import TrainConfig
+from ditkernels.latents import INDEX, LatentFolder
 from ditkernels.random import Stream, below, permutation
+from ditkernels.vae import LatentSpace
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -138,7 +141,8 @@ class Batch(NamedTuple):
     """What a step trains on.
 
     Attributes:
-        images: (B, C, H, W), float32 in [-1, 1] or uint8.
+        images: (B, C, H, W), float32 in [-1, 1] or uint8; where the data is latents, their moments (B, 2·C, h, w): mean, then
+            standard deviation, fp32, bf16 or fp16.
         labels: (B,) int64.
         unreadable: files that should have been among them; the next readable ones stand in their place.
     """
@@ -148,10 +152,17 @@ class Batch(NamedTuple):
     unreadable: tuple[str, ...] = ()
 
 
-class Batches(Protocol):
-    """A data set in the order of training: item k is the batch of step k, a pure function of the seed and k."""
+class Steps(Protocol):
+    """Something whose item k is the batch of step k."""
 
     def __getitem__(self, step: int) -> Batch: ...
+
+
+class Batches(Steps, Protocol):
+    """A data set in the order of training: item k is the batch of step k, a pure function of the seed and k."""
+
+    def at(self, step: int, positions: Tensor) -> Batch:
+        """The samples at ``positions`` (n,) int64 of the batch of ``step``; no others are read."""
 
 
 class InMemoryBatches:
@@ -162,8 +173,16 @@ class InMemoryBatches:
         self.stream = ShuffledStream(len(data), batch_size, seed)
 
     def __getitem__(self, step: int) -> Batch:
-        chosen = self.stream.batch(step)
+        return self.at(step, torch.arange(self.stream.batch_size))
+
+    def at(self, step: int, positions: Tensor) -> Batch:
+        """As :meth:`Batches.at`."""
+        chosen = self.stream.batch(step)[positions]
         return Batch(self.data.images[chosen], self.data.labels[chosen])
+
+
+class UnreadableImagesError(ValueError):
+    """More images are unreadable than the run allows."""
 
 
 @dataclass(frozen=True)
@@ -207,6 +226,36 @@ class ImageFolder:
     def __len__(self) -> int:
         return len(self.files)
 
+    def read(self, index: int, image_size: int, max_unreadable: int) -> tuple[Tensor, int]:
+        """The image at ``index``, or the next readable one.
+
+        Returns:
+            the image (3, image_size, image_size) uint8, cropped, and the index it was found at.
+
+        Raises:
+            UnreadableImagesError: more than ``max_unreadable`` in a row are unreadable, or all there are.
+        """
+        from PIL import Image, UnidentifiedImageError
+
+        # What Pillow raises on files cut short or altered, whatever their format.
+        damaged = (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+        attempts = min(max_unreadable + 1, len(self))
+        for attempt in range(attempts):
+            at = (index + attempt) % len(self)
+            try:
+                with Image.open(self.root / self.files[at]) as image:
+                    pixels = center_crop(image.convert("RGB"), image_size)
+            except damaged:
+                continue
+            return torch.from_numpy(pixels).permute(2, 0, 1), at
+        raise UnreadableImagesError(
+            f"{attempts} images in a row are unreadable, the last {self.root / self.files[at]}"
+        )
+
+    def unreadable(self, index: int, found: int) -> list[str]:
+        """The files that :meth:`read` passed over from ``index`` on, when it found an image at ``found``."""
+        return [self.files[(index + ahead) % len(self)] for ahead in range((found - index) % len(self))]
+
 
 def _images_under(root: Path, folder: str) -> list[str]:
     found = []
@@ -249,39 +298,69 @@ class FolderBatches:
         self.stream = ShuffledStream(len(folder), batch_size, seed)
 
     def __getitem__(self, step: int) -> Batch:
-        chosen = self.stream.batch(step)
-        unreadable: list[str] = []
-        read = [self._read(index, unreadable) for index in chosen.tolist()]
-        images = torch.stack([image for image, _ in read])
-        if self.flip:
-            mirrored = below(2, self.stream.seed, Stream.FLIP, step, torch.arange(len(chosen))) == 1
-            images = torch.where(mirrored[:, None, None, None], images.flip(-1), images)
-        labels = self.folder.labels[[index for _, index in read]]
-        return Batch(images, labels, tuple(unreadable))
+        return self.at(step, torch.arange(self.stream.batch_size))
 
-    def _read(self, index: int, unreadable: list[str]) -> tuple[Tensor, int]:
-        """The image (3, size, size) at ``index``, or the next readable one, and the index it was found at."""
-        from PIL import Image, UnidentifiedImageError
-
-        # What Pillow raises on files cut short or altered, whatever their format.
-        damaged = (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError)
-        for attempt in range(self.max_unreadable + 1):
-            at = (index + attempt) % len(self.folder)
-            path = self.folder.root / self.folder.files[at]
-            try:
-                with Image.open(path) as image:
-                    pixels = center_crop(image.convert("RGB"), self.image_size)
-            except damaged:
-                unreadable.append(str(path))
-                continue
-            return torch.from_numpy(pixels).permute(2, 0, 1), at
-        raise UnreadableImagesError(
-            f"{self.max_unreadable + 1} images in a row are unreadable, the last {unreadable[-1]}"
-        )
+    def at(self, step: int, positions: Tensor) -> Batch:
+        """As :meth:`Batches.at`."""
+        chosen = self.stream.batch(step)[positions]
+        batch = read_batch(self.folder, chosen.tolist(), self.image_size, self.max_unreadable)
+        if not self.flip:
+            return batch
+        mirrored = _mirrored(self.stream.seed, step, positions)[:, None, None, None]
+        return batch._replace(images=torch.where(mirrored, batch.images.flip(-1), batch.images))
 
 
-class UnreadableImagesError(ValueError):
-    """More images are unreadable than the run allows."""
+def read_batch(folder: ImageFolder, indices: Sequence[int], image_size: int, max_unreadable: int) -> Batch:
+    """The images at ``indices``, none mirrored, uint8; other arguments and errors as of :meth:`ImageFolder.read`."""
+    read = [folder.read(index, image_size, max_unreadable) for index in indices]
+    passed = [folder.unreadable(index, found) for index, (_, found) in zip(indices, read, strict=True)]
+    return Batch(
+        torch.stack([image for image, _ in read]),
+        folder.labels[[found for _, found in read]],
+        tuple(str(folder.root / file) for files in passed for file in files),
+    )
+
+
+def as_floats(images: Tensor) -> Tensor:
+    """Images of bytes, in [-1, 1]."""
+    return images.float() / 127.5 - 1
+
+
+def _mirrored(seed: int, step: int, positions: Tensor) -> Tensor:
+    """Which of the positions (n,) of a batch are mirrored, (n,) bool."""
+    return below(2, seed, Stream.FLIP, step, positions) == 1
+
+
+class LatentBatches:
+    """Batches of a :class:`LatentFolder`: the moments of images, or by chance of mirrored ones.
+
+    A mirrored latent is not the latent of the mirrored image, so both were encoded, and the draw that would mirror the image
+    chooses among them. An epoch has every image once.
+
+    Args:
+        folder: the latents.
+        flip: take the mirrored image with probability 1/2, keyed as in :class:`FolderBatches`.
+        unconditional: all labels are 0.
+        batch_size, seed: as of :class:`ShuffledStream`.
+    """
+
+    def __init__(
+        self, folder: LatentFolder, batch_size: int, seed: int, *, flip: bool, unconditional: bool
+    ) -> None:
+        self.folder = folder
+        self.flip = flip
+        self.unconditional = unconditional
+        self.stream = ShuffledStream(len(folder), batch_size, seed)
+
+    def __getitem__(self, step: int) -> Batch:
+        return self.at(step, torch.arange(self.stream.batch_size))
+
+    def at(self, step: int, positions: Tensor) -> Batch:
+        """As :meth:`Batches.at`."""
+        chosen = self.stream.batch(step)[positions]
+        mirrored = _mirrored(self.stream.seed, step, positions) & self.flip
+        moments, labels = self.folder.read(chosen, mirrored)
+        return Batch(moments, 0 * labels if self.unconditional else labels)
 
 
 def center_crop(image: Image, size: int) -> np.ndarray:
@@ -301,7 +380,9 @@ def center_crop(image: Image, size: int) -> np.ndarray:
     return pixels[top : top + size, left : left + size]
 
 
-def stream_batches(batches: Batches, steps: range, *, workers: int, pin_memory: bool) -> Iterator[Batch]:
+def stream_batches(
+    batches: Steps, steps: Sequence[int], *, workers: int, pin_memory: bool
+) -> Iterator[Batch]:
     """The batches of ``steps`` in order, made by ``workers`` processes, or in this one if 0; the same batches either way."""
     loader: DataLoader[Batch] = DataLoader(
         batches,  # type: ignore[arg-type]
@@ -336,8 +417,9 @@ class TrainingData:
         train: batches of ``global_batch_size`` images.
         validation: batches of the images the validation loss is taken of, or None.
         length: images in an epoch.
-        shape: (C, H, W) of an image.
+        shape: (C, H, W) of an image, or of a latent.
         class_to_idx: label by name of class.
+        latents: what they mean, where batches hold moments of latents; None where they hold images.
     """
 
     train: Batches
@@ -345,19 +427,22 @@ class TrainingData:
     length: int
     shape: tuple[int, int, int]
     class_to_idx: dict[str, int]
+    latents: LatentSpace | None = None
 
 
 def open_data(config: TrainConfig) -> TrainingData:
-    """The data that ``config.data_path`` names: 'digits', or a folder of images.
+    """The data that ``config.data_path`` names: 'digits', a folder of images, or one of latents, known by its index.
 
     Raises:
         ValueError: no such data, or it does not fit ``image_size`` or ``num_classes``.
         ImportError: the extra that reads it is not installed.
     """
     if not config.data_path:
-        raise ValueError("data_path: got nothing, allowed are a folder of images and 'digits'")
+        raise ValueError("data_path: got nothing, allowed are a folder of images or of latents, and 'digits'")
     if config.data_path == "digits" and not Path("digits").is_dir():
         return _open_digits(config)
+    if (Path(config.data_path) / INDEX).is_file():
+        return _open_latents(config)
     folder = ImageFolder.scan(config.data_path, unconditional=config.unconditional)
     _check_classes(len(folder.class_to_idx), config)
     reading = {"image_size": config.image_size, "max_unreadable": config.max_unreadable}
@@ -374,6 +459,38 @@ def open_data(config: TrainConfig) -> TrainingData:
         )
     shape = (3, config.image_size, config.image_size)
     return TrainingData(train, validation, len(folder), shape, folder.class_to_idx)
+
+
+def _open_latents(config: TrainConfig) -> TrainingData:
+    folder = _latents_for("data_path", config.data_path, config)
+    _check_classes(len(folder.class_to_idx), config)
+    batches = partial(LatentBatches, unconditional=config.unconditional)
+    train = batches(folder, config.global_batch_size, config.global_seed, flip=config.flip)
+    validation = None
+    if config.val_path is not None:
+        held_out = _latents_for("val_path", config.val_path, config)
+        different = folder.space.differences(held_out.space)
+        if different:
+            raise ValueError(f"val_path: {config.val_path} is of another VAE: {'; '.join(different)}")
+        if held_out.class_to_idx != folder.class_to_idx:
+            raise ValueError(
+                f"val_path: the classes of {config.val_path} are not those of {config.data_path}"
+            )
+        validation = batches(held_out, _validation_batch(config), VALIDATION_SEED, flip=False)
+    names = {} if config.unconditional else folder.class_to_idx
+    return TrainingData(train, validation, len(folder), folder.shape, names, folder.space)
+
+
+def _latents_for(name: str, path: str, config: TrainConfig) -> LatentFolder:
+    """The latents at ``path``, which the setting ``name`` gives, if they fit the config."""
+    folder = LatentFolder.open(path)
+    if folder.image_size != config.image_size:
+        raise ValueError(
+            f"image_size: got {config.image_size}, {name} {path} holds latents of images of {folder.image_size}"
+        )
+    if not folder.class_to_idx and not config.unconditional:
+        raise ValueError(f"{name}: {path} holds latents without classes; allowed with --unconditional")
+    return folder
 
 
 def _open_digits(config: TrainConfig) -> TrainingData:

@@ -2,7 +2,8 @@
 
 Everything random is keyed by (seed, step, position in the batch), so a run is a function of its config and its data: how many
 processes read images, in how many parts a batch is computed and where the run was interrupted does not matter. The host enqueues
-a step and reads the loss of the one before; in between it waits for nothing.
+a step and reads the loss of the one before; in between it waits for nothing. What several processes do differently from one is in
+``ditkernels/distributed.py``.
 """
 
 from __future__ import annotations
@@ -32,16 +33,27 @@ from ditkernels.checkpoint import (
     load_checkpoint,
     load_public_checkpoint,
     newest_checkpoint,
+    open_checkpoint,
     set_aside,
 )
 from ditkernels.config import TrainConfig, add_flags, differences, from_flags
-from ditkernels.data import Batch, TrainingData, UnreadableImagesError, open_data, stream_batches
+from ditkernels.data import (
+    Batch,
+    TrainingData,
+    UnreadableImagesError,
+    as_floats,
+    open_data,
+    stream_batches,
+)
 from ditkernels.diffusion import GaussianDiffusion, create_diffusion
+from ditkernels.distributed import Ranks, joined, local_device, telling
 from ditkernels.models import DiT_models
 from ditkernels.ops._registry import use_backend
 from ditkernels.optimizer import (
     EMA,
     LossScale,
+    copy_for_average,
+    gradients,
     learning_rate,
     load_optimizer_tensors,
     make_optimizer,
@@ -50,8 +62,8 @@ from ditkernels.optimizer import (
 )
 from ditkernels.random import Stream, below, normals, uniforms
 from ditkernels.reference import DiT
-from ditkernels.runlog import METRICS, OneStepLate, RunLog, StepMetrics, cut_back
-from ditkernels.vae import VAE, load_vae
+from ditkernels.runlog import METRICS, OneStepLate, QuietLog, RunLog, StepMetrics, cut_back
+from ditkernels.vae import VAE, vae_for
 
 if TYPE_CHECKING:
     from ditkernels.evaluate.monitor import Monitor
@@ -74,6 +86,8 @@ class TrainResult:
         ema: the moving average of its weights, in eval mode.
         step: steps taken.
         interrupted: the signal that ended the run early, after a checkpoint; None if it is complete.
+
+    With ``parallel="fsdp"`` in several processes both models are FSDP2 modules, of which this process holds its pieces.
     """
 
     model: DiT
@@ -100,40 +114,42 @@ def train(config: TrainConfig, *, model: DiT | None = None, data: TrainingData |
 
     Raises:
         ValueError: the config does not fit the data, the model or the folder; CheckpointError is one.
+        LostRankError: another process of the run is gone.
         NonFiniteGradientError: more than ``config.max_skipped`` steps in a row were skipped.
         OSError: a checkpoint could not be written; the ones before are whole.
     """
-    device = resolve_device(config.device)
+    device = resolve_device(local_device(config.device))
     run = Path(config.results_dir)
     with ExitStack() as stack:
+        ranks = stack.enter_context(joined(config, device))
         stack.enter_context(numerics(config, device))
         data = data or open_data(config)
-        vae = None if config.vae == "none" else load_vae(config.vae, device)
+        vae = vae_for(config, data.latents, device)
         model = model or build_model(config, latent_shape(config, data, vae))
-        trainer = Trainer(config, data, vae, model.to(device))
+        trainer = Trainer(config, data, vae, model.to(device), ranks)
         begin(run, trainer)
-        stop = stack.enter_context(StopSignal())
-        writer = CheckpointWriter(run, keep_last=config.keep_last, keep_every=config.keep_every)
+        stop = stack.enter_context(StopSignal(once=ranks.size > 1))
+        writer = ranks.writer(run, config)
         stack.callback(writer.close)
         log = trainer.new_log()
         stack.callback(log.close)
         late = OneStepLate()
         steps = range(trainer.step, trainer.total)
-        batches = stream_batches(
-            data.train, steps, workers=config.num_workers, pin_memory=device.type == "cuda"
-        )
+        mine = ranks.batches(data.train, config.global_batch_size, config.accumulation)
+        batches = stream_batches(mine, steps, workers=config.num_workers, pin_memory=device.type == "cuda")
 
         stopped = None
         for step, batch in zip(steps, batches, strict=True):
             trainer.note_unreadable(batch, log)
             rate = learning_rate(config, step, trainer.total)
-            scalars = trainer.train_step(batch, step, rate)
+            scalars = trainer.train_step(batch, step, rate, stop.number)
             trainer.step = step + 1
-            trainer.take_in(late.push(step + 1, rate, scalars), log)
+            before = late.push(step + 1, rate, scalars)
+            trainer.take_in(before, log)
 
             trainer.look(log)
             # Read once: a signal that comes later than this is the next step's.
-            stopped = stop.number
+            stopped = ranks.asked_to_stop(stop.number, before)
             last = stopped is not None or step + 1 == trainer.total
             if last or (step + 1) % config.ckpt_every == 0:
                 trainer.take_in(late.pop(), log)
@@ -142,6 +158,8 @@ def train(config: TrainConfig, *, model: DiT | None = None, data: TrainingData |
             if last:
                 break
         writer.wait()
+        # A rank that left earlier would have the others killed, perhaps while they write.
+        ranks.barrier()
         if stopped is not None:
             whole = checkpoint_directory(run, trainer.step)
             log.say(f"stopped by {signal.Signals(stopped).name}; {whole} is whole")
@@ -155,15 +173,24 @@ class Trainer:
     Args:
         config: the run's.
         data: what it trains on.
-        vae: turns images into latents; None trains on pixels.
+        vae: turns images into latents, and latents into pictures; None trains on pixels, or on latents unseen.
         model: on the device that trains.
+        ranks: the processes that train it; None: this one alone.
 
     Attributes:
         step: steps taken.
         total: steps of the whole run.
     """
 
-    def __init__(self, config: TrainConfig, data: TrainingData, vae: VAE | None, model: DiT) -> None:
+    def __init__(
+        self,
+        config: TrainConfig,
+        data: TrainingData,
+        vae: VAE | None,
+        model: DiT,
+        ranks: Ranks | None = None,
+    ) -> None:
+        self.ranks = ranks or Ranks()
         self.config = config
         self.data = data
         self.vae = vae
@@ -171,7 +198,21 @@ class Trainer:
         self.device = next(model.parameters()).device
         self.precision = resolve_precision(config.precision, self.device)
         self.diffusion: GaussianDiffusion = create_diffusion("", learn_sigma=model.learn_sigma)
-        self.ema = EMA(model, config.ema_decay)
+        # Counted before the model is spread. Forward and backward cost three times the forward; a multiply-add is two operations.
+        self.flops_per_image = 3 * flops.count(model).flops
+        self._positions = self.ranks.positions(config.global_batch_size, config.accumulation).to(self.device)
+        self._check_label_dropout()
+        model.train()
+        # Labels are dropped below, by keyed draws; in train mode the embedder would drop again.
+        model.y_embedder.eval()
+        average = copy_for_average(model)
+        if config.compile:
+            for block in (*model.blocks, model.final_layer):
+                block.compile(dynamic=False)
+        self._forward = self.ranks.spread(
+            model, average, AUTOCAST_DTYPES.get(self.precision), len(self._positions) // config.accumulation
+        )
+        self.ema = EMA(model, config.ema_decay, average)
         self.optimizer = make_optimizer((w for w in model.parameters() if w.requires_grad), config)
         self.loss_scale = LossScale(self.device) if self.precision == "fp16" else None
         self.step = 0
@@ -181,38 +222,38 @@ class Trainer:
         self.unreadable: set[str] = set()
         self.monitor = self._monitor() if config.eval_every else None
         self._pending: Mapping[str, float] | None = None
-        # Forward and backward cost three times the forward; a multiply-add is two operations.
-        self.flops_per_image = 3 * flops.count(model).flops
-        self._positions = torch.arange(config.global_batch_size, device=self.device)
-        self._check_label_dropout()
-        model.train()
-        # Labels are dropped below, by keyed draws; in train mode the embedder would drop again.
-        model.y_embedder.eval()
-        if config.compile:
-            for block in (*model.blocks, model.final_layer):
-                block.compile(dynamic=False)
 
     # --------------------------------------------------------------------------------------------------------
     # One step
     # --------------------------------------------------------------------------------------------------------
 
-    def train_step(self, batch: Batch, step: int, rate: float) -> list[Tensor]:
-        """Forward, backward, optimizer, moving average; returns loss, gradient norm and skipped, 0-dim on the device."""
+    def train_step(self, batch: Batch, step: int, rate: float, stopping: int | None = None) -> list[Tensor]:
+        """Forward, backward, optimizer, moving average.
+
+        Args:
+            batch: this rank's.
+            stopping: a signal that has reached it.
+
+        Returns:
+            loss, gradient norm, skipped, and what the ranks told each other; 0-dim on the device.
+        """
         parts = self.config.accumulation
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.zero_grad(set_to_none=True)
         loss = torch.zeros((), device=self.device)
         images, labels = self._to_device(batch.images), self._to_device(batch.labels)
-        for positions, some_images, some_labels in zip(
-            self._positions.chunk(parts), images.chunk(parts), labels.chunk(parts), strict=True
-        ):
-            part = self._loss(some_images, some_labels, step, positions) / parts
-            (part if self.loss_scale is None else part * self.loss_scale.value).backward()
+        chunks = zip(self._positions.chunk(parts), images.chunk(parts), labels.chunk(parts), strict=True)
+        for number, (positions, some_images, some_labels) in enumerate(chunks, start=1):
+            with self.ranks.part(last=number == parts):
+                part = self._loss(some_images, some_labels, step, positions) / parts
+                (part if self.loss_scale is None else part * self.loss_scale.value).backward()
             loss += part.detach()
-        norm, skipped = update(self.optimizer, loss, self.loss_scale, self.config.grad_clip)
+        told = telling(stopping, len(self.unreadable))
+        loss, norm, told = self.ranks.reduce(loss, gradients(self.optimizer), told)
+        norm, skipped = update(self.optimizer, loss, norm, self.loss_scale, self.config.grad_clip)
         self.ema.update()
-        return [loss, norm, skipped]
+        return [loss, norm, skipped, *told]
 
     def _loss(self, images: Tensor, labels: Tensor, step: int, positions: Tensor) -> Tensor:
         """Mean loss of the samples at ``positions`` (b,) of the global batch of ``step``."""
@@ -224,16 +265,20 @@ class Trainer:
         t = below(self.diffusion.num_timesteps, seed, Stream.TIMESTEP, step, positions)
         noise = normals(seed, Stream.NOISE, step, positions, tuple(latents.shape[1:]))
         with self._autocast():
-            losses = self.diffusion.training_losses(self.model, latents, t, {"y": labels}, noise)
+            losses = self.diffusion.training_losses(self._forward, latents, t, {"y": labels}, noise)
         return losses["loss"].mean()
 
     def _latents(self, images: Tensor, stream: Stream, step: int, positions: Tensor) -> Tensor:
+        seed = self.config.global_seed
+        if self.data.latents is not None:
+            mean, std = images.float().chunk(2, dim=1)
+            return self.data.latents.draw(mean, std, normals(seed, stream, step, positions, self.data.shape))
         if images.dtype == torch.uint8:
-            images = images.float() / 127.5 - 1
+            images = as_floats(images)
         if self.vae is None:
             return images
         shape = self.vae.latent_shape(images.shape[-1])
-        return self.vae.latents(images, normals(self.config.global_seed, stream, step, positions, shape))
+        return self.vae.latents(images, normals(seed, stream, step, positions, shape))
 
     def _to_device(self, tensor: Tensor) -> Tensor:
         return tensor.to(self.device, non_blocking=True)
@@ -536,7 +581,9 @@ def _shape(tensor: Tensor | None) -> str:
 
 def latent_shape(config: TrainConfig, data: TrainingData, vae: VAE | None) -> tuple[int, int, int]:
     """(C, H, W) of what the model sees; errors as of :meth:`VAE.latent_shape`."""
-    return data.shape if vae is None else vae.latent_shape(config.image_size)
+    if vae is None or data.latents is not None:
+        return data.shape
+    return vae.latent_shape(config.image_size)
 
 
 def build_model(config: TrainConfig, shape: tuple[int, int, int]) -> DiT:

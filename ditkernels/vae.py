@@ -1,15 +1,50 @@
-"""The autoencoder between images and the latents that a DiT learns: diffusers' AutoencoderKL, used while training."""
+"""The autoencoder between images and the latents that a DiT learns: diffusers' AutoencoderKL, used while training or before."""
 
 from __future__ import annotations
 
 import os
+from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ditkernels.config import TrainConfig
+
 NAMED = {"ema": "stabilityai/sd-vae-ft-ema", "mse": "stabilityai/sd-vae-ft-mse"}
+ENCODER = ("encoder.", "quant_conv.")
+
+
+@dataclass(frozen=True)
+class LatentSpace:
+    """What the numbers of a latent mean. Latents and VAE belong together where all of this is equal.
+
+    Attributes:
+        encoder_sha256: over the encoder's weights. The decoder is left out: "ema" and "mse" are two decoders of one encoder, with
+            the same latents.
+        channels: of a latent.
+        factor: edge of an image over edge of its latent.
+        scale, shift: a latent is (z − shift)·scale.
+    """
+
+    encoder_sha256: str
+    channels: int
+    factor: int
+    scale: float
+    shift: float
+
+    def draw(self, mean: Tensor, std: Tensor, noise: Tensor) -> Tensor:
+        """The latent of z = mean + std·noise; ``noise``: standard normals of the shape of ``mean``."""
+        return (mean + std * noise - self.shift) * self.scale
+
+    def differences(self, other: LatentSpace) -> list[str]:
+        """What is not equal: "scale: 0.5 there, 1.0 here", where here is ``other``."""
+        there, here = asdict(self), asdict(other)
+        return [
+            f"{name}: {there[name]} there, {here[name]} here" for name in there if there[name] != here[name]
+        ]
 
 
 class VAE:
@@ -32,16 +67,30 @@ class VAE:
         self.scale: float = config.scaling_factor
         self.shift: float = getattr(config, "shift_factor", None) or 0.0
 
+    @property
+    def device(self) -> torch.device:
+        """Where it is."""
+        found: torch.device = self.autoencoder.device
+        return found
+
     @torch.no_grad()
     def posterior(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of z, each (B, channels, H / factor, W / factor), of images (B, 3, H, W) in [-1, 1]."""
         found = self.autoencoder.encode(images).latent_dist
         return found.mean, found.std
 
+    @cached_property
+    def space(self) -> LatentSpace:
+        """What its latents mean."""
+        from ditkernels.sampler.loading import digest
+
+        weights = self.autoencoder.state_dict()
+        encoder = {name: weights[name] for name in weights if name.startswith(ENCODER)}
+        return LatentSpace(digest(encoder), self.channels, self.factor, self.scale, self.shift)
+
     def latents(self, images: Tensor, noise: Tensor) -> Tensor:
         """A draw from the posterior, scaled; ``noise``: standard normals of a latent's shape."""
-        mean, std = self.posterior(images)
-        return (mean + std * noise - self.shift) * self.scale
+        return self.space.draw(*self.posterior(images), noise)
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
@@ -83,7 +132,7 @@ def load_vae(name: str, device: torch.device) -> VAE:
         raise ValueError(f"vae: got {name!r}, which is no folder; allowed are ema, mse, a folder, none")
     source: str | os.PathLike[str] = NAMED.get(name, name)
     try:
-        found = AutoencoderKL.from_pretrained(source, local_files_only=True)
+        found = AutoencoderKL.from_pretrained(source, local_files_only=True, low_cpu_mem_usage=False)
     except (OSError, ValueError) as error:
         if name in NAMED:
             raise ValueError(
@@ -92,3 +141,31 @@ def load_vae(name: str, device: torch.device) -> VAE:
             ) from error
         raise ValueError(f"vae: {name} holds no AutoencoderKL: {error}") from error
     return VAE(found.to(device))
+
+
+def vae_for(config: TrainConfig, latents: LatentSpace | None, device: torch.device) -> VAE | None:
+    """The autoencoder that a run needs: to encode its images or, where it trains on latents, to show samples.
+
+    Args:
+        latents: of the data; None where it is images.
+
+    Returns:
+        None for pixels, and for latents where nothing is decoded and ``config.vae`` is the default.
+
+    Raises:
+        ImportError, ValueError: as :func:`load_vae`; the latents are of another autoencoder, or there is none to decode with.
+    """
+    if latents is None:
+        return None if config.vae == "none" else load_vae(config.vae, device)
+    decodes = [name for name in ("sample_every", "eval_every") if getattr(config, name)]
+    if config.vae == "none" and decodes:
+        raise ValueError(
+            f"vae: got 'none', but {decodes[0]} decodes latents; allowed is the VAE that made them"
+        )
+    if config.vae == "none" or (config.vae == TrainConfig.vae and not decodes):
+        return None
+    vae = load_vae(config.vae, device)
+    different = latents.differences(vae.space)
+    if different:
+        raise ValueError(f"vae: {config.vae} is not the one that made the latents: {'; '.join(different)}")
+    return vae

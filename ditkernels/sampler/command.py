@@ -59,8 +59,8 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         ValueError, ImportError, OSError: as ``load_model``, ``SampleConfig`` and ``generate``; a flag that cannot be read.
     """
-    with _processes() as world:
-        device = _device(args.device, world)
+    with processes() as world:
+        device = process_device(args.device, world)
         loaded = load_model(args.checkpoint, weights=args.weights, num_heads=args.num_heads)
         model = loaded.model.to(device)
         diffusion = create_diffusion(args.steps, args.noise_schedule, learn_sigma=model.learn_sigma)
@@ -137,7 +137,8 @@ def _decoder(vae: str | None, device: torch.device) -> Callable[[Tensor], Tensor
     return load_vae(vae, device).decode
 
 
-def _device(name: str, world: World) -> torch.device:
+def process_device(name: str, world: World) -> torch.device:
+    """The device of that name; of several processes each has its own GPU."""
     device = resolve_device(name)
     if device.type == "cuda" and world.size > 1:
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
@@ -146,7 +147,7 @@ def _device(name: str, world: World) -> torch.device:
 
 
 @contextmanager
-def _processes() -> Iterator[World]:
+def processes() -> Iterator[World]:
     """The processes that torchrun started; this one alone without it."""
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:

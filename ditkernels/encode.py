@@ -1,0 +1,398 @@
+"""`ditkernels encode`: a folder of images to latents, once, in place of encoding every image again each epoch.
+
+Image i of the folder is row i % shard_size of shard i // shard_size. A shard is encoded in batches from its first row on, the last
+one padded, and what shape a row is computed in decides how it is rounded; so neither the number of processes nor a kill changes
+a byte. A process takes the shards that are its by their numbers.
+
+A shard is written whole or not at all, then a record beside it (`.parts/`) with its SHA-256, sums for the statistics, and the files
+that could not be read. A run that goes on keeps the shards whose bytes match their records. When all are there, process 0
+writes the index, last, and removes the records.
+
+A file that is no readable image is replaced by the next one that is, with its label, as while training on images: so every index
+keeps its place, and a run on latents sees what a run on the images would see.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors.torch import save
+from torch import Tensor
+from tqdm import tqdm
+
+from ditkernels._version import __version__
+from ditkernels.config import add_flags, check_fields, from_flags, option
+from ditkernels.data import (
+    Batch,
+    ImageFolder,
+    UnreadableImagesError,
+    as_floats,
+    read_batch,
+    stream_batches,
+)
+from ditkernels.latents import (
+    DTYPES,
+    INDEX,
+    LatentFolder,
+    LatentsError,
+    Shard,
+    make_index,
+    read_index,
+    sha256,
+)
+from ditkernels.sampler.command import process_device, processes
+from ditkernels.sampler.generate import World, pinned_threads
+from ditkernels.sampler.outputs import write_bytes, write_json
+from ditkernels.vae import VAE, load_vae
+
+PARTS, SETTINGS = ".parts", "settings.json"
+
+
+@dataclass(frozen=True)
+class EncodeConfig:
+    """How to encode; every field is a flag of ``ditkernels encode``.
+
+    Raises:
+        ValueError: a value of another type than its field's or out of range; the field is named.
+    """
+
+    data_path: str = option("", "folder of images, one subfolder a class", free=True)
+    out: str = option("latents", "folder to write to, or to resume", free=True)
+    verify: bool = option(False, "check every shard of --out against its SHA-256, encode nothing", free=True)
+    unconditional: bool = option(False, "one class for all images")
+    image_size: int = option(256, "edge of the square images, in pixels", least=1)
+    vae: str = option("ema", "ema, mse, or a folder with an AutoencoderKL")
+    dtype: Literal["fp16", "bf16", "fp32"] = option("fp16", "of the stored mean and standard deviation")
+    batch_size: int = option(32, "images encoded at once; it decides how they are rounded", least=1)
+    shard_size: int = option(4096, "images a file", least=1)
+    threads: int = option(1, "CPU threads a process", least=1)
+    num_workers: int = option(4, "processes that read images, for each that encodes", least=0, free=True)
+    max_unreadable: int = option(
+        100, "unreadable images that are replaced before the run stops", least=0, free=True
+    )
+    device: str = option("auto", "cpu, cuda, cuda:1 ...; auto is cuda if there is one", free=True)
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if self.vae == "none":
+            raise ValueError("vae: got 'none', allowed are ema, mse, a folder")
+
+
+class Batches:
+    """The images of a folder shard by shard, in order: item k is batch k % ``per_shard`` of shard k // ``per_shard``."""
+
+    def __init__(self, folder: ImageFolder, config: EncodeConfig) -> None:
+        self.folder = folder
+        self.config = config
+        self.per_shard = -(-config.shard_size // config.batch_size)
+
+    @property
+    def shards(self) -> int:
+        """How many."""
+        return -(-len(self.folder) // self.config.shard_size)
+
+    def rows(self, shard: int) -> int:
+        """Images in a shard."""
+        return min(self.config.shard_size, len(self.folder) - shard * self.config.shard_size)
+
+    def of(self, shard: int) -> range:
+        """The numbers of the shard's batches."""
+        start = shard * self.per_shard
+        return range(start, start - (-self.rows(shard) // self.config.batch_size))
+
+    def __getitem__(self, number: int) -> Batch:
+        shard, batch = divmod(number, self.per_shard)
+        first = shard * self.config.shard_size
+        start = first + batch * self.config.batch_size
+        end = min(start + self.config.batch_size, first + self.rows(shard))
+        return read_batch(self.folder, range(start, end), self.config.image_size, self.config.max_unreadable)
+
+
+def encode(config: EncodeConfig, device: torch.device, world: World | None = None) -> LatentFolder:
+    """Encodes the images, or those still missing.
+
+    Args:
+        config: see EncodeConfig.
+        device: where the VAE goes.
+        world: the processes that share the work; each calls this. Default: this one alone.
+
+    Raises:
+        ValueError: ``out`` holds latents of other settings; what differs is listed. The images or the VAE do not fit.
+        UnreadableImagesError: more than ``max_unreadable`` images.
+        OverflowError: a latent is too large for ``dtype``.
+    """
+    world = world or World()
+    images = ImageFolder.scan(config.data_path, unconditional=config.unconditional)
+    out = Path(config.out)
+    if out.resolve() == images.root.resolve():
+        raise ValueError(f"out: got {out}, which holds the images; allowed is another folder")
+    vae = load_vae(config.vae, device)
+    settings = settings_of(config, images, vae, device)
+    batches = Batches(images, config)
+    if world.rank == 0:
+        _begin(out, settings)
+    world.barrier()
+    if not (out / INDEX).exists():
+        with pinned_threads(config.threads), _deterministic_convolutions():
+            _encode_missing(vae, batches, out, world)
+        world.barrier()
+        if world.rank == 0:
+            _finish(out, settings, batches)
+    world.barrier()
+    return LatentFolder.open(out)
+
+
+def settings_of(config: EncodeConfig, images: ImageFolder, vae: VAE, device: torch.device) -> dict[str, Any]:
+    """What decides a byte of the latents and is known before they are made, as JSON values: the head of their index."""
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return {
+        "count": len(images),
+        "image_size": config.image_size,
+        "shape": list(vae.latent_shape(config.image_size)),
+        "dtype": config.dtype,
+        "class_to_idx": images.class_to_idx,
+        "vae": asdict(vae.space),
+        "made_with": {
+            "files_sha256": hashlib.sha256("\n".join(images.files).encode()).hexdigest(),
+            "unconditional": config.unconditional,
+            "batch_size": config.batch_size,
+            "shard_size": config.shard_size,
+            "threads": config.threads,
+            "device": where,
+            "ditkernels": __version__,
+            "torch": torch.__version__,
+        },
+    }
+
+
+def _begin(out: Path, settings: dict[str, Any]) -> None:
+    """Makes the folder, or checks that what is there has the same settings."""
+    if (out / INDEX).exists():
+        there = read_index(out / INDEX)
+    elif (out / PARTS / SETTINGS).exists():
+        there = json.loads((out / PARTS / SETTINGS).read_text())
+    else:
+        (out / PARTS).mkdir(parents=True, exist_ok=True)
+        return write_json(out / PARTS / SETTINGS, settings)
+    there, here = _flat(there), _flat(settings)
+    different = [
+        f"{name}: {there.get(name)!r} there, {here[name]!r} here"
+        for name in here
+        if there.get(name) != here[name]
+    ]
+    if different:
+        raise ValueError(f"out: {out} holds latents of other settings: {'; '.join(different)}")
+    if (out / INDEX).exists():
+        # A run may have been killed while it removed them.
+        shutil.rmtree(out / PARTS, ignore_errors=True)
+    return None
+
+
+def _flat(settings: dict[str, Any]) -> dict[str, Any]:
+    """With the keys of the mappings within, but for the classes."""
+    nested = {name: settings[name] for name in ("vae", "made_with")}
+    kept = {name: value for name, value in settings.items() if name not in nested}
+    return kept | {
+        f"{outer}.{name}": value for outer, inner in nested.items() for name, value in inner.items()
+    }
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Shards
+# ------------------------------------------------------------------------------------------------------------
+
+
+def shard_name(shard: int) -> str:
+    """The file of a shard."""
+    return f"latents-{shard:05d}.safetensors"
+
+
+def _encode_missing(vae: VAE, batches: Batches, out: Path, world: World) -> None:
+    config = batches.config
+    missing = [
+        shard for shard in range(world.rank, batches.shards, world.size) if not _is_finished(out, shard)
+    ]
+    numbers = [number for shard in missing for number in batches.of(shard)]
+    stream = stream_batches(
+        batches, numbers, workers=config.num_workers, pin_memory=vae.device.type == "cuda"
+    )
+    with tqdm(
+        total=sum(batches.rows(shard) for shard in missing),
+        unit=" images",
+        desc=f"encoding ({world.rank + 1}/{world.size})",
+    ) as bar:
+        for shard in missing:
+            tensors, unreadable = _encode_shard(vae, batches, shard, stream, bar)
+            _write_shard(out, shard, tensors, unreadable)
+            _check_unreadable(_records(out), config.max_unreadable)
+
+
+def _encode_shard(
+    vae: VAE, batches: Batches, shard: int, stream: Iterator[Batch], bar: Any
+) -> tuple[dict[str, Tensor], list[str]]:
+    """The tensors of a shard, of its batches as they come from ``stream``, and the unreadable files among them."""
+    moments, labels, unreadable = [], [], []
+    for number in batches.of(shard):
+        batch = next(stream)
+        found = _moments(vae, batch.images, batches.config)
+        _check_finite(found, batches, number)
+        moments.append(found)
+        labels.append(batch.labels)
+        unreadable += [str(Path(file).relative_to(batches.folder.root)) for file in batch.unreadable]
+        bar.update(len(found))
+    return {"moments": torch.cat(moments), "labels": torch.cat(labels)}, unreadable
+
+
+def _moments(vae: VAE, images: Tensor, config: EncodeConfig) -> Tensor:
+    """Of images (n, 3, H, W) uint8 and their mirror images: (n, 2, 2·C, h, w) in the stored dtype, on the CPU."""
+    padding = images[-1:].expand(config.batch_size - len(images), -1, -1, -1)
+    padded = as_floats(torch.cat([images, padding]).to(vae.device))
+    sides = [torch.cat(vae.posterior(side), dim=1) for side in (padded, padded.flip(-1))]
+    return torch.stack(sides, dim=1)[: len(images)].to(DTYPES[config.dtype]).cpu()
+
+
+def _check_finite(moments: Tensor, batches: Batches, number: int) -> None:
+    wrong = ~torch.isfinite(moments).flatten(1).all(1)
+    if wrong.any():
+        shard, batch = divmod(number, batches.per_shard)
+        config = batches.config
+        index = shard * config.shard_size + batch * config.batch_size + int(wrong.nonzero()[0])
+        raise ValueError(
+            f"dtype: got {config.dtype}, in which the latent of {batches.folder.files[index]} is not finite; "
+            "bf16 and fp32 hold larger numbers"
+        )
+
+
+def _write_shard(out: Path, shard: int, tensors: dict[str, Tensor], unreadable: Sequence[str]) -> None:
+    content = save(tensors)
+    name = shard_name(shard)
+    write_bytes(out / name, content)
+    mean, std = tensors["moments"].double().chunk(2, dim=2)
+    record = {
+        "shard": asdict(Shard(name, len(mean), len(content), hashlib.sha256(content).hexdigest())),
+        "sums": mean.sum(dim=(0, 1, 3, 4)).tolist(),
+        "sums_of_squares": (mean.square() + std.square()).sum(dim=(0, 1, 3, 4)).tolist(),
+        "unreadable": list(unreadable),
+    }
+    write_json(_record(out, shard), record)
+
+
+def _record(out: Path, shard: int) -> Path:
+    return out / PARTS / f"{shard:05d}.json"
+
+
+def _is_finished(out: Path, shard: int) -> bool:
+    """Whether the shard is there with the bytes of its record."""
+    if not _record(out, shard).exists():
+        return False
+    recorded = json.loads(_record(out, shard).read_text())["shard"]["sha256"]
+    path = out / shard_name(shard)
+    whole = path.exists() and sha256(path) == recorded
+    if not whole:
+        print(f"ditkernels: {path} is missing or altered; it is made again", file=sys.stderr)
+    return whole
+
+
+def _records(out: Path) -> list[dict[str, Any]]:
+    """Those that are there, in order."""
+    return [json.loads(path.read_text()) for path in sorted((out / PARTS).glob("[0-9]*.json"))]
+
+
+def _unreadable(records: Sequence[dict[str, Any]]) -> list[str]:
+    # A file may be met from the one before it too.
+    return sorted({file for record in records for file in record["unreadable"]})
+
+
+def _check_unreadable(records: Sequence[dict[str, Any]], allowed: int) -> None:
+    found = _unreadable(records)
+    if len(found) > allowed:
+        raise UnreadableImagesError(
+            f"{len(found)} images are unreadable, allowed are {allowed} (max_unreadable); the last one is {found[-1]}"
+        )
+
+
+def _finish(out: Path, settings: dict[str, Any], batches: Batches) -> None:
+    """Writes the index of all shards, then removes their records."""
+    records = _records(out)
+    sums, squares = (
+        torch.tensor([record[name] for record in records], dtype=torch.float64).sum(0)
+        for name in ("sums", "sums_of_squares")
+    )
+    height, width = settings["shape"][1:]
+    numbers = 2 * settings["count"] * height * width
+    mean = sums / numbers
+    content = {
+        **settings,
+        "statistics": {"mean": mean.tolist(), "std": (squares / numbers - mean.square()).sqrt().tolist()},
+        "unreadable": _unreadable(records),
+    }
+    write_json(out / INDEX, make_index(content, [Shard(**record["shard"]) for record in records]))
+    shutil.rmtree(out / PARTS)
+
+
+@contextmanager
+def _deterministic_convolutions() -> Iterator[None]:
+    """cuDNN takes the algorithms that give the same bits every time."""
+    before = torch.backends.cudnn.deterministic
+    torch.backends.cudnn.deterministic = True
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.deterministic = before
+
+
+# ------------------------------------------------------------------------------------------------------------
+# `ditkernels encode`
+# ------------------------------------------------------------------------------------------------------------
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of `ditkernels encode`: the fields of EncodeConfig."""
+    add_flags(parser, EncodeConfig)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Encodes, or verifies; returns 0.
+
+    Raises:
+        ValueError, ImportError, OSError: as :func:`encode` and :func:`verify`.
+    """
+    config = from_flags(EncodeConfig, args)
+    if config.verify:
+        return verify(Path(config.out))
+    with processes() as world:
+        folder = encode(config, process_device(config.device, world), world)
+    if world.rank == 0:
+        print(f"{len(folder)} images as latents in {config.out}, {len(folder.shards)} shards")
+        for file in read_index(folder.root / INDEX)["unreadable"]:
+            print(f"{file}: not a readable image; the next one stands in its place")
+    return 0
+
+
+def verify(root: Path) -> int:
+    """Reads every shard at ``root``; returns 0.
+
+    Raises:
+        LatentsError: shards are altered; all of them are named.
+    """
+    folder = LatentFolder.open(root)
+    wrong = []
+    for number in tqdm(range(len(folder.shards)), unit=" shards", desc="verifying"):
+        try:
+            folder.verify(number)
+        except LatentsError as error:
+            wrong.append(str(error))
+    if wrong:
+        raise LatentsError("; ".join(wrong))
+    print(f"{root}: {len(folder)} images in {len(folder.shards)} shards, every SHA-256 is right")
+    return 0
