@@ -688,7 +688,7 @@ void launch(const char* op, int64_t blocks, const Tensor& like, const Arguments&
 #ifdef DITKERNELS_EMULATION
   (void)like;
   static const std::string name = kernel_name<KERNEL>();
-  emulation::launch(name.substr(0, name.find('<')), blocks, threads, shared, [&] { KERNEL(arguments); });
+  emulation::launch(name, blocks, threads, shared, [&] { KERNEL(arguments); });
 #else
   const int device = like.get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(device);

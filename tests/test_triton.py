@@ -15,7 +15,7 @@ import pytest
 pytest.importorskip("triton")
 
 PROOFS = Path(__file__).parent / "triton_proof"
-SUPPORT = {"ahead.py", "interpreted.py", "conftest.py"}
+SUPPORT = {"conftest.py"}
 FILES = sorted(p.name for p in PROOFS.glob("*.py") if p.name not in SUPPORT)
 
 

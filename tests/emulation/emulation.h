@@ -3,7 +3,8 @@
 // Faults end the launch with an error that names the kernel: an access outside a tensor or misaligned, an access to shared memory
 // outside what the launch asked for, a read of shared memory that nobody wrote, two threads that share a place without a barrier
 // between them, a barrier that some threads never reach, a shuffle with missing lanes; while tracing, also a block that touches
-// what another block of the launch wrote. Accesses are counted by kernel and tensor, while tracing by element.
+// what another block of the launch wrote. Accesses are counted by kernel and tensor, while tracing by element; while sampling, in bytes
+// for a few blocks of a launch.
 #pragma once
 
 #include <setjmp.h>
@@ -18,6 +19,7 @@
 #include <map>
 #include <memory>
 #include <mutex>
+#include <set>
 #include <stdexcept>
 #include <string>
 #include <utility>
@@ -60,11 +62,26 @@ struct Range {
   Count* count = nullptr;
 };
 
+// What a sample of blocks read and wrote, in bytes, by tensor: a map a block.
+struct Traffic {
+  int64_t read = 0, written = 0;
+};
+
+struct Launched {
+  std::string kernel;  // with its template arguments
+  int64_t blocks;
+  int threads;
+  int64_t shared;
+  std::vector<std::map<std::string, Traffic>> traffic;
+};
+
 inline std::deque<Range> ranges;
+inline std::vector<Launched> sampled;  // only while sampling
 inline std::map<std::pair<std::string, std::string>, Count> counts;
 inline bool tracing = false;
 inline int order = 0;
 inline bool last_block_only = false;
+inline bool sampling = false;  // only the first, the middle and the last block of a launch run, and are written down
 inline int mutant = 0;  // which planted fault is active in sources that hold some
 inline int64_t launches = 0;
 inline int64_t current_block = 0;
@@ -103,6 +120,10 @@ inline void touch(int id, const void* at, int bytes, int element, bool write) {
     range.count = &counts[{kernel_name, range.name}];
   }
   (write ? range.count->written : range.count->read) += bytes / element;
+  if (sampling) {
+    Traffic& traffic = sampled.back().traffic.back()[range.name];
+    (write ? traffic.written : traffic.read) += bytes;
+  }
   if (tracing) trace(range, *range.count, offset / element, bytes / element, element, write);
 }
 
@@ -329,16 +350,26 @@ inline void launch(
   static std::mutex one_at_a_time;
   const std::lock_guard<std::mutex> lock(one_at_a_time);
   body = &kernel;
-  kernel_name = name;
+  kernel_name = name.substr(0, name.find('<'));
   threads = block_threads;
   shared_bytes = (shared + 15) / 16 * 16;
   memory.resize(std::max<size_t>(memory.size(), shared_bytes));
   pieces.resize(std::max<size_t>(pieces.size(), shared_bytes / PIECE));
   fault.clear();
   ++launches;
-  if (last_block_only) run_block(blocks - 1);
-  for (int64_t i = 0; i < blocks && fault.empty() && !last_block_only; ++i) run_block(permuted(i, blocks, 3));
-  if (!fault.empty()) throw std::runtime_error(name + ": " + fault);
+  if (last_block_only) {
+    run_block(blocks - 1);
+  } else if (sampling) {
+    sampled.push_back({name, blocks, block_threads, shared, {}});
+    for (int64_t i : std::set<int64_t>{0, blocks / 2, blocks - 1}) {
+      if (!fault.empty()) break;
+      sampled.back().traffic.emplace_back();
+      run_block(i);
+    }
+  } else {
+    for (int64_t i = 0; i < blocks && fault.empty(); ++i) run_block(permuted(i, blocks, 3));
+  }
+  if (!fault.empty()) throw std::runtime_error(kernel_name + ": " + fault);
 }
 
 }  // namespace emulation

@@ -99,12 +99,14 @@ std::string fault_of(const std::string& kernel) {
   return "";
 }
 
-void reset(bool tracing, int order, bool last_block_only) {
+void reset(bool tracing, int order, bool last_block_only, bool sampling) {
   emulation::counts.clear();
+  emulation::sampled.clear();
   emulation::ranges.clear();
   emulation::tracing = tracing;
   emulation::order = order;
   emulation::last_block_only = last_block_only;
+  emulation::sampling = sampling;
 }
 
 using Histogram = std::map<uint32_t, int64_t>;
@@ -123,6 +125,23 @@ auto counts() {
   return all;
 }
 
+using Bytes = std::map<std::string, std::pair<int64_t, int64_t>>;
+
+// Of every launch while sampling: kernel, blocks, threads, bytes of shared memory, and by sampled block and tensor the bytes read and
+// written.
+std::vector<std::tuple<std::string, int64_t, int, int64_t, std::vector<Bytes>>> sampled() {
+  std::vector<std::tuple<std::string, int64_t, int, int64_t, std::vector<Bytes>>> all;
+  for (const emulation::Launched& launched : emulation::sampled) {
+    std::vector<Bytes> blocks;
+    for (const auto& traffic : launched.traffic) {
+      blocks.emplace_back();
+      for (const auto& [name, bytes] : traffic) blocks.back()[name] = {bytes.read, bytes.written};
+    }
+    all.emplace_back(launched.kernel, launched.blocks, launched.threads, launched.shared, blocks);
+  }
+  return all;
+}
+
 std::vector<std::tuple<std::string, int, int>> registered() {
   std::vector<std::tuple<std::string, int, int>> all;
   for (const Kernel& kernel : kernels()) all.emplace_back(kernel.name, kernel.threads, kernel.shared);
@@ -136,6 +155,7 @@ PYBIND11_MODULE(ditkernels_emulation, module) {
   module.def("fault_of", &ditkernels::fault_of);
   module.def("reset", &ditkernels::reset);
   module.def("counts", &ditkernels::counts);
+  module.def("sampled", &ditkernels::sampled);
   module.def("registered", &ditkernels::registered);
   module.def("mutate", [](int mutant) { emulation::mutant = mutant; });
 }

@@ -2,6 +2,7 @@
 
 with running() as emulation: ...          DITKERNELS_BACKEND=cuda, on the CPU; the module shows counters and switches
 with running(tracing=True, order=3): ...  every element's accesses are counted; blocks and warps in another order
+with running(sampling=True): ...          a few blocks of every launch run, and the bytes they move are written down
 """
 
 from __future__ import annotations
@@ -21,7 +22,6 @@ from pathlib import Path
 from types import ModuleType
 from unittest import mock
 
-import pytest
 import torch
 
 from ditkernels.ops import _cuda
@@ -117,7 +117,12 @@ def as_they_are() -> ModuleType:
 
 @contextlib.contextmanager
 def running(
-    module: ModuleType | None = None, *, tracing: bool = False, order: int = 0, last_block_only: bool = False
+    module: ModuleType | None = None,
+    *,
+    tracing: bool = False,
+    order: int = 0,
+    last_block_only: bool = False,
+    sampling: bool = False,
 ) -> Iterator[ModuleType]:
     """Forces the cuda backend onto the emulation; skips the test where it cannot be built.
 
@@ -126,17 +131,20 @@ def running(
         tracing: counts the accesses of every element and finds blocks that touch what others wrote.
         order: another one for another order of blocks, warps and lanes.
         last_block_only: runs the last block of every launch alone.
+        sampling: runs the first, the middle and the last block of every launch alone; ``module.sampled()`` tells what they moved.
     """
     reason = why_not()
     if reason:
+        import pytest
+
         pytest.skip(reason)
     with mock.patch.object(_cuda, "_absence", _cuda._absence):
         module = module or as_they_are()
         _cuda._absence = None
-        module.reset(tracing, order, last_block_only)
+        module.reset(tracing, order, last_block_only, sampling)
         with registry.use_backend("cuda"):
             yield module
-        module.reset(False, 0, False)
+        module.reset(False, 0, False, False)
 
 
 def passes(module: ModuleType, names: set[str], elements: int) -> Counter[str]:
