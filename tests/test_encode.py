@@ -2,21 +2,27 @@
 
 import json
 import os
+import pickle
 import shutil
 import signal
+import sys
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from ditkernels import latents as latents_module
+from ditkernels.cli import main
 from ditkernels.config import TrainConfig
-from ditkernels.data import open_data
+from ditkernels.data import open_data, stream_batches
 from ditkernels.encode import EncodeConfig, encode
-from ditkernels.latents import INDEX, LatentFolder
-from ditkernels.vae import load_vae
+from ditkernels.latents import INDEX, LatentFolder, LatentsError
+from ditkernels.random import Stream, normals
+from ditkernels.runlog import read_metrics
+from ditkernels.trainer import Trainer, build_model, latent_shape
+from ditkernels.vae import load_vae, vae_for
 
 CPU = torch.device("cpu")
 SIZE = 8
@@ -342,3 +348,306 @@ def test_unreadable_images_are_counted_as_soon_as_a_shard_is_done(damaged, vae, 
     with pytest.raises(ValueError, match=r"3 images are unreadable, allowed are 2"):
         encode(settings(damaged, vae, tmp_path / "out", max_unreadable=2), CPU)
     assert not (tmp_path / "out" / "latents-00001.safetensors").exists()
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Shards that are missing or altered
+# ------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def copied(encoded, tmp_path):
+    out = tmp_path / "copied"
+    shutil.copytree(encoded, out)
+    return out
+
+
+def test_verifying_reads_every_shard_and_names_all_that_are_altered(copied, capsys):
+    assert main(["encode", "--verify", "--out", str(copied)]) == 0
+    assert "11 images in 3 shards, every SHA-256 is right" in capsys.readouterr().out
+    for number in (0, 2):
+        flip_a_bit(copied / f"latents-{number:05d}.safetensors")
+    # A start of training does not read them.
+    LatentFolder.open(copied)
+    assert main(["encode", "--verify", "--out", str(copied)]) == 2
+    told = capsys.readouterr().err
+    assert "latents-00000.safetensors is altered" in told
+    assert "latents-00002.safetensors is altered" in told
+    assert "latents-00001" not in told
+
+
+def test_a_missing_a_short_and_a_foreign_shard_are_named_at_once(copied):
+    path = copied / "latents-00001.safetensors"
+    held = path.read_bytes()
+    path.write_bytes(held[:-1])
+    with pytest.raises(LatentsError, match=rf"00001.safetensors has {len(held) - 1} bytes, .* {len(held)}"):
+        LatentFolder.open(copied)
+    path.write_bytes(b"\0" * len(held))
+    with pytest.raises(LatentsError, match=r"00001.safetensors is no safetensors file"):
+        LatentFolder.open(copied)
+    tensors = load_file(copied / "latents-00000.safetensors")
+    save_file({**tensors, "labels": tensors["labels"].double()}, path)
+    assert path.stat().st_size == len(held)
+    with pytest.raises(
+        LatentsError, match=r"00001.safetensors is altered: it holds .*float64.* says .*int64"
+    ):
+        LatentFolder.open(copied)
+    path.unlink()
+    with pytest.raises(LatentsError, match=r"00001.safetensors is missing, though latents.json lists it"):
+        LatentFolder.open(copied)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda text: text[:-20], "is damaged"),
+        (lambda text: text.replace('"image_size": 8', '"image_size": 9'), "does not match its own SHA-256"),
+        (
+            lambda text: text.replace("ditkernels-latents", "something"),
+            "is not the index of ditkernels-latents",
+        ),
+        (
+            lambda text: text.replace('"format_version": 1', '"format_version": 2'),
+            "format version 2, allowed is 1",
+        ),
+        (lambda text: "[]", "is not the index"),
+    ],
+)
+def test_a_damaged_index_is_named(copied, change, message):
+    path = copied / INDEX
+    changed = change(path.read_text())
+    assert changed != path.read_text()
+    path.write_text(changed)
+    with pytest.raises(LatentsError, match=message):
+        LatentFolder.open(copied)
+
+
+def test_a_folder_without_an_index_holds_no_latents(images):
+    with pytest.raises(LatentsError, match=r"holds no latents: latents\.json is not there"):
+        LatentFolder.open(images)
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Training on them
+# ------------------------------------------------------------------------------------------------------------------
+
+
+def run_of(path, vae, **changes):
+    return TrainConfig(
+        **{
+            "data_path": str(path),
+            "vae": vae,
+            "image_size": SIZE,
+            "num_classes": 3,
+            "model": "DiT-S/2",
+            "hidden_size": 16,
+            "depth": 1,
+            "num_heads": 2,
+            "global_batch_size": 4,
+            "device": "cpu",
+            "num_workers": 0,
+            **changes,
+        }
+    )
+
+
+def seen_by_the_model(config, steps):
+    """Latents and labels of each step."""
+    data = open_data(config)
+    vae = vae_for(config, data.latents, CPU)
+    trainer = Trainer(config, data, vae, build_model(config, latent_shape(config, data, vae)))
+    positions = torch.arange(config.global_batch_size)
+    for step in range(steps):
+        batch = data.train[step]
+        yield trainer._latents(batch.images, Stream.POSTERIOR, step, positions), batch.labels
+
+
+def test_latents_in_training_are_those_of_the_images_by_the_same_keys(images, vae, encoded):
+    # Eleven images in batches of four: three epochs, every position in the stored batches.
+    of_images = list(seen_by_the_model(run_of(images, vae), 8))
+    of_latents = list(seen_by_the_model(run_of(encoded, "ema"), 8))
+    for (mine, my_labels), (theirs, their_labels) in zip(of_latents, of_images, strict=True):
+        assert mine.shape == (4, 4, 4, 4)
+        assert torch.equal(my_labels, their_labels)
+        # The VAE's own rounding: a row lies elsewhere in another batch.
+        torch.testing.assert_close(mine, theirs)
+    plain = list(seen_by_the_model(run_of(encoded, "ema", flip=False), 8))
+    mirrored = [(a != b).flatten(1).any(1) for (a, _), (b, _) in zip(of_latents, plain, strict=True)]
+    assert 8 < torch.cat(mirrored).sum() < 24
+
+
+def test_without_a_batch_of_another_shape_they_are_equal_bit_for_bit(images, vae, tmp_path):
+    encode(settings(images, vae, tmp_path, batch_size=1), CPU)
+    of_images = seen_by_the_model(run_of(images, vae, global_batch_size=1), 6)
+    of_latents = seen_by_the_model(run_of(tmp_path, "ema", global_batch_size=1), 6)
+    for (mine, _), (theirs, _) in zip(of_latents, of_images, strict=True):
+        assert torch.equal(mine, theirs)
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+def test_latents_in_a_narrow_dtype_differ_by_its_rounding(images, vae, encoded, tmp_path, dtype):
+    encode(settings(images, vae, tmp_path, dtype=dtype), CPU)
+    eps = torch.finfo(latents_module.DTYPES[dtype]).eps
+    wide = open_data(run_of(encoded, "ema"))
+    steps = zip(
+        seen_by_the_model(run_of(tmp_path, "ema"), 4),
+        seen_by_the_model(run_of(encoded, "ema"), 4),
+        strict=True,
+    )
+    for step, ((mine, _), (theirs, _)) in enumerate(steps):
+        mean, std = wide.train[step].images.chunk(2, dim=1)
+        noise = normals(0, Stream.POSTERIOR, step, torch.arange(4), (4, 4, 4))
+        # Mean and standard deviation are each rounded by half a unit in the last place; fp32 adds its own.
+        rounding = eps / 2 + 4 * torch.finfo(torch.float32).eps
+        allowed = wide.latents.scale * (mean.abs() + (std * noise).abs()) * rounding
+        assert ((mine - theirs).abs() <= allowed).all()
+        assert not torch.equal(mine, theirs)
+
+
+def test_a_run_on_latents_needs_neither_vae_nor_pillow(images, vae, encoded, tmp_path, monkeypatch):
+    shown = ["--steps", "3", "--learning-rate", "1e-2", "--log-every", "1", "--results-dir"]
+    sizes = [
+        "--image-size",
+        "8",
+        "--num-classes",
+        "3",
+        "--model",
+        "DiT-S/2",
+        "--hidden-size",
+        "16",
+        "--depth",
+        "1",
+    ]
+    common = [*sizes, "--num-heads", "2", "--global-batch-size", "4", "--device", "cpu", "--num-workers", "0"]
+    held_out = ["--val-every", "3", "--val-images", "4", "--val-path"]
+    flags = ["train", "--data-path", str(images), "--vae", vae, *common, *held_out, str(images), *shown]
+    assert main([*flags, str(tmp_path / "images")]) == 0
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    monkeypatch.setitem(sys.modules, "PIL", None)
+    flags = ["train", "--data-path", str(encoded), *common, *held_out, str(encoded), *shown]
+    assert main([*flags, str(tmp_path / "latents")]) == 0
+    of_images, of_latents = (
+        read_metrics(tmp_path / name / "metrics.jsonl") for name in ("images", "latents")
+    )
+    for name in ("loss", "grad_norm", "validation_loss"):
+        mine, theirs = ([row[name] for row in rows if name in row] for rows in (of_latents, of_images))
+        assert len(mine) == (1 if name == "validation_loss" else 3)
+        torch.testing.assert_close(torch.tensor(mine), torch.tensor(theirs))
+
+
+def test_an_epoch_has_every_image_once_mirrored_or_not(encoded):
+    data = open_data(run_of(encoded, "ema", global_batch_size=11))
+    assert (data.length, data.shape, data.class_to_idx) == (11, (4, 4, 4), {"ant": 0, "bee": 1, "cat": 2})
+    everything = load_everything(encoded)
+    for step in range(3):
+        moments, labels, _ = data.train[step]
+        found = [int((everything == row).flatten(2).all(2).any(1).nonzero()) for row in moments]
+        assert sorted(found) == list(range(11))
+        assert torch.bincount(labels).tolist() == [3, 5, 3]
+    assert run_length(data, encoded) == 2 * 11 // 4
+
+
+def load_everything(folder):
+    return torch.cat([load_file(path)["moments"] for path in sorted(folder.glob("*.safetensors"))])
+
+
+def run_length(data, folder):
+    config = run_of(folder, "ema", epochs=2)
+    return Trainer(config, data, None, build_model(config, data.shape)).total
+
+
+def test_reading_processes_map_the_files_themselves(encoded):
+    batches = open_data(run_of(encoded, "ema")).train
+    alone = [batches[step] for step in range(4)]
+    # What goes to a spawned process is the index, not what is mapped.
+    assert len(pickle.dumps(batches)) < 4000
+    assert not pickle.loads(pickle.dumps(batches)).folder._mapped
+    for mine, theirs in zip(
+        stream_batches(batches, range(4), workers=2, pin_memory=False), alone, strict=True
+    ):
+        assert torch.equal(mine.images, theirs.images)
+        assert torch.equal(mine.labels, theirs.labels)
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "bf16", "fp32"])
+def test_what_is_read_is_what_was_stored_in_its_dtype(images, vae, tmp_path, dtype):
+    encode(settings(images, vae, tmp_path, dtype=dtype), CPU)
+    order = torch.tensor([10, 0, 7, 3, 3])
+    mirrored = torch.tensor([True, False, False, True, False])
+    moments, labels = LatentFolder.open(tmp_path).read(order, mirrored)
+    assert moments.dtype == latents_module.DTYPES[dtype]
+    assert torch.equal(moments, load_everything(tmp_path)[order, mirrored.long()])
+    assert labels.tolist() == [2, 0, 1, 1, 1]
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# What does not fit
+# ------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"image_size": 16}, r"image_size: got 16, data_path .* holds latents of images of 8"),
+        ({"num_classes": 2}, r"num_classes: got 2, but .* has 3 classes"),
+        ({"val_path": "images"}, r"images\d+ holds no latents: latents\.json is not there"),
+        ({"val_path": "other vae"}, r"val_path: .*other vae is of another VAE: encoder_sha256: .* there, "),
+        ({"val_path": "classless"}, r"val_path: .*classless holds latents without classes"),
+        ({"val_path": "fewer classes"}, r"val_path: the classes of .*fewer classes are not those of"),
+    ],
+)
+def test_latents_that_do_not_fit_the_run_are_refused(images, vae, encoded, tmp_path, changes, message):
+    changes = dict(changes)
+    if "val_path" in changes:
+        changes["val_path"] = str(held_out_latents(changes["val_path"], images, vae, tmp_path))
+    with pytest.raises(ValueError, match=message):
+        open_data(run_of(encoded, "ema", **changes))
+
+
+def held_out_latents(kind, images, vae, tmp_path):
+    if kind == "images":
+        return images
+    if kind == "other vae":
+        vae = make_vae(tmp_path / "vae", seed=1)
+    if kind == "fewer classes":
+        images = shutil.copytree(images, tmp_path / "images")
+        shutil.rmtree(images / "bee")
+    encode(settings(images, vae, tmp_path / kind, unconditional=kind == "classless"), CPU)
+    return tmp_path / kind
+
+
+def test_latents_without_classes_train_unconditionally(images, vae, encoded, tmp_path):
+    encode(settings(images, vae, tmp_path, unconditional=True), CPU)
+    with pytest.raises(ValueError, match=r"holds latents without classes; allowed with --unconditional"):
+        open_data(run_of(tmp_path, "ema"))
+    for folder in (tmp_path, encoded):
+        data = open_data(run_of(folder, "ema", unconditional=True))
+        assert data.class_to_idx == {}
+        assert not data.train[0].labels.any()
+
+
+def test_the_vae_given_beside_latents_must_be_theirs(vae, encoded, tmp_path):
+    space = LatentFolder.open(encoded).space
+    assert vae_for(run_of(encoded, vae), space, CPU).space == space
+    assert vae_for(run_of(encoded, "none"), space, CPU) is None
+    # The default was not given, and nothing needs it: it need not even be there.
+    assert vae_for(run_of(encoded, "ema"), space, CPU) is None
+    other = make_vae(tmp_path / "weights", seed=1)
+    with pytest.raises(
+        ValueError, match=r"vae: .*weights is not the one that made the latents: encoder_sha256"
+    ):
+        vae_for(run_of(encoded, other), space, CPU)
+    scaled = make_vae(tmp_path / "scale", scale=1.0)
+    with pytest.raises(
+        ValueError, match=r"scale is not the one that made the latents: scale: 0\.5 there, 1\.0 here$"
+    ):
+        vae_for(run_of(encoded, scaled), space, CPU)
+
+
+@pytest.mark.parametrize("every", ["sample_every", "eval_every"])
+def test_latents_that_shall_be_shown_need_their_vae(encoded, every):
+    space = LatentFolder.open(encoded).space
+    with pytest.raises(ValueError, match=f"vae: got 'none', but {every} decodes latents"):
+        vae_for(run_of(encoded, "none", **{every: 2}), space, CPU)
+    with pytest.raises(ValueError, match=r"sd-vae-ft-ema is not in the local"):
+        vae_for(run_of(encoded, "ema", **{every: 2}), space, CPU)
