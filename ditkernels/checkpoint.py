@@ -6,6 +6,10 @@ new manifest takes the old one's name the directory still holds the old checkpoi
 
 A run keeps its checkpoints side by side, `checkpoints/step-00001000` and so on. They are written from a
 snapshot by a thread of their own while training goes on (`CheckpointWriter`).
+
+Where ranks hold pieces of the tensors, each writes its own into files of its own, and the first one names them all in
+the manifest once they are on the disk (`ShardWriter`, format version 2). Readers put the pieces together, so they
+need not know how many ranks wrote; `ditkernels consolidate` does it for good.
 """
 
 from __future__ import annotations
@@ -17,9 +21,10 @@ import os
 import pickle
 import secrets
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,6 +37,7 @@ from ditkernels._version import __version__
 
 FORMAT = "ditkernels-checkpoint"
 FORMAT_VERSION = 1
+SHARDED_VERSION = 2
 MANIFEST = "manifest.json"
 PARTS = ("model", "ema", "optimizer")
 
@@ -109,15 +115,21 @@ def _write(
     directory: Path, checkpoint: Checkpoint, config: Mapping[str, Any], state: Mapping[str, Any]
 ) -> None:
     files = {part: _write_tensors(directory, part, tensors) for part, tensors in checkpoint.parts.items()}
-    body = {
-        "format": FORMAT,
-        "format_version": FORMAT_VERSION,
-        "ditkernels": __version__,
-        "step": checkpoint.step,
-        "config": config,
-        "state": state,
-        "files": files,
-    }
+    _write_manifest(
+        directory,
+        {
+            "format_version": FORMAT_VERSION,
+            "step": checkpoint.step,
+            "config": config,
+            "state": state,
+            "files": files,
+        },
+    )
+
+
+def _write_manifest(directory: Path, content: Mapping[str, Any]) -> None:
+    """Makes the files it names the checkpoint of the directory, and removes the others."""
+    body = {"format": FORMAT, "ditkernels": __version__, **content}
     # The new files must be on the disk before a manifest that names them is.
     _sync_directory(directory)
     manifest = {**body, "sha256": _digest_of_body(body)}
@@ -125,7 +137,7 @@ def _write(
         directory / MANIFEST, lambda path: path.write_text(json.dumps(manifest, indent=2) + "\n")
     )
     _sync_directory(directory)
-    _remove_leftovers(directory, keep={entry["name"] for entry in files.values()})
+    _remove_leftovers(directory, keep={entry["name"] for entry in _files_of(body)})
 
 
 def load_checkpoint(directory: str | os.PathLike[str]) -> Checkpoint:
@@ -134,9 +146,30 @@ def load_checkpoint(directory: str | os.PathLike[str]) -> Checkpoint:
     Raises:
         CheckpointError: there is none, or a file of it is missing, cut short or altered; it is named.
     """
+    verify_checkpoint(directory)
+    return open_checkpoint(directory)
+
+
+def verify_checkpoint(directory: str | os.PathLike[str]) -> None:
+    """Raises CheckpointError as :func:`load_checkpoint`, without keeping the tensors."""
+    directory = Path(directory)
+    for entry in _files_of(_read_manifest(directory / MANIFEST)):
+        path = _path_of(directory, entry)
+        if _sha256(path) != entry["sha256"]:
+            raise CheckpointError(f"{path} is damaged: its SHA-256 is not the one in {MANIFEST}")
+
+
+def open_checkpoint(directory: str | os.PathLike[str]) -> Checkpoint:
+    """As :func:`load_checkpoint`, of a checkpoint that has been verified: the files are not read through for it.
+
+    Tensors in pieces are put together when they are asked for, each time anew.
+    """
     directory = Path(directory)
     manifest = _read_manifest(directory / MANIFEST)
-    parts = {part: _read_tensors(directory, part, entry) for part, entry in manifest["files"].items()}
+    parts: dict[str, Mapping[str, Tensor]] = {
+        part: _Assembled(directory, entry) if "shards" in entry else _read_tensors(directory, entry)
+        for part, entry in manifest["files"].items()
+    }
     if "model" not in parts:
         raise CheckpointError(f"{directory / MANIFEST} lists no model weights, only {sorted(parts)}")
     return Checkpoint(
@@ -206,9 +239,9 @@ def _first_line(error: BaseException) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
-def _write_tensors(directory: Path, part: str, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+def _write_tensors(directory: Path, label: str, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    temporary = _temporary(directory / f"{part}.safetensors")
+    temporary = _temporary(directory / f"{label}.safetensors")
     temporary.touch()
     mode = temporary.stat().st_mode
     try:
@@ -219,26 +252,67 @@ def _write_tensors(directory: Path, part: str, tensors: Mapping[str, Tensor]) ->
     temporary.chmod(mode)
     _sync_file(temporary)
     digest = _sha256(temporary)
-    name = f"{part}-{digest[:16]}.safetensors"
+    name = f"{label}-{digest[:16]}.safetensors"
     os.replace(temporary, directory / name)
     return {"name": name, "bytes": (directory / name).stat().st_size, "sha256": digest}
 
 
-def _read_tensors(directory: Path, part: str, entry: Mapping[str, Any]) -> dict[str, Tensor]:
+def _files_of(manifest: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """Name, size and SHA-256 of every file."""
+    for entry in manifest["files"].values():
+        yield from entry.get("shards", [entry])
+
+
+def _path_of(directory: Path, entry: Mapping[str, Any]) -> Path:
+    """A file of the manifest, which is there and has the right size."""
     name = entry["name"]
     path = directory / name
     if Path(name).name != name:
-        raise CheckpointError(f"{directory / MANIFEST}: file name {name!r} of {part!r} leaves the directory")
+        raise CheckpointError(f"{directory / MANIFEST}: file name {name!r} leaves the directory")
     if not path.is_file():
-        raise CheckpointError(f"{path} is missing, though {MANIFEST} lists it as {part!r}")
+        raise CheckpointError(f"{path} is missing, though {MANIFEST} lists it")
     if path.stat().st_size != entry["bytes"]:
         raise CheckpointError(f"{path} has {path.stat().st_size} bytes, {MANIFEST} says {entry['bytes']}")
-    if _sha256(path) != entry["sha256"]:
-        raise CheckpointError(f"{path} is damaged: its SHA-256 is not the one in {MANIFEST}")
+    return path
+
+
+def _read_tensors(directory: Path, entry: Mapping[str, Any]) -> dict[str, Tensor]:
+    path = _path_of(directory, entry)
     try:
         return load_file(path)
     except safetensors.SafetensorError as error:
         raise CheckpointError(f"{path} is no safetensors file: {error}") from error
+
+
+class _Assembled(Mapping[str, Tensor]):
+    """The tensors of a part whose pieces lie in several files."""
+
+    def __init__(self, directory: Path, entry: Mapping[str, Any]) -> None:
+        self._shapes: dict[str, list[int]] = entry["tensors"]
+        found: dict[str, list[tuple[int, Tensor]]] = {name: [] for name in self._shapes}
+        for shard in entry["shards"]:
+            tensors = _read_tensors(directory, shard)
+            for name, start in shard["rows"].items():
+                found[name].append((start, tensors[name]))
+        self._pieces = {
+            name: [piece for _, piece in sorted(pieces, key=lambda pair: pair[0])]
+            for name, pieces in found.items()
+        }
+        for name, shape in self._shapes.items():
+            pieces = self._pieces[name]
+            rows = [sum(map(len, pieces))] if shape else []
+            if not pieces or [*rows, *pieces[0].shape[1:]] != shape:
+                raise CheckpointError(f"{directory / MANIFEST} does not list all of tensor {name!r}, {shape}")
+
+    def __getitem__(self, name: str) -> Tensor:
+        pieces = self._pieces[name]
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._shapes)
+
+    def __len__(self) -> int:
+        return len(self._shapes)
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
@@ -250,9 +324,10 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} is damaged: {error}") from error
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise CheckpointError(f"{path} is not the manifest of a {FORMAT}")
-    if manifest.get("format_version") != FORMAT_VERSION:
+    if manifest.get("format_version") not in (FORMAT_VERSION, SHARDED_VERSION):
         raise CheckpointError(
-            f"{path}: format version {manifest.get('format_version')}, allowed is {FORMAT_VERSION}"
+            f"{path}: format version {manifest.get('format_version')}, "
+            f"allowed are {FORMAT_VERSION} and {SHARDED_VERSION}"
         )
     if manifest.pop("sha256", None) != _digest_of_body(manifest):
         raise CheckpointError(f"{path} is damaged: it does not match its own SHA-256")
@@ -288,7 +363,7 @@ def _files_in_use(directory: Path) -> set[str]:
         manifest = _read_manifest(directory / MANIFEST)
     except CheckpointError:
         return set()
-    return {entry["name"] for entry in manifest["files"].values()}
+    return {entry["name"] for entry in _files_of(manifest)}
 
 
 def _make_directory(path: Path) -> None:
@@ -394,7 +469,7 @@ class CheckpointWriter:
     def save(self, checkpoint: Checkpoint) -> None:
         """Takes a snapshot and returns; the writing goes on. Waits for the one before; errors as of :meth:`wait`."""
         self.wait()
-        self._writing = self._thread.submit(self._write, checkpoint.snapshot())
+        self._writing = self._thread.submit(self._write_snapshot(checkpoint))
 
     def wait(self) -> None:
         """Returns once the last one is on the disk.
@@ -415,9 +490,171 @@ class CheckpointWriter:
         """Lets a write in progress end, and the thread with it; raises nothing."""
         self._thread.shutdown(wait=True)
 
+    def _write_snapshot(self, checkpoint: Checkpoint) -> Callable[[], None]:
+        """Takes the snapshot; returns what writes it."""
+        return partial(self._write, checkpoint.snapshot())
+
     def _write(self, checkpoint: Checkpoint) -> None:
         assert checkpoint.step is not None
         save_checkpoint(checkpoint_directory(self.run, checkpoint.step), checkpoint)
-        remove_old_checkpoints(
-            self.run, checkpoint.step, keep_last=self.keep_last, keep_every=self.keep_every
-        )
+        self._remove_old(checkpoint.step)
+
+    def _remove_old(self, step: int) -> None:
+        remove_old_checkpoints(self.run, step, keep_last=self.keep_last, keep_every=self.keep_every)
+
+
+class IdleWriter(CheckpointWriter):
+    """The writer of a rank that has nothing to write."""
+
+    def __init__(self, run: Path) -> None:
+        super().__init__(run, keep_last=1, keep_every=0)
+
+    def save(self, checkpoint: Checkpoint) -> None:
+        """Nothing."""
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Checkpoints that several ranks write together
+# ------------------------------------------------------------------------------------------------------------
+
+
+class Piece(NamedTuple):
+    """What a rank holds of a tensor: its rows from ``start`` on; a scalar is whole.
+
+    Attributes:
+        tensor: those rows.
+        shape: of the whole tensor.
+        start: the first of them.
+    """
+
+    tensor: Tensor
+    shape: tuple[int, ...]
+    start: int
+
+
+Pieces = Mapping[str, Mapping[str, Piece]]
+
+
+@dataclass(frozen=True)
+class Peers:
+    """The ranks that write a checkpoint together, as one of them sees them.
+
+    Attributes:
+        index: of this one; 0 writes the manifest.
+        count: how many there are.
+        exchange: gives its argument to all, and returns those of all in order.
+    """
+
+    index: int
+    count: int
+    exchange: Callable[[Any], list[Any]]
+
+    def all_do(self, action: Callable[[], Any]) -> list[Any]:
+        """What ``action`` returns on each. Raises OSError on every one if it did on any."""
+        result, failure = None, None
+        try:
+            result = action()
+        except OSError as error:
+            failure = str(error)
+        everyone = self.exchange((result, failure))
+        failed = [f"rank {index}: {text}" for index, (_, text) in enumerate(everyone) if text is not None]
+        if failed:
+            raise OSError(f"the checkpoint could not be written: {'; '.join(failed)}")
+        return [result for result, _ in everyone]
+
+
+def save_pieces(directory: Path, checkpoint: Checkpoint, pieces: Pieces, peers: Peers) -> None:
+    """As :func:`save_checkpoint`, by all of ``peers`` at once.
+
+    Args:
+        directory: the same on all of them, on a disk they share.
+        checkpoint: its step, config and state are written, those of the first rank.
+        pieces: what this rank holds of its tensors, by part and name.
+        peers: of this rank.
+
+    Raises:
+        OSError: on every rank, where any of them could not write; the old checkpoint is untouched.
+    """
+    _make_directory(directory)
+    try:
+        shards = peers.all_do(lambda: _write_pieces(directory, pieces, peers))
+        finish = partial(_write_sharded_manifest, directory, checkpoint, shards)
+        peers.all_do(finish if peers.index == 0 else _nothing)
+    except OSError:
+        if peers.index == 0:
+            _remove_leftovers(directory, keep=_files_in_use(directory))
+        raise
+
+
+def _nothing() -> None:
+    pass
+
+
+def _write_pieces(directory: Path, pieces: Pieces, peers: Peers) -> dict[str, Any]:
+    """Writes a file a part; returns for each the file's entry in the manifest and the shapes of the whole tensors."""
+    written = {}
+    for part, tensors in pieces.items():
+        label = f"{part}-{peers.index:05d}-of-{peers.count:05d}"
+        entry = _write_tensors(directory, label, {name: piece.tensor for name, piece in tensors.items()})
+        entry["rows"] = {name: piece.start for name, piece in tensors.items()}
+        written[part] = {"shard": entry, "shapes": {name: piece.shape for name, piece in tensors.items()}}
+    _sync_directory(directory)
+    return written
+
+
+def _write_sharded_manifest(directory: Path, checkpoint: Checkpoint, shards: list[dict[str, Any]]) -> None:
+    files = {
+        part: {"tensors": shards[0][part]["shapes"], "shards": [shard[part]["shard"] for shard in shards]}
+        for part in shards[0]
+    }
+    for part in files.values():
+        for index, entry in enumerate(part["shards"]):
+            if not (directory / entry["name"]).is_file():
+                raise OSError(
+                    f"{directory / entry['name']}, written by rank {index}, is not seen by rank 0: "
+                    "results_dir must be a folder that all ranks share"
+                )
+    content = {"step": checkpoint.step, "config": checkpoint.config, "state": checkpoint.state}
+    # Through JSON first, for the digest is of what will be read.
+    content = json.loads(json.dumps({"format_version": SHARDED_VERSION, **content, "files": files}))
+    _write_manifest(directory, content)
+
+
+class ShardWriter(CheckpointWriter):
+    """The writer of one of several ranks that hold pieces of the tensors; errors reach all of them.
+
+    Args:
+        run, keep_last, keep_every: as of :class:`CheckpointWriter`.
+        peers: the ranks that write; their exchange is called in the writer's thread.
+        piece: what of a tensor is this rank's to write; None: nothing.
+    """
+
+    def __init__(
+        self,
+        run: Path,
+        *,
+        keep_last: int,
+        keep_every: int,
+        peers: Peers,
+        piece: Callable[[Tensor], Piece | None],
+    ) -> None:
+        super().__init__(run, keep_last=keep_last, keep_every=keep_every)
+        self._peers = peers
+        self._piece = piece
+
+    def _write_snapshot(self, checkpoint: Checkpoint) -> Callable[[], None]:
+        pieces: dict[str, dict[str, Piece]] = {}
+        for part, tensors in checkpoint.parts.items():
+            mine = {name: self._piece(tensor) for name, tensor in tensors.items()}
+            pieces[part] = {
+                name: piece._replace(tensor=piece.tensor.detach().to("cpu", copy=True))
+                for name, piece in mine.items()
+                if piece is not None
+            }
+        return partial(self._write_pieces, replace(checkpoint, model={}, ema=None, optimizer=None), pieces)
+
+    def _write_pieces(self, checkpoint: Checkpoint, pieces: Pieces) -> None:
+        assert checkpoint.step is not None
+        save_pieces(checkpoint_directory(self.run, checkpoint.step), checkpoint, pieces, self._peers)
+        if self._peers.index == 0:
+            self._remove_old(checkpoint.step)

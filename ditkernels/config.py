@@ -37,8 +37,12 @@ class TrainConfig:
             named.
     """
 
-    data_path: str = option("", "folder of images, one subfolder a class; or 'digits'", free=True)
-    val_path: str | None = option(None, "folder of images to measure the validation loss on", free=True)
+    data_path: str = option(
+        "", "folder of images, one subfolder a class; or of latents; or 'digits'", free=True
+    )
+    val_path: str | None = option(
+        None, "folder of images or of latents to measure the validation loss on", free=True
+    )
     unconditional: bool = option(False, "one class for all images, no label dropout")
     image_size: int = option(256, "edge of the square images, in pixels", least=1)
     num_classes: int = option(1000, "classes of the model, at least those of the data", least=1)
@@ -76,6 +80,15 @@ class TrainConfig:
     global_seed: int = option(0, "fixes the initial weights, the order of the data and all noise", least=0)
 
     device: str = option("auto", "cpu, cuda, cuda:1 ...; auto is cuda if there is one", free=True)
+    parallel: Literal["ddp", "fsdp"] = option(
+        "ddp", "how torchrun's processes share a model: each has all of it, or a piece of it", free=True
+    )
+    shard_size: int | None = option(
+        None, "processes that share one copy with fsdp; default: all; fewer keep replicas", least=1, free=True
+    )
+    collective_timeout: int = option(
+        600, "seconds that processes wait for each other before the run ends", least=1, free=True
+    )
     precision: Literal["auto", "bf16", "fp16", "tf32", "fp32"] = option(
         "auto", "of the products; auto is bf16 on GPUs that have it, else fp32"
     )
@@ -145,6 +158,10 @@ class TrainConfig:
             raise ValueError(
                 f"accumulation: got {self.accumulation}, which does not divide global_batch_size "
                 f"{self.global_batch_size}"
+            )
+        if self.shard_size is not None and self.parallel != "fsdp":
+            raise ValueError(
+                f"shard_size: got {self.shard_size}, allowed with parallel fsdp only, got {self.parallel}"
             )
         if self.resume != "none" and self.init_from is not None and self.resume != "auto":
             raise ValueError(

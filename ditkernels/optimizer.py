@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Generic, NamedTuple, TypeVar
 
 import torch
@@ -82,17 +82,28 @@ class Update(NamedTuple):
     skipped: Tensor
 
 
-def update(optimizer: torch.optim.AdamW, loss: Tensor, scale: LossScale | None, clip: float | None) -> Update:
+def gradients(optimizer: torch.optim.AdamW) -> list[Tensor]:
+    """Those that are there, of all weights of the optimizer."""
+    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+    return [weight.grad for weight in weights if weight.grad is not None]
+
+
+def gradient_norm(gradients: Sequence[Tensor]) -> Tensor:
+    """The norm of all of them together, 0-dim fp32."""
+    return torch.nn.utils.get_total_norm(gradients, foreach=True)
+
+
+def update(
+    optimizer: torch.optim.AdamW, loss: Tensor, norm: Tensor, scale: LossScale | None, clip: float | None
+) -> Update:
     """One step of the optimizer on the gradients that are there, skipped on the device if they or the loss are not finite.
 
     Args:
         loss: the step's, unscaled; 0-dim.
+        norm: of the whole gradient as it is, multiplied by ``scale``.
         scale: what the gradients' loss was multiplied by.
         clip: a larger norm is scaled down to this one.
     """
-    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
-    gradients = [weight.grad for weight in weights if weight.grad is not None]
-    norm = torch.nn.utils.get_total_norm(gradients, foreach=True)
     divisor = None
     if scale is not None:
         divisor = scale.value.clone()
@@ -118,25 +129,38 @@ def optimizer_tensors(optimizer: torch.optim.AdamW, model: nn.Module) -> dict[st
 
 
 def load_optimizer_tensors(
-    optimizer: torch.optim.AdamW, model: nn.Module, tensors: Mapping[str, Tensor]
+    optimizer: torch.optim.AdamW,
+    model: nn.Module,
+    tensors: Mapping[str, Tensor],
+    placed: Callable[[Tensor, Tensor], Tensor],
 ) -> None:
-    """Takes over :func:`optimizer_tensors`, wherever they lie."""
+    """Takes over :func:`optimizer_tensors`; ``placed(tensor, weight)`` copies one to where its weight is."""
     weights = dict(model.named_parameters())
-    for key, tensor in tensors.items():
+    for key in tensors:
         name, _, kind = key.rpartition(".")
         weight = weights[name]
-        optimizer.state[weight][kind] = tensor.to(weight.device, copy=True)
+        optimizer.state[weight][kind] = placed(tensors[key], weight)
+
+
+def copy_for_average(model: Model) -> Model:
+    """A copy in eval mode that is not trained."""
+    return copy.deepcopy(model).eval().requires_grad_(False)
 
 
 class EMA(Generic[Model]):
     """The exponential moving average of a model's weights, as a model in eval mode.
 
     Frozen parameters and buffers are copied once, at the start, and never touched again.
+
+    Args:
+        model: that is trained.
+        decay: see :meth:`update`.
+        average: a :func:`copy_for_average` of the model, if it has been made before; by default one is made here.
     """
 
-    def __init__(self, model: Model, decay: float) -> None:
+    def __init__(self, model: Model, decay: float, average: Model | None = None) -> None:
         self.decay = decay
-        self.model = copy.deepcopy(model).eval().requires_grad_(False)
+        self.model = copy_for_average(model) if average is None else average
         pairs = zip(self.model.parameters(), model.parameters(), strict=True)
         trainable = [(average, weight) for average, weight in pairs if weight.requires_grad]
         self._averages: list[Tensor] = [average for average, _ in trainable]

@@ -42,6 +42,7 @@ class StepMetrics(NamedTuple):
         loss: mean over the batch.
         norm: of the gradient, before clipping.
         skipped: nothing was changed, since loss or gradient was not finite.
+        told: what the ranks of the run told each other, as of ``Ranks.reduce``.
     """
 
     step: int
@@ -49,6 +50,7 @@ class StepMetrics(NamedTuple):
     loss: float
     norm: float
     skipped: bool
+    told: tuple[float, ...] = ()
 
 
 class OneStepLate:
@@ -61,7 +63,7 @@ class OneStepLate:
         self._waiting: tuple[int, float, Tensor, Any] | None = None
 
     def push(self, step: int, learning_rate: float, scalars: list[Tensor]) -> StepMetrics | None:
-        """Starts to copy loss, norm and skipped; returns what was pushed before."""
+        """Starts to copy loss, norm, skipped and what was told; returns what was pushed before."""
         packed = torch.stack(scalars)
         arrived = None
         if packed.device.type == "cuda":
@@ -81,8 +83,8 @@ class OneStepLate:
         self._waiting = None
         if arrived is not None:
             arrived.synchronize()
-        loss, norm, skipped = packed.tolist()
-        return StepMetrics(step, rate, loss, norm, bool(skipped))
+        loss, norm, skipped, *told = packed.tolist()
+        return StepMetrics(step, rate, loss, norm, bool(skipped), tuple(told))
 
 
 class Sink(Protocol):
@@ -171,6 +173,7 @@ class RunLog:
         flops_per_image: of forward and backward, a multiply-add counted as two.
         device: that trains.
         pending: :meth:`pending` of the checkpoint resumed from, so that means over an interval stay whole.
+        devices: how many train, each with the same peak.
     """
 
     def __init__(
@@ -182,17 +185,19 @@ class RunLog:
         flops_per_image: float,
         device: torch.device,
         pending: Mapping[str, float] | None,
+        devices: int = 1,
     ) -> None:
         self.config = config
         self.total = total
         self.flops_per_image = flops_per_image
         self.device = device
-        self.peak_flops = _peak_flops(config, device)
+        peak = _peak_flops(config, device)
+        self.peak_flops = None if peak is None else peak * devices
         self._sums = dict(pending or _no_sums())
-        self._sinks = _sinks(config)
+        self._sinks = self._open_sinks()
         self._clock = (start, time.perf_counter())
         self._bar = tqdm(
-            total=total, initial=start, unit="step", disable=not sys.stderr.isatty(), dynamic_ncols=True
+            total=total, initial=start, unit="step", disable=self._hides_bar(), dynamic_ncols=True
         )
 
     def step(self, metrics: StepMetrics, skipped: int) -> None:
@@ -225,6 +230,12 @@ class RunLog:
         for sink in self._sinks:
             sink.close()
 
+    def _open_sinks(self) -> list[Sink]:
+        return _sinks(self.config)
+
+    def _hides_bar(self) -> bool:
+        return not sys.stderr.isatty()
+
     def _report(self, metrics: StepMetrics, skipped: int) -> None:
         taken = self._sums["steps"] or float("nan")
         images = self._images_per_second(metrics.step)
@@ -249,6 +260,19 @@ class RunLog:
         now = time.perf_counter()
         self._clock = (step, now)
         return max(1, step - since) * self.config.global_batch_size / max(now - start, 1e-9)
+
+
+class QuietLog(RunLog):
+    """The log of a rank that is not the first: it keeps the same sums, writes nothing, and says only what it is told to."""
+
+    def _open_sinks(self) -> list[Sink]:
+        return []
+
+    def _hides_bar(self) -> bool:
+        return True
+
+    def _report(self, metrics: StepMetrics, skipped: int) -> None:
+        self._sums = _no_sums()
 
 
 def line(row: Mapping[str, Any], total: int, seconds_left: float) -> str:

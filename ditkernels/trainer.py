@@ -27,7 +27,6 @@ from ditkernels import flops
 from ditkernels.checkpoint import (
     Checkpoint,
     CheckpointError,
-    CheckpointWriter,
     checkpoint_directory,
     checkpoints_of,
     load_checkpoint,
@@ -35,6 +34,7 @@ from ditkernels.checkpoint import (
     newest_checkpoint,
     open_checkpoint,
     set_aside,
+    verify_checkpoint,
 )
 from ditkernels.config import TrainConfig, add_flags, differences, from_flags
 from ditkernels.data import (
@@ -63,7 +63,7 @@ from ditkernels.optimizer import (
 from ditkernels.random import Stream, below, normals, uniforms
 from ditkernels.reference import DiT
 from ditkernels.runlog import METRICS, OneStepLate, QuietLog, RunLog, StepMetrics, cut_back
-from ditkernels.vae import VAE, vae_for
+from ditkernels.vae import VAE, LatentSpace, vae_for
 
 if TYPE_CHECKING:
     from ditkernels.evaluate.monitor import Monitor
@@ -149,7 +149,7 @@ def train(config: TrainConfig, *, model: DiT | None = None, data: TrainingData |
 
             trainer.look(log)
             # Read once: a signal that comes later than this is the next step's.
-            stopped = ranks.asked_to_stop(stop.number, before)
+            stopped = ranks.asked_to_stop(stop.number, () if before is None else before.told)
             last = stopped is not None or step + 1 == trainer.total
             if last or (step + 1) % config.ckpt_every == 0:
                 trainer.take_in(late.pop(), log)
@@ -160,7 +160,7 @@ def train(config: TrainConfig, *, model: DiT | None = None, data: TrainingData |
         writer.wait()
         # A rank that left earlier would have the others killed, perhaps while they write.
         ranks.barrier()
-        if stopped is not None:
+        if stopped is not None and ranks.first:
             whole = checkpoint_directory(run, trainer.step)
             log.say(f"stopped by {signal.Signals(stopped).name}; {whole} is whole")
     interrupted = stopped if trainer.step < trainer.total else None
@@ -194,6 +194,7 @@ class Trainer:
         self.config = config
         self.data = data
         self.vae = vae
+        self.latent_space = vae.space if data.latents is None and vae is not None else data.latents
         self.model = model
         self.device = next(model.parameters()).device
         self.precision = resolve_precision(config.precision, self.device)
@@ -220,6 +221,8 @@ class Trainer:
         self.skipped = 0
         self.skipped_in_a_row = 0
         self.unreadable: set[str] = set()
+        # Those that all ranks know of since they resumed.
+        self._unreadable_before = 0
         self.monitor = self._monitor() if config.eval_every else None
         self._pending: Mapping[str, float] | None = None
 
@@ -249,11 +252,11 @@ class Trainer:
                 part = self._loss(some_images, some_labels, step, positions) / parts
                 (part if self.loss_scale is None else part * self.loss_scale.value).backward()
             loss += part.detach()
-        told = telling(stopping, len(self.unreadable))
-        loss, norm, told = self.ranks.reduce(loss, gradients(self.optimizer), told)
-        norm, skipped = update(self.optimizer, loss, norm, self.loss_scale, self.config.grad_clip)
+        told = telling(stopping, len(self.unreadable) - self._unreadable_before)
+        whole = self.ranks.reduce(loss, gradients(self.optimizer), told)
+        norm, skipped = update(self.optimizer, whole.loss, whole.norm, self.loss_scale, self.config.grad_clip)
         self.ema.update()
-        return [loss, norm, skipped, *told]
+        return [whole.loss, norm, skipped, *whole.told]
 
     def _loss(self, images: Tensor, labels: Tensor, step: int, positions: Tensor) -> Tensor:
         """Mean loss of the samples at ``positions`` (b,) of the global batch of ``step``."""
@@ -293,13 +296,15 @@ class Trainer:
 
     def new_log(self) -> RunLog:
         """The log that goes on where the run stands."""
-        return RunLog(
+        kind = RunLog if self.ranks.first else QuietLog
+        return kind(
             self.config,
             total=self.total,
             start=self.step,
             flops_per_image=self.flops_per_image,
             device=self.device,
             pending=self._pending,
+            devices=self.ranks.size,
         )
 
     def take_in(self, metrics: StepMetrics | None, log: RunLog) -> None:
@@ -307,9 +312,12 @@ class Trainer:
 
         Raises:
             NonFiniteGradientError: it is one skipped step too many.
+            UnreadableImagesError: as of :meth:`note_unreadable`, of all ranks together.
         """
         if metrics is None:
             return
+        if metrics.told:
+            self._limit_unreadable(self._unreadable_before + int(metrics.told[-1]))
         self.skipped += metrics.skipped
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if metrics.skipped else 0
         log.step(metrics, self.skipped)
@@ -329,10 +337,14 @@ class Trainer:
             if path not in self.unreadable:
                 self.unreadable.add(path)
                 log.say(f"skipped {path}: not a readable image ({len(self.unreadable)} so far)")
-        if len(self.unreadable) > self.config.max_unreadable:
+        if self.ranks.size == 1:
+            self._limit_unreadable(len(self.unreadable))
+
+    def _limit_unreadable(self, count: int) -> None:
+        if count > self.config.max_unreadable:
+            last = f"; one is {min(self.unreadable)}" if self.unreadable else ""
             raise UnreadableImagesError(
-                f"{len(self.unreadable)} images are unreadable, allowed are {self.config.max_unreadable} "
-                f"(max_unreadable); the last one is {batch.unreadable[-1]}"
+                f"{count} images are unreadable, allowed are {self.config.max_unreadable} (max_unreadable){last}"
             )
 
     def look(self, log: RunLog) -> None:
@@ -354,26 +366,37 @@ class Trainer:
         """
         if self.data.validation is None:
             raise ValueError("val_every: there are no held-out images, allowed is 0; val_path names some")
-        seed, count = 0, 0
-        losses: list[Tensor] = []
-        while count < self.config.val_images:
-            batch = self.data.validation[len(losses)]
-            positions = torch.arange(count, count + len(batch.labels), device=self.device)
-            count += len(positions)
-            latents = self._latents(self._to_device(batch.images), Stream.VALIDATION_POSTERIOR, 0, positions)
-            t = below(self.diffusion.num_timesteps, seed, Stream.VALIDATION_TIMESTEP, 0, positions)
-            noise = normals(seed, Stream.VALIDATION_NOISE, 0, positions, tuple(latents.shape[1:]))
-            with self._autocast():
-                found = self.diffusion.training_losses(
-                    self.ema.model, latents, t, {"y": self._to_device(batch.labels)}, noise
-                )
-            losses.append(found["loss"].double())
-        return torch.cat(losses)[: self.config.val_images].mean().item()
+        model = self.ranks.whole(self.ema.model)
+        # The ranks take batches in turn; a batch has the same numbers on whichever it is computed.
+        own: dict[int, Tensor] = {}
+        index, length = self.ranks.rank, 0
+        while index * length < self.config.val_images:
+            batch = self.data.validation[index]
+            length = len(batch.labels)
+            own[index] = self._validation_losses(model, batch, index * length).cpu()
+            index += self.ranks.size
+        everyone = {index: losses for some in self.ranks.gather(own) for index, losses in some.items()}
+        losses = torch.cat([everyone[index] for index in sorted(everyone)])
+        return losses[: self.config.val_images].mean().item()
+
+    def _validation_losses(self, model: DiT, batch: Batch, start: int) -> Tensor:
+        """Of each sample, (b,) fp64; ``start``: the position of the first among all that are held out."""
+        seed = 0
+        positions = torch.arange(start, start + len(batch.labels), device=self.device)
+        latents = self._latents(self._to_device(batch.images), Stream.VALIDATION_POSTERIOR, 0, positions)
+        t = below(self.diffusion.num_timesteps, seed, Stream.VALIDATION_TIMESTEP, 0, positions)
+        noise = normals(seed, Stream.VALIDATION_NOISE, 0, positions, tuple(latents.shape[1:]))
+        labels = {"y": self._to_device(batch.labels)}
+        with self._autocast():
+            return self.diffusion.training_losses(model, latents, t, labels, noise)["loss"].double()
 
     def draw_samples(self, path: Path) -> None:
         """Writes a grid of 16 images drawn from the moving average, of classes spread over all, always from the same noise."""
         from ditkernels.sampler import SampleConfig, sample
 
+        model = self.ranks.whole(self.ema.model)
+        if not self.ranks.first:
+            return
         guided = self.config.label_dropout > 0
         settings = SampleConfig(
             guidance_scale=self.config.sample_guidance if guided else 1.0,
@@ -383,7 +406,7 @@ class Trainer:
         labels = torch.arange(16) * max(1, self.model.num_classes // 16) % self.model.num_classes
         diffusion = create_diffusion(str(self.config.sample_steps), learn_sigma=self.model.learn_sigma)
         with self._autocast():
-            drawn = sample(self.ema.model, diffusion, labels, settings)
+            drawn = sample(model, diffusion, labels, settings)
         save_grid(drawn if self.vae is None else self.vae.decode(drawn), path)
 
     def _monitor(self) -> Monitor:
@@ -400,7 +423,7 @@ class Trainer:
 
     def evaluate(self, monitor: Monitor) -> dict[str, float]:
         """The metrics of the moving average that could be computed, by name, and the number of images they are of."""
-        found = monitor(self.ema.model)
+        found = monitor(self.ranks.whole(self.ema.model))
         metrics = {name: getattr(found, name) for name in EVALUATED}
         return {name: value for name, value in metrics.items() if value is not None} | {
             "evaluated_images": found.count
@@ -412,6 +435,7 @@ class Trainer:
 
     def checkpoint(self, log: RunLog) -> Checkpoint:
         """Everything that training goes on from; the tensors are those in use, not copies."""
+        unreadable = set().union(*self.ranks.gather(self.unreadable))
         return Checkpoint(
             model=self.model.state_dict(),
             ema=self.ema.model.state_dict(),
@@ -422,9 +446,10 @@ class Trainer:
                 "images_seen": self.step * self.config.global_batch_size,
                 "data_length": self.data.length,
                 "class_to_idx": self.data.class_to_idx,
+                "latent_space": None if self.latent_space is None else asdict(self.latent_space),
                 "skipped": self.skipped,
                 "skipped_in_a_row": self.skipped_in_a_row,
-                "unreadable": sorted(self.unreadable),
+                "unreadable": sorted(unreadable),
                 "loss_scale": None if self.loss_scale is None else self.loss_scale.state(),
                 "pending": log.pending(),
             },
@@ -440,13 +465,14 @@ class Trainer:
         assert checkpoint.ema is not None
         assert checkpoint.optimizer is not None
         assert checkpoint.step is not None
-        self.model.load_state_dict(checkpoint.model)
-        self.ema.model.load_state_dict(checkpoint.ema)
-        load_optimizer_tensors(self.optimizer, self.model, checkpoint.optimizer)
+        self.ranks.load(self.model, checkpoint.model)
+        self.ranks.load(self.ema.model, checkpoint.ema)
+        load_optimizer_tensors(self.optimizer, self.model, checkpoint.optimizer, self.ranks.placed)
         self.step = checkpoint.step
         self.skipped = checkpoint.state["skipped"]
         self.skipped_in_a_row = checkpoint.state["skipped_in_a_row"]
         self.unreadable = set(checkpoint.state["unreadable"])
+        self._unreadable_before = len(self.unreadable)
         self._pending = checkpoint.state["pending"]
         if self.loss_scale is not None:
             self.loss_scale.load(checkpoint.state["loss_scale"])
@@ -469,6 +495,9 @@ class Trainer:
         for name, here in (("data_length", self.data.length), ("class_to_idx", self.data.class_to_idx)):
             if checkpoint.state[name] != here:
                 found.append(f"{name}: other data")
+        space = checkpoint.state.get("latent_space")
+        if space is not None and self.latent_space is not None:
+            found += LatentSpace(**space).differences(self.latent_space)
         if found:
             raise CheckpointError(f"{origin} is of another run: {'; '.join(found)}")
 
@@ -492,44 +521,63 @@ def begin(run: Path, trainer: Trainer) -> None:
         CheckpointError: nothing to resume, or it is of another run.
         ValueError: a fresh run would overwrite one.
     """
-    config = trainer.config
+    config, ranks = trainer.config, trainer.ranks
     if config.resume == "auto":
         _resume_newest(run, trainer)
     elif config.resume != "none":
         _resume_from(Path(config.resume), run, trainer)
-    elif checkpoints_of(run) or (run / METRICS).exists():
+    else:
+        ranks.on_first(lambda: _refuse_to_overwrite(run))
+    if trainer.step == 0 and config.init_from is not None:
+        initialise(trainer, config.init_from)
+    ranks.agree(
+        step=trainer.step,
+        data_length=trainer.data.length,
+        class_to_idx=trainer.data.class_to_idx,
+        model=model_arguments(trainer.model),
+    )
+    ranks.on_first(lambda: _open_folder(run, trainer.step))
+
+
+def _refuse_to_overwrite(run: Path) -> None:
+    if checkpoints_of(run) or (run / METRICS).exists():
         raise ValueError(
             f"results_dir: {run} holds a run; --resume auto goes on with it, another folder starts a new one"
         )
-    if trainer.step == 0 and config.init_from is not None:
-        initialise(trainer, config.init_from)
+
+
+def _open_folder(run: Path, step: int) -> None:
     run.mkdir(parents=True, exist_ok=True)
-    cut_back(run / METRICS, trainer.step)
+    cut_back(run / METRICS, step)
 
 
 def _resume_newest(run: Path, trainer: Trainer) -> None:
-    found = newest_checkpoint(run)
-    if found.path is not None and found.checkpoint is not None:
-        trainer.resume(found.checkpoint, found.path)
-    for path, reason in found.broken.items():
-        print(
-            f"ditkernels: passed over a broken checkpoint, now {set_aside(path)}: {reason}", file=sys.stderr
-        )
+    found = trainer.ranks.on_first(lambda: newest_checkpoint(run)._replace(checkpoint=None))
+    if found.path is not None:
+        trainer.resume(open_checkpoint(found.path), found.path)
     where = (
         f"step {trainer.step}, {found.path}" if found.path else f"nothing: {run} holds no whole checkpoint"
     )
-    print(f"resumed from {where}")
+    trainer.ranks.on_first(lambda: _set_aside(found.broken))
+    trainer.ranks.on_first(lambda: print(f"resumed from {where}"))
+
+
+def _set_aside(broken: Mapping[Path, str]) -> None:
+    for path, reason in broken.items():
+        print(
+            f"ditkernels: passed over a broken checkpoint, now {set_aside(path)}: {reason}", file=sys.stderr
+        )
 
 
 def _resume_from(path: Path, run: Path, trainer: Trainer) -> None:
-    checkpoint = load_checkpoint(path)
-    trainer.resume(checkpoint, path)
+    trainer.ranks.on_first(lambda: verify_checkpoint(path))
+    trainer.resume(open_checkpoint(path), path)
     newer = [step for step in checkpoints_of(run) if step > trainer.step]
     if newer:
         raise CheckpointError(
             f"resume: {run} holds checkpoints newer than {path}, up to step {newer[-1]}; give another results_dir"
         )
-    print(f"resumed from step {trainer.step}, {path}")
+    trainer.ranks.on_first(lambda: print(f"resumed from step {trainer.step}, {path}"))
 
 
 def initialise(trainer: Trainer, source: str) -> None:
@@ -543,7 +591,7 @@ def initialise(trainer: Trainer, source: str) -> None:
     """
     path = Path(source)
     checkpoint = load_checkpoint(path) if path.is_dir() else load_public_checkpoint(path)
-    own = trainer.model.state_dict()
+    own = {name: trainer.ranks.whole_tensor(tensor) for name, tensor in trainer.model.state_dict().items()}
     given = {**checkpoint.sampling_weights}
     if "pos_embed" in own:
         given["pos_embed"] = own["pos_embed"]
@@ -557,9 +605,9 @@ def initialise(trainer: Trainer, source: str) -> None:
     ]
     if wrong:
         raise CheckpointError(f"init_from: {source} does not fit the model: {'; '.join(wrong[:8])}")
-    trainer.model.load_state_dict(given)
-    trainer.ema.model.load_state_dict(given)
-    print(f"initialised from {source}")
+    trainer.ranks.load(trainer.model, given)
+    trainer.ranks.load(trainer.ema.model, given)
+    trainer.ranks.on_first(lambda: print(f"initialised from {source}"))
 
 
 def _resized_table(given: Tensor, own: Tensor, classes: int) -> Tensor:
@@ -669,11 +717,16 @@ def numerics(config: TrainConfig, device: torch.device) -> Iterator[None]:
 class StopSignal:
     """SIGTERM and SIGINT end the run after the step in progress and a checkpoint; a second one ends the process at once.
 
+    Args:
+        once: later ones change nothing. Where torchrun and a scheduler both pass a signal on, a process gets it twice; torchrun
+            itself ends at once those that take too long.
+
     Attributes:
         number: the signal that came, or None.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, once: bool = False) -> None:
+        self.once = once
         self.number: int | None = None
         self._before: dict[int, Any] = {}
 
@@ -690,6 +743,8 @@ class StopSignal:
 
     def _handle(self, number: int, _frame: FrameType | None) -> None:
         if self.number is not None:
+            if self.once:
+                return
             os._exit(128 + number)
         self.number = number
 

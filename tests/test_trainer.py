@@ -17,8 +17,16 @@ from ditkernels.checkpoint import Checkpoint, CheckpointError, load_checkpoint, 
 from ditkernels.cli import main
 from ditkernels.config import TrainConfig
 from ditkernels.data import InMemoryBatches, LabelledImages, TrainingData
-from ditkernels.optimizer import EMA, LossScale, learning_rate, make_optimizer, update
-from ditkernels.runlog import METRICS, read_metrics
+from ditkernels.optimizer import (
+    EMA,
+    LossScale,
+    gradient_norm,
+    gradients,
+    learning_rate,
+    make_optimizer,
+    update,
+)
+from ditkernels.runlog import METRICS, StepMetrics, read_metrics
 from ditkernels.trainer import NonFiniteGradientError, Trainer, train
 
 CLASSES = 3
@@ -333,8 +341,8 @@ def test_metrics_reach_the_host_one_step_late():
     late = trainer_module.OneStepLate()
     assert late.push(1, 0.1, [torch.tensor(value) for value in (2.0, 3.0, 0.0)]) is None
     first = late.push(2, 0.2, [torch.tensor(value) for value in (4.0, 5.0, 1.0)])
-    assert first == (1, 0.1, 2.0, 3.0, False)
-    assert late.pop() == (2, 0.2, 4.0, 5.0, True)
+    assert first == StepMetrics(1, 0.1, 2.0, 3.0, False)
+    assert late.pop() == StepMetrics(2, 0.2, 4.0, 5.0, True)
     assert late.pop() is None
 
 
@@ -402,7 +410,8 @@ def stepped(gradient, *, clip=None, scale=None, loss=1.0):
     weight = nn.Parameter(torch.tensor([1.0, -2.0]))
     optimizer = torch.optim.AdamW([weight], lr=0.5, weight_decay=0.0, fused=True)
     weight.grad = torch.tensor(gradient)
-    found = update(optimizer, torch.tensor(loss), scale, clip)
+    norm = gradient_norm(gradients(optimizer))
+    found = update(optimizer, torch.tensor(loss), norm, scale, clip)
     return weight.detach(), optimizer.state[weight], found
 
 

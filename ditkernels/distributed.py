@@ -1,0 +1,504 @@
+"""Many processes, one training run: what each of them computes, and how all of them come to the same decision.
+
+`torchrun` starts the processes (ranks). Each takes its positions of every part of the global batch, so that the noise, timesteps
+and labels of a sample are those it has in one process. Gradients are averaged over the ranks by torch's own engines:
+
+- "ddp" (DistributedDataParallel): every rank holds everything; rank 0 writes checkpoints as a single process does.
+- "fsdp" (FSDP2, ``fully_shard``): parameters, gradients, AdamW's moments and the moving average are cut along their first
+  dimension into ``shard_size`` pieces, block by block; with fewer pieces than ranks the groups are replicas of each other
+  (HSDP). The ranks of the first group write checkpoints together.
+
+What must not differ between ranks is decided on reduced numbers. One all-reduce a step carries the loss, the squared norm of the
+gradient and who has been asked to stop: so a step is skipped by all or by none, and all stop after the same step. It reaches the
+host one step late, with the loss, and costs no further synchronisation.
+
+:class:`Ranks` is a single process, which agrees with itself and needs no process group.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import re
+import signal
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import asdict
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ditkernels._version import __version__
+from ditkernels.checkpoint import CheckpointError, CheckpointWriter, IdleWriter, Peers, Piece, ShardWriter
+from ditkernels.config import TrainConfig
+from ditkernels.data import Batch, Batches
+from ditkernels.optimizer import gradient_norm
+from ditkernels.reference import DiT
+
+Value = TypeVar("Value")
+
+# What may differ between the machines of a run: where the data lies, and who reads it.
+OWN_SETTINGS = ("data_path", "val_path", "num_workers")
+# The signals that end a run, in the order in which one is chosen if several came.
+STOPPING = (signal.SIGTERM, signal.SIGINT)
+_LOST = re.compile(r"gloo|NCCL|[Cc]onnection (closed|reset|refused)|[Bb]roken pipe|[Tt]imed out|[Tt]imeout")
+
+
+class LostRankError(ConnectionError):
+    """Another rank has died, or has not answered for ``collective_timeout`` seconds; the last checkpoint is whole."""
+
+
+class Reduced(NamedTuple):
+    """A step's numbers, over all ranks; 0-dim fp32 on the device.
+
+    Attributes:
+        loss: mean over the global batch.
+        norm: of the whole gradient.
+        told: what ranks told each other, as of :meth:`Ranks.reduce`, summed.
+    """
+
+    loss: Tensor
+    norm: Tensor
+    told: list[Tensor]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# One process
+# ------------------------------------------------------------------------------------------------------------
+
+
+class Ranks:
+    """The processes of a run as one of them sees them; this class is a process on its own.
+
+    Attributes:
+        rank: this process, 0..size − 1.
+        size: how many there are.
+    """
+
+    rank = 0
+    size = 1
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the process that logs and prints."""
+        return self.rank == 0
+
+    def positions(self, batch_size: int, parts: int) -> Tensor:
+        """What this rank computes: positions (batch_size / size,) int64 in the global batch, its share of each part in turn."""
+        return torch.arange(batch_size).view(parts, self.size, -1)[:, self.rank].flatten()
+
+    def batches(self, batches: Batches, batch_size: int, parts: int) -> Batches:
+        """The batches of this rank: the samples at its :meth:`positions`; no others are read."""
+        return batches
+
+    def on_first(self, function: Callable[[], Value]) -> Value:
+        """What ``function`` returns on the first rank, where alone it is called; what it raises there is raised everywhere."""
+        return function()
+
+    def gather(self, value: Value) -> list[Value]:
+        """The values of all ranks."""
+        return [value]
+
+    def agree(self, **values: Any) -> None:
+        """Raises ValueError on every rank if a value differs between ranks; it is named, with two ranks that differ."""
+
+    def spread(
+        self, model: DiT, average: DiT, autocast: torch.dtype | None, images: int
+    ) -> Callable[..., Tensor]:
+        """Spreads the model and its moving average over the ranks, in place.
+
+        Args:
+            model, average: equal on all ranks.
+            autocast: dtype of the products; None is the weights' own.
+            images: of a rank in one forward.
+
+        Returns:
+            What to call in training in place of the model.
+        """
+        return model
+
+    def part(self, *, last: bool) -> AbstractContextManager[Any]:
+        """Around forward and backward of a part of the batch: gradients are averaged over ranks after the last part only."""
+        return nullcontext()
+
+    def reduce(self, loss: Tensor, gradients: Sequence[Tensor], told: Sequence[float]) -> Reduced:
+        """The loss and gradient norm of the global batch.
+
+        Args:
+            loss: mean over this rank's samples, 0-dim.
+            gradients: averaged over ranks already.
+            told: numbers to be summed over ranks; what needs no telling in a single process is left out of the result.
+        """
+        return Reduced(loss, gradient_norm(gradients), [])
+
+    def asked_to_stop(self, here: int | None, told: Sequence[float]) -> int | None:
+        """The signal to stop for, the same on every rank.
+
+        Args:
+            here: that has reached this process.
+            told: the sums of :func:`telling` in the step before; empty if there was none.
+        """
+        return here
+
+    def whole(self, model: DiT) -> DiT:
+        """The moving average as an ordinary model on this device, for everything but training."""
+        return model
+
+    def whole_tensor(self, tensor: Tensor) -> Tensor:
+        """A tensor of the model, all of it."""
+        return tensor
+
+    def load(self, model: DiT, tensors: Mapping[str, Tensor]) -> None:
+        """Takes over a state dict of whole tensors; RuntimeError if it does not fit."""
+        model.load_state_dict(tensors)
+
+    def placed(self, tensor: Tensor, like: Tensor) -> Tensor:
+        """A copy of a whole tensor, or of a scalar, spread as ``like`` is."""
+        return tensor.to(like.device, copy=True)
+
+    def writer(self, run: Path, config: TrainConfig) -> CheckpointWriter:
+        """What writes this rank's part of the checkpoints."""
+        return CheckpointWriter(run, keep_last=config.keep_last, keep_every=config.keep_every)
+
+    def barrier(self) -> None:
+        """Returns once all ranks are here."""
+
+
+def telling(stopping: int | None, unreadable: int) -> tuple[float, ...]:
+    """What a rank tells the others each step: which signal has reached it, and how many files it could not read."""
+    return (*(float(stopping == number) for number in STOPPING), float(unreadable))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Many
+# ------------------------------------------------------------------------------------------------------------
+
+
+class _Share:
+    """Batches of which a rank reads its own positions."""
+
+    def __init__(self, batches: Batches, positions: Tensor) -> None:
+        self._batches = batches
+        self._positions = positions
+
+    def __getitem__(self, step: int) -> Batch:
+        return self._batches.at(step, self._positions)
+
+    def at(self, step: int, positions: Tensor) -> Batch:
+        return self._batches.at(step, self._positions[positions])
+
+
+class ManyRanks(Ranks):
+    """What is common to both ways of spreading a model.
+
+    Args:
+        config: the run's.
+        device: this rank's.
+    """
+
+    def __init__(self, config: TrainConfig, device: torch.device) -> None:
+        self.rank, self.size = dist.get_rank(), dist.get_world_size()
+        self.device = device
+        self.timeout = timedelta(seconds=config.collective_timeout)
+
+    def batches(self, batches: Batches, batch_size: int, parts: int) -> Batches:
+        return _Share(batches, self.positions(batch_size, parts))
+
+    def on_first(self, function: Callable[[], Value]) -> Value:
+        outcome: list[Any] = [None, None]
+        if self.first:
+            try:
+                outcome[0] = function()
+            except (ValueError, OSError, ImportError) as error:
+                outcome[1] = error
+        dist.broadcast_object_list(outcome, src=0)
+        if outcome[1] is not None:
+            raise outcome[1]
+        result: Value = outcome[0]
+        return result
+
+    def gather(self, value: Value) -> list[Value]:
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+    def agree(self, **values: Any) -> None:
+        everyone = self.gather(values)
+        differing = [
+            f"{name}: {everyone[0][name]!r} on rank 0, {theirs[name]!r} on rank {rank}"
+            for rank, theirs in enumerate(everyone)
+            for name in values
+            if theirs[name] != everyone[0][name]
+        ]
+        if differing:
+            more = f" and {len(differing) - 8} more" if len(differing) > 8 else ""
+            raise ValueError(f"the ranks disagree: {'; '.join(differing[:8])}{more}")
+
+    def reduce(self, loss: Tensor, gradients: Sequence[Tensor], told: Sequence[float]) -> Reduced:
+        norm = gradient_norm([_local(gradient) for gradient in gradients])
+        # Filled in by a kernel each: a tensor made of a list would be copied, and the copy waited for.
+        numbers = [torch.full((), value, dtype=torch.float64, device=self.device) for value in told]
+        # fp64, in which no sum of squares of fp32 norms overflows or vanishes.
+        packed = torch.stack([loss.double(), norm.double().square(), *numbers])
+        dist.all_reduce(packed)
+        return Reduced((packed[0] / self.size).float(), self._norm(norm, packed[1]), list(packed[2:].float()))
+
+    def _norm(self, local: Tensor, squares: Tensor) -> Tensor:
+        """The norm of the whole gradient out of that of this rank's and the sum of its square over all ranks."""
+        raise NotImplementedError
+
+    def asked_to_stop(self, here: int | None, told: Sequence[float]) -> int | None:
+        asked = zip(STOPPING, told, strict=False)
+        return next((int(number) for number, ranks in asked if ranks), None)
+
+    def barrier(self) -> None:
+        dist.barrier()
+
+
+class Replicated(ManyRanks):
+    """Every rank holds the whole model: DistributedDataParallel."""
+
+    _engine: nn.parallel.DistributedDataParallel
+
+    def spread(
+        self, model: DiT, average: DiT, autocast: torch.dtype | None, images: int
+    ) -> Callable[..., Tensor]:
+        self._engine = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
+        self._settle(model, autocast, images)
+        return self._engine
+
+    def _settle(self, model: DiT, autocast: torch.dtype | None, images: int) -> None:
+        # After its first backward DDP groups the gradients anew, in the order in which they came, and with three ranks or more
+        # the order of a sum depends on the grouping. A resumed run must not have a first step of its own, so there is one for
+        # nothing before the first, of the same shapes.
+        x = torch.zeros(images, model.in_channels, *model.input_size, device=self.device)
+        zeros = torch.zeros(images, dtype=torch.int64, device=self.device)
+        products = nullcontext() if autocast is None else torch.autocast(self.device.type, autocast)
+        with products:
+            out = self._engine(x, zeros, zeros)
+        (out.float().sum() * 0).backward()
+        model.zero_grad(set_to_none=True)
+
+    def part(self, *, last: bool) -> AbstractContextManager[Any]:
+        synchronising: AbstractContextManager[Any] = nullcontext() if last else self._engine.no_sync()
+        return synchronising
+
+    def _norm(self, local: Tensor, squares: Tensor) -> Tensor:
+        return local
+
+    def writer(self, run: Path, config: TrainConfig) -> CheckpointWriter:
+        return super().writer(run, config) if self.first else IdleWriter(run)
+
+
+class Sharded(ManyRanks):
+    """Parameters, gradients, moments and moving average cut into pieces: FSDP2.
+
+    Raises:
+        ValueError: ``shard_size`` does not divide the number of ranks.
+    """
+
+    def __init__(self, config: TrainConfig, device: torch.device) -> None:
+        super().__init__(config, device)
+        self.pieces = config.shard_size or self.size
+        if self.size % self.pieces:
+            raise ValueError(
+                f"shard_size: got {self.pieces}, which does not divide the number of processes, {self.size}"
+            )
+        self.replicas = self.size // self.pieces
+        replica, self.piece_index = divmod(self.rank, self.pieces)
+        self.writes = replica == 0
+        # Checkpoints are agreed on in a thread of their own, which must not get between the collectives of the others.
+        self._writers: Any = dist.new_group(list(range(self.pieces)), timeout=self.timeout, backend="gloo")
+
+    def spread(
+        self, model: DiT, average: DiT, autocast: torch.dtype | None, images: int
+    ) -> Callable[..., Tensor]:
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+
+        # FSDP2 warns of outputs that are views, as a block's gate and the image are; nobody changes them in place.
+        warnings.filterwarnings("ignore", message="FSDP2-wrapped module", category=UserWarning)
+        shape, names = ((self.pieces,), ("shard",))
+        if self.replicas > 1:
+            shape, names = ((self.replicas, self.pieces), ("replicate", "shard"))  # type: ignore[assignment]
+        mesh = init_device_mesh(self.device.type, shape, mesh_dim_names=names)
+        self._skeleton = copy.deepcopy(average).to("meta")
+        # Inputs keep their dtype: the residual stream and the conditioning have their own.
+        kept = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
+        for module in (average, model):
+            for block in module.blocks:
+                # Products only: autocast would make the same cast after twice the communication.
+                cast = autocast if _has_products_only(block) else None
+                policy = MixedPrecisionPolicy(cast, torch.float32, cast_forward_inputs=False)
+                fully_shard(block, mesh=mesh, mp_policy=policy)
+            fully_shard(module, mesh=mesh, mp_policy=kept)
+        assert isinstance(model, FSDPModule)
+        self._engine: FSDPModule = model
+        return model
+
+    @contextmanager
+    def part(self, *, last: bool) -> Iterator[None]:
+        self._engine.set_requires_gradient_sync(last)
+        yield
+
+    def _norm(self, local: Tensor, squares: Tensor) -> Tensor:
+        return (squares / self.replicas).sqrt().float()
+
+    def whole(self, model: DiT) -> DiT:
+        tensors = {name: self.whole_tensor(tensor) for name, tensor in model.state_dict().items()}
+        plain = copy.deepcopy(self._skeleton)
+        plain.load_state_dict(tensors, assign=True)
+        return plain.requires_grad_(False)
+
+    def whole_tensor(self, tensor: Tensor) -> Tensor:
+        full: Tensor = tensor.full_tensor()  # type: ignore[attr-defined]
+        return full
+
+    def load(self, model: DiT, tensors: Mapping[str, Tensor]) -> None:
+        own = model.state_dict()
+        if own.keys() != tensors.keys():
+            raise CheckpointError(
+                f"other tensors than the model's: {sorted(own.keys() ^ tensors.keys())[:8]}"
+            )
+        for name, tensor in own.items():
+            self._fill(tensor, tensors[name])
+
+    def placed(self, tensor: Tensor, like: Tensor) -> Tensor:
+        if tensor.shape != like.shape:
+            return super().placed(tensor, like)
+        spread = torch.zeros_like(like)
+        self._fill(spread, tensor)
+        return spread
+
+    @torch.no_grad()
+    def _fill(self, spread: Tensor, whole: Tensor) -> None:
+        local = _local(spread)
+        start = self._start(spread)
+        local.copy_(whole[start : start + len(local)])
+
+    def _start(self, spread: Tensor) -> int:
+        """The first row of this rank's piece; the pieces are as long as each other, but for the last ones."""
+        rows = len(spread)
+        return min(rows, self.piece_index * -(-rows // self.pieces))
+
+    def piece(self, tensor: Tensor) -> Piece | None:
+        """What this rank writes of a tensor of a checkpoint; None: nothing."""
+        from torch.distributed.tensor import DTensor
+
+        if not isinstance(tensor, DTensor):
+            return Piece(tensor, tuple(tensor.shape), 0) if self.first else None
+        local = _local(tensor)
+        return Piece(local, tuple(tensor.shape), self._start(tensor)) if local.numel() else None
+
+    def writer(self, run: Path, config: TrainConfig) -> CheckpointWriter:
+        if not self.writes:
+            return IdleWriter(run)
+        return ShardWriter(
+            run,
+            keep_last=config.keep_last,
+            keep_every=config.keep_every,
+            peers=Peers(self.piece_index, self.pieces, self._exchange),
+            piece=self.piece,
+        )
+
+    def _exchange(self, value: Any) -> list[Any]:
+        values: list[Any] = [None] * self.pieces
+        dist.all_gather_object(values, value, group=self._writers)
+        return values
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """This rank's piece of a spread tensor, in the same memory; any other tensor as it is."""
+    piece = getattr(tensor.detach(), "_local_tensor", tensor)
+    return piece
+
+
+def _has_products_only(block: nn.Module) -> bool:
+    """Whether every parameter is a linear's."""
+    return all(isinstance(module, nn.Linear) for module in block.modules() if module._parameters)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Coming together
+# ------------------------------------------------------------------------------------------------------------
+
+
+def processes() -> int:
+    """How many processes torchrun has started; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def local_device(name: str) -> str:
+    """The device that ``name`` means in this process: with several, torchrun's LOCAL_RANK chooses among the GPUs.
+
+    Raises:
+        ValueError: one GPU for all of them, or more processes than GPUs on this machine.
+    """
+    if processes() == 1:
+        return name
+    if name not in ("auto", "cpu", "cuda"):
+        raise ValueError(
+            f"device: got {name!r}, allowed with several processes are auto, cpu, cuda: each takes its own"
+        )
+    if name == "cpu" or not torch.cuda.is_available():
+        return name
+    local, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+    if local >= count:
+        raise ValueError(
+            f"device: process {local} of this machine has no GPU, it has {count}; --nproc-per-node {count}"
+        )
+    return f"cuda:{local}"
+
+
+@contextmanager
+def joined(config: TrainConfig, device: torch.device) -> Iterator[Ranks]:
+    """Brings together the processes that torchrun has started, and parts them at the end.
+
+    Args:
+        config: the run's, the same on all ranks but for ``OWN_SETTINGS``.
+        device: of this process.
+
+    Raises:
+        ValueError: the ranks disagree on the config, or the global batch cannot be split evenly.
+        LostRankError: a rank did not come, died, or did not answer.
+    """
+    size = processes()
+    if size == 1:
+        yield Ranks()
+        return
+    if config.global_batch_size % (size * config.accumulation):
+        raise ValueError(
+            f"global_batch_size: got {config.global_batch_size}, which is no multiple of {size} processes x "
+            f"accumulation {config.accumulation}"
+        )
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    try:
+        dist.init_process_group(backend, timeout=timedelta(seconds=config.collective_timeout))
+        everyone = ManyRanks(config, device)
+        everyone.agree(ditkernels=__version__, torch=torch.__version__, **_common(config))
+        yield (Sharded if config.parallel == "fsdp" else Replicated)(config, device)
+    except RuntimeError as error:
+        if not _LOST.search(str(error)):
+            raise
+        raise LostRankError(
+            f"rank {os.environ.get('RANK')}: another rank is gone or does not answer, so the run ends here; "
+            f"--resume auto goes on from the last whole checkpoint ({_first_line(error)})"
+        ) from error
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _common(config: TrainConfig) -> dict[str, Any]:
+    return {name: value for name, value in asdict(config).items() if name not in OWN_SETTINGS}
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).splitlines()[0]
