@@ -10,7 +10,7 @@ import argparse
 import torch
 
 from ditkernels import ops
-from ditkernels.check import CASES, PRECISIONS, resolve_device
+from ditkernels.check import CASES, PRECISIONS, resolve_device, updated
 from ditkernels.ops import _registry as registry
 
 
@@ -25,14 +25,17 @@ def main(argv: list[str] | None = None) -> None:
     runs = 0
     with registry.use_backend(args.backend):
         for case in CASES:
-            if case.op == "attention":
+            if case.op == "attention" or args.backend not in registry.OPS[case.op].implementations:
                 continue
             for precision in PRECISIONS:
+                runs += 1
+                if case.updates:
+                    updated(getattr(ops, case.op), case, case.inputs(precision, device))
+                    continue
                 leaves = {n: t.requires_grad_() for n, t in case.inputs(precision, device).items()}
                 out = getattr(ops, case.op)(**leaves, **case.options)
                 outputs = out if isinstance(out, tuple) else (out,)
                 torch.autograd.grad(outputs, list(leaves.values()), [torch.ones_like(o) for o in outputs])
-                runs += 1
     print(f"{runs} forwards and backwards on {args.backend}, {device}")
 
 

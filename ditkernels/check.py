@@ -81,6 +81,11 @@ class Case:
     options: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
 
     @property
+    def updates(self) -> bool:
+        """Whether the op changes its arguments, which are lists of tensors, in place of returning something."""
+        return self.op == "adamw_ema"
+
+    @property
     def has_stream(self) -> bool:
         """Whether ``x`` is a residual stream (B, N, D), whose dtype is independent of the others'."""
         return len(self.shapes.get("x", ())) == 3
@@ -147,11 +152,15 @@ def _cases() -> Iterator[Case]:
 
     yield Case("unpatchify", {"tokens": (3, 15, 12)}, grid)
 
+    for shape in ((3, 1157), (3, 9, 40)):
+        yield Case("adamw_ema", dict.fromkeys(_STATE, shape), {"lr": 0.1, "weight_decay": 0.1, "decay": 0.9})
+
     yield Case("attention", {"qkv_or_q": (3, 37, 3, 2, 72)})
     yield Case("attention", {"qkv_or_q": (3, 128, 3, 2, 64)})
     yield Case("attention", {"qkv_or_q": (3, 37, 2, 72), "kv": (3, 2, 2, 2, 72)})
 
 
+_STATE = ("weights", "gradients", "exp_avgs", "exp_avg_sqs", "averages", "copies")
 _NO_ADALN = {"shift": None, "scale": None}
 CASES = tuple(_cases())
 
@@ -276,7 +285,9 @@ def _call(function: Callable[..., Any], case: Case, inputs: Inputs) -> tuple[Ten
 
 
 def _cotangents(case: Case, inputs: Inputs) -> list[Tensor]:
-    """Gradients to feed backward, in the dtypes of the outputs."""
+    """Gradients to feed backward, in the dtypes of the outputs; none for an op that has none."""
+    if case.updates:
+        return []
     with torch.no_grad():
         outputs = _call(getattr(reference, case.op), case, inputs)
     return [
@@ -288,7 +299,9 @@ def _cotangents(case: Case, inputs: Inputs) -> list[Tensor]:
 def _evaluate(
     function: Callable[..., Any], case: Case, inputs: Inputs, cotangents: list[Tensor]
 ) -> dict[str, Tensor]:
-    """Every output, and the gradient of every input, by name."""
+    """Every output, and the gradient of every input, by name; of an op that updates its arguments, these."""
+    if case.updates:
+        return updated(function, case, inputs)
     leaves = {name: tensor.detach().requires_grad_() for name, tensor in inputs.items()}
     outputs = _call(function, case, leaves)
     weights = [cotangent.to(output.dtype) for cotangent, output in zip(cotangents, outputs)]
@@ -298,6 +311,20 @@ def _evaluate(
         **{name: output.detach() for name, output in zip(names, outputs)},
         **{f"d{name}": gradient for name, gradient in zip(leaves, gradients)},
     }
+
+
+def updated(function: Callable[..., Any], case: Case, inputs: Inputs) -> dict[str, Tensor]:
+    """What a step of the optimizer makes of one weight and its state: in fp32, but for gradient and copy, or all in fp64."""
+    exact = inputs["weights"].dtype == torch.float64
+    own = {"gradients": inputs["gradients"].dtype, "copies": torch.float64 if exact else torch.bfloat16}
+    state = {
+        name: [tensor.to(own.get(name, torch.float64 if exact else torch.float32), copy=True)]
+        for name, tensor in inputs.items()
+    }
+    state["exp_avg_sqs"][0].square_()
+    state["steps"] = [torch.tensor(3.0, device=inputs["weights"].device)]
+    function(**state, **case.options)
+    return {name: tensors[0] for name, tensors in state.items() if name != "gradients"}
 
 
 @contextmanager

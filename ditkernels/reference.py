@@ -13,7 +13,7 @@ classifier-free guidance. Constructor, state-dict keys and initialisation are th
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -172,6 +172,59 @@ def attention(qkv_or_q: Tensor, kv: Tensor | None = None, *, scale: float | None
     q, k, v = qkv_or_q.unbind(2) if kv is None else (qkv_or_q, *kv.unbind(2))
     out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), scale=scale)
     return out.transpose(1, 2).flatten(2)
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# The optimizer's step
+# ------------------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def adamw_ema(
+    weights: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    steps: Sequence[Tensor],
+    averages: Sequence[Tensor] = (),
+    copies: Sequence[Tensor] = (),
+    *,
+    lr: float,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    decay: float = 0.0,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+) -> None:
+    """One AdamW step of every weight (Loshchilov & Hutter, arXiv 1711.05101) and of its moving average, in place.
+
+    With g = gradient / grad_scale and t the step counted from 1,
+
+        w ← (1 − lr·weight_decay)·w            m ← β₁·m + (1 − β₁)·g            v ← β₂·v + (1 − β₂)·g²
+        w ← w − lr / (1 − β₁ᵗ) · m / (√v / √(1 − β₂ᵗ) + eps)
+        average ← decay·average + (1 − decay)·w                                  copy ← w, rounded to the copy's dtype
+
+    Where ``found_inf`` is not zero, w, m, v and t stay as they are and the average takes its step towards the unchanged w.
+    """
+    skipped = torch.zeros((), dtype=torch.bool) if found_inf is None else found_inf != 0
+    for index, w in enumerate(weights):
+        m, v, count = exp_avgs[index], exp_avg_sqs[index], steps[index]
+        g = gradients[index].to(w.dtype)
+        if grad_scale is not None:
+            g = g / grad_scale
+        t = (count + 1).double()
+        new_m = torch.lerp(m, g, 1 - betas[0])
+        new_v = betas[1] * v + (1 - betas[1]) * g * g
+        step_size = (lr / (1 - betas[0] ** t)).to(w.dtype)
+        denominator = new_v.sqrt() / (1 - betas[1] ** t).sqrt().to(w.dtype) + eps
+        new_w = (1 - lr * weight_decay) * w - step_size * new_m / denominator
+        for old, new in ((w, new_w), (m, new_m), (v, new_v), (count, count + 1)):
+            old.copy_(torch.where(skipped.to(old.device), old, new))
+        if averages:
+            averages[index].lerp_(w, 1 - decay)
+        if copies:
+            copies[index].copy_(w)
 
 
 # ------------------------------------------------------------------------------------------------------------------

@@ -84,7 +84,21 @@ def test_every_case_has_three_samples_and_every_op_an_odd_length():
     assert odd == set(ops.__all__)
 
 
-@pytest.mark.parametrize("op", [op for op in ops.__all__ if op != "attention"])
+def test_an_update_that_is_slightly_off_fails(monkeypatch):
+    implementation = registry.OPS["adamw_ema"].implementations["torch"]
+    call = implementation.call
+
+    def off(weights, *rest):
+        call(weights, *rest)
+        weights[0].mul_(1 + 1e-4)
+
+    monkeypatch.setattr(implementation, "call", off)
+    found = parity_of("adamw_ema")
+    assert 1 < found.ratio < math.inf
+    assert found.where == "weights"
+
+
+@pytest.mark.parametrize("op", [op for op in ops.__all__ if op not in ("attention", "adamw_ema")])
 @pytest.mark.parametrize("suffix", ["", "_backward"])
 def test_a_kernel_that_is_slightly_off_fails(monkeypatch, op, suffix):
     def off(outputs):

@@ -3,6 +3,7 @@
 from ditkernels.ops import (  # noqa: F401 (they register a backend)
     adaln_cuda,
     adaln_triton,
+    adamw_ema_triton,
     final_layer_cuda,
     final_layer_triton,
     patch_embed_cuda,
@@ -10,11 +11,13 @@ from ditkernels.ops import (  # noqa: F401 (they register a backend)
     unpatchify_triton,
 )
 from ditkernels.ops.adaln import gated_residual, gated_residual_norm, modulate_norm
+from ditkernels.ops.adamw_ema import adamw_ema
 from ditkernels.ops.attention import attention
 from ditkernels.ops.final_layer import final_layer, unpatchify
 from ditkernels.ops.patch_embed import patch_embed
 
 __all__ = [
+    "adamw_ema",
     "attention",
     "final_layer",
     "gated_residual",
