@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from test_benchmarks import run as run_benchmark
 
 from ditkernels import latents as latents_module
 from ditkernels.cli import main
@@ -651,3 +652,73 @@ def test_latents_that_shall_be_shown_need_their_vae(encoded, every):
         vae_for(run_of(encoded, "none", **{every: 2}), space, CPU)
     with pytest.raises(ValueError, match=r"sd-vae-ft-ema is not in the local"):
         vae_for(run_of(encoded, "ema", **{every: 2}), space, CPU)
+
+
+def test_a_run_goes_on_with_latents_of_its_own_vae_only(images, vae, encoded, tmp_path, capsys):
+    sizes = [
+        "--image-size",
+        "8",
+        "--num-classes",
+        "3",
+        "--model",
+        "DiT-S/2",
+        "--hidden-size",
+        "16",
+        "--depth",
+        "1",
+    ]
+    run = [
+        "train",
+        *sizes,
+        "--num-heads",
+        "2",
+        "--global-batch-size",
+        "4",
+        "--device",
+        "cpu",
+        "--num-workers",
+        "0",
+    ]
+    run += ["--resume", "auto", "--results-dir", str(tmp_path / "run"), "--data-path"]
+    assert main([*run, str(images), "--vae", vae, "--steps", "1"]) == 0
+    # What was begun on images goes on with their latents.
+    assert main([*run, str(encoded), "--vae", vae, "--steps", "2"]) == 0
+    other = tmp_path / "other"
+    encode(settings(images, make_vae(tmp_path / "weights", seed=1), other), CPU)
+    assert main([*run, str(other), "--vae", "none", "--steps", "3"]) == 2
+    assert "encoder_sha256: " in capsys.readouterr().err
+
+
+def test_the_benchmark_of_reading(monkeypatch, tmp_path):
+    size = (
+        "--images",
+        "40",
+        "--latent-size",
+        "4",
+        "--batch",
+        "8",
+        "--batches",
+        "3",
+        "--folder",
+        str(tmp_path),
+    )
+    rows = run_benchmark(
+        "latents",
+        *size,
+        "--workers",
+        "0,1",
+        "--dtypes",
+        "bf16",
+        monkeypatch=monkeypatch,
+        out=tmp_path / "l.json",
+    )
+    assert [(row["cache"], row["workers"]) for row in rows] == [
+        ("warm", 0),
+        ("warm", 1),
+        ("cold", 0),
+        ("cold", 1),
+    ]
+    assert all(row["of_needed"] == row["samples_per_s"] / 1000 for row in rows)
+    # A sample is mean and standard deviation of 4 channels of 4 x 4 numbers of 2 bytes.
+    assert all(row["mib_per_s"] == pytest.approx(row["samples_per_s"] * 256 / 2**20) for row in rows)
+    assert [path.name for path in tmp_path.iterdir()] == ["l.json"]
