@@ -29,10 +29,21 @@ PARAMETER = re.compile(r"\[\w+_param_(\d+)")
 
 @dataclass
 class Compiled(Code):
-    """One kernel's machine code, and the names of its arguments in the order of the PTX."""
+    """One launch's machine code, and what it was launched with.
+
+    Attributes:
+        parameters: names of the arguments in the order of the PTX.
+        shapes: of the tensors among the arguments.
+        programs, threads: of the launch; threads of one program.
+        shared: bytes of shared memory of one program.
+    """
 
     cubin: bytes = b""
     parameters: list[str] = field(default_factory=list)
+    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    programs: int = 0
+    threads: int = 0
+    shared: int = 0
 
 
 def read(name: str, cubin: bytes, ptx: str, parameters: list[str]) -> Compiled:
@@ -46,6 +57,12 @@ def read(name: str, cubin: bytes, ptx: str, parameters: list[str]) -> Compiled:
     usage = next(line for line in text.splitlines() if "REG:" in line)
     resources = {key: int(value) for key, value in re.findall(r"(\w+):(\d+)", usage)}
     return Compiled(name, ptx, text, resources, argument, cubin, parameters)
+
+
+def tensors_of(arguments: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """The tensors among a launch's arguments, those that come with their strides too; empty ones left out."""
+    bare = {name: value[0] if isinstance(value, tuple) else value for name, value in arguments.items()}
+    return {n: v for n, v in bare.items() if isinstance(v, torch.Tensor) and v.numel()}
 
 
 @functools.cache  # launches of several ops share kernels, and disassembling is what takes the time
@@ -101,8 +118,11 @@ def recorded(capability: int) -> Iterator[list[Compiled]]:
             for part in (kind if isinstance(kind, tuple) else (kind,))
             if part != "constexpr"
         ]
-        code = compiled.asm
-        kernels.append(read(kernel.fn.__name__, code["cubin"], code["ptx"], parameters))
+        made = read(kernel.fn.__name__, compiled.asm["cubin"], compiled.asm["ptx"], parameters)
+        given = {**dict(zip(kernel.arg_names, args)), **constants}
+        made.shapes = {name: tuple(value.shape) for name, value in tensors_of(given).items()}
+        made.programs, made.threads, made.shared = programs, 32 * tile.warps, compiled.metadata.shared
+        kernels.append(made)
 
     before = _triton.launch
     triton.runtime.driver.set_active(Compiler(capability))

@@ -53,6 +53,28 @@ class Launch:
     def tensors(self) -> dict[str, Tensor]:
         return {n: v for n, v in self.arguments.items() if isinstance(v, Tensor) and v.numel()}
 
+    def traffic(self) -> dict[int, dict[str, tuple[int, int]]]:
+        """By program and argument: bytes read and written. Arguments must lie apart from each other in memory.
+
+        Raises:
+            ValueError: an access to none of the arguments.
+        """
+        spans = sorted((t.data_ptr(), n, t) for n, t in self.tensors().items())
+        starts = np.array([start for start, *_ in spans], np.uint64)
+        ends = np.array([t.data_ptr() + _extent(t) * t.element_size() for *_, t in spans], np.uint64)
+        found: dict[int, dict[str, tuple[int, int]]] = {}
+        for touch in self.touches:
+            at = np.searchsorted(starts, touch.addresses, side="right") - 1
+            if (at < 0).any() or (touch.addresses >= ends[at]).any():
+                raise ValueError(f"{self.kernel}: an access to none of its arguments")
+            mine = found.setdefault(touch.program, {})
+            for index, count in zip(*np.unique(at, return_counts=True)):
+                _, name, tensor = spans[index]
+                read, written = mine.get(name, (0, 0))
+                moved = int(count) * tensor.element_size()
+                mine[name] = (read, written + moved) if touch.store else (read + moved, written)
+        return found
+
     def counts(self, name: str, *, store: bool) -> Tensor:
         """How often each element of an argument was loaded, or stored: integers in the argument's shape."""
         tensor = self.arguments[name]
@@ -97,6 +119,11 @@ class Launch:
             if ((addresses[at] == touch.addresses) & (owners[at] != touch.program)).any():
                 return True
         return False
+
+
+def _extent(tensor: Tensor) -> int:
+    """Elements from the first to the last, both included."""
+    return 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride()))
 
 
 def without_strides(argument: Any) -> Any:

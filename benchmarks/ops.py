@@ -101,6 +101,11 @@ def dtype_of(name: str, case: check.Case, precision: check.Precision) -> torch.d
     return precision.stream if name == "x" and case.has_stream else precision.others
 
 
+def needs_gradient(name: str, case: check.Case) -> bool:
+    """In training neither the latents nor the positions, which are fixed, take a gradient."""
+    return name != "pos_embed" and (name != "x" or case.has_stream)
+
+
 def input_sets(case: check.Case, precision: check.Precision, device: torch.device) -> list[Inputs]:
     """Random values; enough sets that no cache holds them all."""
 
@@ -110,9 +115,9 @@ def input_sets(case: check.Case, precision: check.Precision, device: torch.devic
             for name, shape in case.shapes.items()
         }
         for name, tensor in arguments.items():
-            tensor.requires_grad_(name != "x" or case.has_stream)
+            tensor.requires_grad_(needs_gradient(name, case))
         with torch.no_grad():
-            outputs = _call(getattr(reference, case.op), case, arguments, precision)
+            outputs = call(getattr(reference, case.op), case, arguments, precision)
         return Inputs(arguments, [torch.randn_like(output) for output in outputs])
 
     first = one()
@@ -120,9 +125,10 @@ def input_sets(case: check.Case, precision: check.Precision, device: torch.devic
     return [first, *(one() for _ in range(measure.input_sets(size) - 1))]
 
 
-def _call(
+def call(
     function: Callable[..., Any], case: check.Case, arguments: dict[str, Tensor], precision: check.Precision
 ) -> tuple[Tensor, ...]:
+    """The outputs of a function that means a case's op, as a tuple."""
     outputs = function(**arguments, **case.options, **_out_dtype(case.op, precision))
     return outputs if isinstance(outputs, tuple) else (outputs,)
 
@@ -173,7 +179,7 @@ def forward_and_backward(
 
     def forward(inputs: Inputs) -> tuple[Tensor, ...]:
         with use_backend(backend or "auto"):
-            return _call(function, case, inputs.arguments, precision)
+            return call(function, case, inputs.arguments, precision)
 
     def backward(prepared: tuple[tuple[Tensor, ...], Inputs]) -> None:
         outputs, inputs = prepared

@@ -1,67 +1,217 @@
-"""What the CUDA kernels' machine code says without a GPU: registers, spills, occupancy, share of 128-bit accesses.
+"""What is known of every kernel without a GPU: registers, spills, occupancy, access widths, and the bytes it moves.
 
-    python benchmarks/static_report.py                                        every kernel for Hopper
-    python benchmarks/static_report.py --archs 80,90a,100 --json report.json  every kernel for all three, some minutes of nvcc
-    python benchmarks/static_report.py --families patch_embed --every 6       a sample
+    python benchmarks/static_report.py                                          both backends, S, B, L and XL, Hopper
+    python benchmarks/static_report.py --archs 80,90,100 --json report.json     all three: many minutes, kept in build/static
+    python benchmarks/static_report.py --backends triton --models XL --batch 32 --bandwidth 3350
 
-Needs nvcc. Occupancy counts registers, threads and static shared memory; what a launch asks for on top of these is not in the code.
+A row a launch, forward and backward of each op at 256 px, then one for all launches of the pass. Registers, spills and widths
+are read from the machine code; occupancy follows from registers, threads and shared memory. Traffic is counted in Triton's
+interpreter and in the host emulation of the CUDA sources, at the real shapes, over the first, the middle and the last program
+of each launch, and scaled to all of them:
+
+    touch_ratio     touches of each element of a (B, N, D) tensor, a read or a write counted apart: 1 is one pass over it
+    passes          reads and writes of whole (B, N, D) tensors
+    floor_bytes     of these, every tensor once; for a whole pass what the op must move at least
+    issued_bytes    all that is asked for: vectors, weights and partial sums too, most of which a cache serves. Of CUDA every
+                    thread's loads, of Triton every element of a tile
+    floor_ms        the floor at ``--bandwidth``: a bound, and no prediction
 """
 
 from __future__ import annotations
 
 import argparse
-import re
 from collections.abc import Iterator
 from typing import Any
 
 import cuda_code
+import emulated_cuda
+import launches
 import machine_code
 import measure
 import nvcc
+import ops as sites
+from launches import Case
 
-FAMILIES = ("adaln", "patch_embed", "final_layer")
-ARCHITECTURES = ("80", "90a", "100")
+from ditkernels.reference import SIZES
+
+MODELS = {name.removeprefix("DiT-"): size["hidden_size"] for name, size in SIZES.items()}
+ARCHITECTURES = {"80": "80", "90": "90a", "100": "100"}  # as Triton, and as nvcc calls them
+FAMILIES = {"patch_embed": "patch_embed", "final_layer": "final_layer", "unpatchify": "final_layer"}
+BACKENDS = ("triton", "cuda")
+ALL = "all launches"
+
+
+def why_not(backend: str) -> str | None:
+    """Why a backend's kernels cannot be looked at here, or None if they can."""
+    if backend == "cuda":
+        return cuda_code.why_not() or emulated_cuda.why_not()
+    from ditkernels.ops import _triton
+
+    return _triton.MISSING
 
 
 def rows(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """Every kernel of the families asked for, for every architecture."""
-    for family in args.families:
+    """All that is asked for; a note for a backend that cannot be looked at."""
+    named = [
+        (model, Case(op, MODELS[model], args.patch_size, args.batch, precision))
+        for model in args.models
+        for precision in args.precisions
+        for op in args.ops
+    ]
+    for backend in args.backends:
+        reason = why_not(backend)
+        if reason is not None:
+            yield {"backend": backend, "note": reason}
+            continue
+        cases = [case for _, case in named]
+        moved = launches.traffic(backend, cases)
         for architecture in args.archs:
-            for found in cuda_code.rows(family, architecture, args.every):
-                shares = found["wide_fraction"].values()
-                yield {
-                    **found,
-                    "occupancy": occupancy(found, architecture),
-                    "narrowest": min(shares) if shares else None,
+            codes = _codes(backend, architecture, cases, moved)
+            made = [
+                launch(cases[found["case"]], {**found, **code}, architecture, args.bandwidth)
+                for found, code in zip(moved, codes, strict=True)
+            ]
+            for index, (model, case) in enumerate(named):
+                common = {
+                    "model": f"DiT-{model}/{args.patch_size}",
+                    "backend": backend,
+                    "arch": f"sm_{architecture}",
                 }
+                mine = [row for row, found in zip(made, moved) if found["case"] == index]
+                for phase in ("forward", "backward"):
+                    group = [{**common, **row} for row in mine if row["pass"] == phase]
+                    yield from group
+                    yield {**common, **whole(case, phase, group, args.bandwidth)}
 
 
-def occupancy(row: dict[str, Any], architecture: str) -> float | None:
-    """Warps at once over the most a multiprocessor holds; None for a kernel that names no block size."""
-    if row["threads"] is None:
-        return None
-    capability = int(re.sub(r"\D", "", architecture))
-    return machine_code.occupancy(capability, row["registers"], row["threads"], row["static_shared_bytes"])
+def _codes(
+    backend: str, architecture: str, cases: list[Case], moved: list[dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """What each launch was compiled to."""
+    if backend == "triton":
+        return launches.code(architecture, cases)
+    target = ARCHITECTURES[architecture]
+    known = {
+        family: {row["kernel"]: row for row in cuda_code.rows(family, target)}
+        for family in sorted({FAMILIES.get(case.op, "adaln") for case in cases})
+    }
+    found = []
+    for row in moved:
+        code = known[FAMILIES.get(cases[row["case"]].op, "adaln")][row["kernel"]]
+        static = code["static_shared_bytes"]
+        if int(architecture) >= 100:
+            static -= machine_code.SHARED_RESERVED  # which the compiler counts there
+        big = cases[row["case"]].big()
+        found.append(
+            {
+                **{name: code[name] for name in ("registers", "spills", "tf32")},
+                "wide_fraction": {n: share for n, share in code["wide_fraction"].items() if n in big},
+                "shared_bytes": row["shared_bytes"] + static,
+            }
+        )
+    return found
+
+
+def launch(case: Case, found: dict[str, Any], architecture: str, bandwidth: float) -> dict[str, Any]:
+    """The row of a launch, from its code and its traffic."""
+    elements, big = case.shape[0] * case.shape[1] * case.shape[2], case.big()
+    touches = {
+        f"{name} {way}": moved / (elements * big[name])
+        for name, both in found["moved"].items()
+        if name in big
+        for way, moved in zip(("read", "written"), both)
+        if moved
+    }
+    floor = elements * sum(big[touched.split()[0]] for touched in touches)
+    shares = found["wide_fraction"]
+    threads, registers, shared = found["threads"], found["registers"], found["shared_bytes"]
+    return {
+        "op": case.op,
+        "pass": found["pass"],
+        "kernel": found["kernel"],
+        "shape": list(case.shape),
+        "precision": case.precision,
+        "programs": found["programs"],
+        "threads": threads,
+        "registers": registers,
+        "spills": found["spills"],
+        "shared_bytes": shared,
+        "occupancy": machine_code.occupancy(int(architecture), registers, threads, shared),
+        "tf32": found["tf32"],
+        "wide_fraction": shares,
+        "narrowest": min(shares.values()) if shares else None,
+        "touches": touches,
+        "touch_ratio": max(touches.values(), key=lambda times: abs(times - 1)) if touches else None,
+        "passes": sum(touches.values()),
+        "floor_bytes": floor or None,
+        "issued_bytes": sum(map(sum, found["moved"].values())),
+        "floor_ms": floor / bandwidth / 1e6 if floor else None,
+    }
+
+
+def whole(case: Case, phase: str, group: list[dict[str, Any]], bandwidth: float) -> dict[str, Any]:
+    """The row of all launches of a pass."""
+    floor = case.floor_bytes(phase)
+    ratios = [row["touch_ratio"] for row in group if row["touch_ratio"] is not None]
+    return {
+        "op": case.op,
+        "pass": phase,
+        "kernel": ALL,
+        "shape": list(case.shape),
+        "precision": case.precision,
+        "registers": max(row["registers"] for row in group),
+        "spills": sum(row["spills"] for row in group),
+        "touch_ratio": max(ratios, key=lambda times: abs(times - 1)) if ratios else None,
+        "passes": sum(row["passes"] for row in group),
+        "floor_bytes": floor,
+        "issued_bytes": sum(row["issued_bytes"] for row in group),
+        "floor_ms": floor / bandwidth / 1e6,
+    }
 
 
 def main(argv: list[str] | None = None) -> None:
     """Prints the table."""
     parser = measure.parser(__doc__)
-    parser.add_argument("--families", type=measure.names_among(FAMILIES), default=list(FAMILIES))
-    parser.add_argument("--archs", type=measure.names_among(ARCHITECTURES), default=["90a"])
+    parser.set_defaults(device="cpu")
+    parser.add_argument("--backends", type=measure.names_among(BACKENDS), default=list(BACKENDS))
     parser.add_argument(
-        "--every", type=measure.positive, default=1, help="1 for all kernels, n for every n-th"
+        "--models", type=measure.names_among(MODELS), default=list(MODELS), help=", ".join(MODELS)
+    )
+    parser.add_argument(
+        "--archs", type=measure.names_among(ARCHITECTURES), default=["90"], help=", ".join(ARCHITECTURES)
+    )
+    parser.add_argument(
+        "--ops",
+        type=measure.names_among(launches.OPS),
+        default=list(launches.OPS),
+        help=", ".join(launches.OPS),
+    )
+    parser.add_argument("--precisions", type=measure.names_among(sites.PRECISIONS), default=["fp32+bf16"])
+    parser.add_argument("--patch-size", type=int, choices=(2, 4, 8), default=2)
+    parser.add_argument("--batch", type=measure.positive, default=256)
+    parser.add_argument(
+        "--bandwidth", type=float, default=4300.0, help="GB/s of copying; assumed: an H200 reaches that"
     )
     args = parser.parse_args(argv)
-    reason = cuda_code.why_not()
-    if reason is not None:
-        parser.error(f"the kernels' code cannot be read: {reason}")
+    columns = (
+        *(
+            "model",
+            "backend",
+            "arch",
+            "op",
+            "pass",
+            "kernel",
+            "registers",
+            "spills",
+            "occupancy",
+            "narrowest",
+        ),
+        *("touch_ratio", "passes", "floor_bytes", "issued_bytes", "floor_ms", "note"),
+    )
     try:
-        found = list(rows(args))
+        measure.report("static_report", args, rows(args), columns)
     except nvcc.BuildError as error:
         parser.error(str(error))
-    columns = ("kernel", "arch", "threads", "registers", "spills", "tf32", "occupancy", "narrowest")
-    measure.report("static_report", args, found, columns)
 
 
 if __name__ == "__main__":

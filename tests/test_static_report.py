@@ -1,0 +1,157 @@
+"""The line that every kernel is held to without a GPU, at the shapes of the paper's models; and the report that shows it.
+
+The default run takes the narrowest model on Triton and the widest on CUDA, for Hopper; ``-m slow`` takes everything.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import launches
+import pytest
+import static_report
+from machine_code import WIDE_SHARE
+
+# Reads and writes of (B, N, D) tensors, forward and backward: docs/kernels.md.
+PASSES = {
+    "modulate_norm": (2, 3),
+    "gated_residual": (3, 3),
+    "gated_residual_norm": (4, 6),
+    "patch_embed": (1, 1),
+    "final_layer": (2, 4),
+    "unpatchify": (0, 0),
+}
+COLUMNS = {
+    "kernel",
+    "backend",
+    "arch",
+    "shape",
+    "registers",
+    "spills",
+    "wide_fraction",
+    "touch_ratio",
+    "occupancy",
+}
+BYTES = {"floor_bytes", "issued_bytes", "floor_ms", "passes"}
+
+
+def report(tmp_path: Path, *arguments: str) -> list[dict[str, Any]]:
+    out = tmp_path / "report.json"
+    static_report.main(["--json", str(out), *arguments])
+    result = json.loads(out.read_text())
+    assert result["benchmark"] == "static_report"
+    assert result["complete"]
+    rows: list[dict[str, Any]] = result["rows"]
+    return rows
+
+
+def assert_line(rows: list[dict[str, Any]]) -> None:
+    """No spills, wide accesses, no TF32, one touch a pass, as many passes as the table says."""
+    for row in rows:
+        name = f"{row['backend']} {row['kernel']} of {row['op']} for {row['model']} on {row['arch']}"
+        assert row["spills"] == 0, f"{name} spills"
+        assert 0 < row["registers"] <= 255, name
+        assert row["touch_ratio"] in (None, 1), (
+            f"{name} touches an element {row['touch_ratio']} times in a pass"
+        )
+        assert row["issued_bytes"] >= (row["floor_bytes"] or 0), name
+        if row["kernel"] == static_report.ALL:
+            assert row["passes"] == PASSES[row["op"]][row["pass"] == "backward"], name
+            continue
+        assert row["tf32"] == 0, f"{name} rounds to TF32"
+        assert 0 < row["occupancy"] <= 1, name
+        assert row["wide_fraction"].keys() == {touched.split()[0] for touched in row["touches"]}, name
+        for tensor, share in row["wide_fraction"].items():
+            assert share >= WIDE_SHARE, f"{name}: {share:.0%} of {tensor} in 128-bit accesses"
+
+
+def test_triton_holds_the_line(tmp_path: Path) -> None:
+    rows = report(tmp_path, "--backends", "triton", "--models", "S", "--batch", "16", "--bandwidth", "1000")
+    assert_line(rows)
+    launched = [row for row in rows if row["kernel"] != static_report.ALL]
+    assert all(row.keys() >= COLUMNS | BYTES for row in launched)
+    assert {(row["op"], row["pass"]) for row in rows} == {
+        (op, way) for op in PASSES for way in ("forward", "backward")
+    }
+    norm = next(
+        r
+        for r in rows
+        if (r["op"], r["pass"], r["kernel"]) == ("gated_residual_norm", "forward", static_report.ALL)
+    )
+    # x and x1 in fp32, branch and h in bf16
+    assert norm["floor_bytes"] == 16 * 256 * 384 * (4 + 2 + 4 + 2)
+    assert math.isclose(norm["floor_ms"], norm["floor_bytes"] / 1e9)
+
+
+@pytest.mark.skipif(static_report.why_not("cuda") is not None, reason=str(static_report.why_not("cuda")))
+def test_proof_that_cuda_holds_the_line(tmp_path: Path) -> None:
+    rows = report(tmp_path, "--backends", "cuda", "--models", "S,XL")
+    assert_line(rows)
+    assert {row["shape"][2] for row in rows} == {384, 1152}
+    assert {row["op"] for row in rows} == set(PASSES)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp32+bf16", "bf16", "fp32"])
+@pytest.mark.parametrize("backend", static_report.BACKENDS)
+def test_every_kernel_on_every_architecture(backend: str, precision: str, tmp_path: Path) -> None:
+    archs = ("--archs", "80,90,100")
+    assert_line(report(tmp_path, "--backends", backend, "--precisions", precision, *archs))
+
+
+def test_a_backend_that_cannot_be_looked_at_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        static_report, "why_not", {"triton": "triton is not here", "cuda": "nvcc is not here"}.get
+    )
+    rows = report(tmp_path)
+    assert [(row["backend"], row["note"]) for row in rows] == [
+        ("triton", "triton is not here"),
+        ("cuda", "nvcc is not here"),
+    ]
+
+
+SOUND: dict[str, Any] = {
+    "pass": "forward",
+    "kernel": "forward_rows",
+    "programs": 8,
+    "threads": 128,
+    "registers": 40,
+    "spills": 0,
+    "shared_bytes": 0,
+    "tf32": 0,
+    "wide_fraction": {"x": 1.0, "h": 1.0},
+    "moved": {"x": [64 * 4, 0], "h": [0, 64 * 2], "shift": [32, 0]},
+}
+
+
+@pytest.mark.parametrize(
+    "fault, said",
+    [
+        ({"spills": 1}, "spills"),
+        ({"tf32": 1}, "rounds to TF32"),
+        ({"wide_fraction": {"x": 1.0, "h": 0.87}}, "87% of h"),
+        ({"wide_fraction": {"x": 1.0}}, "forward_rows"),
+        ({"moved": {**SOUND["moved"], "x": [2 * 64 * 4, 0]}}, "touches an element 2.0 times"),
+        ({"moved": {**SOUND["moved"], "x": [64 * 4 - 4, 0]}}, "touches an element 0.98"),
+    ],
+)
+def test_what_falls_short_is_named(fault: dict[str, Any], said: str) -> None:
+    case = launches.Case("modulate_norm", 1, 4, 1, "fp32+bf16")
+    common = {"model": "DiT-S/4", "backend": "triton", "arch": "sm_90"}
+    sound = {**common, **static_report.launch(case, SOUND, "90", 1000.0)}
+    everything = static_report.whole(case, "forward", [sound], 1000.0)
+    assert_line([sound, {**common, **everything}])
+    with pytest.raises(AssertionError, match=said):
+        assert_line([{**common, **static_report.launch(case, {**SOUND, **fault}, "90", 1000.0)}])
+
+
+def test_a_pass_too_many_is_named() -> None:
+    case = launches.Case("modulate_norm", 1, 4, 1, "fp32+bf16")
+    common = {"model": "DiT-S/4", "backend": "triton", "arch": "sm_90"}
+    again = static_report.launch(case, {**SOUND, "kernel": "again"}, "90", 1000.0)
+    group = [static_report.launch(case, SOUND, "90", 1000.0), again]
+    with pytest.raises(AssertionError, match="all launches of modulate_norm"):
+        assert_line([{**common, **static_report.whole(case, "forward", group, 1000.0)}])
