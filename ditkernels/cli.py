@@ -44,6 +44,9 @@ COMMANDS = {
     "convert": Command(
         "ditkernels.convert", "checkpoints between the public DiT layout, diffusers' and ours"
     ),
+    "consolidate": Command(
+        "ditkernels.consolidate", "a checkpoint that many processes wrote in pieces, as one file a part"
+    ),
     "flops": Command("ditkernels.flops", "parameters and Gflops of the models, beside the paper's numbers"),
     "info": Command("ditkernels.info", "machine, versions, and for every op the backend chosen and why"),
 }

@@ -9,7 +9,8 @@ from __future__ import annotations
 import importlib.util
 import os
 import signal
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
 HELD_OUT_EVERY = 5
 IMAGE_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+SHIELDED = (signal.SIGINT, signal.SIGTERM)
 VALIDATION_SEED = 0  # every run is measured on the same images
 
 
@@ -382,8 +384,11 @@ def center_crop(image: Image, size: int) -> np.ndarray:
 
 def stream_batches(
     batches: Steps, steps: Sequence[int], *, workers: int, pin_memory: bool
-) -> Iterator[Batch]:
-    """The batches of ``steps`` in order, made by ``workers`` processes, or in this one if 0; the same batches either way."""
+) -> Generator[Batch, None, None]:
+    """The batches of ``steps`` in order, made by ``workers`` processes, or in this one if 0; the same batches either way.
+
+    Signals do not reach the workers: they end when the generator does, which should therefore be closed.
+    """
     loader: DataLoader[Batch] = DataLoader(
         batches,  # type: ignore[arg-type]
         sampler=steps,
@@ -392,10 +397,23 @@ def stream_batches(
         collate_fn=_as_it_is,
         pin_memory=pin_memory,
         worker_init_fn=_ignore_signals,
+        # A fork server would be one more process of the group; a signal would end it, and its workers with it.
+        multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
         # Otherwise it would draw a seed from the caller's.
         generator=torch.Generator(),
     )
-    return iter(loader)
+    # Workers inherit the mask, and are born with signals held back until they ignore them.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SHIELDED)
+    try:
+        iterator = iter(loader)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    try:
+        yield from iterator
+    finally:
+        if workers:
+            # At the interpreter's exit they would be sent the SIGTERM that they ignore, and waited for.
+            iterator._shutdown_workers()  # type: ignore[attr-defined]
 
 
 def _as_it_is(batch: Any) -> Any:
@@ -404,8 +422,9 @@ def _as_it_is(batch: Any) -> Any:
 
 def _ignore_signals(_worker: int) -> None:
     # A terminal's Ctrl-C and a scheduler's SIGTERM reach the whole group; the trainer decides when its workers stop.
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in SHIELDED:
         signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SHIELDED)
     torch.set_num_threads(1)
 
 

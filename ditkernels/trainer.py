@@ -14,7 +14,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
@@ -136,7 +136,9 @@ def train(config: TrainConfig, *, model: DiT | None = None, data: TrainingData |
         late = OneStepLate()
         steps = range(trainer.step, trainer.total)
         mine = ranks.batches(data.train, config.global_batch_size, config.accumulation)
-        batches = stream_batches(mine, steps, workers=config.num_workers, pin_memory=device.type == "cuda")
+        batches = stack.enter_context(
+            closing(stream_batches(mine, steps, workers=config.num_workers, pin_memory=device.type == "cuda"))
+        )
 
         stopped = None
         for step, batch in zip(steps, batches, strict=True):

@@ -180,3 +180,7 @@ step's √(1/ᾱ − 1) by 157."""
 ROUNDED_NORM = {"rtol": 2 * 2.0**-8, "atol": 2 * 2.0**-8}
 """Plain PyTorch rounds the norm of a bf16 stream to bf16 before an fp32 modulation, the fused op does not: one rounding of values
 up to 4."""
+
+REORDERING_FACTOR = 16.0
+"""Times the furthest of four training runs that add the same numbers in other orders. The tail is long, since AdamW divides a
+gradient's rounding by the gradient's own size; a sample left out or weighed wrongly shows at a hundred times this."""
