@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import runpy
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -165,6 +167,25 @@ def test_a_benchmark_cut_short_leaves_what_it_had(monkeypatch: pytest.MonkeyPatc
     left = json.loads(out.read_text())
     assert left["rows"] == [{"what": "first"}]
     assert not left["complete"]
+
+
+def test_the_suites_of_pytest_benchmark_run_and_are_no_part_of_the_test_suite(
+    tmp_path: Path, pytestconfig: pytest.Config
+) -> None:
+    out = tmp_path / "b.json"
+    few = "(modulate_norm and fp32) or (test_attention and 72) or (test_guided_steps and sampler)"
+    options = ("-q", "-p", "no:cacheprovider", "-p", "no:xdist", f"--benchmark-json={out}", "-k", few)
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "benchmarks/", "--benchmark-only", *options],
+        cwd=BENCHMARKS.parent,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    timed = {row["name"].partition("[")[0] for row in json.loads(out.read_text())["benchmarks"]}
+    assert timed == {"test_op", "test_attention", "test_guided_steps"}
+    assert "the kernels need CUDA" in done.stdout
+    assert pytestconfig.getini("testpaths") == ["tests"]
 
 
 def test_cost_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
