@@ -1,7 +1,9 @@
 """What the Triton kernels of ``adaln`` and ``final_layer`` share: pieces of rows of (B, N, D) tensors, and sums over tokens.
 
 A kernel takes a tensor together with its strides, as a tuple (``with_strides``), and None for one that is absent; code for absent
-arguments is not compiled. A piece is a tile of some rows, (ROWS, channels); its ``columns`` are (1, channels), 64-bit, and END is
+arguments is not compiled. A helper is called for what is there only: in Triton 3.6 none can return None.
+
+A piece is a tile of some rows, (ROWS, channels); its ``columns`` are (1, channels), 64-bit, and END is
 the channel it ends before: where END <= D nothing sticks out of the row and nothing is masked. Arithmetic is fp32.
 
 The sums P, Q, R, S of adaln.py are added up in two stages, in a fixed order and without atomics. Walking kernels leave the sums of
@@ -32,19 +34,13 @@ from ditkernels.ops._triton import Tile, ceil_div, jit, per_sample, tl
 @jit
 def rows_of(tensor, sample, rows):  # type: ignore[no-untyped-def]
     """Some rows of a sample of a (B, N, D) tensor: (where they start, stride of the channels)."""
-    if tensor is None:
-        return None
-    else:
-        return tensor[0] + sample * tensor[1] + rows * tensor[2], tensor[3]
+    return tensor[0] + sample * tensor[1] + rows * tensor[2], tensor[3]
 
 
 @jit
 def of_sample(vector, sample):  # type: ignore[no-untyped-def]
     """The vector of a sample of a (B, D) tensor; its channels lie side by side."""
-    if vector is None:
-        return None
-    else:
-        return vector[0] + sample * vector[1]
+    return vector[0] + sample * vector[1]
 
 
 @jit
@@ -68,10 +64,7 @@ def channels_of(vector, columns, END: tl.constexpr, D: tl.constexpr):  # type: i
 @jit
 def load_piece(lines, columns, mask):  # type: ignore[no-untyped-def]
     """One piece of ``rows_of`` a tensor in the tensor's dtype, zero outside."""
-    if lines is None:
-        return None
-    else:
-        return tl.load(lines[0] + columns * lines[1], mask, 0.0)
+    return tl.load(lines[0] + columns * lines[1], mask, 0.0)
 
 
 @jit

@@ -113,19 +113,19 @@ def forward_rows(  # type: ignore[no-untyped-def]
     line = sample * N + rows
     head = tl.arange(0, HEAD).to(tl.int64)[None, :]
     head_mask = mask_of(live, head, HEAD, D)
-    gate = of_sample(gate, sample)
-    shift = of_sample(shift, sample)
-    scale = of_sample(scale, sample)
+    gate = of_sample(gate, sample) if gate is not None else None
+    shift = of_sample(shift, sample) if shift is not None else None
+    scale = of_sample(scale, sample) if scale is not None else None
     x = rows_of(x, sample, rows)
-    branch = rows_of(branch, sample, rows)
+    branch = rows_of(branch, sample, rows) if branch is not None else None
 
-    u = load_piece(branch, head, head_mask)
+    u = load_piece(branch, head, head_mask) if branch is not None else None
     value = stream_piece(x, u, gate, branch_bias, head, head_mask, HEAD, D)
     _store_stream(x1, line, value, head, head_mask, D)
     if TAIL > 0:
         tail = _tail_columns(HEAD, TAIL, ROWS)
         tail_mask = mask_of(live, tail, HEAD + TAIL, D)
-        tail_u = load_piece(branch, tail, tail_mask)
+        tail_u = load_piece(branch, tail, tail_mask) if branch is not None else None
         tail_value = stream_piece(x, tail_u, gate, branch_bias, tail, tail_mask, HEAD + TAIL, D)
         _store_stream(x1, line, tail_value, tail, tail_mask, D)
 
@@ -223,8 +223,8 @@ def backward_rows(  # type: ignore[no-untyped-def]
     head = tl.arange(0, HEAD).to(tl.int64)[None, :]
     if TAIL > 0:
         tail = _tail_columns(HEAD, TAIL, ROWS)
-    gate = of_sample(gate, sample)
-    scale = of_sample(scale, sample)
+    gate = of_sample(gate, sample) if gate is not None else None
+    scale = of_sample(scale, sample) if scale is not None else None
     if dh is not None and not ONE_WARP:
         slope = slope_of(scale, weight, head, HEAD, D)
         if TAIL > 0:
@@ -250,8 +250,8 @@ def backward_rows(  # type: ignore[no-untyped-def]
         live = rows < last
         line = sample * N + rows
         mask = mask_of(live, head, HEAD, D)
-        stream_rows = rows_of(dx1, sample, rows)
-        branch_rows = rows_of(branch, sample, rows)
+        stream_rows = rows_of(dx1, sample, rows) if dx1 is not None else None
+        branch_rows = rows_of(branch, sample, rows) if dbranch is not None else None
         if TAIL > 0:
             tail_mask = mask_of(live, tail, HEAD + TAIL, D)
 

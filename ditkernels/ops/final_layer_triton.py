@@ -130,10 +130,10 @@ def forward_rows(  # type: ignore[no-untyped-def]
     live = tokens < N
     line = sample * N + tokens
     x = rows_of(x, sample, tokens.to(tl.int64))
-    branch = rows_of(branch, sample, tokens.to(tl.int64))
-    gate = of_sample(gate, sample)
-    shift = of_sample(shift, sample)
-    scale = of_sample(scale, sample)
+    branch = rows_of(branch, sample, tokens.to(tl.int64)) if branch is not None else None
+    gate = of_sample(gate, sample) if gate is not None else None
+    shift = of_sample(shift, sample) if shift is not None else None
+    scale = of_sample(scale, sample) if scale is not None else None
 
     # Sums along a row are kept per column of a piece to the end, so that warps meet once and not at every piece.
     stream = ()
@@ -141,7 +141,7 @@ def forward_rows(  # type: ignore[no-untyped-def]
     for i in tl.static_range(PIECES):
         columns = (i * PIECE + tl.arange(0, PIECE)).to(tl.int64)[None, :]
         mask = mask_of(live, columns, (i + 1) * PIECE, D)
-        u = load_piece(branch, columns, mask)
+        u = load_piece(branch, columns, mask) if branch is not None else None
         piece = stream_piece(x, u, gate, branch_bias, columns, mask, (i + 1) * PIECE, D)
         sums += piece
         stream = stream + (piece,)  # type: ignore[assignment]  # noqa: RUF005
@@ -209,10 +209,10 @@ def forward_wide_rows(  # type: ignore[no-untyped-def]
     live = tokens < N
     line = sample * N + tokens
     x = rows_of(x, sample, tokens.to(tl.int64))
-    branch = rows_of(branch, sample, tokens.to(tl.int64))
-    gate = of_sample(gate, sample)
-    shift = of_sample(shift, sample)
-    scale = of_sample(scale, sample)
+    branch = rows_of(branch, sample, tokens.to(tl.int64)) if branch is not None else None
+    gate = of_sample(gate, sample) if gate is not None else None
+    shift = of_sample(shift, sample) if shift is not None else None
+    scale = of_sample(scale, sample) if scale is not None else None
 
     mu = tl.zeros([ROWS, 1], tl.float32)
     if mean is not None:
@@ -220,7 +220,7 @@ def forward_wide_rows(  # type: ignore[no-untyped-def]
         for start in range(0, D, PIECE):
             columns = (start + tl.arange(0, PIECE)).to(tl.int64)[None, :]
             mask = mask_of(live, columns, ROUND, D)
-            u = load_piece(branch, columns, mask)
+            u = load_piece(branch, columns, mask) if branch is not None else None
             sums += stream_piece(x, u, gate, branch_bias, columns, mask, ROUND, D)
         mu = tl.div_rn(tl.sum(sums, 1, keep_dims=True), D * 1.0)
         tl.store(mean + line, mu, live)
@@ -229,7 +229,7 @@ def forward_wide_rows(  # type: ignore[no-untyped-def]
     for start in range(0, D, PIECE):
         columns = (start + tl.arange(0, PIECE)).to(tl.int64)[None, :]
         mask = mask_of(live, columns, ROUND, D)
-        u = load_piece(branch, columns, mask)
+        u = load_piece(branch, columns, mask) if branch is not None else None
         piece = stream_piece(x, u, gate, branch_bias, columns, mask, ROUND, D)
         difference = centred(piece, mu, columns, ROUND, D)
         squares += difference * difference
@@ -242,7 +242,7 @@ def forward_wide_rows(  # type: ignore[no-untyped-def]
         for start in range(0, D, PIECE):
             columns = (start + tl.arange(0, PIECE)).to(tl.int64)[None, :]
             mask = mask_of(live, columns, ROUND, D)
-            u = load_piece(branch, columns, mask)
+            u = load_piece(branch, columns, mask) if branch is not None else None
             normed = (stream_piece(x, u, gate, branch_bias, columns, mask, ROUND, D) - mu) * scaling
             h = modulated(normed, shift, scale, norm_weight, norm_bias, columns, ROUND, D)
             h = h.to(weight[0].dtype.element_ty).to(PRODUCT)
@@ -270,8 +270,8 @@ def value_sums(  # type: ignore[no-untyped-def]
     value_tiles: tl.constexpr = (V + VALUES - 1) // VALUES
     sample = (program // value_tiles).to(tl.int64)
     values = (program % value_tiles) * VALUES + tl.arange(0, VALUES)[:, None]
-    shift = of_sample(shift, sample)
-    scale = of_sample(scale, sample)
+    shift = of_sample(shift, sample) if shift is not None else None
+    scale = of_sample(scale, sample) if scale is not None else None
 
     slope = tl.zeros([VALUES, COLUMNS], tl.float32)
     offset = tl.zeros([VALUES, COLUMNS], tl.float32)
@@ -443,9 +443,9 @@ def backward_columns(  # type: ignore[no-untyped-def]
         sample = (chunk // chunks).to(tl.int64)
         first = (chunk % chunks) * chunk_rows
         last = tl.minimum(first + chunk_rows, N)
-        own_gate = of_sample(gate, sample)
-        own_shift = of_sample(shift, sample)
-        own_scale = of_sample(scale, sample)
+        own_gate = of_sample(gate, sample) if gate is not None else None
+        own_shift = of_sample(shift, sample) if shift is not None else None
+        own_scale = of_sample(scale, sample) if scale is not None else None
         p = tl.zeros([1, COLUMNS], tl.float32)
         q = tl.zeros([1, COLUMNS], tl.float32)
         r = tl.zeros([1, COLUMNS], tl.float32)
@@ -456,7 +456,8 @@ def backward_columns(  # type: ignore[no-untyped-def]
             line = sample * N + tokens
             mask = mask_of(live, columns, ROUND, D)
             x_rows = rows_of(x, sample, tokens.to(tl.int64))
-            u = load_piece(rows_of(branch, sample, tokens.to(tl.int64)), columns, mask)
+            branch_rows = rows_of(branch, sample, tokens.to(tl.int64)) if branch is not None else None
+            u = load_piece(branch_rows, columns, mask) if branch is not None else None
             scaling = tl.load(rstd + line, live, 0.0)
             normed = _normed(
                 x_rows, u, own_gate, branch_bias, mean, scaling, line, live, columns, mask, ROUND, D
@@ -548,10 +549,11 @@ def weight_products(  # type: ignore[no-untyped-def]
         line = sample * N + tokens
         mask = mask_of(live, columns, ROUND, D)
         x_rows = rows_of(x, sample, tokens.to(tl.int64))
-        u = load_piece(rows_of(branch, sample, tokens.to(tl.int64)), columns, mask)
-        own_gate = of_sample(gate, sample)
-        own_shift = of_sample(shift, sample)
-        own_scale = of_sample(scale, sample)
+        branch_rows = rows_of(branch, sample, tokens.to(tl.int64)) if branch is not None else None
+        u = load_piece(branch_rows, columns, mask) if branch is not None else None
+        own_gate = of_sample(gate, sample) if gate is not None else None
+        own_shift = of_sample(shift, sample) if shift is not None else None
+        own_scale = of_sample(scale, sample) if scale is not None else None
         scaling = tl.load(rstd + line, live, 0.0)
         normed = _normed(x_rows, u, own_gate, branch_bias, mean, scaling, line, live, columns, mask, ROUND, D)
         h = modulated(normed, own_shift, own_scale, norm_weight, norm_bias, columns, ROUND, D)

@@ -102,6 +102,23 @@ def test_ampere_and_blackwell(capability: int, seen: set[bytes]) -> None:
     check(compile_patch_embed(1152, 2, F32, BF16, capability), seen)
 
 
+@pytest.mark.parametrize("width", [96, final_layer_triton._WIDEST_HELD + 8])
+def test_absent_arguments_and_rows_of_any_width_compile(width: int) -> None:
+    x, weight = torch.empty(2, 4, width, dtype=BF16), torch.empty(16, width, dtype=BF16)
+    given = (x, *[None] * 7, weight, None)
+    out, rstd = torch.empty(2, 4, 4, 4), torch.empty(2, 4)
+    patch_weight = torch.empty(width, 4, 2, 2, dtype=BF16)
+    with recorded(90) as kernels:
+        final_layer_triton._final_layer(*given, 2, 2, 2, "rmsnorm", 1e-6, F32)
+        final_layer_triton._final_layer_backward(out, out, *given, torch.empty(0), rstd, 2, 2, 2, "rmsnorm")
+        patch_embed_triton._patch_embed(out, patch_weight, None, None, F32)
+        patch_embed_triton._patch_embed_backward(x, out, patch_weight, None, None, [True, True, False, False])
+    assert {k.name for k in kernels} >= {"backward_columns", "embed", "image_gradients"}
+    assert ("forward_wide_rows" in {k.name for k in kernels}) == (width > 4096)
+    for kernel in kernels:
+        assert kernel.spills == 0, f"{kernel.name} spills"
+
+
 def test_unpatchify_compiles() -> None:
     tokens = torch.empty(2, 256, 32, dtype=BF16)
     with recorded(90) as kernels:

@@ -17,6 +17,8 @@ from ditkernels.ops import _registry as registry
 from ditkernels.ops import final_layer_triton, patch_embed_triton
 from ditkernels.ops.final_layer import unpatchify
 
+IF_SHIFT, IF_SCALE = (f" if {name} is not None else None" for name in ("shift", "scale"))
+
 # What is replaced in the kernels' source, and by what.
 FINAL = {
     "rows and columns of the grid swapped": ("(tokens // grid_w * P)", "(tokens % grid_w * P)"),
@@ -44,10 +46,13 @@ FINAL = {
     ),
     "batch index of x dropped": (" x = rows_of(x, sample,", " x = rows_of(x, 0,"),
     "batch index of the backward's x dropped": ("x_rows = rows_of(x, sample,", "x_rows = rows_of(x, 0,"),
-    "batch index of the branch dropped": ("branch = rows_of(branch, sample,", "branch = rows_of(branch, 0,"),
+    "batch index of the branch dropped": (
+        " branch = rows_of(branch, sample,",
+        " branch = rows_of(branch, 0,",
+    ),
     "batch index of the backward's branch dropped": (
-        "load_piece(rows_of(branch, sample,",
-        "load_piece(rows_of(branch, 0,",
+        "branch_rows = rows_of(branch, sample,",
+        "branch_rows = rows_of(branch, 0,",
     ),
     "batch index of the product's dout dropped": (
         "dz = values_of(dout, sample, tokens, places[",
@@ -60,12 +65,12 @@ FINAL = {
     "batch index of z dropped": ("z = values_of(out, sample,", "z = values_of(out, 0,"),
     "batch index of the image dropped": ("places_of(out, sample,", "places_of(out, 0,"),
     "batch index of the means' shift dropped": (
-        "shift = of_sample(shift, sample)\n    scale = of_sample(scale, sample)\n\n    slope",
-        "shift = of_sample(shift, 0)\n    scale = of_sample(scale, sample)\n\n    slope",
+        f"shift = of_sample(shift, sample){IF_SHIFT}\n    scale = of_sample(scale, sample){IF_SCALE}\n\n    slope",
+        f"shift = of_sample(shift, 0){IF_SHIFT}\n    scale = of_sample(scale, sample){IF_SCALE}\n\n    slope",
     ),
     "batch index of the means' scale dropped": (
-        "scale = of_sample(scale, sample)\n\n    slope",
-        "scale = of_sample(scale, 0)\n\n    slope",
+        f"scale = of_sample(scale, sample){IF_SCALE}\n\n    slope",
+        f"scale = of_sample(scale, 0){IF_SCALE}\n\n    slope",
     ),
     "batch index of the slopes dropped": ("slopes + sample * V", "slopes + 0 * V"),
     "batch index of the offsets dropped": ("offsets + sample * V", "offsets + 0 * V"),
