@@ -19,6 +19,7 @@ VENV ?= $(if $(filter $(DEFAULT_TORCH),$(TORCH)),.venv,.venv-torch$(TORCH))
 BIN := $(VENV)/bin
 REQUIREMENTS := requirements/torch-$(TORCH).txt requirements/dev.txt
 STAMP := $(VENV)/.installed
+CPP := $(wildcard csrc/*.cu csrc/*.cuh tests/emulation/*.cu tests/emulation/*.h)
 
 .PHONY: demo test lint format wheel gpu clean
 
@@ -32,10 +33,12 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror $(CPP)
 
 format: $(STAMP)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+	$(BIN)/clang-format -i $(CPP)
 
 # libtorch is excluded: the wheel uses the one that is installed. The CUDA driver is not linked at all.
 wheel: $(STAMP)

@@ -143,8 +143,9 @@ struct Backward {
   int width;
 };
 
+// One block on a multiprocessor is asked for: without a number the compiler aims at more than fit and keeps registers in memory.
 template <typename T, typename U, int WIDTH, bool WIDE, bool RESIDUAL, bool NORM>
-__global__ void __launch_bounds__(most_threads(WIDTH)) backward_rows(const Backward<T, U> a) {
+__global__ void __launch_bounds__(most_threads(WIDTH), 1) backward_rows(const Backward<T, U> a) {
   constexpr int ROWS = backward_rows_held(WIDTH);
   const Shared<float> scratch{0};
   int phase = 0;
@@ -242,9 +243,7 @@ __global__ void __launch_bounds__(most_threads(WIDTH)) backward_rows(const Backw
 // Launch
 // ---------------------------------------------------------------------------------------------------------------------
 
-Tensor rows_of(const Tensor& like, ScalarType dtype) {
-  return empty(like, {like.size(0), like.size(1), like.size(2)}, dtype);
-}
+Tensor rows_of(const Tensor& like, ScalarType dtype) { return empty(like, {like.size(0), like.size(1), like.size(2)}, dtype); }
 
 OptionalTensor if_any(const Tensor& mean) { return mean.dim() == 2 ? OptionalTensor(mean) : std::nullopt; }
 
@@ -265,7 +264,9 @@ void forward(const char* name, ForwardTensors t, double eps) {
   const bool wide = all_wide(OptionalTensor(t.x), t.branch, t.gate, t.branch_bias, t.shift, t.scale, t.weight, t.bias);
   const Tensor& second = RESIDUAL ? *t.branch : *t.h;
   const bool uniform = !t.branch.has_value() || !t.h.has_value() || t.branch->scalar_type() == t.h->scalar_type();
-  by_row(t.x.scalar_type(), uniform ? second.scalar_type() : MIXED, width, wide, [&](auto stream, auto other, auto known, auto reach) {
+  by_row(
+      t.x.scalar_type(), uniform ? second.scalar_type() : MIXED, width, wide,
+      [&](auto stream, auto other, auto known, auto reach) {
     using T = decltype(stream);
     using U = decltype(other);
     Forward<T, U> a;
@@ -316,7 +317,9 @@ void backward(const char* name, BackwardTensors t) {
   const Tensor partial = empty(stream, {batch, chunks * SUMS, width}, ScalarType::Float);
 
   const bool uniform = same_dtype(t.dx1, stream) && same_dtype(t.branch, second);
-  by_row(stream.scalar_type(), uniform ? second.scalar_type() : MIXED, width, wide, [&](auto first, auto other, auto known, auto reach) {
+  by_row(
+      stream.scalar_type(), uniform ? second.scalar_type() : MIXED, width, wide,
+      [&](auto first, auto other, auto known, auto reach) {
     using T = decltype(first);
     using U = decltype(other);
     Backward<T, U> a;
@@ -339,9 +342,10 @@ void backward(const char* name, BackwardTensors t) {
     launch<backward_rows<T, U, known, reach, RESIDUAL, NORM>, most_threads(known), backward_shared(known)>(
         name, batch * chunks, stream, a, threads_for(a.width));
   });
-  add_sums(name, partial,
-           {t.gate, t.scale, t.branch_bias, t.weight, t.bias, t.dgate, t.dshift, t.dscale, t.dbranch_bias, t.dweight, t.dbias},
-           RESIDUAL, NORM, stream);
+  add_sums(
+      name, partial,
+      {t.gate, t.scale, t.branch_bias, t.weight, t.bias, t.dgate, t.dshift, t.dscale, t.dbranch_bias, t.dweight, t.dbias},
+      RESIDUAL, NORM, stream);
 }
 
 std::tuple<Tensor, Tensor> statistics(const Tensor& x, const std::string& norm) {
@@ -358,8 +362,7 @@ std::tuple<Tensor, Tensor, Tensor> modulate_norm(
     double eps, ScalarType out_dtype) {
   auto [mean, rstd] = statistics(x, norm);
   const Tensor h = rows_of(x, out_dtype);
-  forward<false, true>(
-      "modulate_norm", {x, {}, {}, {}, shift, scale, weight, bias, {}, h, if_any(mean), rstd}, eps);
+  forward<false, true>("modulate_norm", {x, {}, {}, {}, shift, scale, weight, bias, {}, h, if_any(mean), rstd}, eps);
   return {h, mean, rstd};
 }
 
@@ -374,8 +377,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gated_residual_norm(
     OptionalTensor weight, OptionalTensor bias, std::string norm, double eps, ScalarType out_dtype) {
   auto [mean, rstd] = statistics(x, norm);
   const Tensor x1 = rows_of(x, x.scalar_type()), h = rows_of(x, out_dtype);
-  forward<true, true>("gated_residual_norm",
-                      {x, branch, gate, branch_bias, shift, scale, weight, bias, x1, h, if_any(mean), rstd}, eps);
+  forward<true, true>(
+      "gated_residual_norm", {x, branch, gate, branch_bias, shift, scale, weight, bias, x1, h, if_any(mean), rstd}, eps);
   return {x1, h, mean, rstd};
 }
 
@@ -396,8 +399,7 @@ std::tuple<Tensor, Tensor, Tensor> gated_residual_backward(
     Tensor dy, Tensor branch, OptionalTensor gate, OptionalTensor branch_bias) {
   BackwardTensors t;
   t.dx1 = dy, t.branch = branch, t.gate = gate, t.branch_bias = branch_bias;
-  const Tensor dbranch =
-      gate.has_value() ? rows_of(branch, branch.scalar_type()) : nothing(branch);
+  const Tensor dbranch = gate.has_value() ? rows_of(branch, branch.scalar_type()) : nothing(branch);
   const Tensor dgate = empty_like(gate, dy), dbranch_bias = empty_like(branch_bias, dy);
   t.dbranch = if_given(gate, dbranch), t.dgate = if_given(gate, dgate), t.dbranch_bias = if_given(branch_bias, dbranch_bias);
   backward<true, false>("gated_residual_backward", t);
@@ -412,8 +414,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gated
   t.dx1 = dx1, t.dh = dh, t.x1 = x1, t.branch = branch, t.gate = gate, t.scale = scale, t.branch_bias = branch_bias;
   t.weight = weight, t.bias = bias, t.mean = if_any(mean), t.rstd = rstd;
   const Tensor dx = rows_of(x1, x1.scalar_type());
-  const Tensor dbranch =
-      gate.has_value() ? rows_of(branch, branch.scalar_type()) : nothing(branch);
+  const Tensor dbranch = gate.has_value() ? rows_of(branch, branch.scalar_type()) : nothing(branch);
   const Tensor dgate = empty_like(gate, x1), dshift = empty_like(shift, x1), dscale = empty_like(scale, x1),
                dbranch_bias = empty_like(branch_bias, x1), dweight = empty_like(weight, x1), dbias = empty_like(bias, x1);
   t.dx = dx, t.dbranch = if_given(gate, dbranch), t.dgate = if_given(gate, dgate), t.dshift = if_given(shift, dshift);

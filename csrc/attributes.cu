@@ -9,8 +9,9 @@ namespace {
 constexpr int COLUMNS = 6;
 
 void check(cudaError_t error, const std::string& kernel) {
-  STD_TORCH_CHECK(error == cudaSuccess, "cuda_kernel_attributes: ", kernel, ": ", cudaGetErrorString(error),
-                  "; the library is built for ", DITKERNELS_ARCHITECTURES);
+  STD_TORCH_CHECK(
+      error == cudaSuccess, "cuda_kernel_attributes: ", kernel, ": ", cudaGetErrorString(error), "; the library is built for ",
+      DITKERNELS_ARCHITECTURES);
 }
 
 // One row a kernel, int64 on the CPU: registers of a thread, bytes of local memory of a thread (spills live there), bytes of shared
@@ -28,12 +29,13 @@ std::tuple<Tensor, std::string> cuda_kernel_attributes(int64_t device) {
       check(cudaFuncSetAttribute(kernel.function, cudaFuncAttributeMaxDynamicSharedMemorySize, kernel.shared), kernel.name);
     int blocks = 0;
     check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel.function, kernel.threads, kernel.shared), kernel.name);
-    const int64_t values[COLUMNS] = {found.numRegs,
-                                     static_cast<int64_t>(found.localSizeBytes),
-                                     static_cast<int64_t>(found.sharedSizeBytes) + kernel.shared,
-                                     kernel.threads,
-                                     blocks,
-                                     found.binaryVersion};
+    const int64_t values[COLUMNS] = {
+        found.numRegs,
+        static_cast<int64_t>(found.localSizeBytes),
+        static_cast<int64_t>(found.sharedSizeBytes) + kernel.shared,
+        kernel.threads,
+        blocks,
+        found.binaryVersion};
     for (int64_t value : values) *row++ = value;
     names += (names.empty() ? "" : "\n") + kernel.name;
   }

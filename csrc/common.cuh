@@ -101,8 +101,9 @@ __device__ __forceinline__ Word read_word(const Word* from) {
 }
 
 __device__ __forceinline__ void write_word(Word* to, const Word& word) {
-  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(word.part[0]), "r"(word.part[1]),
-               "r"(word.part[2]), "r"(word.part[3]));
+  asm volatile(
+      "st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(word.part[0]), "r"(word.part[1]), "r"(word.part[2]),
+      "r"(word.part[3]));
 }
 #else
 using emulation::touch;
@@ -168,8 +169,7 @@ __device__ __forceinline__ Fragment<T> load_words(const Tokens<T>& from, int64_t
 template <typename T>
 __device__ __forceinline__ float load_one(const Tokens<T>& from, int64_t sample, int64_t token, int64_t column) {
   if constexpr (std::is_same_v<T, Any>) {
-    return with_dtype(
-        from.dtype, [&](auto t) { return load_one(typed<decltype(t)>(from), sample, token, column); });
+    return with_dtype(from.dtype, [&](auto t) { return load_one(typed<decltype(t)>(from), sample, token, column); });
   } else {
     const T* value = from.data + sample * from.sample + token * from.token + column * from.channel;
     touch(from.id, value, sizeof(T), sizeof(T), false);
@@ -178,8 +178,7 @@ __device__ __forceinline__ float load_one(const Tokens<T>& from, int64_t sample,
 }
 
 template <typename T>
-__device__ __forceinline__ void store_one(
-    const Tokens<T>& to, int64_t sample, int64_t token, int64_t column, float value) {
+__device__ __forceinline__ void store_one(const Tokens<T>& to, int64_t sample, int64_t token, int64_t column, float value) {
   if constexpr (std::is_same_v<T, Any>) {
     with_dtype(to.dtype, [&](auto t) { store_one(typed<decltype(t)>(to), sample, token, column, value); });
   } else {
@@ -189,19 +188,28 @@ __device__ __forceinline__ void store_one(
   }
 }
 
+// A stride that the compiler takes for another one each time, so that it does not keep all its multiples in registers.
+template <typename T>
+__device__ __forceinline__ Tokens<T> with_stride_anew(Tokens<T> tensor) {
+#ifdef __CUDA_ARCH__
+  asm volatile("" : "+l"(tensor.channel));
+#endif
+  return tensor;
+}
+
 // Eight channels from `column` on. WIDE: by 16-byte accesses; the caller has seen to alignment and that the unit lies in the row.
 // Otherwise one by one, zero beyond `width`.
 template <bool WIDE, typename T>
 __device__ __forceinline__ Unit load(const Tokens<T>& from, int64_t sample, int64_t token, int column, int width) {
   if constexpr (std::is_same_v<T, Any>) {
-    return with_dtype(
-        from.dtype, [&](auto t) { return load<WIDE>(typed<decltype(t)>(from), sample, token, column, width); });
+    return with_dtype(from.dtype, [&](auto t) { return load<WIDE>(typed<decltype(t)>(from), sample, token, column, width); });
   } else if constexpr (WIDE) {
     return widened(load_words(from, sample, token, column));
   } else {
+    const Tokens<T> own = with_stride_anew(from);
     Unit unit;
 #pragma unroll
-    for (int i = 0; i < UNIT; ++i) unit.at[i] = column + i < width ? load_one(from, sample, token, column + i) : 0.0f;
+    for (int i = 0; i < UNIT; ++i) unit.at[i] = column + i < width ? load_one(own, sample, token, column + i) : 0.0f;
     return unit;
   }
 }
@@ -221,9 +229,10 @@ __device__ __forceinline__ void store(
       write_word(word, fragment.words[i]);
     }
   } else {
+    const Tokens<T> own = with_stride_anew(to);
 #pragma unroll
     for (int i = 0; i < UNIT; ++i)
-      if (column + i < width) store_one(to, sample, token, column + i, unit.at[i]);
+      if (column + i < width) store_one(own, sample, token, column + i, unit.at[i]);
   }
 }
 
@@ -415,7 +424,7 @@ __device__ __forceinline__ Fragment<T> read_across(const Shared<T>& from, int at
 #ifndef DITKERNELS_EMULATION
   if constexpr (!std::is_same_v<T, float>) {
     Fragment<T> fragment;
-    uint32_t(&part)[4] = fragment.words[0].part;
+    uint32_t (&part)[4] = fragment.words[0].part;
     const int row = threadIdx.x % WARP;
     const char* address = shared_at(from.first + (at + row * stride) * static_cast<int>(sizeof(T)), sizeof(Word), false);
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
@@ -547,8 +556,8 @@ inline Vector vector(const char* name, const OptionalTensor& tensor) {
 }
 
 inline Image image(const char* name, const Tensor& tensor) {
-  return {tensor.data_ptr(), tensor.stride(0), tensor.stride(1), tensor.stride(2), tensor.stride(3), tensor.scalar_type(),
-          describe(name, tensor)};
+  return {tensor.data_ptr(), tensor.stride(0),     tensor.stride(1),      tensor.stride(2),
+          tensor.stride(3),  tensor.scalar_type(), describe(name, tensor)};
 }
 
 // Whether 16-byte accesses reach every unit of every row.
@@ -663,8 +672,9 @@ std::string kernel_name() {
   std::string name = __PRETTY_FUNCTION__;
   name = name.substr(name.find("KERNEL = ") + 9);
   name = name.substr(0, name.find_first_of(";]"));
-  for (const char* space : {"ditkernels::", "{anonymous}::", "(anonymous namespace)::", "_NV_ANON_NAMESPACE::", "<unnamed>::",
-                            "c10::", "torch::headeronly::"})
+  for (const char* space :
+       {"ditkernels::", "{anonymous}::", "(anonymous namespace)::", "_NV_ANON_NAMESPACE::", "<unnamed>::", "c10::",
+        "torch::headeronly::"})
     for (size_t at = name.find(space); at != std::string::npos; at = name.find(space)) name.erase(at, std::string(space).size());
   return name.substr(name.find_first_not_of("&("));
 }
@@ -680,8 +690,8 @@ const bool Registered<KERNEL, THREADS, SHARED>::done =
 
 // THREADS and SHARED bytes are the most the kernel is launched with, `threads` and `shared` what it gets now.
 template <auto KERNEL, int THREADS, int SHARED = 0, typename Arguments>
-void launch(const char* op, int64_t blocks, const Tensor& like, const Arguments& arguments, int threads = THREADS,
-            int shared = SHARED) {
+void launch(
+    const char* op, int64_t blocks, const Tensor& like, const Arguments& arguments, int threads = THREADS, int shared = SHARED) {
   (void)Registered<KERNEL, THREADS, SHARED>::done;
   if (blocks == 0) return;
   STD_TORCH_CHECK(blocks < (int64_t{1} << 31), op, ": ", blocks, " blocks; a grid holds fewer than 2^31");
@@ -694,13 +704,13 @@ void launch(const char* op, int64_t blocks, const Tensor& like, const Arguments&
   const torch::stable::accelerator::DeviceGuard guard(device);
   void* stream = nullptr;
   STD_TORCH_CHECK(
-      aoti_torch_get_current_cuda_stream != nullptr && aoti_torch_get_current_cuda_stream(device, &stream) == 0,
-      op, ": torch gave no CUDA stream for device ", device);
+      aoti_torch_get_current_cuda_stream != nullptr && aoti_torch_get_current_cuda_stream(device, &stream) == 0, op,
+      ": torch gave no CUDA stream for device ", device);
   if (SHARED > SHARED_UNASKED) cudaFuncSetAttribute(KERNEL, cudaFuncAttributeMaxDynamicSharedMemorySize, SHARED);
   KERNEL<<<static_cast<unsigned>(blocks), threads, shared, static_cast<cudaStream_t>(stream)>>>(arguments);
   const cudaError_t error = cudaGetLastError();
-  STD_TORCH_CHECK(error == cudaSuccess, op, ": ", cudaGetErrorString(error), "; the library is built for ",
-                  DITKERNELS_ARCHITECTURES);
+  STD_TORCH_CHECK(
+      error == cudaSuccess, op, ": ", cudaGetErrorString(error), "; the library is built for ", DITKERNELS_ARCHITECTURES);
 #endif
 }
 

@@ -148,8 +148,9 @@ struct Grid {
 template <typename Body>
 __device__ __forceinline__ auto placed(const Grid& grid, int64_t token, int value, const Body& body) {
   const int place = value / grid.channels;
-  return body(value % grid.channels, token / grid.columns * grid.patch + place / grid.patch,
-              token % grid.columns * grid.patch + place % grid.patch);
+  return body(
+      value % grid.channels, token / grid.columns * grid.patch + place / grid.patch,
+      token % grid.columns * grid.patch + place % grid.patch);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -215,8 +216,8 @@ __device__ __forceinline__ void norm_row(const Forward<T, U>& a, const Shared<H>
     if (column >= width) continue;
     Unit unit = load<WIDE>(a.x, sample, token, column, width);
     if (a.branch.data != nullptr)
-      unit = joined<T>(unit, load<WIDE>(a.branch, sample, token, column, width),
-                       Direct<WIDE>{a.vectors, sample, column, width}, a.x.dtype);
+      unit = joined<T>(
+          unit, load<WIDE>(a.branch, sample, token, column, width), Direct<WIDE>{a.vectors, sample, column, width}, a.x.dtype);
 #pragma unroll
     for (int k = 0; k < UNIT; ++k) sums += unit.at[k];
     row.set(i, unit);
@@ -322,8 +323,7 @@ __global__ void __launch_bounds__(THREADS, FORWARD_ABREAST<U>) forward_rows(cons
       const int at = start * DEPTH + place;
       if (row >= rows || first + row >= a.length || at >= a.values) continue;
       float z = load_one(a.bias, 0, at, 0.0f);
-      for (int part = place / DEPTH; part < WARPS; part += abreast)
-        z += parts.read((part * ROWS + row) * APART + place % DEPTH);
+      for (int part = place / DEPTH; part < WARPS; part += abreast) z += parts.read((part * ROWS + row) * APART + place % DEPTH);
       placed(a.grid, first + row, at, [&](int channel, int64_t y, int64_t x) { store_one(a.out, sample, channel, y, x, z); });
     }
     __syncthreads();
@@ -465,8 +465,8 @@ __device__ __forceinline__ RawRow<T, U> fetch_row(const Backward<T, U, P>& a, in
 
 // Eight channels of x̂.
 template <typename T, typename U, typename P, typename Vectors>
-__device__ __forceinline__ Unit normed_row(
-    const Backward<T, U, P>& a, const RawRow<T, U>& row, const Vectors& vectors, int64_t sample, int64_t token) {
+__device__ __forceinline__ Unit
+normed_row(const Backward<T, U, P>& a, const RawRow<T, U>& row, const Vectors& vectors, int64_t sample, int64_t token) {
   Unit unit = widened(row.x);
   if (a.branch.data != nullptr) unit = joined<T>(unit, widened(row.branch), vectors, a.x.dtype);
   const float rstd = load_one(a.rstd, sample, token, 0);
@@ -494,8 +494,9 @@ struct ChunkSums {
 
 // dx and dbranch of a unit, and its part of the sums.
 template <bool WIDE, typename T, typename U, typename P, typename Vectors>
-__device__ __forceinline__ void finish(const Backward<T, U, P>& a, const Unit& normed, const Unit& branch, const Unit& dh,
-                                       const Vectors& vectors, int64_t sample, int64_t token, int column, ChunkSums& sums) {
+__device__ __forceinline__ void finish(
+    const Backward<T, U, P>& a, const Unit& normed, const Unit& branch, const Unit& dh, const Vectors& vectors, int64_t sample,
+    int64_t token, int column, ChunkSums& sums) {
   const Unit slope = slope_of(vectors);
   const float rstd = load_one(a.rstd, sample, token, 0);
   const float along_mean = a.mean.data != nullptr ? load_one(a.means, sample, token, 0) : 0.0f;
@@ -518,8 +519,9 @@ __device__ __forceinline__ void finish(const Backward<T, U, P>& a, const Unit& n
 }
 
 // The sums of a chunk over all of a block's rows, in a fixed order. `scratch` holds ROW_BANDS * SUMS * COLUMNS floats.
-__device__ __forceinline__ void store_sums(const Tokens<float>& to, ChunkSums& sums, const Shared<float>& scratch, int64_t sample,
-                                           int64_t chunk, int first_column, int own, int width) {
+__device__ __forceinline__ void store_sums(
+    const Tokens<float>& to, ChunkSums& sums, const Shared<float>& scratch, int64_t sample, int64_t chunk, int first_column,
+    int own, int width) {
   const int band = threadIdx.x / WARP / 2;
 #pragma unroll
   for (int k = 0; k < SUMS; ++k)
@@ -555,12 +557,13 @@ __device__ __forceinline__ void store_weight_sums(
 }
 
 template <typename P, int HELD>
-constexpr int COLUMNS_SHARED = (ROW_BANDS * SUMS + VECTORS) * COLUMNS * 4 +
-    (HELD == 0 ? 0 : COLUMN_ROWS * (COLUMNS + HELD + 2 * ACROSS_APART<P>) * static_cast<int>(sizeof(P)));
+constexpr int COLUMNS_SHARED =
+    (ROW_BANDS * SUMS + VECTORS) * COLUMNS * 4 +
+    (HELD == 0 ? 0 : COLUMN_ROWS * static_cast<int>(sizeof(P)) * (COLUMNS + HELD + 2 * ACROSS_APART<P>));
 
-// Blocks on a multiprocessor. Without a number the compiler aims at four and keeps a register in memory for it.
+// Blocks on a multiprocessor. Without a number the compiler aims at more than fit and keeps registers in memory for it.
 template <typename P, int HELD>
-constexpr int COLUMNS_ABREAST = sizeof(P) == 2 && HELD == 0 ? 3 : 1;
+constexpr int COLUMNS_ABREAST = sizeof(P) == 2 && HELD == 0 ? 2 : 1;
 
 template <typename T, typename U, typename P, bool WIDE, int HELD>
 __global__ void __launch_bounds__(COLUMN_THREADS, COLUMNS_ABREAST<P, HELD>) backward_columns(const Backward<T, U, P> a) {
@@ -594,6 +597,7 @@ __global__ void __launch_bounds__(COLUMN_THREADS, COLUMNS_ABREAST<P, HELD>) back
         if (start + row + half * 8 < last && column < a.width)
           raw[half] = fetch_row<WIDE>(a, sample, start + row + half * 8, column);
       float dh[4][4] = {};
+#pragma unroll 1
       for (int depth = lane_quarter() * UNIT; depth - lane_quarter() * UNIT < a.padded; depth += DEPTH) {
         const Fragment<P> none = narrowed<P>(Unit{});
         const Fragment<P> low = start + row < last ? load_words(a.dz, sample, start + row, depth) : none;
@@ -631,13 +635,11 @@ __global__ void __launch_bounds__(COLUMN_THREADS, COLUMNS_ABREAST<P, HELD>) back
           }
         }
         if (first_column == 0 && threadIdx.x < HELD)
-          for (int at = 0; at < COLUMN_ROWS; ++at)
-            bias_sum += static_cast<float>(values.read(at * DZ_STRIDE + threadIdx.x));
+          for (int at = 0; at < COLUMN_ROWS; ++at) bias_sum += static_cast<float>(values.read(at * DZ_STRIDE + threadIdx.x));
         __syncthreads();
       }
     }
-    if (a.partial.data != nullptr)
-      store_sums(a.partial, sums, scratch, sample, chunk % a.chunks, first_column, own, a.width);
+    if (a.partial.data != nullptr) store_sums(a.partial, sums, scratch, sample, chunk % a.chunks, first_column, own, a.width);
   }
   if constexpr (HELD > 0) {
 #pragma unroll
@@ -649,8 +651,8 @@ __global__ void __launch_bounds__(COLUMN_THREADS, COLUMNS_ABREAST<P, HELD>) back
 }
 
 template <typename P>
-constexpr int PRODUCT_SHARED = VECTORS * PRODUCT_COLUMNS * 4 +
-    PRODUCT_ROWS*(PRODUCT_COLUMNS + PRODUCT_VALUES<P> + 2 * ACROSS_APART<P>) * static_cast<int>(sizeof(P));
+constexpr int PRODUCT_SHARED = VECTORS * PRODUCT_COLUMNS * 4 + PRODUCT_ROWS * static_cast<int>(sizeof(P)) *
+                                                                   (PRODUCT_COLUMNS + PRODUCT_VALUES<P> + 2 * ACROSS_APART<P>);
 
 template <typename T, typename U, typename P, bool WIDE>
 __global__ void __launch_bounds__(THREADS) weight_products(const Backward<T, U, P> a) {
@@ -803,15 +805,15 @@ ScalarType common_dtype(const Inputs& t) { return same_dtype(t.branch, t.weight)
 
 // Rows a block holds, and what they take in shared memory beside the sums.
 int rows_held(int64_t width) {
-  const int64_t bytes = (round_up(width, DEPTH) + UNITS_APART<float>) * 4;
+  const int64_t bytes = 4 * (round_up(width, DEPTH) + UNITS_APART<float>);
   const int64_t most = (GENERAL_BYTES - SUMS_BYTES<float>) / bytes;
   STD_TORCH_CHECK(most > 0, "final_layer: a row of ", width, " channels does not fit in shared memory");
   return most < MOST_ROWS<float> ? static_cast<int>(most) : MOST_ROWS<float>;
 }
 
 template <typename H, int WIDTH>
-constexpr int FORWARD_SHARED = WIDTH == 0 ? GENERAL_BYTES
-                                          : MOST_ROWS<H>*(WIDTH + UNITS_APART<H>) * static_cast<int>(sizeof(H)) + SUMS_BYTES<H>;
+constexpr int FORWARD_SHARED =
+    WIDTH == 0 ? GENERAL_BYTES : SUMS_BYTES<H> + MOST_ROWS<H> * static_cast<int>(sizeof(H)) * (WIDTH + UNITS_APART<H>);
 
 std::tuple<Tensor, Tensor, Tensor> final_layer(
     Tensor x, OptionalTensor branch, OptionalTensor gate, OptionalTensor branch_bias, OptionalTensor shift, OptionalTensor scale,
@@ -872,8 +874,8 @@ Chunks chunks_of(int64_t batch, int64_t length, int64_t values) {
 Tensor terms_of(const char* op, const Inputs& t) {
   const int64_t batch = t.x.size(0), width = t.x.size(2), values = t.weight.size(0);
   const Tensor terms = empty(t.x, {batch, 2, values}, ScalarType::Float);
-  const SampleTerms a{matrix<Any>("weight", t.weight),   vectors_of(t), vector("bias", t.bias),
-                      tokens<float>("terms", terms),     batch,         static_cast<int>(width),
+  const SampleTerms a{matrix<Any>("weight", t.weight), vectors_of(t), vector("bias", t.bias),
+                      tokens<float>("terms", terms),   batch,         static_cast<int>(width),
                       static_cast<int>(values)};
   const bool wide = all_wide(OptionalTensor(t.weight), t.shift, t.scale, t.norm_weight, t.norm_bias);
   by_truth(wide, [&](auto reach) { launch<sample_terms<reach>, THREADS>(op, ceil_div(batch * values, WARPS), t.x, a); });
@@ -947,9 +949,9 @@ std::tuple<Tensor, Tensor> means_of(
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> final_layer_backward(
-    Tensor dout, Tensor out, Tensor x, OptionalTensor branch, OptionalTensor gate, OptionalTensor branch_bias, OptionalTensor shift,
-    OptionalTensor scale, OptionalTensor norm_weight, OptionalTensor norm_bias, Tensor weight, OptionalTensor bias, Tensor mean,
-    Tensor rstd, int64_t, int64_t grid_w, int64_t patch, std::string norm) {
+    Tensor dout, Tensor out, Tensor x, OptionalTensor branch, OptionalTensor gate, OptionalTensor branch_bias,
+    OptionalTensor shift, OptionalTensor scale, OptionalTensor norm_weight, OptionalTensor norm_bias, Tensor weight,
+    OptionalTensor bias, Tensor mean, Tensor rstd, int64_t, int64_t grid_w, int64_t patch, std::string norm) {
   const char* op = "final_layer_backward";
   Inputs t{x, branch, gate, branch_bias, shift, scale, norm_weight, norm_bias, weight, bias};
   pack(t);
@@ -960,7 +962,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
   const Tensor dgate = empty_like(gate, x), dbranch_bias = empty_like(branch_bias, x), dshift = empty_like(shift, x),
                dscale = empty_like(scale, x), dnorm_weight = empty_like(norm_weight, x), dnorm_bias = empty_like(norm_bias, x);
   const bool summed = gate.has_value() || branch_bias.has_value() || shift.has_value() || scale.has_value() ||
-      norm_weight.has_value() || norm_bias.has_value();
+                      norm_weight.has_value() || norm_bias.has_value();
   OptionalTensor partial, bias_partial;
   if (summed) partial = empty(x, {batch, chunks.chunks * SUMS, width}, ScalarType::Float);
   if (bias.has_value()) bias_partial = empty(x, {chunks.groups, values}, ScalarType::Float);
@@ -976,11 +978,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
         op, t, {dx, means, dz, turned, rstd, if_given(gated, dbranch), centre, partial, weight_partial, bias_partial}, chunks);
   });
   if (summed)
-    add_sums(op, *partial,
-             {t.gate, t.scale, t.branch_bias, t.norm_weight, t.norm_bias, if_given(gate, dgate), if_given(shift, dshift),
-              if_given(scale, dscale), if_given(branch_bias, dbranch_bias), if_given(norm_weight, dnorm_weight),
-              if_given(norm_bias, dnorm_bias)},
-             true, true, x);
+    add_sums(
+        op, *partial,
+        {t.gate, t.scale, t.branch_bias, t.norm_weight, t.norm_bias, if_given(gate, dgate), if_given(shift, dshift),
+         if_given(scale, dscale), if_given(branch_bias, dbranch_bias), if_given(norm_weight, dnorm_weight),
+         if_given(norm_bias, dnorm_bias)},
+        true, true, x);
   const Tensor dweight = sum_groups(op, "dweight", torch::stable::flatten(weight_partial, 1, -1), weight);
   const Tensor dbias = bias.has_value() ? sum_groups(op, "dbias", *bias_partial, *bias) : nothing(x);
   return {dx, dbranch, dgate, dbranch_bias, dshift, dscale, dnorm_weight, dnorm_bias, dweight, dbias};

@@ -52,8 +52,9 @@ __device__ __forceinline__ Line line_of(const Patches& patches, int64_t line) {
 template <typename Body>
 __device__ __forceinline__ auto placed(const Patches& a, const Line& line, int value, const Body& body) {
   const int column = value % a.patch, row = value / a.patch % a.patch, channel = value / (a.patch * a.patch);
-  return body(channel, static_cast<int64_t>(line.token / a.grid_w) * a.patch + row,
-              static_cast<int64_t>(line.token % a.grid_w) * a.patch + column);
+  return body(
+      channel, static_cast<int64_t>(line.token / a.grid_w) * a.patch + row,
+      static_cast<int64_t>(line.token % a.grid_w) * a.patch + column);
 }
 
 __device__ __forceinline__ float patch_value(const Patches& a, const Line& line, int value) {
@@ -190,7 +191,7 @@ constexpr int PRODUCT_COLUMNS = VALUES > 128 ? 64 : 128;
 
 template <typename T, int VALUES>
 constexpr int PRODUCT_SHARED =
-    PRODUCT_LINES<T>*(PRODUCT_COLUMNS<VALUES> + VALUES + 2 * ACROSS_APART<T>) * static_cast<int>(sizeof(T));
+    PRODUCT_LINES<T> * static_cast<int>(sizeof(T)) * (PRODUCT_COLUMNS<VALUES> + VALUES + 2 * ACROSS_APART<T>);
 
 template <typename U>
 struct WeightProducts {
@@ -204,8 +205,7 @@ struct WeightProducts {
 
 // Adds up, in a fixed order, what the threads of a block have of dbias: one unit of channels each.
 template <int COLUMNS>
-__device__ __forceinline__ void store_bias_sums(
-    const Tokens<float>& to, const Unit& unit, int64_t group, int column, int width) {
+__device__ __forceinline__ void store_bias_sums(const Tokens<float>& to, const Unit& unit, int64_t group, int column, int width) {
   const Shared<float> sums{0};
   constexpr int UNITS = COLUMNS / UNIT, ROWS = PRODUCT_THREADS / UNITS;
   __syncthreads();
@@ -261,7 +261,7 @@ __global__ void __launch_bounds__(PRODUCT_THREADS) weight_products(const WeightP
 #pragma unroll
         for (int k = 0; k < 4; ++k)
           right[k] = read_across(patch_tile, depth * PATCH_STRIDE + side + (j + k) * TILE_COLUMNS, PATCH_STRIDE);
-        multiply(reinterpret_cast<float(&)[4][4]>(sums[j]), low, high, right);
+        multiply(reinterpret_cast<float (&)[4][4]>(sums[j]), low, high, right);
       }
     }
     __syncthreads();
@@ -277,8 +277,7 @@ __global__ void __launch_bounds__(PRODUCT_THREADS) weight_products(const WeightP
         if (channel < a.width && place < a.patches.values) store_one(a.partial, group, channel, place, sums[j][i]);
       }
   }
-  if (a.bias_partial.data != nullptr && value == 0)
-    store_bias_sums<COLUMNS>(a.bias_partial, bias, group, column, a.width);
+  if (a.bias_partial.data != nullptr && value == 0) store_bias_sums<COLUMNS>(a.bias_partial, bias, group, column, a.width);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -402,8 +401,7 @@ Tokens<T> weight_matrix(const Tensor& weight) {
   return matrix<T>("weight", torch::stable::flatten(weight, 1, -1));
 }
 
-Tensor patch_embed(
-    Tensor x, Tensor weight, OptionalTensor bias, OptionalTensor pos_embed, ScalarType out_dtype) {
+Tensor patch_embed(Tensor x, Tensor weight, OptionalTensor bias, OptionalTensor pos_embed, ScalarType out_dtype) {
   weight = torch::stable::contiguous(weight);
   const Patches patches = patches_of("x", x, weight);
   const int64_t batch = x.size(0), width = weight.size(0), lines = batch * patches.length;
@@ -425,7 +423,7 @@ Tensor patch_embed(
       const int64_t wanted = ceil_div(EMBED_BLOCKS, blocks > 0 ? blocks : 1);
       a.parts = static_cast<int>(wanted < tiles ? wanted : tiles);
       a.width = static_cast<int>(width);
-      launch<embed<T, reach>, EMBED_THREADS, EMBED_LINES<T>* EMBED_STRIDE<T>* static_cast<int>(sizeof(T))>(
+      launch<embed<T, reach>, EMBED_THREADS, static_cast<int>(sizeof(T)) * EMBED_LINES<T> * EMBED_STRIDE<T>>(
           "patch_embed", blocks * a.parts, x, a);
     });
   });
@@ -433,8 +431,9 @@ Tensor patch_embed(
 }
 
 template <typename U, typename T, int VALUES, bool WIDE>
-void launch_weight_products(const Tensor& dy, const Tensor& x, const Tensor& weight, const Patches& patches,
-                            const OptionalTensor& partial, const OptionalTensor& bias_partial, int64_t group_lines) {
+void launch_weight_products(
+    const Tensor& dy, const Tensor& x, const Tensor& weight, const Patches& patches, const OptionalTensor& partial,
+    const OptionalTensor& bias_partial, int64_t group_lines) {
   const int64_t width = weight.size(0);
   WeightProducts<U> a;
   a.patches = patches;
@@ -475,8 +474,9 @@ std::tuple<Tensor, Tensor> weight_gradients(
     });
   const char* op = "patch_embed_backward";
   const auto flat = [](const Tensor& sums) { return torch::stable::flatten(sums, 1, -1); };
-  return {weight_needed ? sum_groups(op, "dweight", flat(*partial), weight) : nothing(x),
-          bias.has_value() ? sum_groups(op, "dbias", *bias_partial, *bias) : nothing(x)};
+  return {
+      weight_needed ? sum_groups(op, "dweight", flat(*partial), weight) : nothing(x),
+      bias.has_value() ? sum_groups(op, "dbias", *bias_partial, *bias) : nothing(x)};
 }
 
 Tensor image_gradient(const Tensor& dy, const Tensor& x, const Tensor& weight) {
@@ -504,7 +504,8 @@ Tensor image_gradient(const Tensor& dy, const Tensor& x, const Tensor& weight) {
 Tensor position_gradient(const Tensor& dy, const Tensor& pos_embed) {
   const Tensor dpos = empty_like(pos_embed, pos_embed);
   const int64_t length = dy.size(1), width = dy.size(2);
-  by_layout(dy.scalar_type(), dy.scalar_type(), all_wide(OptionalTensor(dy), OptionalTensor(dpos)), [&](auto u, auto, auto reach) {
+  by_layout(
+      dy.scalar_type(), dy.scalar_type(), all_wide(OptionalTensor(dy), OptionalTensor(dpos)), [&](auto u, auto, auto reach) {
     using U = decltype(u);
     Positions<U> a;
     a.dy = tokens<U>("dy", dy);

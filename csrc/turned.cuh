@@ -30,8 +30,8 @@ template <typename T>
 Tensor turn(const char* op, const Tokens<Any>& weight, int64_t rows, int64_t count, int64_t rows_by, const Tensor& like) {
   const ScalarType dtype = std::is_same_v<T, float> ? ScalarType::Float : weight.dtype;
   const Tensor turned = empty(like, {round_up(rows, rows_by), round_up(count, DEPTH)}, dtype);
-  const Turned<T> a{weight, matrix<T>("turned", turned), turned.size(0), turned.size(1), static_cast<int>(rows),
-                    static_cast<int>(count)};
+  const Turned<T> a{weight,         matrix<T>("turned", turned), turned.size(0),
+                    turned.size(1), static_cast<int>(rows),      static_cast<int>(count)};
   launch<turn_weight<T>, TURN_THREADS>(op, ceil_div(turned.numel(), TURN_THREADS), like, a);
   return turned;
 }

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 
 import emulated_cuda
 import pytest
+import test_bias_gelu
 import test_final_layer
 import test_patch_embed
 import torch
@@ -25,6 +26,7 @@ from ditkernels.ops.patch_embed import patch_embed
 ADALN, SUMS, EMBED, FINAL, COMMON, TURNED = (
     *("adaln.cu", "sums.cuh", "patch_embed.cu", "final_layer.cu", "common.cuh", "turned.cuh"),
 )
+GELU = "bias_gelu.cu"
 
 # By name: the file, a place in it that occurs once with the expression marked, and what takes the expression's place.
 MUTANTS = {
@@ -166,7 +168,7 @@ MUTANTS = {
     "batch index of the last scale dropped": (FINAL, "load<WIDE>(v.scale, «sample», column", "0"),
     "batch index of the last gate dropped": (FINAL, "load<WIDE>(v.gate, «sample», column", "0"),
     "slope ignored": (FINAL, "slope.at[i] *= «factor.at[i]»;", "1.0f"),
-    "channel of the image ignored": (FINAL, "return body(«value % grid.channels», token", "0"),
+    "channel of the image ignored": (FINAL, "return body(\n      «value % grid.channels», token", "0"),
     "row of the patch ignored": (FINAL, "* grid.patch + «place / grid.patch»,", "0"),
     "column of the patch ignored": (FINAL, "* grid.patch + «place % grid.patch»);", "0"),
     "rows and columns of the image swapped": (
@@ -180,7 +182,7 @@ MUTANTS = {
     "batch index of the last x dropped": (FINAL, "Unit unit = load<WIDE>(a.x, «sample», token", "0"),
     "batch index of the last branch dropped": (
         FINAL,
-        "load<WIDE>(a.branch, «sample», token, column, width),\n",
+        "unit, load<WIDE>(a.branch, «sample», token, column, width), Direct",
         "0",
     ),
     "h not rounded": (FINAL, "unit.at[i] = «rounded<U>(unit.at[i], weight)»;", "unit.at[i]"),
@@ -234,6 +236,24 @@ MUTANTS = {
     "unpatchify's channel ignored": (FINAL, "a.grid.channels + «channel»;", "0"),
     "sample of the tokens dropped": (FINAL, "load_one(a.tokens, «sample», token, value)", "0"),
     "sample of the gathered image dropped": (FINAL, "load_one(a.image, «sample», channel", "0"),
+    # ------------------------------------------------------------------------------------------------ bias_gelu
+    "half the steepness": (GELU, "steep = «2.0f» * ROOT", "1.0f"),
+    "cube forgotten": (GELU, "ROOT * z * (1.0f + KAPPA * «z * z»)", "z"),
+    "signs of the tails swapped": (GELU, "«steep >= 0.0f» ? nearer", "steep < 0.0f"),
+    "bend of one sigma": (GELU, "nearer : farther, «nearer * farther»}", "farther"),
+    "bias ignored forward": (*(GELU, "rows[r].at[i] + «bias.at[i]»;", "0.0f"),),
+    "bias ignored backward": (GELU, "x[r].at[i] + «bias.at[i]»;", "0.0f"),
+    "slope of the cube once": (GELU, "(1.0f + «3.0f» * KAPPA", "1.0f"),
+    "bend without z": (GELU, "s.sigma + «z» * s.bend", "1.0f"),
+    "sum before the slope": (GELU, "total.at[i] += «dy[r].at[i]»;", "dy[r].at[i] / slope"),
+    "sample of the forward dropped": (GELU, "load<WIDE>(a.x, «sample», first + r", "0"),
+    "sample of the gradient dropped": (GELU, "load<WIDE>(a.dy, «sample», first", "0"),
+    "a chunk runs into the next": (GELU, "«first + a.chunk_rows < a.length» ? a.chunk_rows", "true"),
+    "samples joined across gaps": (
+        GELU,
+        "if («t.has_value() && t->stride(0) != length * t->stride(1)») return",
+        "false",
+    ),
 }
 
 
@@ -307,8 +327,15 @@ def check_rows_are_rounded() -> None:
     torch.testing.assert_close(rows, rows.to(BF16).float(), rtol=0, atol=0)
 
 
+def check_bias_gelu() -> None:
+    """Several chunks in samples with gaps between them, a masked unit, and a cotangent that lies otherwise."""
+    inputs = test_bias_gelu.make_inputs((2, 70, 13), F32, F32, "samples apart")
+    test_bias_gelu.assert_parity(inputs, cotangent="tokens first")
+
+
 FAMILIES = {
     ADALN: (check_adaln,),
+    GELU: (check_bias_gelu,),
     EMBED: (check_patch_embed, check_embed_without_positions, check_embed_of_many_lines),
     FINAL: (check_final_layer, check_final_layer_over_several_chunks, check_rows_are_rounded),
 }

@@ -82,7 +82,7 @@ inline bool tracing = false;
 inline int order = 0;
 inline bool last_block_only = false;
 inline bool sampling = false;  // only the first, the middle and the last block of a launch run, and are written down
-inline int mutant = 0;  // which planted fault is active in sources that hold some
+inline int mutant = 0;         // which planted fault is active in sources that hold some
 inline int64_t launches = 0;
 inline int64_t current_block = 0;
 inline std::string kernel_name;
@@ -112,8 +112,9 @@ inline void touch(int id, const void* at, int bytes, int element, bool write) {
   Range& range = ranges[id];
   const int64_t offset = static_cast<const char*>(at) - range.data;
   if (offset < 0 || offset + bytes > range.bytes)
-    throw Fault((write ? "write to " : "read from ") + range.name + " out of bounds: byte " + std::to_string(offset) + " of " +
-                std::to_string(range.bytes));
+    throw Fault(
+        (write ? "write to " : "read from ") + range.name + " out of bounds: byte " + std::to_string(offset) + " of " +
+        std::to_string(range.bytes));
   if (reinterpret_cast<uintptr_t>(at) % bytes != 0) throw Fault("misaligned access to " + range.name);
   if (range.launch != launches) {
     range.launch = launches;
