@@ -63,7 +63,9 @@ def assert_line(rows: list[dict[str, Any]]) -> None:
             continue
         assert row["tf32"] == 0, f"{name} rounds to TF32"
         assert 0 < row["occupancy"] <= 1, name
-        assert row["wide_fraction"].keys() == {touched.split()[0] for touched in row["touches"]}, name
+        # A CUDA kernel's code also holds what it does with tensors that this launch leaves out.
+        touched = {tensor.split()[0] for tensor in row["touches"]}
+        assert row["wide_fraction"].keys() >= touched, f"{name}: no access found to one of {touched}"
         for tensor, share in row["wide_fraction"].items():
             assert share >= WIDE_SHARE, f"{name}: {share:.0%} of {tensor} in 128-bit accesses"
 
@@ -133,7 +135,7 @@ SOUND: dict[str, Any] = {
         ({"spills": 1}, "spills"),
         ({"tf32": 1}, "rounds to TF32"),
         ({"wide_fraction": {"x": 1.0, "h": 0.87}}, "87% of h"),
-        ({"wide_fraction": {"x": 1.0}}, "forward_rows"),
+        ({"wide_fraction": {"x": 1.0}}, "no access found"),
         ({"moved": {**SOUND["moved"], "x": [2 * 64 * 4, 0]}}, "touches an element 2.0 times"),
         ({"moved": {**SOUND["moved"], "x": [64 * 4 - 4, 0]}}, "touches an element 0.98"),
     ],
