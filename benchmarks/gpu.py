@@ -88,7 +88,7 @@ def stages(machine: dict[str, Any]) -> list[Stage]:
     return [
         build,
         Stage("check", _check(dry), 100, environment=library),
-        _parity("parity-triton", ["adaln", "patches", "adamw", "model", "sampler"], 150, library),
+        _parity("parity-triton", ["adaln", "patches", "adamw", "gelu", "model", "sampler"], 150, library),
         _parity("parity-cuda", ["cuda"], 100, library, needs=None if build.skip else "build"),
         _sanitizer("memcheck", dry, build, library),
         _sanitizer("racecheck", dry, build, library),

@@ -152,6 +152,9 @@ def _cases() -> Iterator[Case]:
 
     yield Case("unpatchify", {"tokens": (3, 15, 12)}, grid)
 
+    yield Case("bias_gelu", {"x": _ODD, **_parameters(_ODD, "bias")})
+    yield Case("bias_gelu", {"x": (3, 37, 384)})
+
     for shape in ((3, 1157), (3, 9, 40)):
         yield Case("adamw_ema", dict.fromkeys(_STATE, shape), {"lr": 0.1, "weight_decay": 0.1, "decay": 0.9})
 

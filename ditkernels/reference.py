@@ -163,6 +163,12 @@ def final_layer(
     return image.to(out_dtype or image.dtype)
 
 
+def bias_gelu(x: Tensor, bias: Tensor | None = None) -> Tensor:
+    """tanh-GELU of x + bias, in x's dtype. x: (B, N, D), what a linear without its bias has made; bias: (D,)."""
+    z = x if bias is None else x + bias
+    return F.gelu(z, approximate="tanh").to(x.dtype)
+
+
 def attention(qkv_or_q: Tensor, kv: Tensor | None = None, *, scale: float | None = None) -> Tensor:
     """softmax(q·kᵀ·scale)·v with scale = head_dim^-1/2 by default.
 

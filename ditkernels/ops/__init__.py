@@ -4,6 +4,8 @@ from ditkernels.ops import (  # noqa: F401 (they register a backend)
     adaln_cuda,
     adaln_triton,
     adamw_ema_triton,
+    bias_gelu_cuda,
+    bias_gelu_triton,
     final_layer_cuda,
     final_layer_triton,
     patch_embed_cuda,
@@ -13,12 +15,14 @@ from ditkernels.ops import (  # noqa: F401 (they register a backend)
 from ditkernels.ops.adaln import gated_residual, gated_residual_norm, modulate_norm
 from ditkernels.ops.adamw_ema import adamw_ema
 from ditkernels.ops.attention import attention
+from ditkernels.ops.bias_gelu import bias_gelu
 from ditkernels.ops.final_layer import final_layer, unpatchify
 from ditkernels.ops.patch_embed import patch_embed
 
 __all__ = [
     "adamw_ema",
     "attention",
+    "bias_gelu",
     "final_layer",
     "gated_residual",
     "gated_residual_norm",
