@@ -25,7 +25,18 @@ from ditkernels.checkpoint import Checkpoint, CheckpointError, checkpoint_direct
 from ditkernels.diffusion import create_diffusion
 from ditkernels.models import DiT
 from ditkernels.reference import CONDITIONINGS, SIZES
-from ditkernels.sampler import Batches, Job, Labels, SampleConfig, World, draw, generate, load_model, sample
+from ditkernels.sampler import (
+    Batches,
+    Job,
+    Labels,
+    SampleConfig,
+    World,
+    draw,
+    generate,
+    load_model,
+    outputs,
+    sample,
+)
 from ditkernels.sampler.labels import as_ranges, parse_classes, read_labels
 from ditkernels.sampler.outputs import grid_of, to_pixels
 
@@ -225,6 +236,28 @@ def test_two_processes_and_a_kill_and_restart_write_the_same_bytes(checkpoint, t
     assert not (killed / "metadata.json").exists(), "killed too late to prove anything"
     assert cli.main(["sample", str(checkpoint), "--out", str(killed), *LONGER]) == 0
     assert contents(killed) == contents(one)
+
+
+def test_a_process_that_outlived_its_run_does_not_trip_the_next_one(tmp_path, monkeypatch):
+    path, replace, processes = tmp_path / "000000.png", os.replace, iter([1, 2])
+    monkeypatch.setattr(os, "getpid", lambda: next(processes))
+
+    def interrupted(source, target):
+        monkeypatch.setattr(os, "replace", replace)
+        outputs.write_bytes(path, b"the same bytes")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", interrupted)
+    outputs.write_bytes(path, b"the same bytes")
+    assert [(file.name, file.read_bytes()) for file in tmp_path.iterdir()] == [(path.name, b"the same bytes")]
+
+
+def test_what_a_killed_process_had_begun_to_write_is_removed(model, tmp_path):
+    (tmp_path / "out" / "images").mkdir(parents=True)
+    for folder in (tmp_path / "out", tmp_path / "out" / "images"):
+        (folder / ".000000.png.77.tmp").write_bytes(b"begun")
+    generate(model, create_diffusion("4"), job(), tmp_path / "out", progress=False)
+    assert not list((tmp_path / "out").rglob("*.tmp"))
 
 
 @pytest.mark.parametrize(

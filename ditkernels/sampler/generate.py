@@ -200,6 +200,8 @@ def generate(
             _draw_missing(model, diffusion, job, out, decode, world, progress)
         world.barrier()
         if world.rank == 0:
+            for folder in (out, out / IMAGES):
+                outputs.remove_leftovers(folder)
             _assemble(out, job, settings)
     world.barrier()
     if world.rank == 0:

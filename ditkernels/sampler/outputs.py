@@ -112,8 +112,15 @@ def _write_array(file: IO[bytes], array: Streamed) -> None:
         file.write(np.ascontiguousarray(piece, array.dtype).tobytes())
 
 
+def remove_leftovers(folder: Path) -> None:
+    """Removes what processes that were killed had begun to write into ``folder``."""
+    for path in folder.glob(".*.tmp"):
+        path.unlink(missing_ok=True)
+
+
 def _temporary(path: Path) -> Path:
-    return path.with_name(f".{path.name}.tmp")
+    # A name of this process's own: one that outlived its run may still write the same file, with the same bytes.
+    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
 
 
 def _replace(temporary: Path, path: Path) -> None:
