@@ -481,7 +481,7 @@ def backward_columns(  # type: ignore[no-untyped-def]
             if dbranch is not None:
                 through_gate = d * channels_of(own_gate, columns, ROUND, D)
                 tl.store(dbranch + line * D + columns, through_gate.to(dbranch.dtype.element_ty), mask)
-                r += over_rows(d * u.to(tl.float32))
+                r += over_rows(d * u.to(tl.float32))  # type: ignore[union-attr]
             if SUM_S >= 0:
                 s += over_rows(d)
 
