@@ -52,7 +52,7 @@ from ditkernels.latents import (
 )
 from ditkernels.sampler.command import process_device, processes
 from ditkernels.sampler.generate import World, pinned_threads
-from ditkernels.sampler.outputs import write_bytes, write_json
+from ditkernels.sampler.outputs import remove_leftovers, write_bytes, write_json
 from ditkernels.vae import VAE, load_vae
 
 PARTS, SETTINGS = ".parts", "settings.json"
@@ -176,7 +176,7 @@ def settings_of(config: EncodeConfig, images: ImageFolder, vae: VAE, device: tor
 
 
 def _begin(out: Path, settings: dict[str, Any]) -> None:
-    """Makes the folder, or checks that what is there has the same settings."""
+    """Makes the folder, or checks that what is there has the same settings; removes what a killed run had only begun."""
     if (out / INDEX).exists():
         there = read_index(out / INDEX)
     elif (out / PARTS / SETTINGS).exists():
@@ -192,6 +192,7 @@ def _begin(out: Path, settings: dict[str, Any]) -> None:
     ]
     if different:
         raise ValueError(f"out: {out} holds latents of other settings: {'; '.join(different)}")
+    remove_leftovers(out)
     if (out / INDEX).exists():
         # A run may have been killed while it removed them.
         shutil.rmtree(out / PARTS, ignore_errors=True)

@@ -17,13 +17,14 @@ from test_benchmarks import run as run_benchmark
 from ditkernels import latents as latents_module
 from ditkernels.cli import main
 from ditkernels.config import TrainConfig
-from ditkernels.data import open_data, stream_batches
-from ditkernels.encode import EncodeConfig, encode
+from ditkernels.data import ImageFolder, open_data, stream_batches
+from ditkernels.encode import EncodeConfig, _begin, encode, settings_of
 from ditkernels.latents import INDEX, LatentFolder, LatentsError
 from ditkernels.random import Stream, normals
 from ditkernels.runlog import read_metrics
+from ditkernels.sampler import World
 from ditkernels.trainer import Trainer, build_model, latent_shape
-from ditkernels.vae import load_vae, vae_for
+from ditkernels.vae import VAE, load_vae, vae_for
 
 CPU = torch.device("cpu")
 SIZE = 8
@@ -154,8 +155,6 @@ def test_a_narrow_dtype_is_rounded_once(images, vae, encoded, tmp_path, dtype):
 
 
 def test_a_latent_that_the_dtype_cannot_hold_is_named(images, vae, tmp_path, monkeypatch):
-    from ditkernels.vae import VAE
-
     genuine = VAE.posterior
 
     def huge(self, shown):
@@ -229,8 +228,6 @@ def test_killed_at_any_instant_it_ends_with_the_bytes_of_an_unbroken_run(images,
 def test_two_processes_write_what_one_writes(images, vae, encoded, tmp_path):
     import multiprocessing
 
-    from ditkernels.sampler import World
-
     barrier = multiprocessing.get_context("fork").Barrier(2)
     config = settings(images, vae, tmp_path)
     context = multiprocessing.get_context("fork")
@@ -243,6 +240,42 @@ def test_two_processes_write_what_one_writes(images, vae, encoded, tmp_path):
         process.join(timeout=120)
         assert process.exitcode == 0
     assert content(tmp_path) == content(encoded)
+
+
+def test_a_process_takes_the_shards_that_are_its_by_number(images, vae, tmp_path):
+    config = settings(images, vae, tmp_path)
+    with pytest.raises(TimeoutError):
+        encode(config, CPU, World(1, 2, barrier=waits_for_nobody(tmp_path, config)))
+    assert [path.name for path in tmp_path.glob("latents-*")] == ["latents-00001.safetensors"]
+
+
+def waits_for_nobody(out, config):
+    """Process 0 makes the folder before the first barrier, and never comes to the second."""
+    calls = []
+
+    def barrier():
+        if calls:
+            raise TimeoutError
+        calls.append(None)
+        own = load_vae(config.vae, CPU)
+        folder = ImageFolder.scan(config.data_path)
+        _begin(out, settings_of(config, folder, own, CPU))
+
+    return barrier
+
+
+def test_a_batch_has_one_shape_whatever_is_left_for_it(images, vae, tmp_path, monkeypatch):
+    shapes = []
+    genuine = VAE.posterior
+
+    def spied(self, shown):
+        shapes.append(tuple(shown.shape))
+        return genuine(self, shown)
+
+    monkeypatch.setattr(VAE, "posterior", spied)
+    encode(settings(images, vae, tmp_path, shard_size=5, batch_size=3), CPU)
+    # Shards of 5, 5 and 1 in batches of 3: five batches, both sides of each.
+    assert shapes == [(3, 3, SIZE, SIZE)] * 10
 
 
 def test_the_number_of_reading_processes_changes_no_byte(images, vae, encoded, tmp_path):
