@@ -6,6 +6,7 @@
 # All but the last make their own virtual environment first. Settings:
 #   OUT=dir                            where the demo writes
 #   TORCH=2.11.0 PYTHON=python3.12     another stack (requirements/torch-$(TORCH).txt must exist)
+#   WHEELS=dir                         attention packages that make gpu tries: wheels of xformers, flash-attn 2, 3, 4
 #   ARGS="-k adaln"                    passed on to pytest, to the demo, or to make gpu
 
 PYTHON ?= python3
@@ -13,6 +14,7 @@ TORCH ?= 2.14.1
 OUT ?= demo-out
 JOBS ?= 2
 ARGS ?=
+WHEELS ?=
 
 DEFAULT_TORCH := 2.14.1
 VENV ?= $(if $(filter $(DEFAULT_TORCH),$(TORCH)),.venv,.venv-torch$(TORCH))
@@ -48,7 +50,7 @@ wheel: $(STAMP)
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/auditwheel repair --exclude libtorch_cpu.so -w dist build/wheel/*.whl
 
 gpu:
-	$(PYTHON) benchmarks/gpu.py $(ARGS)
+	$(PYTHON) benchmarks/gpu.py $(if $(WHEELS),--wheels "$(WHEELS)") $(ARGS)
 
 $(STAMP): $(REQUIREMENTS) pyproject.toml setup.py
 	$(PYTHON) -m venv $(VENV)

@@ -3,10 +3,13 @@
 make gpu                        with the python3 of the machine; asks for torch and triton, uses nvcc, pytest, compute-sanitizer
 make gpu ARGS="--force"         does again what was done for this code
 make gpu ARGS="--stages check,ops --results DIR"
+make gpu WHEELS=DIR             also the attention packages whose wheels lie there: xformers, flash-attn 2, 3 and 4
 
 Each stage is a process of its own with a time limit. Its exit status, its output and where its numbers lie are written to
 stages.json in the folder of results as soon as it ends, so that a run cut short resumes: a stage that passed for the same code
-is not repeated. A red stage of parity stops the benchmarks. Nothing comes from a network.
+is not repeated. A red stage of parity stops the benchmarks. These share the time that is left in proportion to their limits; one
+that runs out keeps the rows it has, and the same command takes it up again. Nothing comes from a network: wheels are unpacked
+into build/gpu-wheels, without what they depend on, and only the stages that need them look there.
 
 Without a GPU the same stages run at toy sizes on the CPU, to build/gpu-dry-run: what needs a device is skipped by name.
 """
@@ -28,15 +31,24 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 BENCHMARKS = ROOT / "benchmarks"
 LIBRARY = ROOT / "build/gpu"
+WHEELS = ROOT / "build/gpu-wheels"
 BUDGET = 530  # seconds in all
 TAIL = 6000  # characters of a stage's output that are kept
 DONE = ("passed", "skipped")
 GATES = ("check", "parity-triton", "parity-cuda", "memcheck", "racecheck")
+SHORTEST = 5.0  # seconds a benchmark is begun for
+# Backends of attention, by the package that brings them.
+PACKAGES = {
+    "xformers": "xformers",
+    "flash_attn": "flash_attn_2",
+    "flash_attn_3": "flash_attn_3",
+    "flash_attn_4": "flash_attn_4",
+}
 # A library of kernels for one GPU needs no PTX, but machine code that may use all the GPU has.
 OWN_CODE = {"9.0": "9.0a"}
 
@@ -57,10 +69,11 @@ class Stage:
         name: on the command line and in the results.
         command: what is run; ``python`` stands for this interpreter.
         limit: seconds.
-        benchmark: whether it stops where one of ``GATES`` is red; it also writes rows of numbers.
+        benchmark: whether it stops where one of ``GATES`` is red; it also writes rows of numbers and shares the time that is left.
         needs: a stage without which it is not run.
         skip: why it is not run here; None if it is.
         environment: variables beside those of this process.
+        given: fingerprint of what was handed to it beside the code.
         unsupported: words in the output of a failure which mean that the machine does not allow it: a skip.
     """
 
@@ -71,6 +84,7 @@ class Stage:
     needs: str | None = None
     skip: str | None = None
     environment: dict[str, str] = field(default_factory=dict)
+    given: str = ""
     unsupported: str | None = None
 
 
@@ -79,8 +93,8 @@ class Stage:
 # ------------------------------------------------------------------------------------------------------------------
 
 
-def stages(machine: dict[str, Any]) -> list[Stage]:
-    """Most valuable first."""
+def stages(machine: dict[str, Any], wheels: Path | None = None) -> list[Stage]:
+    """Most valuable first; ``wheels`` is the folder of those handed in."""
     dry = machine["type"] != "cuda"
     build = _build(machine)
     # What was not built here may still be installed, or named by the user.
@@ -88,11 +102,14 @@ def stages(machine: dict[str, Any]) -> list[Stage]:
     return [
         build,
         Stage("check", _check(dry), 100, environment=library),
-        _parity("parity-triton", ["adaln", "patches", "adamw", "gelu", "model", "sampler"], 150, library),
+        _parity(
+            "parity-triton", ["adaln", "patches", "adamw", "gelu", "model", "sampler", "beyond"], 180, library
+        ),
         _parity("parity-cuda", ["cuda"], 100, library, needs=None if build.skip else "build"),
         _sanitizer("memcheck", dry, build, library),
         _sanitizer("racecheck", dry, build, library),
         *(_benchmark(name, dry, library) for name in SIZES),
+        *_of_wheels(dry, wheels, library),
     ]
 
 
@@ -158,21 +175,66 @@ def _sanitizer(tool: str, dry: bool, build: Stage, library: dict[str, str]) -> S
     )  # fmt: skip
 
 
-# Seconds, and what makes a benchmark a toy.
-SIZES: dict[str, tuple[int, str]] = {
-    "ceilings": (40, "--model DiT-S/8 --batch 1 --input-size 16 --copy-mib 1 --dtype fp32"),
-    "ops": (150, "--batch 2 --tokens 6 --width 32 --copy-mib 1 --contenders eager,torch"),
-    "attention": (100, "--batch 2 --heads 2 --tokens 5 --dtype fp32"),
-    "training": (150, "--model DiT-S/8 --input-size 16 --batches 2 --contenders eager-fp32,ours-fp32"),
+class Size(NamedTuple):
+    """Of a benchmark: seconds at most, its flags on a GPU, and those that make it a toy."""
+
+    limit: int
+    real: str
+    toy: str
+
+
+SIZES = {
+    "ceilings": Size(40, "", "--model DiT-S/8 --batch 1 --input-size 16 --copy-mib 1 --dtype fp32"),
+    "ops": Size(150, "", "--batch 2 --tokens 6 --width 32 --copy-mib 1 --contenders eager,torch"),
+    "attention": Size(80, "", "--batch 2 --heads 2 --tokens 5 --dtype fp32"),
+    "training": Size(
+        180,
+        "--batches 256,128,64 --rounds 8 --contenders ours-bf16-residual,compiled-bf16,ours-bf16,eager-bf16,"
+        "ours-compiled-bf16-residual,eager-tf32,ours-compiled-bf16,max-autotune-bf16",
+        "--models DiT-S/8 --input-sizes 16 --batches 2 --contenders eager-fp32,ours-fp32",
+    ),
+    "sampling": Size(
+        120,
+        "--batches 1,64,8 --lengths 4,12 --rounds 3 --contenders sampler-bf16-weights,compiled-bf16-weights,"
+        "eager-bf16,sampler-bf16,ours-compiled-bf16-weights",
+        "--model DiT-S/8 --input-size 16 --batches 1 --lengths 2,6 --contenders eager-fp32,sampler-fp32",
+    ),
+    "trainer_overhead": Size(
+        60,
+        "--model DiT-XL/2 --batch 256 --precision bf16 --rounds 5",
+        "--batch 2 --input-size 8 --steps 2 --log-every 2",
+    ),
 }
 
 
 def _benchmark(name: str, dry: bool, library: dict[str, str]) -> Stage:
-    limit, toy = SIZES[name]
-    sizes = ["--rounds", "2", "--device", "cpu", *toy.split()] if dry else []
+    limit, real, toy = SIZES[name]
+    flags = ["--rounds", "2", "--device", "cpu", *toy.split()] if dry else real.split()
     return Stage(
-        name, ["python", f"benchmarks/{name}.py", *sizes], limit, benchmark=True, environment=library
+        name, ["python", f"benchmarks/{name}.py", *flags], limit, benchmark=True, environment=library
     )
+
+
+def _of_wheels(dry: bool, wheels: Path | None, library: dict[str, str]) -> list[Stage]:
+    """Unpacks the wheels, then parity and speed of the attention they bring."""
+    skip = "no folder of wheels was named: WHEELS=DIR" if wheels is None else None
+    files = sorted(wheels.glob("*.whl*")) if wheels else []
+    names = {path.name.partition("-")[0].lower() for path in files}
+    given = "".join(f" {path.name} {path.stat().st_size}" for path in files)
+    backends = ",".join(backend for package, backend in PACKAGES.items() if package in names)
+    idle = skip or ("no device" if dry else None)
+    if idle is None and not backends:
+        idle = f"no wheel of {', '.join(PACKAGES)} is among them"
+    beside = {**library, "PYTHONPATH": os.pathsep.join((_paths()["PYTHONPATH"], str(WHEELS)))}
+    parity = f"python benchmarks/attention_parity.py --backends {backends}"
+    speed = f"python benchmarks/attention.py --tokens 256,1024 --backends {backends},cudnn,torch_flash"
+    more: dict[str, Any] = {"needs": "wheels", "skip": idle, "environment": beside, "given": given}
+    unpack = ["python", "benchmarks/wheels.py", str(wheels), str(WHEELS)]
+    return [
+        Stage("wheels", unpack, 60, skip=skip, given=given),
+        Stage("parity-wheels", parity.split(), 90, **more),
+        Stage("attention-wheels", speed.split(), 60, benchmark=True, **more),
+    ]
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -185,10 +247,9 @@ def run_stage(stage: Stage, folder: Path, seconds: float) -> dict[str, Any]:
     if stage.skip is not None:
         return {"status": "skipped", "reason": stage.skip}
     command = [sys.executable if word == "python" else word for word in stage.command]
-    numbers = folder / f"{stage.name}.json"
+    numbers, part = folder / f"{stage.name}.json", folder / f"{stage.name}.part.json"
     if stage.benchmark:
-        numbers.unlink(missing_ok=True)
-        command += ["--json", str(numbers)]
+        command += ["--json", str(part)]
     limit = min(stage.limit, seconds)
     began = time.monotonic()
     rc, output = _bounded(command, {**os.environ, **_paths(), **stage.environment}, limit)
@@ -203,9 +264,26 @@ def run_stage(stage: Stage, folder: Path, seconds: float) -> dict[str, Any]:
         found |= {"status": "timed out", "reason": f"took more than {limit:.0f} s"}
     elif rc != 0 and stage.unsupported is not None and stage.unsupported in output:
         found |= {"status": "skipped", "reason": f"the machine does not allow it: {stage.unsupported}"}
-    if stage.benchmark and numbers.exists():
-        found["numbers"] = numbers.name
+    if stage.benchmark:
+        kept = _kept(part, numbers)
+        if rc is None and kept:
+            found |= {"status": "cut short", "reason": f"{kept} rows were had in {limit:.0f} s"}
+        if kept:
+            found["numbers"] = numbers.name
     return found
+
+
+def _kept(part: Path, numbers: Path) -> int:
+    """Of the rows just measured and those of an earlier try keeps the whole, or else the more; returns how many."""
+
+    def worth(path: Path) -> tuple[bool, int]:
+        result = json.loads(path.read_text()) if path.exists() else {"complete": False, "rows": []}
+        return result["complete"], len(result["rows"])
+
+    if part.exists() and worth(part) >= worth(numbers):
+        part.replace(numbers)
+    part.unlink(missing_ok=True)
+    return worth(numbers)[1]
 
 
 def _paths() -> dict[str, str]:
@@ -241,24 +319,40 @@ def run(chosen: Sequence[Stage], folder: Path, code: str, *, force: bool, budget
     record = folder / "stages.json"
     written: dict[str, Any] = json.loads(record.read_text()) if record.exists() else {}
     end, fine = time.monotonic() + budget, True
-    for stage in chosen:
+
+    def passed(stage: Stage) -> bool:
         before = written.get(stage.name, {})
-        if not force and (before.get("status"), before.get("code")) == ("passed", code):
-            print(f"{stage.name:<14} passed before")
+        return not force and (before.get("status"), before.get("code")) == ("passed", code + stage.given)
+
+    for place, stage in enumerate(chosen):
+        if passed(stage):
+            print(f"{stage.name:<16} passed before")
             continue
-        left = end - time.monotonic()
-        why = _obstacle(stage, {n: w["status"] for n, w in written.items() if w["code"] == code}, left)
+        left = _share([s for s in chosen[place:] if not passed(s)], end - time.monotonic())
+        why = _obstacle(
+            stage, {n: w["status"] for n, w in written.items() if w["code"].startswith(code)}, left
+        )
+        if stage.benchmark and (force or written.get(stage.name, {}).get("code") != code + stage.given):
+            (folder / f"{stage.name}.json").unlink(missing_ok=True)  # numbers of other code
         found = {"status": "not run", "reason": why} if why else run_stage(stage, folder, left)
-        written[stage.name] = {**found, "code": code, "date": _now()}
+        written[stage.name] = {**found, "code": code + stage.given, "date": _now()}
         record.with_suffix(".tmp").write_text(json.dumps(written, indent=1) + "\n")
         record.with_suffix(".tmp").replace(record)
         print(
-            f"{stage.name:<14} {found['status']} {found.get('reason', '')} {found.get('seconds', '')}".rstrip()
+            f"{stage.name:<16} {found['status']} {found.get('reason', '')} {found.get('seconds', '')}".rstrip()
         )
         if found["status"] not in DONE:
             fine = False
             print(_indented(found.get("output_tail", "")), end="")
     return fine
+
+
+def _share(waiting: Sequence[Stage], left: float) -> float:
+    """Seconds for the first of the stages that wait: all that is left for a gate, for a benchmark its part of it."""
+    if not waiting[0].benchmark:
+        return left
+    limits = [stage.limit for stage in waiting if stage.benchmark and stage.skip is None]
+    return left * waiting[0].limit / sum(limits) if limits else left
 
 
 def _obstacle(stage: Stage, status: dict[str, str], left: float) -> str | None:
@@ -270,7 +364,8 @@ def _obstacle(stage: Stage, status: dict[str, str], left: float) -> str | None:
     red = [name for name in GATES if status.get(name) in ("failed", "timed out")]
     if stage.benchmark and red:
         return f"{', '.join(red)} is red: no speed is reported"
-    return "the time is used up; the same command resumes here" if left < 1 else None
+    short = SHORTEST if stage.benchmark else 1
+    return "the time is used up; the same command resumes here" if left < short else None
 
 
 def _indented(text: str) -> str:
@@ -327,11 +422,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--device", default="auto", help="cpu is the dry run; auto is cuda if there is one")
     parser.add_argument("--stages", help="names separated by commas; all of them by default")
     parser.add_argument("--results", type=Path, metavar="DIR", help="where to write")
+    parser.add_argument("--wheels", type=Path, metavar="DIR", help="attention packages to try, as wheels")
     parser.add_argument("--force", action="store_true", help="repeat what has passed for this code")
     parser.add_argument("--seconds", type=float, default=BUDGET, help="in all")
     args = parser.parse_args(argv)
+    if args.wheels is not None and not args.wheels.is_dir():
+        parser.error(f"--wheels: got {args.wheels}, allowed is a folder")
     machine, code = probe(args.device), fingerprint()
-    known = {stage.name: stage for stage in stages(machine)}
+    known = {stage.name: stage for stage in stages(machine, args.wheels and args.wheels.resolve())}
     names = args.stages.split(",") if args.stages else list(known)
     unknown = [name for name in names if name not in known]
     if unknown:

@@ -5,8 +5,10 @@
 
 Each contender runs at the largest of ``--batches`` that fits. Images/s is what counts, because the batches differ. Gflops are
 multiply-adds, as in the paper, three times the forward's; MFU is twice that over ``--peak-tflops``, or over the rate this
-device reached on the largest product of the model, measured in the same run. Contenders are built, timed and thrown away one
-by one, for two models of this size do not fit side by side; ``--repeats`` goes through all of them again.
+device reached on the largest product of the first model, measured in the same run. ``residual`` is the dtype of the stream
+between the blocks: fp32 in the plain model, under autocast too; what a bf16 one saves stands in rows of its own. Contenders are
+built, timed and thrown away one by one, for two models of this size do not fit side by side; ``--repeats`` goes through all of
+them again.
 
 A model whose output strays from the fp64 one more than the numerical contract allows a model gets no speed.
 """
@@ -34,6 +36,13 @@ GATE_BATCH = 2
 LEARNING_RATE, EMA_DECAY = 1e-4, 0.9999
 
 
+class Network(NamedTuple):
+    """Which model: its name, and the edge of the latents."""
+
+    model: str
+    input_size: int
+
+
 class Recipe(NamedTuple):
     """How a contender trains.
 
@@ -42,7 +51,6 @@ class Recipe(NamedTuple):
         precision: "fp32", "tf32" or "bf16"; bf16 is autocast over fp32 weights.
         compiled: None, or the mode that each block is compiled in.
         residual_dtype: of our model's residual stream; None is the plain model's.
-        attention: None keeps the reference's attention.
     """
 
     fused: bool
@@ -59,12 +67,14 @@ RECIPES = {
     "eager-fp32": Recipe(False, "fp32"),
     "eager-tf32": Recipe(False, "tf32"),
     "eager-bf16": Recipe(False, "bf16"),
+    "compiled-tf32": Recipe(False, "tf32", "default"),
     "compiled-bf16": Recipe(False, "bf16", "default"),
     "max-autotune-bf16": Recipe(False, "bf16", "max-autotune-no-cudagraphs"),
     "ours-bf16": Recipe(True, "bf16"),
     "ours-bf16-residual": Recipe(True, "bf16", residual_dtype=torch.bfloat16),
     "ours-compiled-bf16": Recipe(True, "bf16", "default"),
     "ours-compiled-bf16-residual": Recipe(True, "bf16", "default", torch.bfloat16),
+    "ours-max-autotune-bf16": Recipe(True, "bf16", "max-autotune-no-cudagraphs"),
     "ours-fp32": Recipe(True, "fp32"),
 }
 
@@ -77,16 +87,22 @@ class Batch(NamedTuple):
     y: Tensor
 
 
-def build(recipe: Recipe, args: argparse.Namespace, device: torch.device) -> reference.DiT:
-    """The contender's model with random weights, the same for all: adaLN-Zero's zeros would hide half of the work."""
+def build(recipe: Any, network: Any, device: torch.device) -> reference.DiT:
+    """The contender's model with random weights, the same for all: adaLN-Zero's zeros would hide half of the work.
+
+    Args:
+        recipe: says whether it is ``fused``, and its ``residual_dtype``.
+        network: names the ``model`` and the ``input_size``.
+    """
     torch.manual_seed(0)
     models = ditkernels.DiT_models if recipe.fused else reference.DiT_models
     options = {"residual_dtype": recipe.residual_dtype} if recipe.fused else {}
-    model = models[args.model](input_size=args.input_size, **options)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad and not parameter.any():
-                parameter.normal_(std=0.02)
+    with device:  # made where it will be: an XL takes many seconds to initialise on a host
+        model = models[network.model](input_size=network.input_size, **options)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.requires_grad and not parameter.any():
+                    parameter.normal_(std=0.02)
     return model.to(device)
 
 
@@ -109,10 +125,10 @@ def batches(size: int, model: reference.DiT, device: torch.device) -> list[Batch
     ]
 
 
-def gate(recipe: Recipe, args: argparse.Namespace, device: torch.device) -> float:
+def gate(recipe: Recipe, network: Any, device: torch.device) -> float:
     """Error of the contender's output over the error allowed, against plain PyTorch at the same precision and in fp64."""
-    model = build(recipe, args, device).eval()
-    plain = build(Recipe(False, recipe.precision), args, device).eval()
+    model = build(recipe, network, device).eval()
+    plain = build(Recipe(False, recipe.precision), network, device).eval()
     x, t, y = batches(GATE_BATCH, plain, device)[0]
     with torch.no_grad():
         with recipe.autocast(device):
@@ -126,9 +142,9 @@ def gate(recipe: Recipe, args: argparse.Namespace, device: torch.device) -> floa
 class Step:
     """A training step, and everything it keeps between steps."""
 
-    def __init__(self, recipe: Recipe, args: argparse.Namespace, device: torch.device, batch: int) -> None:
+    def __init__(self, recipe: Recipe, network: Any, device: torch.device, batch: int) -> None:
         self.recipe, self.device = recipe, device
-        self.model = build(recipe, args, device).train()
+        self.model = build(recipe, network, device).train()
         self.batches = batches(batch, self.model, device)
         self.diffusion = create_diffusion("")
         self.weights = [weight for weight in self.model.parameters() if weight.requires_grad]
@@ -148,12 +164,14 @@ class Step:
             torch._foreach_lerp_(self.averages, self.weights, 1 - EMA_DECAY)
 
 
-def largest(recipe: Recipe, args: argparse.Namespace, device: torch.device) -> tuple[Step, int] | None:
+def largest(
+    recipe: Recipe, network: Network, sizes: list[int], device: torch.device
+) -> tuple[Step, int] | None:
     """The contender at the largest batch that fits, or None if none does."""
-    for batch in sorted(args.batches, reverse=True):
+    for batch in sorted(sizes, reverse=True):
         _collect(device)
         try:
-            step = Step(recipe, args, device, batch)
+            step = Step(recipe, network, device, batch)
         except torch.OutOfMemoryError:
             continue
         if measure.fits(Contender("", step)):
@@ -170,17 +188,19 @@ def _collect(device: torch.device) -> None:
 
 
 def row(
-    name: str, recipe: Recipe, args: argparse.Namespace, device: torch.device, peak: float
+    name: str, network: Network, args: argparse.Namespace, device: torch.device, peak: float
 ) -> dict[str, Any]:
     """One contender, built, gated, timed and thrown away."""
-    common = {"model": args.model, "input_size": args.input_size, "contender": name}
+    recipe = RECIPES[name]
+    residual = "bf16" if recipe.residual_dtype == torch.bfloat16 else "fp32"
+    common = {**network._asdict(), "contender": name, "residual": residual, "compiled": recipe.compiled}
     torch.set_float32_matmul_precision("high" if recipe.precision == "tf32" else "highest")
     ratio = None
     if recipe.fused:
-        ratio = gate(recipe, args, device)
+        ratio = gate(recipe, network, device)
         if not ratio <= 1:
             return {**common, "note": f"WRONG: {ratio:.1f} x the error allowed"}
-    found = largest(recipe, args, device)
+    found = largest(recipe, network, args.batches, device)
     if found is None:
         return {**common, "note": "out of memory at every batch"}
     step, batch = found
@@ -203,29 +223,42 @@ def row(
 def peak_rate(args: argparse.Namespace, device: torch.device) -> float:
     """TFLOP/s on the largest product of a block."""
     with torch.device("meta"):
-        model = reference.DiT_models[args.model](input_size=args.input_size)
+        model = reference.DiT_models[args.models[0]](input_size=args.input_sizes[0])
     shape = product_shapes(model, max(args.batches) * model.grid[0] * model.grid[1])["fc1"]
     return measure.matmul_rate(device, shape, DTYPES["bf16"], rounds=args.rounds)
 
 
 def rows(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """All contenders, as often as asked."""
+    """All contenders on every model, as often as asked."""
     device = measure.device_of(args)
     peak = args.peak_tflops or peak_rate(args, device)
     yield {"contender": "product", "gflops_per_s": peak * 500, "mfu": 1.0}
     for repeat in range(args.repeats):
-        for name in args.contenders:
-            _collect(device)
-            torch._dynamo.reset()
-            yield {**row(name, RECIPES[name], args, device, peak), "repeat": repeat}
+        for input_size in args.input_sizes:
+            for model in args.models:
+                for name in args.contenders:
+                    _collect(device)
+                    torch._dynamo.reset()
+                    yield {**row(name, Network(model, input_size), args, device, peak), "repeat": repeat}
+
+
+def models(text: str) -> list[str]:
+    """An argparse type: names of models, or all."""
+    known = list(ditkernels.DiT_models)
+    return known if text == "all" else measure.names_among(known)(text)
 
 
 def main(argv: list[str] | None = None) -> None:
     """Runs the benchmark."""
     parser = measure.parser(__doc__)
-    parser.add_argument("--model", default="DiT-XL/2", choices=list(ditkernels.DiT_models))
-    parser.add_argument("--input-size", type=measure.positive, default=32, help="edge of the latents")
-    parser.add_argument("--batches", type=measure.numbers, default=[256, 192, 128, 64, 32])
+    parser.add_argument("--models", type=models, default=["DiT-XL/2"], help="names, or all twelve: all")
+    parser.add_argument(
+        "--input-sizes",
+        type=measure.numbers,
+        default=[32],
+        help="edge of the latents: 32 is 256 px, 64 is 512 px",
+    )
+    parser.add_argument("--batches", type=measure.numbers, default=[256, 192, 128, 64, 32, 16])
     parser.add_argument("--peak-tflops", type=float, help="what MFU is a share of; default: measured")
     parser.add_argument("--repeats", type=measure.positive, default=1)
     parser.add_argument(
@@ -233,7 +266,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     args = parser.parse_args(argv)
     columns = (
-        *("contender", "batch", "median_ms", "low_ms", "high_ms"),
+        *("model", "input_size", "contender", "residual", "batch", "median_ms", "low_ms", "high_ms"),
         *("images_per_s", "gflops_per_s", "mfu", "peak_gib", "note"),
     )
     measure.report("training", args, rows(args), columns)

@@ -96,16 +96,17 @@ def test_attention(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 def test_training(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    size = ("--model", "DiT-S/8", "--input-size", "16", "--batches", "2")
+    size = ("--models", "DiT-S/8", "--input-sizes", "16", "--batches", "2")
     rows = run(
         "training",
         *size,
         "--contenders",
-        "eager-fp32,ours-fp32",
+        "eager-fp32,ours-bf16-residual",
         monkeypatch=monkeypatch,
         out=tmp_path / "t.json",
     )
     product, eager, ours = rows
+    assert (eager["residual"], ours["residual"]) == ("fp32", "bf16")
     assert product["mfu"] == 1.0
     assert (eager["batch"], ours["batch"]) == (2, 2)
     assert ours["error_over_allowed"] <= 1
@@ -116,6 +117,21 @@ def test_training(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 SAMPLING = ("--model", "DiT-S/8", "--input-size", "16", "--batches", "2", "--lengths", "2,6")
+
+
+def test_training_goes_through_all_models_and_sizes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import training
+
+    monkeypatch.setattr(training, "row", lambda name, network, *_: {**network._asdict(), "contender": name})
+    out = tmp_path / "all.json"
+    sizes = ("--models", "all", "--input-sizes", "32,64", "--peak-tflops", "1", "--repeats", "2")
+    training.main(["--device", "cpu", "--json", str(out), *sizes, "--contenders", "ours-bf16,eager-bf16"])
+    _, *rows = json.loads(out.read_text())["rows"]
+    assert len(rows) == 12 * 2 * 2 * 2
+    assert len({(row["model"], row["input_size"], row["contender"], row["repeat"]) for row in rows}) == len(
+        rows
+    )
 
 
 @pytest.mark.parametrize("solver", ["ddim", "ddpm"])
@@ -214,6 +230,7 @@ def test_cost_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     [
         ("ops", ("--ops", "softmax"), "got softmax, allowed are modulate_norm"),
         ("attention", ("--tokens", "0"), "got 0, allowed is 1 or more"),
+        ("training", ("--models", "DiT-S/3"), "got DiT-S/3, allowed are DiT-XL/2"),
         ("training", ("--contenders", "fastest"), "got fastest, allowed are eager-fp32"),
         ("sampling", ("--lengths", "5,5"), "got 5,5, allowed are two numbers of steps"),
     ],
