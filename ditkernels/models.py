@@ -3,6 +3,9 @@
 A block ends in a gated residual and the next begins with a norm of the sum, so the sum is left open: between blocks travel the
 stream and the branch still to be added (``Stream``), and one kernel closes the residual and makes the next normed rows. A block
 costs two such kernels forward and two backward, and reads only its own weights, so that FSDP2 can shard block by block.
+
+On a GPU the linears before a residual and before GELU leave their biases to the kernel behind them, whose backward gives the
+biases' gradients: torch would read each gradient of a linear's output once more to sum it up.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
@@ -33,11 +37,12 @@ _KEPT = {
 
 
 class Stream(NamedTuple):
-    """The residual stream (B, N, D), and a branch (B, N, D) with its gate (B, D) that is still to be added to it."""
+    """The residual stream (B, N, D), and a branch (B, N, D) with its bias (D,) and gate (B, D) that is still to be added to it."""
 
     x: Tensor
     branch: Tensor | None = None
     gate: Tensor | None = None
+    branch_bias: Tensor | None = None
 
 
 def normed(
@@ -54,15 +59,36 @@ def normed(
     if stream.branch is None:
         return stream.x, ops.modulate_norm(stream.x, shift, scale, **affine, out_dtype=out_dtype)
     return ops.gated_residual_norm(
-        stream.x, stream.branch, stream.gate, shift, scale, **affine, out_dtype=out_dtype
+        *(stream.x, stream.branch, stream.gate, shift, scale),
+        branch_bias=stream.branch_bias,
+        **affine,
+        out_dtype=out_dtype,
     )
 
 
 def closed(stream: Stream) -> Stream:
     """The stream with nothing left to add."""
-    return (
-        stream if stream.branch is None else Stream(ops.gated_residual(stream.x, stream.branch, stream.gate))
-    )
+    if stream.branch is None:
+        return stream
+    return Stream(ops.gated_residual(stream.x, stream.branch, stream.gate, branch_bias=stream.branch_bias))
+
+
+def product(linear: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    """What a linear makes of x, and the bias that is left to be added to it.
+
+    Nothing is left on a CPU, unless a backend is forced: there the product adds the bias for nothing. And nothing by a module that
+    somebody put in the place of the linear, or that is watched: it is called as it is.
+    """
+    pays = x.is_cuda or registry.backend_setting() is not None
+    if not pays or type(linear) is not nn.Linear or linear._forward_hooks or linear._forward_pre_hooks:
+        return linear(x), None
+    return F.linear(x, linear.weight), linear.bias
+
+
+def opened(x: Tensor, linear: nn.Module, value: Tensor, gate: Tensor | None) -> Stream:
+    """The stream x with the branch linear(value), gated, still to be added."""
+    branch, bias = product(linear, value)
+    return Stream(x, branch, gate, bias)
 
 
 def compute_dtype(weight: Tensor) -> torch.dtype:
@@ -85,9 +111,11 @@ class Attention(reference.Attention):
     backend: str | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.proj(
-            ops.attention(self.qkv(x).unflatten(-1, (3, self.num_heads, -1)), backend=self.backend)
-        )
+        return self.proj(self.mixed(x))
+
+    def mixed(self, x: Tensor) -> Tensor:
+        """The heads' values, (B, N, D), before the projection."""
+        return ops.attention(self.qkv(x).unflatten(-1, (3, self.num_heads, -1)), backend=self.backend)
 
 
 class CrossAttention(reference.CrossAttention):
@@ -96,16 +124,49 @@ class CrossAttention(reference.CrossAttention):
     backend: str | None = None
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        return self.proj(self.mixed(x, context))
+
+    def mixed(self, x: Tensor, context: Tensor) -> Tensor:
+        """The heads' values, (B, N, D), before the projection."""
         q = self.q(x).unflatten(-1, (self.num_heads, -1))
         kv = self.kv(context).unflatten(-1, (2, self.num_heads, -1))
-        return self.proj(ops.attention(q, kv, backend=self.backend))
+        return ops.attention(q, kv, backend=self.backend)
 
 
-class Fused:
-    """Gives a block of the reference the attentions of this file."""
+class Mlp(reference.Mlp):
+    """Linear, tanh-GELU, linear."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(self.hidden(x))
+
+    def hidden(self, x: Tensor) -> Tensor:
+        """GELU of the first linear, (B, N, 4·D)."""
+        made, bias = product(self.fc1, x)
+        return F.gelu(made, approximate="tanh") if bias is None else ops.bias_gelu(made, bias)
+
+
+class Fused(reference.Block):
+    """Gives a block of the reference the attentions and the MLP of this file."""
 
     attention_class: ClassVar[type[reference.Attention]] = Attention
     cross_attention_class: ClassVar[type[reference.CrossAttention]] = CrossAttention
+    mlp_class: ClassVar[type[reference.Mlp]] = Mlp
+    attn: Attention
+    cross_attn: CrossAttention
+    mlp: Mlp
+
+    def attended(self, x: Tensor, h: Tensor, gate: Tensor | None = None) -> Stream:
+        """The stream with the self-attention of h still to be added."""
+        return opened(x, self.attn.proj, self.attn.mixed(h), gate)
+
+    def transformed(self, x: Tensor, h: Tensor, gate: Tensor | None = None) -> Stream:
+        """The stream with the MLP of h still to be added, also by the next block: the bias travels as a copy.
+
+        FSDP2 frees a block's weights when the block is done.
+        """
+        stream = opened(x, self.mlp.fc2, self.mlp.hidden(h), gate)
+        bias = stream.branch_bias
+        return stream if bias is None else stream._replace(branch_bias=bias.clone())
 
 
 class DiTBlock(Fused, reference.DiTBlock):
@@ -117,8 +178,8 @@ class DiTBlock(Fused, reference.DiTBlock):
             6, dim=1
         )
         x, h = normed(stream, None, shift_msa, scale_msa, dtype)
-        x, h = normed(Stream(x, self.attn(h), gate_msa), None, shift_mlp, scale_mlp, dtype)
-        return Stream(x, self.mlp(h), gate_mlp)
+        x, h = normed(self.attended(x, h, gate_msa), None, shift_mlp, scale_mlp, dtype)
+        return self.transformed(x, h, gate_mlp)
 
 
 class AdaLNBlock(Fused, reference.AdaLNBlock):
@@ -128,8 +189,8 @@ class AdaLNBlock(Fused, reference.AdaLNBlock):
         dtype = compute_dtype(self.attn.qkv.weight)
         shift_msa, scale_msa, shift_mlp, scale_mlp = self.adaLN_modulation(c).chunk(4, dim=1)
         x, h = normed(stream, None, shift_msa, scale_msa, dtype)
-        x, h = normed(Stream(x, self.attn(h)), None, shift_mlp, scale_mlp, dtype)
-        return Stream(x, self.mlp(h))
+        x, h = normed(self.attended(x, h), None, shift_mlp, scale_mlp, dtype)
+        return self.transformed(x, h)
 
 
 class CrossAttentionBlock(Fused, reference.CrossAttentionBlock):
@@ -138,9 +199,10 @@ class CrossAttentionBlock(Fused, reference.CrossAttentionBlock):
     def forward(self, stream: Stream, c: Tensor) -> Stream:  # type: ignore[override]
         dtype = compute_dtype(self.attn.qkv.weight)
         x, h = normed(stream, self.norm1, None, None, dtype)
-        x, h = normed(Stream(x, self.attn(h)), self.norm_cross, None, None, dtype)
-        x, h = normed(Stream(x, self.cross_attn(h, c)), self.norm2, None, None, dtype)
-        return Stream(x, self.mlp(h))
+        x, h = normed(self.attended(x, h), self.norm_cross, None, None, dtype)
+        crossed = opened(x, self.cross_attn.proj, self.cross_attn.mixed(h, c), None)
+        x, h = normed(crossed, self.norm2, None, None, dtype)
+        return self.transformed(x, h)
 
 
 class InContextBlock(Fused, reference.InContextBlock):
@@ -149,8 +211,8 @@ class InContextBlock(Fused, reference.InContextBlock):
     def forward(self, stream: Stream, c: Tensor) -> Stream:  # type: ignore[override]
         dtype = compute_dtype(self.attn.qkv.weight)
         x, h = normed(stream, self.norm1, None, None, dtype)
-        x, h = normed(Stream(x, self.attn(h)), self.norm2, None, None, dtype)
-        return Stream(x, self.mlp(h))
+        x, h = normed(self.attended(x, h), self.norm2, None, None, dtype)
+        return self.transformed(x, h)
 
 
 class FinalLayer(reference.FinalLayer):
@@ -190,6 +252,7 @@ def _final(
         patch_size=patch_size,
         branch=None if stream.branch is None else stream.branch[:, :image_tokens],
         gate=stream.gate,
+        branch_bias=stream.branch_bias,
         **affine,
     )
 

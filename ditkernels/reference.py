@@ -359,12 +359,14 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """What the four blocks share: the classes their attentions are made of."""
+    """What the four blocks share: the classes their attentions and MLPs are made of."""
 
     attention_class: ClassVar[type[Attention]] = Attention
     cross_attention_class: ClassVar[type[CrossAttention]] = CrossAttention
+    mlp_class: ClassVar[type[Mlp]] = Mlp
     attn: Attention
     cross_attn: CrossAttention
+    mlp: Mlp
 
 
 class DiTBlock(Block):
@@ -376,7 +378,7 @@ class DiTBlock(Block):
     def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float) -> None:
         super().__init__()
         self.attn = self.attention_class(hidden_size, num_heads)
-        self.mlp = Mlp(hidden_size, mlp_ratio)
+        self.mlp = self.mlp_class(hidden_size, mlp_ratio)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
@@ -393,7 +395,7 @@ class AdaLNBlock(Block):
     def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float) -> None:
         super().__init__()
         self.attn = self.attention_class(hidden_size, num_heads)
-        self.mlp = Mlp(hidden_size, mlp_ratio)
+        self.mlp = self.mlp_class(hidden_size, mlp_ratio)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 4 * hidden_size))
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
@@ -412,7 +414,7 @@ class CrossAttentionBlock(Block):
         self.norm_cross = nn.LayerNorm(hidden_size, eps=1e-6)
         self.cross_attn = self.cross_attention_class(hidden_size, num_heads)
         self.norm2 = nn.LayerNorm(hidden_size, eps=1e-6)
-        self.mlp = Mlp(hidden_size, mlp_ratio)
+        self.mlp = self.mlp_class(hidden_size, mlp_ratio)
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         x = gated_residual(x, self.attn(self.norm1(x)))
@@ -428,7 +430,7 @@ class InContextBlock(Block):
         self.norm1 = nn.LayerNorm(hidden_size, eps=1e-6)
         self.attn = self.attention_class(hidden_size, num_heads)
         self.norm2 = nn.LayerNorm(hidden_size, eps=1e-6)
-        self.mlp = Mlp(hidden_size, mlp_ratio)
+        self.mlp = self.mlp_class(hidden_size, mlp_ratio)
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         x = gated_residual(x, self.attn(self.norm1(x)))

@@ -211,7 +211,7 @@ def test_guidance_and_labels_drop_as_before(training: bool) -> None:
 
 BACKEND_PROGRAM = """
 import copy, sys
-sys.path.insert(0, "tests")
+sys.path[:0] = ["tests", "benchmarks"]
 import test_accelerate as t
 model = t.make("{name}")
 fused = copy.deepcopy(model)

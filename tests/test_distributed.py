@@ -259,7 +259,7 @@ def assert_same_end(folder, unbroken):
     [
         (2, DDP),
         (3, (*DDP, "--accumulation", "2", "--checkpointing", "full")),
-        (2, (*FSDP, "--accumulation", "2")),
+        (2, (*FSDP, "--accumulation", "2", "--backend", "torch")),  # biases are left to the next block
         (3, (*FSDP, "--checkpointing", "selective")),
         (4, (*FSDP, "--shard-size", "2")),
     ],

@@ -9,6 +9,7 @@ import numerics
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import ditkernels
 from ditkernels import models, reference
@@ -96,6 +97,59 @@ def test_autocast_keeps_the_stream_in_fp32(conditioning: str) -> None:
     assert streams == [F32]
     for name, value in exact.items():
         numerics.assert_model_contract(got[name].to(BF16), low[name].to(BF16), value, name)
+
+
+@pytest.mark.parametrize("conditioning", CONDITIONINGS)
+def test_biases_left_to_the_kernels_agree_in_fp64(conditioning: str) -> None:
+    """As on a GPU, where linears leave their biases to the ops behind them; a forced backend asks for it on a CPU."""
+    fused, plain = pair(F64, conditioning=conditioning, **SMALL)
+    want = forward_backward(plain, F64)
+    with ditkernels.use_backend("torch"):
+        for checkpointing in models.CHECKPOINTING:
+            fused.checkpointing = checkpointing
+            got = forward_backward(fused, F64)
+            for name, value in want.items():
+                numerics.assert_fp64_agreement(got[name], value, name)
+
+
+class _BiasSums(TorchDispatchMode):
+    """Counts sums of a (B, N, D) or (B, N, 4·D) gradient over its tokens; what happens inside an op is not seen."""
+
+    def __init__(self, tokens: int, width: int) -> None:
+        super().__init__()
+        self.sizes = (tokens * width, tokens * width * 4)
+        self.found = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.found += func is torch.ops.aten.sum.dim_IntList and args[0].numel() in self.sizes
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("backend, sums", [("auto", 9), ("torch", 0)])
+def test_no_gradient_is_read_again_for_the_biases_before_a_residual_or_gelu(backend: str, sums: int) -> None:
+    fused, _ = pair(**{**SMALL, "input_size": 8})
+    with ditkernels.use_backend(backend), _BiasSums(3 * 16, 48) as counted:
+        fused(*batch(fused)).sum().backward()
+    assert counted.found == sums
+
+
+def test_a_linear_that_was_replaced_or_is_watched_is_called_as_it_is() -> None:
+    class Low(torch.nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) + 1
+
+    fused, _ = pair(**SMALL)
+    want = fused(*batch(fused))
+    seen = []
+    fused.blocks[0].mlp.fc1.register_forward_hook(lambda module, args, out: seen.append(out.shape[-1]))
+    with ditkernels.use_backend("torch"):
+        torch.testing.assert_close(fused(*batch(fused)), want)
+        for linear in (fused.blocks[1].mlp.fc2, fused.blocks[1].attn.proj):
+            linear.__class__ = Low
+        changed = fused(*batch(fused))
+    assert seen == [4 * 48] * 2
+    assert not torch.allclose(changed, want)
+    torch.testing.assert_close(fused(*batch(fused)), changed)
 
 
 def test_residual_dtype_is_the_streams() -> None:

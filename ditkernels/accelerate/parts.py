@@ -52,11 +52,13 @@ def normed(
 ) -> tuple[Tensor, Tensor]:
     """Closes the open residual of ``stream``; returns the new x and its modulated norm."""
     arguments = norm_arguments(norm, kind)
-    x, _, gate = promoted(stream)
+    x, branch, gate, bias = promoted(stream)
     out_dtype = registry.autocast_dtype(x) or _promoted_dtype(x, shift, scale, arguments["weight"])
-    if stream.branch is None:
+    if branch is None:
         return x, ops.modulate_norm(x, shift, scale, **arguments, out_dtype=out_dtype)
-    return ops.gated_residual_norm(x, stream.branch, gate, shift, scale, **arguments, out_dtype=out_dtype)
+    return ops.gated_residual_norm(
+        x, branch, gate, shift, scale, branch_bias=bias, **arguments, out_dtype=out_dtype
+    )
 
 
 def promoted(stream: Stream) -> Stream:
@@ -203,7 +205,7 @@ def finished(
     kind: str,
 ) -> Tensor:
     """The end of a DiT in one op: the last residual, norm, modulation, linear, unpatchify."""
-    x, branch, gate = promoted(stream)
+    x, branch, gate, bias = promoted(stream)
     affine = {"norm_weight": getattr(norm, "weight", None), "norm_bias": getattr(norm, "bias", None)}
     return ops.final_layer(
         x,
@@ -215,6 +217,7 @@ def finished(
         patch_size=patch_size,
         branch=branch,
         gate=gate,
+        branch_bias=bias,
         **affine,
         norm=kind,
         eps=eps_of("norm", norm),
