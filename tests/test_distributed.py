@@ -25,6 +25,7 @@ import torch.distributed as dist
 import torch.distributed.fsdp  # imported once, in the server
 from numerics import REORDERING_FACTOR
 from sklearn.datasets import load_digits as _warm  # noqa: F401 (likewise)
+from torch.distributed.launcher.api import LaunchConfig
 
 from ditkernels import distributed as distributed_module
 from ditkernels import sampler, trainer  # noqa: F401 (likewise)
@@ -741,16 +742,8 @@ def torchrun(port, log, folder, *flags):
     """A node of two, with one process."""
     launcher = ("-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1")
     rendezvous = ("--rdzv-backend", "c10d", "--rdzv-id", "job", "--rdzv-endpoint", f"127.0.0.1:{port}")
-    node = (
-        *launcher,
-        *rendezvous,
-        "--shutdown-timeout",
-        "60",
-        "--local-addr",
-        "127.0.0.1",
-        "-m",
-        "ditkernels",
-    )
+    patience = ("--shutdown-timeout", "60") if hasattr(LaunchConfig, "shutdown_timeout") else ()
+    node = (*launcher, *rendezvous, *patience, "--local-addr", "127.0.0.1", "-m", "ditkernels")
     command = [sys.executable, *node, *TRAIN, "--results-dir", str(folder), *flags]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     with open(log, "w") as out:
