@@ -73,6 +73,9 @@ class TrainConfig:
     warmup_steps: int = option(0, "steps of linear warm-up", least=0)
     weight_decay: float = option(0.0, "of AdamW", least=0)
     grad_clip: float | None = option(None, "largest norm of the gradient")
+    optimizer: Literal["torch", "fused"] = option(
+        "torch", "AdamW: torch's and then the moving average, or both in one pass over memory"
+    )
     ema_decay: float = option(0.9999, "of the moving average of the weights", least=0)
     max_skipped: int = option(
         20, "non-finite gradients in a row that are skipped before the run stops", least=0, free=True

@@ -13,22 +13,26 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Generic, NamedTuple, TypeVar
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from ditkernels.config import TrainConfig
+from ditkernels.ops import adamw_ema
 
 Model = TypeVar("Model", bound=nn.Module)
 
 
-def make_optimizer(weights: Iterable[nn.Parameter], config: TrainConfig) -> torch.optim.AdamW:
-    """Fused AdamW with betas (0.9, 0.999), as in the DiT paper."""
-    return torch.optim.AdamW(
-        list(weights), lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
-    )
+def make_optimizer(
+    weights: Iterable[nn.Parameter], config: TrainConfig, average: EMA[Any] | None = None
+) -> torch.optim.AdamW:
+    """Fused AdamW with betas (0.9, 0.999), as in the DiT paper; with ``optimizer: fused`` an :class:`AdamWEMA` of ``average``."""
+    numbers: dict[str, Any] = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
+    if config.optimizer == "fused":
+        return AdamWEMA(weights, average, **numbers)
+    return torch.optim.AdamW(list(weights), **numbers, fused=True)
 
 
 def learning_rate(config: TrainConfig, step: int, total: int) -> float:
@@ -39,6 +43,52 @@ def learning_rate(config: TrainConfig, step: int, total: int) -> float:
         return config.learning_rate
     done = (step - config.warmup_steps) / max(1, total - config.warmup_steps)
     return config.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
+
+
+class AdamWEMA(torch.optim.AdamW):
+    """Fused AdamW whose step also moves the average of the weights: one pass over memory in place of two, ``ops.adamw_ema``.
+
+    State and state dict are those of AdamW, so that either can go on with the other's. Sharded weights are updated shard by shard.
+
+    Args:
+        average: what is moved; None for nothing. Its own ``update`` is not to be called then.
+        lr, weight_decay: AdamW's.
+    """
+
+    def __init__(
+        self, weights: Iterable[nn.Parameter], average: EMA[Any] | None, *, lr: float, weight_decay: float
+    ) -> None:
+        super().__init__(list(weights), lr=lr, weight_decay=weight_decay, fused=True)
+        self._average = average
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """One step on the gradients that are there; takes no closure. ``grad_scale`` and ``found_inf`` are read as AdamW's are."""
+        average = self._average
+        untouched = {} if average is None else dict(average.pairs())
+        for group in self.param_groups:
+            lists: list[list[Tensor]] = [[] for _ in range(6)]
+            self._init_group(group, *lists)
+            weights, gradients, exp_avgs, exp_avg_sqs, _, steps = lists
+            averages = [] if average is None else [untouched.pop(weight) for weight in weights]
+            adamw_ema(
+                *map(_shards, (weights, gradients, exp_avgs, exp_avg_sqs, steps, averages)),
+                lr=group["lr"],
+                betas=group["betas"],
+                eps=group["eps"],
+                weight_decay=group["weight_decay"],
+                decay=0.0 if average is None else average.decay,
+                grad_scale=getattr(self, "grad_scale", None),
+                found_inf=getattr(self, "found_inf", None),
+            )
+        if average is not None and untouched:
+            # A weight without a gradient stays as it is, but its average does not.
+            torch._foreach_lerp_(list(untouched.values()), list(untouched), 1 - average.decay)
+
+
+def _shards(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """What this process holds of each."""
+    return [tensor.to_local() if hasattr(tensor, "to_local") else tensor for tensor in tensors]
 
 
 class LossScale:
@@ -165,6 +215,10 @@ class EMA(Generic[Model]):
         trainable = [(average, weight) for average, weight in pairs if weight.requires_grad]
         self._averages: list[Tensor] = [average for average, _ in trainable]
         self._weights: list[Tensor] = [weight for _, weight in trainable]
+
+    def pairs(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Every trained weight and its average."""
+        return zip(self._weights, self._averages, strict=True)
 
     @torch.no_grad()
     def update(self) -> None:

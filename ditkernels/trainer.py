@@ -51,6 +51,7 @@ from ditkernels.models import DiT_models
 from ditkernels.ops._registry import use_backend
 from ditkernels.optimizer import (
     EMA,
+    AdamWEMA,
     LossScale,
     copy_for_average,
     gradients,
@@ -216,7 +217,8 @@ class Trainer:
             model, average, AUTOCAST_DTYPES.get(self.precision), len(self._positions) // config.accumulation
         )
         self.ema = EMA(model, config.ema_decay, average)
-        self.optimizer = make_optimizer((w for w in model.parameters() if w.requires_grad), config)
+        trained = (weight for weight in model.parameters() if weight.requires_grad)
+        self.optimizer = make_optimizer(trained, config, self.ema)
         self.loss_scale = LossScale(self.device) if self.precision == "fp16" else None
         self.step = 0
         self.total = config.steps or max(1, config.epochs * data.length // config.global_batch_size)
@@ -257,7 +259,8 @@ class Trainer:
         told = telling(stopping, len(self.unreadable) - self._unreadable_before)
         whole = self.ranks.reduce(loss, gradients(self.optimizer), told)
         norm, skipped = update(self.optimizer, whole.loss, whole.norm, self.loss_scale, self.config.grad_clip)
-        self.ema.update()
+        if not isinstance(self.optimizer, AdamWEMA):
+            self.ema.update()
         return [whole.loss, norm, skipped, *whole.told]
 
     def _loss(self, images: Tensor, labels: Tensor, step: int, positions: Tensor) -> Tensor:

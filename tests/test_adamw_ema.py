@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import copy
 import math
+from pathlib import Path
 
 import numerics
 import pytest
 import torch
+from test_trainer import make_trainer, same_bits, small_model
 from torch import Tensor, nn
 
 from ditkernels import ops, reference
 from ditkernels.config import TrainConfig
+from ditkernels.data import Batch
 from ditkernels.ops import _registry as registry
-from ditkernels.optimizer import EMA, make_optimizer
+from ditkernels.optimizer import EMA, AdamWEMA, make_optimizer, optimizer_tensors
+from ditkernels.trainer import Trainer
 
 F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
 State = dict[str, list[Tensor]]
@@ -151,6 +155,45 @@ def test_bit_for_bit_torchs_fused_adamw_and_then_the_moving_average(weight_decay
             assert torch.equal(ours["exp_avg_sqs"][index], found["exp_avg_sq"]), step
             assert ours["steps"][index] == found["step"] == step + 1 - (step >= 2)
             assert torch.equal(ours["copies"][index], weight.to(BF16)), step
+
+
+def trained(tmp_path: Path, name: str, **changes: object) -> Trainer:
+    """A run's state after six steps, of which the third is skipped: its loss is not finite."""
+    trainer = make_trainer(tmp_path / name, model=small_model(random=True), **changes)
+    for step in range(6):
+        images, labels, unreadable = trainer.data.train[step]
+        trainer.train_step(Batch(images * (math.nan if step == 2 else 1), labels, unreadable), step, 1e-2)
+    return trainer
+
+
+@pytest.mark.parametrize("changes", [{}, {"grad_clip": 0.5, "weight_decay": 0.1, "accumulation": 2}])
+def test_a_run_with_the_fused_optimizer_is_that_with_torchs_bit_for_bit(
+    tmp_path: Path, changes: dict
+) -> None:
+    ours, torchs = (trained(tmp_path, name, optimizer=name, **changes) for name in ("fused", "torch"))
+    assert isinstance(ours.optimizer, AdamWEMA)
+    assert same_bits(ours.model, torchs.model)
+    assert same_bits(ours.ema.model, torchs.ema.model)
+    assert not same_bits(ours.ema.model, ours.model)
+    found, want = (optimizer_tensors(run.optimizer, run.model) for run in (ours, torchs))
+    assert found.keys() == want.keys()
+    assert all(torch.equal(found[name], want[name]) for name in want)
+    ours.optimizer.load_state_dict(torchs.optimizer.state_dict())
+
+
+def test_weights_without_a_gradient_stay_and_their_averages_move() -> None:
+    model = nn.Linear(4, 3)
+    average = EMA(model, 0.5)
+    optimizer = AdamWEMA(model.parameters(), average, lr=0.1, weight_decay=0.0)
+    with torch.no_grad():
+        model.weight.add_(1.0)
+    before = copy.deepcopy(model)
+    model.bias.grad = torch.ones(3)
+    optimizer.step()
+    assert torch.equal(model.weight, before.weight)
+    assert not torch.equal(model.bias, before.bias)
+    torch.testing.assert_close(average.model.weight, before.weight - 0.5)
+    torch.testing.assert_close(average.model.bias, (model.bias + before.bias) / 2)
 
 
 def check_skipped_step(shapes: tuple = SHAPES) -> None:

@@ -262,7 +262,7 @@ def assert_same_end(folder, unbroken):
         (3, (*DDP, "--accumulation", "2", "--checkpointing", "full")),
         (2, (*FSDP, "--accumulation", "2", "--backend", "torch")),  # biases are left to the next block
         (3, (*FSDP, "--checkpointing", "selective")),
-        (4, (*FSDP, "--shard-size", "2")),
+        (4, (*FSDP, "--shard-size", "2", "--optimizer", "fused")),
     ],
     ids=["ddp2", "ddp3", "fsdp2", "fsdp3", "hsdp2x2"],
 )
