@@ -95,6 +95,47 @@ def test_attention(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert all("cannot serve" in row["note"] for row in rows if "median_ms" not in row)
 
 
+PARITY = ("--device", "cpu", "--tokens", "5", "--dtypes", "bf16,fp32")
+
+
+def test_attention_parity(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import attention_parity
+
+    out = tmp_path / "p.json"
+    assert attention_parity.main([*PARITY, "--backends", "torch_flash,plain", "--json", str(out)]) == 0
+    rows = json.loads(out.read_text())["rows"]
+    assert {(row["backend"], row["shape"][4], row["dtype"]) for row in rows} == {
+        (backend, head_dim, dtype)
+        for backend in ("torch_flash", "plain")
+        for head_dim in (64, 72)
+        for dtype in ("bfloat16", "float32")
+    }
+    assert all(row["refused"] is None and 0 < row["error_over_allowed"] <= 1 for row in rows)
+    capsys.readouterr()
+    assert attention_parity.main([*PARITY, "--backends", "plain,xformers"]) == 1
+    assert (
+        capsys.readouterr().err
+        == "xformers serves nowhere: it needs a CUDA device, and the tensors are on cpu\n"
+    )
+
+
+def test_a_wrong_attention_backend_is_told(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import attention_parity
+
+    from ditkernels.ops.attention import BACKENDS
+
+    right = BACKENDS["torch_flash"].run
+    monkeypatch.setattr(BACKENDS["torch_flash"], "run", lambda *args: right(*args) * 1.02)
+    assert attention_parity.main([*PARITY, "--backends", "torch_flash", "--head-dims", "72"]) == 1
+    assert "torch_flash at [2, 5, 3, 4, 72] in bfloat16: output" in capsys.readouterr().err
+
+
 def test_training(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     size = ("--models", "DiT-S/8", "--input-sizes", "16", "--batches", "2")
     rows = run(
@@ -219,9 +260,11 @@ def test_cost_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         for row in rows
         if (row["variant"], row.get("kernel")) == ("ours", "ditkernels::gated_residual_norm")
     )
-    # 23 sites: x and x1 in fp32, branch and h in bf16; gate, shift and scale; mean and rstd
+    one_pass = steps["ours, bf16 residual, fused optimizer"]
+    assert math.isclose(one_pass["optimizer_ms"], 0.9 * steps["ours"]["optimizer_ms"])
+    # 23 sites: x and x1 in fp32, branch and h in bf16; gate, shift and scale; the branch's bias in fp32; mean and rstd
     batch, tokens, width = 64, 16, 384
-    moved = 23 * (batch * tokens * width * 12 + 3 * batch * width * 2 + 2 * batch * tokens * 4)
+    moved = 23 * (batch * tokens * width * 12 + 3 * batch * width * 2 + width * 4 + 2 * batch * tokens * 4)
     assert fused["gbytes"] == moved / 1e9
 
 
