@@ -1,6 +1,7 @@
 """Latents made once: the same bytes however they were made, and training on them is training on the images."""
 
 import json
+import multiprocessing
 import os
 import pickle
 import shutil
@@ -226,19 +227,19 @@ def test_killed_at_any_instant_it_ends_with_the_bytes_of_an_unbroken_run(images,
 
 
 def test_two_processes_write_what_one_writes(images, vae, encoded, tmp_path):
-    import multiprocessing
-
-    barrier = multiprocessing.get_context("fork").Barrier(2)
-    config = settings(images, vae, tmp_path)
     context = multiprocessing.get_context("fork")
+    # If one dies the other must not wait for it.
+    barrier = context.Barrier(2, timeout=60)
+    config = settings(images, vae, tmp_path)
     both = [
-        context.Process(target=encode, args=(config, CPU, World(rank, 2, barrier.wait))) for rank in (0, 1)
+        context.Process(target=encode, args=(config, CPU, World(rank, 2, barrier.wait)), daemon=True)
+        for rank in (0, 1)
     ]
     for process in both:
         process.start()
     for process in both:
         process.join(timeout=120)
-        assert process.exitcode == 0
+    assert [process.exitcode for process in both] == [0, 0]
     assert content(tmp_path) == content(encoded)
 
 
