@@ -327,7 +327,12 @@ class Sharded(ManyRanks):
         if self.replicas > 1:
             shape, names = ((self.replicas, self.pieces), ("replicate", "shard"))  # type: ignore[assignment]
         mesh = init_device_mesh(self.device.type, shape, mesh_dim_names=names)
-        self._skeleton = copy.deepcopy(average).to("meta")
+        # A copy of everything but the weights.
+        empty: dict[int, Any] = {
+            id(weight): nn.Parameter(weight.to("meta"), requires_grad=False)
+            for weight in average.parameters()
+        }
+        self._skeleton = copy.deepcopy(average, empty)
         # Inputs keep their dtype: the residual stream and the conditioning have their own.
         kept = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
         for module in (average, model):

@@ -205,7 +205,7 @@ def compared(folder):
 
 @pytest.fixture(scope="module")
 def tolerance(forked, weights, alone, tmp_path_factory):
-    """How far runs of one process that add the same numbers in another order lie from it, in weights and in losses.
+    """How far runs of one process that add the same numbers in another order lie from it, as of :func:`distances`.
 
     One distance for all tensors: whatever a gradient's size, AdamW makes steps of the same size of it.
     """
@@ -217,19 +217,18 @@ def tolerance(forked, weights, alone, tmp_path_factory):
 
 
 def distances(folder, other):
-    """The largest differences of two runs' weights and losses."""
+    """The largest differences of two runs' weights, losses and gradient norms."""
     mine, theirs = compared(folder), compared(other)
     assert mine.keys() == theirs.keys()
     return (
         max((mine[key] - theirs[key]).abs().max().item() for key in theirs),
-        (losses(folder) - losses(other)).abs().max().item(),
+        *((losses(folder, name) - losses(other, name)).abs().max().item() for name in ("loss", "grad_norm")),
     )
 
 
 def assert_as_alone(folder, alone, tolerance):
-    of_weights, of_losses = distances(folder, alone)
-    assert of_weights <= tolerance[0]
-    assert of_losses <= tolerance[1]
+    apart = distances(folder, alone)
+    assert all(found <= allowed for found, allowed in zip(apart, tolerance, strict=True)), (apart, tolerance)
 
 
 def rows(folder):
@@ -530,12 +529,15 @@ def test_what_fails_on_one_peer_is_raised_on_all():
 
 
 def record_digests(bad_step):
-    """Loss NaN at ``bad_step`` on this rank; at every checkpoint a digest of all whole tensors of this rank."""
+    """On this rank loss and gradient are NaN at ``bad_step``, and the loss alone two steps later; at every checkpoint it prints a
+    digest of all its tensors."""
     genuine_loss, genuine_checkpoint = Trainer._loss, Trainer.checkpoint
 
     def loss(self, images, labels, step, positions):
         found = genuine_loss(self, images, labels, step, positions)
-        return found * float("nan") if step == bad_step else found
+        if bad_step is not None and step in (bad_step, bad_step + 2):
+            return found * float("nan") if step == bad_step else found + float("nan")
+        return found
 
     def checkpoint(self, log):
         made = genuine_checkpoint(self, log)
@@ -561,13 +563,12 @@ def test_a_nan_on_one_rank_is_skipped_by_all(forked, weights, tmp_path, size, fl
     ]
     assert len(set(digests[0])) == 8
     assert all(found == digests[0] for found in digests)
-    assert [row["skipped"] for row in read_metrics(folder / METRICS)] == [0, 0, 0, 0, 1, 1, 1, 1]
-    before, after, later = (load_checkpoint(checkpoints_of(folder)[step]) for step in (4, 5, 6))
-    for part in ("model", "optimizer"):
-        unchanged = [
-            torch.equal(tensor, after.parts[part][name]) for name, tensor in before.parts[part].items()
-        ]
-        assert all(unchanged)
+    assert [row["skipped"] for row in read_metrics(folder / METRICS)] == [0, 0, 0, 0, 1, 1, 2, 2]
+    before, after, later, latest = (load_checkpoint(checkpoints_of(folder)[step]) for step in (4, 5, 6, 7))
+    for one, other in ((before, after), (later, latest)):
+        for part in ("model", "optimizer"):
+            pairs = [(tensor, other.parts[part][name]) for name, tensor in one.parts[part].items()]
+            assert all(torch.equal(*pair) for pair in pairs)
     assert not torch.equal(after.model["blocks.0.mlp.fc1.weight"], later.model["blocks.0.mlp.fc1.weight"])
 
 
