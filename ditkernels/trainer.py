@@ -424,6 +424,7 @@ class Trainer:
             device=self.device,
             decode=None if self.vae is None else self.vae.decode,
             autocast=AUTOCAST_DTYPES.get(self.precision),
+            ranks=self.ranks,
         )
 
     def evaluate(self, monitor: Monitor) -> dict[str, float]:

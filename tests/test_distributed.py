@@ -18,6 +18,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch._dynamo
@@ -174,11 +175,28 @@ def weights(tmp_path_factory):
     return ("--init-from", str(folder))
 
 
+def brightness(images):
+    """Two features of an image."""
+    pixels = images.float().flatten(1)
+    return torch.stack([pixels.mean(1), pixels.std(1)], dim=1)
+
+
 @pytest.fixture(scope="module")
-def alone(forked, weights, tmp_path_factory):
+def watched(tmp_path_factory):
+    """Validation losses, a grid, and an evaluation of ten samples, in three batches."""
+    reference = tmp_path_factory.mktemp("reference") / "images.npz"
+    np.savez(reference, arr_0=np.random.default_rng(0).integers(0, 256, (20, 8, 8, 3), np.uint8))
+    return (
+        *("--val-every", "10", "--val-images", "40", "--sample-every", "20", "--sample-steps", "2"),
+        *("--eval-every", "20", "--eval-reference", str(reference), "--eval-images", "10"),
+        *("--eval-batch-size", "4", "--eval-extractor", f"{__name__}:brightness"),
+    )
+
+
+@pytest.fixture(scope="module")
+def alone(forked, weights, watched, tmp_path_factory):
     """The run of one process."""
     folder = tmp_path_factory.mktemp("alone") / "run"
-    watched = ("--val-every", "10", "--val-images", "40")
     return World(forked, 1, folder, *weights, *watched).complete()
 
 
@@ -265,14 +283,18 @@ def assert_same_end(folder, unbroken):
     ],
     ids=["ddp2", "ddp3", "fsdp2", "fsdp3", "hsdp2x2"],
 )
-def test_many_processes_train_what_one_does(forked, weights, alone, tolerance, tmp_path, size, flags):
-    watched = ("--val-every", "10", "--val-images", "40", "--sample-every", "20", "--sample-steps", "2")
+def test_many_processes_train_what_one_does(
+    forked, weights, watched, alone, tolerance, tmp_path, size, flags
+):
     folder = World(forked, size, tmp_path / "run", *weights, *flags, *watched).complete()
     assert_as_alone(folder, alone, tolerance)
     assert len(losses(folder, "validation_loss")) == 2
     difference = (losses(folder, "validation_loss") - losses(alone, "validation_loss")).abs().max()
     assert difference <= tolerance[1]
     assert (folder / "samples" / "step-00000020.png").exists()
+    assert losses(folder, "evaluated_images").tolist() == [10]
+    # Here and there a pixel is rounded to its other neighbour.
+    assert losses(folder, "fid").item() == pytest.approx(losses(alone, "fid").item(), rel=1e-3)
 
 
 # ------------------------------------------------------------------------------------------------------------------

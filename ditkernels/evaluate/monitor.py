@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ditkernels.config import TrainConfig
 from ditkernels.diffusion import GaussianDiffusion, create_diffusion
+from ditkernels.distributed import Ranks
 from ditkernels.evaluate import Evaluation, Extractor, Reference, evaluate, load_reference
 from ditkernels.evaluate.features import load_extractor
 from ditkernels.evaluate.metrics import SPLIT_SIZE
@@ -38,6 +39,7 @@ class Monitor:
         decode: latents (B, C, H, W) -> images (B, 3, H, W) in [-1, 1]; None where the model draws pixels.
         split_size: images in a split of the Inception Score.
         autocast: dtype of the model's products; None is the weights' own. Decoding and features stay outside.
+        ranks: of the run, all of which call it; they draw batches in turn, and each sees the images of all.
     """
 
     diffusion: GaussianDiffusion
@@ -49,6 +51,7 @@ class Monitor:
     decode: Callable[[Tensor], Tensor] | None = None
     split_size: int = SPLIT_SIZE
     autocast: torch.dtype | None = None
+    ranks: Ranks = field(default_factory=Ranks)
 
     def __call__(self, model: DiT) -> Evaluation:
         """The metrics of a model in eval mode.
@@ -65,12 +68,18 @@ class Monitor:
         )
 
     def _pixels(self, model: DiT) -> Iterator[Tensor]:
+        """The images in order, (B, 3, H, W) uint8 on the CPU."""
+        for start in range(0, len(self.batches), self.ranks.size):
+            mine = start + self.ranks.rank
+            drawn = self._draw(model, mine) if mine < len(self.batches) else None
+            yield from (images for images in self.ranks.gather(drawn) if images is not None)
+
+    def _draw(self, model: DiT, batch: int) -> Tensor:
         device = next(model.parameters()).device.type
-        for batch in range(len(self.batches)):
-            with nullcontext() if self.autocast is None else torch.autocast(device, self.autocast):
-                drawn = draw_batch(model, self.diffusion, self.labels, self.config, self.batches, batch)
-            images = drawn if self.decode is None else self.decode(drawn)
-            yield torch.from_numpy(to_pixels(images)).permute(0, 3, 1, 2)
+        with nullcontext() if self.autocast is None else torch.autocast(device, self.autocast):
+            drawn = draw_batch(model, self.diffusion, self.labels, self.config, self.batches, batch)
+        images = drawn if self.decode is None else self.decode(drawn)
+        return torch.from_numpy(to_pixels(images)).permute(0, 3, 1, 2)
 
 
 def monitor_of_training(
@@ -81,6 +90,7 @@ def monitor_of_training(
     device: torch.device,
     decode: Callable[[Tensor], Tensor] | None,
     autocast: torch.dtype | None,
+    ranks: Ranks,
 ) -> Monitor:
     """The monitor that the ``eval_`` fields of a config describe; its reference is read here, once.
 
@@ -88,7 +98,7 @@ def monitor_of_training(
         config: ``sample_steps`` DDPM steps, classes in turn.
         num_classes, learn_sigma: the model's.
         device: of the features.
-        decode, autocast: as of :class:`Monitor`.
+        decode, autocast, ranks: as of :class:`Monitor`.
 
     Raises:
         ValueError, ImportError: no reference or no features named, or as ``load_reference`` and ``load_extractor``.
@@ -112,4 +122,5 @@ def monitor_of_training(
         extractor,
         decode=decode,
         autocast=autocast,
+        ranks=ranks,
     )
