@@ -127,9 +127,9 @@ def encode(config: EncodeConfig, device: torch.device, world: World | None = Non
         world: the processes that share the work; each calls this. Default: this one alone.
 
     Raises:
-        ValueError: ``out`` holds latents of other settings; what differs is listed. The images or the VAE do not fit.
+        ValueError: ``out`` holds latents of other settings, and what differs is listed; the images or the VAE do not fit; a
+            latent is too large for ``dtype``.
         UnreadableImagesError: more than ``max_unreadable`` images.
-        OverflowError: a latent is too large for ``dtype``.
     """
     world = world or World()
     images = ImageFolder.scan(config.data_path, unconditional=config.unconditional)
@@ -220,6 +220,7 @@ def shard_name(shard: int) -> str:
 
 def _encode_missing(vae: VAE, batches: Batches, out: Path, world: World) -> None:
     config = batches.config
+    _check_unreadable(_records(out), config.max_unreadable)
     missing = [
         shard for shard in range(world.rank, batches.shards, world.size) if not _is_finished(out, shard)
     ]

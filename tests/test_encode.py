@@ -371,8 +371,12 @@ def test_an_unreadable_image_keeps_its_place_and_the_next_one_stands_in_it(damag
 
 
 def test_too_many_unreadable_images_are_an_error(damaged, vae, tmp_path):
-    with pytest.raises(ValueError, match=r"3 images are unreadable, allowed are 2 .*; the last one is cat/2"):
-        encode(settings(damaged, vae, tmp_path / "out", max_unreadable=2), CPU)
+    # The second time all shards are there, and their files are still too many.
+    for _ in range(2):
+        with pytest.raises(
+            ValueError, match=r"3 images are unreadable, allowed are 2 .*; the last one is cat/2"
+        ):
+            encode(settings(damaged, vae, tmp_path / "out", max_unreadable=2), CPU)
     assert not (tmp_path / "out" / INDEX).exists()
     with pytest.raises(ValueError, match=r"2 images in a row are unreadable, the last .*bee/0\.png"):
         encode(settings(damaged, vae, tmp_path / "other", max_unreadable=1), CPU)
