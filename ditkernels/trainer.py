@@ -147,12 +147,11 @@ def train(config: TrainConfig, *, model: DiT | None = None, data: TrainingData |
             rate = learning_rate(config, step, trainer.total)
             scalars = trainer.train_step(batch, step, rate, stop.number)
             trainer.step = step + 1
-            before = late.push(step + 1, rate, scalars)
-            trainer.take_in(before, log)
+            trainer.take_in(late.push(step + 1, rate, scalars), log)
 
             trainer.look(log)
             # Read once: a signal that comes later than this is the next step's.
-            stopped = ranks.asked_to_stop(stop.number, () if before is None else before.told)
+            stopped = ranks.asked_to_stop(stop.number, trainer.told)
             last = stopped is not None or step + 1 == trainer.total
             if last or (step + 1) % config.ckpt_every == 0:
                 trainer.take_in(late.pop(), log)
@@ -183,6 +182,7 @@ class Trainer:
     Attributes:
         step: steps taken.
         total: steps of the whole run.
+        told: what the ranks told each other in the last step that has reached the host.
     """
 
     def __init__(
@@ -224,6 +224,7 @@ class Trainer:
         self.total = config.steps or max(1, config.epochs * data.length // config.global_batch_size)
         self.skipped = 0
         self.skipped_in_a_row = 0
+        self.told: tuple[float, ...] = ()
         self.unreadable: set[str] = set()
         # Those that all ranks know of since they resumed.
         self._unreadable_before = 0
@@ -321,8 +322,9 @@ class Trainer:
         """
         if metrics is None:
             return
-        if metrics.told:
-            self._limit_unreadable(self._unreadable_before + int(metrics.told[-1]))
+        self.told = metrics.told
+        if self.told:
+            self._limit_unreadable(self._unreadable_before + int(self.told[-1]))
         self.skipped += metrics.skipped
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if metrics.skipped else 0
         log.step(metrics, self.skipped)
