@@ -247,6 +247,16 @@ def test_the_suites_of_pytest_benchmark_run_and_are_no_part_of_the_test_suite(
     assert pytestconfig.getini("testpaths") == ["tests"]
 
 
+def test_optimizer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    size = ("--models", "DiT-S/8", "--copy-mib", "1")
+    rows = run("optimizer", *size, monkeypatch=monkeypatch, out=tmp_path / "o.json")
+    timed = [row for row in rows if "median_ms" in row]
+    assert [(row["contender"], row["copied"]) for row in timed] == [("torch", False), ("torch", True)]
+    assert all(row["error_over_allowed"] <= 1 for row in timed)
+    assert timed[1]["floor_bytes"] / timed[0]["floor_bytes"] == 38 / 36
+    assert [row["note"][:12] for row in rows if row.get("contender") == "triton"] == ["cannot serve"]
+
+
 def test_cost_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     size = ("--models", "DiT-S/8", "--batch", "64", "--detail", "--tflops", "100", "--bandwidth", "1000")
     rows = run("cost_model", *size, monkeypatch=monkeypatch, out=tmp_path / "m.json")
