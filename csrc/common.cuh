@@ -206,10 +206,9 @@ __device__ __forceinline__ Unit load(const Tokens<T>& from, int64_t sample, int6
   } else if constexpr (WIDE) {
     return widened(load_words(from, sample, token, column));
   } else {
-    const Tokens<T> own = with_stride_anew(from);
     Unit unit;
 #pragma unroll
-    for (int i = 0; i < UNIT; ++i) unit.at[i] = column + i < width ? load_one(own, sample, token, column + i) : 0.0f;
+    for (int i = 0; i < UNIT; ++i) unit.at[i] = column + i < width ? load_one(from, sample, token, column + i) : 0.0f;
     return unit;
   }
 }
