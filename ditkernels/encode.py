@@ -6,7 +6,8 @@ a byte. A process takes the shards that are its by their numbers.
 
 A shard is written whole or not at all, then a record beside it (`.parts/`) with its SHA-256, sums for the statistics, and the files
 that could not be read. A run that goes on keeps the shards whose bytes match their records. When all are there, process 0
-writes the index, last, and removes the records.
+writes the index, last, and removes the records. Run again after that, it mends: a shard that is missing or altered is made anew,
+and must come out with the SHA-256 in the index.
 
 A file that is no readable image is replaced by the next one that is, with its label, as while training on images: so every index
 keeps its place, and a run on latents sees what a run on the images would see.
@@ -17,6 +18,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import math
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
@@ -119,7 +121,7 @@ class Batches:
 
 
 def encode(config: EncodeConfig, device: torch.device, world: World | None = None) -> LatentFolder:
-    """Encodes the images, or those still missing.
+    """Encodes the images, or those of shards that are missing or altered.
 
     Args:
         config: see EncodeConfig.
@@ -128,7 +130,7 @@ def encode(config: EncodeConfig, device: torch.device, world: World | None = Non
 
     Raises:
         ValueError: ``out`` holds latents of other settings, and what differs is listed; the images or the VAE do not fit; a
-            latent is too large for ``dtype``.
+            latent is too large for ``dtype``; a shard made again comes out different.
         UnreadableImagesError: more than ``max_unreadable`` images.
     """
     world = world or World()
@@ -142,12 +144,11 @@ def encode(config: EncodeConfig, device: torch.device, world: World | None = Non
     if world.rank == 0:
         _begin(out, settings)
     world.barrier()
-    if not (out / INDEX).exists():
-        with pinned_threads(config.threads), _deterministic_convolutions():
-            _encode_missing(vae, batches, out, world)
-        world.barrier()
-        if world.rank == 0:
-            _finish(out, settings, batches)
+    with pinned_threads(config.threads), _deterministic_convolutions():
+        _encode_missing(vae, batches, out, world)
+    world.barrier()
+    if world.rank == 0 and not (out / INDEX).exists():
+        _finish(out, settings)
     world.barrier()
     return LatentFolder.open(out)
 
@@ -276,12 +277,19 @@ def _check_finite(moments: Tensor, batches: Batches, number: int) -> None:
 
 
 def _write_shard(out: Path, shard: int, tensors: dict[str, Tensor], unreadable: Sequence[str]) -> None:
-    content = save(tensors)
-    name = shard_name(shard)
+    content, name = save(tensors), shard_name(shard)
+    digest = hashlib.sha256(content).hexdigest()
+    recorded = _recorded(out, shard)
+    if recorded not in (None, digest):
+        raise LatentsError(
+            f"{out / name} cannot be made again: its images, or what reads them, are no longer the same"
+        )
     write_bytes(out / name, content)
+    if recorded is not None:
+        return
     mean, std = tensors["moments"].double().chunk(2, dim=2)
     record = {
-        "shard": asdict(Shard(name, len(mean), len(content), hashlib.sha256(content).hexdigest())),
+        "shard": asdict(Shard(name, len(mean), len(content), digest)),
         "sums": mean.sum(dim=(0, 1, 3, 4)).tolist(),
         "sums_of_squares": (mean.square() + std.square()).sum(dim=(0, 1, 3, 4)).tolist(),
         "unreadable": list(unreadable),
@@ -293,11 +301,22 @@ def _record(out: Path, shard: int) -> Path:
     return out / PARTS / f"{shard:05d}.json"
 
 
+def _recorded(out: Path, shard: int) -> str | None:
+    """SHA-256 of a shard that has been finished, whatever has become of it since."""
+    if (out / INDEX).exists():
+        digest: str = read_index(out / INDEX)["shards"][shard]["sha256"]
+        return digest
+    if _record(out, shard).exists():
+        digest = json.loads(_record(out, shard).read_text())["shard"]["sha256"]
+        return digest
+    return None
+
+
 def _is_finished(out: Path, shard: int) -> bool:
-    """Whether the shard is there with the bytes of its record."""
-    if not _record(out, shard).exists():
+    """Whether the shard is there with the bytes it was finished with."""
+    recorded = _recorded(out, shard)
+    if recorded is None:
         return False
-    recorded = json.loads(_record(out, shard).read_text())["shard"]["sha256"]
     path = out / shard_name(shard)
     whole = path.exists() and sha256(path) == recorded
     if not whole:
@@ -323,19 +342,20 @@ def _check_unreadable(records: Sequence[dict[str, Any]], allowed: int) -> None:
         )
 
 
-def _finish(out: Path, settings: dict[str, Any], batches: Batches) -> None:
+def _finish(out: Path, settings: dict[str, Any]) -> None:
     """Writes the index of all shards, then removes their records."""
     records = _records(out)
-    sums, squares = (
-        torch.tensor([record[name] for record in records], dtype=torch.float64).sum(0)
+    _, height, width = settings["shape"]
+    numbers = 2 * settings["count"] * height * width
+    # Exact sums: no order of theirs shows in the index.
+    mean, squares = (
+        [math.fsum(channel) / numbers for channel in zip(*(record[name] for record in records), strict=True)]
         for name in ("sums", "sums_of_squares")
     )
-    height, width = settings["shape"][1:]
-    numbers = 2 * settings["count"] * height * width
-    mean = sums / numbers
+    std = [math.sqrt(square - value**2) for square, value in zip(squares, mean, strict=True)]
     content = {
         **settings,
-        "statistics": {"mean": mean.tolist(), "std": (squares / numbers - mean.square()).sqrt().tolist()},
+        "statistics": {"mean": mean, "std": std},
         "unreadable": _unreadable(records),
     }
     write_json(out / INDEX, make_index(content, [Shard(**record["shard"]) for record in records]))

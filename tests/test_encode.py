@@ -92,6 +92,13 @@ def encoded(images, vae, tmp_path_factory):
     return out
 
 
+@pytest.fixture
+def copied(encoded, tmp_path):
+    out = tmp_path / "copied"
+    shutil.copytree(encoded, out)
+    return out
+
+
 def content(folder):
     return {path.name: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
@@ -305,6 +312,32 @@ def flip_a_bit(path, place=-1):
     path.write_bytes(held)
 
 
+def test_a_finished_folder_is_mended(images, vae, copied, encoded, capsys):
+    flip_a_bit(copied / "latents-00000.safetensors")
+    (copied / "latents-00002.safetensors").unlink()
+    before = (copied / "latents-00001.safetensors").stat().st_mtime_ns
+    encode(settings(images, vae, copied), CPU)
+    assert content(copied) == content(encoded)
+    assert (copied / "latents-00001.safetensors").stat().st_mtime_ns == before
+    assert capsys.readouterr().err.count("is missing or altered; it is made again") == 2
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_a_shard_of_images_that_have_changed_is_not_made_again(images, vae, encoded, tmp_path, finished):
+    out, changed = tmp_path / "out", tmp_path / "images"
+    shutil.copytree(images, changed)
+    if finished:
+        shutil.copytree(encoded, out)
+    else:
+        out.mkdir()
+        assert in_process(encode_and_die_at, 11, settings(changed, vae, out)) == -signal.SIGKILL
+    (out / "latents-00001.safetensors").unlink()
+    Image.new("RGB", (10, 10)).save(changed / "bee" / "2.png")
+    with pytest.raises(LatentsError, match=r"latents-00001\.safetensors cannot be made again: its images"):
+        encode(settings(changed, vae, out), CPU)
+    assert not (out / "latents-00001.safetensors").exists()
+
+
 @pytest.mark.parametrize("finished", [True, False])
 def test_a_run_of_other_settings_is_refused(images, vae, encoded, tmp_path, finished):
     if finished:
@@ -392,13 +425,6 @@ def test_unreadable_images_are_counted_as_soon_as_a_shard_is_done(damaged, vae, 
 # ------------------------------------------------------------------------------------------------------------------
 # Shards that are missing or altered
 # ------------------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def copied(encoded, tmp_path):
-    out = tmp_path / "copied"
-    shutil.copytree(encoded, out)
-    return out
 
 
 def test_verifying_reads_every_shard_and_names_all_that_are_altered(copied, capsys):
