@@ -30,6 +30,7 @@ PRECISIONS = {
 }
 CONTENDERS = ("eager", "compiled", "max-autotune", *registry.BACKENDS)
 GATE_BATCH = 3
+MLP_RATIO = 4
 
 
 class Site(NamedTuple):
@@ -49,7 +50,7 @@ class Site(NamedTuple):
 
 
 def sites(batch: int, grid: tuple[int, int], width: int, patch_size: int) -> dict[str, Site]:
-    """The five ops at B samples, a grid of tokens and D channels; latents have 4 channels, the output 8."""
+    """The six ops at B samples, a grid of tokens and D channels; latents have 4 channels, the output 8."""
     tokens, p = (batch, grid[0] * grid[1], width), patch_size
     pixels = batch * grid[0] * grid[1] * p * p
     vectors = dict.fromkeys(("gate", "shift", "scale"), (batch, width))
@@ -76,6 +77,11 @@ def sites(batch: int, grid: tuple[int, int], width: int, patch_size: int) -> dic
             "soso",
             8 * pixels,
         ),
+        "bias_gelu": Site(
+            check.Case("bias_gelu", {"x": (*tokens[:2], MLP_RATIO * width), "bias": (MLP_RATIO * width,)}),
+            "oo",
+            "ooo",
+        ),
     }
 
 
@@ -96,9 +102,14 @@ class Inputs(NamedTuple):
     cotangents: list[Tensor]
 
 
+def takes_stream(case: check.Case) -> bool:
+    """Whether ``x`` is the residual stream: not the latents, nor what a linear made."""
+    return case.has_stream and case.op != "bias_gelu"
+
+
 def dtype_of(name: str, case: check.Case, precision: check.Precision) -> torch.dtype:
-    """The stream has its own dtype; the latents have that of the weights."""
-    return precision.stream if name == "x" and case.has_stream else precision.others
+    """The stream has its own dtype; all else has that of the weights."""
+    return precision.stream if name == "x" and takes_stream(case) else precision.others
 
 
 def needs_gradient(name: str, case: check.Case) -> bool:
@@ -160,7 +171,7 @@ def gate(site: Site, backend: str, precision: check.Precision, device: torch.dev
         for name, shape in site.case.shapes.items()
     }
     case = site.case if batch <= GATE_BATCH else check.Case(site.case.op, shapes, site.case.options)
-    if not case.has_stream:
+    if not takes_stream(case):
         precision = check.Precision(precision.name, precision.others, precision.others)
     inputs = case.inputs(precision, device)
     reason = check.refusals(case, inputs)[backend]

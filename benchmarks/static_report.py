@@ -4,10 +4,10 @@
     python benchmarks/static_report.py --archs 80,90,100 --json report.json     all three: many minutes, kept in build/static
     python benchmarks/static_report.py --backends triton --models XL --batch 32 --bandwidth 3350
 
-A row a launch, forward and backward of each op at 256 px, then one for all launches of the pass. Registers, spills and widths
-are read from the machine code; occupancy follows from registers, threads and shared memory. Traffic is counted in Triton's
-interpreter and in the host emulation of the CUDA sources, at the real shapes, over the first, the middle and the last program
-of each launch, and scaled to all of them:
+A row a launch, forward and backward of each op of a model at 256 px, then one for all launches of the pass. Registers, spills
+and widths are read from the machine code; occupancy follows from registers, threads and shared memory. Traffic is counted in
+Triton's interpreter and in the host emulation of the CUDA sources, at the real shapes, over the first, the middle and the last
+program of each launch, and scaled to all of them:
 
     touch_ratio     touches of each element of a (B, N, D) tensor, a read or a write counted apart: 1 is one pass over it
     passes          reads and writes of whole (B, N, D) tensors
@@ -36,7 +36,12 @@ from ditkernels.reference import SIZES
 
 MODELS = {name.removeprefix("DiT-"): size["hidden_size"] for name, size in SIZES.items()}
 ARCHITECTURES = {"80": "80", "90": "90a", "100": "100"}  # as Triton, and as nvcc calls them
-FAMILIES = {"patch_embed": "patch_embed", "final_layer": "final_layer", "unpatchify": "final_layer"}
+FAMILIES = {
+    "patch_embed": "patch_embed",
+    "final_layer": "final_layer",
+    "unpatchify": "final_layer",
+    "bias_gelu": "bias_gelu",
+}
 BACKENDS = ("triton", "cuda")
 ALL = "all launches"
 

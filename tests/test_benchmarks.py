@@ -64,10 +64,10 @@ def test_ops(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     )
     rows = run("ops", *size, monkeypatch=monkeypatch, out=tmp_path / "o.json")
     timed = [row for row in rows if "median_ms" in row]
-    # five ops, two precisions, two passes, two contenders that can serve
-    assert len(timed) == 40
+    # six ops, two precisions, two passes, two contenders that can serve
+    assert len(timed) == 48
     assert all(row["error_over_allowed"] <= 1 for row in timed if row["contender"] == "torch")
-    assert sum("cannot serve" in row.get("note", "") for row in rows) == 10
+    assert sum("cannot serve" in row.get("note", "") for row in rows) == 12
     forward = next(r for r in timed if (r["op"], r["precision"]) == ("gated_residual_norm", "fp32+bf16"))
     # x and x1 in fp32, branch and h in bf16
     assert forward["floor_bytes"] == 2 * 6 * 32 * (4 + 2 + 4 + 2)

@@ -40,6 +40,7 @@ CASES = (
     Case("gated_residual_norm", {**TOKENS, **RESIDUAL, **MODULATION}),
     Case("patch_embed", {"x": (1, 4, 64, 64), "weight": (WIDTH, 4, 2, 2), "bias": (WIDTH,)}),
     Case("final_layer", {**TOKENS, **RESIDUAL, **MODULATION, "weight": (32, WIDTH), "bias": (32,)}, PATCHES),
+    Case("bias_gelu", {"x": (1, SIDE * SIDE, 4 * WIDTH), "bias": (4 * WIDTH,)}),
     Case("unpatchify", {"tokens": (1, SIDE * SIDE, 32)}, PATCHES),
 )
 ATTENTION = Case("attention", {"qkv_or_q": (1, 256, 3, 16, 72)})
