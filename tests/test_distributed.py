@@ -682,7 +682,8 @@ def test_unreadable_images_are_counted_over_all_ranks(forked, pictures, tmp_path
     world = World(forked, 2, tmp_path / "few", *pictures, "--max-unreadable", "1")
     assert world.end() == [2, 2]
     assert all("images are unreadable, allowed are 1" in world.told(rank) for rank in range(2))
-    world = World(forked, 2, tmp_path / "enough", *pictures, "--max-unreadable", "4")
+    # In one step each rank sees one of the two.
+    world = World(forked, 2, tmp_path / "enough", *pictures, "--max-unreadable", "4", "--steps", "1")
     recorded = newest_checkpoint(world.complete()).checkpoint.state["unreadable"]
     assert [Path(path).relative_to(pictures[1]) for path in recorded] == [Path("a/2.png"), Path("b/2.png")]
 
