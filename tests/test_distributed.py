@@ -26,6 +26,7 @@ import torch.distributed as dist
 import torch.distributed.fsdp  # imported once, in the server
 from numerics import REORDERING_FACTOR
 from sklearn.datasets import load_digits as _warm  # noqa: F401 (likewise)
+from test_trainer import CountSynchronisations
 from torch.distributed.launcher.api import LaunchConfig
 
 from ditkernels import distributed as distributed_module
@@ -612,6 +613,35 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_step(forked, weights, unb
     assert "stopped" not in world.told(1)
     World(forked, size, folder, *weights, *flags).complete()
     assert_same_end(folder, unbroken(size, flags))
+
+
+def count_synchronisations():
+    """Prints what makes the host wait for a device in a steady step, as on a GPU, where the device checks labels and timesteps."""
+    from ditkernels import reference
+    from ditkernels.diffusion import gaussian
+
+    reference.check_labels = gaussian.check_timesteps = lambda *_: None
+    genuine = Trainer.train_step
+
+    def train_step(self, batch, step, *rest):
+        if step == 0:
+            return genuine(self, batch, step, *rest)
+        with CountSynchronisations() as counted:
+            scalars = genuine(self, batch, step, *rest)
+        print(f"synchronisations {counted.found}", flush=True)
+        return scalars
+
+    Trainer.train_step = train_step
+
+
+@SPREAD
+def test_the_steady_step_of_many_makes_no_host_synchronisation(forked, tmp_path, size, flags):
+    sabotage = dict.fromkeys(range(size), (count_synchronisations,))
+    world = World(
+        forked, size, tmp_path / "run", *flags, "--steps", "3", "--grad-clip", "1", sabotage=sabotage
+    )
+    world.complete()
+    assert all(world.told(rank).count("synchronisations []") == 2 for rank in range(size)), world.told(0)
 
 
 def test_only_the_first_rank_talks(unbroken):
