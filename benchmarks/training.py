@@ -51,12 +51,14 @@ class Recipe(NamedTuple):
         precision: "fp32", "tf32" or "bf16"; bf16 is autocast over fp32 weights.
         compiled: None, or the mode that each block is compiled in.
         residual_dtype: of our model's residual stream; None is the plain model's.
+        checkpointing: of our model's activations: what is recomputed in the backward to save memory.
     """
 
     fused: bool
     precision: str
     compiled: str | None = None
     residual_dtype: torch.dtype | None = None
+    checkpointing: str = "none"
 
     def autocast(self, device: torch.device) -> AbstractContextManager[Any]:
         """What the forward runs under."""
@@ -75,6 +77,8 @@ RECIPES = {
     "ours-compiled-bf16": Recipe(True, "bf16", "default"),
     "ours-compiled-bf16-residual": Recipe(True, "bf16", "default", torch.bfloat16),
     "ours-max-autotune-bf16": Recipe(True, "bf16", "max-autotune-no-cudagraphs"),
+    "ours-bf16-selective": Recipe(True, "bf16", checkpointing="selective"),
+    "ours-bf16-full": Recipe(True, "bf16", checkpointing="full"),
     "ours-fp32": Recipe(True, "fp32"),
 }
 
@@ -145,6 +149,8 @@ class Step:
     def __init__(self, recipe: Recipe, network: Any, device: torch.device, batch: int) -> None:
         self.recipe, self.device = recipe, device
         self.model = build(recipe, network, device).train()
+        if recipe.fused:
+            self.model.checkpointing = recipe.checkpointing  # type: ignore[assignment]
         self.batches = batches(batch, self.model, device)
         self.diffusion = create_diffusion("")
         self.weights = [weight for weight in self.model.parameters() if weight.requires_grad]
