@@ -207,6 +207,17 @@ def test_compiles_as_one_graph(conditioning: str) -> None:
         )
 
 
+def test_compiles_as_one_graph_with_biases_left_to_the_kernels() -> None:
+    fused, _ = pair(**SMALL)
+    with ditkernels.use_backend("torch"):
+        want = forward_backward(fused)
+        torch._dynamo.reset()
+        compiled = forward_backward(torch.compile(fused, fullgraph=True, backend="aot_eager"))
+    for name, value in compiled.items():
+        plain = want[name.replace("_orig_mod.", "")]
+        numerics.assert_model_contract(value, plain, plain.double(), name)
+
+
 @pytest.mark.parametrize("conditioning", CONDITIONINGS)
 def test_state_dicts_load_both_ways(conditioning: str) -> None:
     fused = randomise(models.DiT(conditioning=conditioning, **SMALL))
