@@ -29,6 +29,10 @@ from ditkernels.ops import _registry as registry
 from ditkernels.ops import adamw_ema_triton as kernels
 
 
+# The interpreter computes with NumPy, which warns of what a skipped step throws away.
+pytestmark = pytest.mark.filterwarnings("ignore:(invalid value|divide by zero):RuntimeWarning")
+
+
 @pytest.fixture(autouse=True)
 def _on_triton():
     with registry.use_backend("triton"):
