@@ -7,7 +7,7 @@
 A row a launch, forward and backward of each op of a model at 256 px, then one for all launches of the pass. Registers, spills
 and widths are read from the machine code; occupancy follows from registers, threads and shared memory. Traffic is counted in
 Triton's interpreter and in the host emulation of the CUDA sources, at the real shapes, over the first, the middle and the last
-program of each launch, and scaled to all of them:
+program of each launch, and scaled to all of them, which is exact but for a last, shorter chunk of rows (0.1%):
 
     touch_ratio     touches of each element of a (B, N, D) tensor, a read or a write counted apart: 1 is one pass over it
     passes          reads and writes of whole (B, N, D) tensors

@@ -27,6 +27,8 @@ PASSES = {
 }
 # Not yet mended: with the bias of a branch but no affine norm, ptxas keeps this one to 168 registers. Other tiles spill more.
 KNOWN_SPILLS = {("triton", "backward_rows", "gated_residual_norm", 384, "fp32+bf16", "sm_90"): 11}
+# Three programs stand for all of a launch, of which some may hold a last, shorter chunk of rows.
+SHORT_CHUNKS = 0.005
 
 COLUMNS = {
     "kernel",
@@ -60,12 +62,13 @@ def assert_line(rows: list[dict[str, Any]]) -> None:
             what = (row["backend"], row["kernel"], row["op"], row["shape"][2], row["precision"], row["arch"])
             assert row["spills"] <= KNOWN_SPILLS.get(what, 0), f"{name} spills"
         assert 0 < row["registers"] <= 255, name
-        assert row["touch_ratio"] in (None, 1), (
-            f"{name} touches an element {row['touch_ratio']} times in a pass"
-        )
+        if row["touch_ratio"] is not None:
+            once = abs(row["touch_ratio"] - 1) <= SHORT_CHUNKS
+            assert once, f"{name} touches an element {row['touch_ratio']} times in a pass"
         assert row["issued_bytes"] >= (row["floor_bytes"] or 0), name
         if row["kernel"] == static_report.ALL:
-            assert row["passes"] == PASSES[row["op"]][row["pass"] == "backward"], name
+            wanted = PASSES[row["op"]][row["pass"] == "backward"]
+            assert abs(row["passes"] - wanted) <= wanted * SHORT_CHUNKS, name
             continue
         assert row["tf32"] == 0, f"{name} rounds to TF32"
         assert 0 < row["occupancy"] <= 1, name
