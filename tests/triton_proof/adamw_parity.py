@@ -28,7 +28,6 @@ from ditkernels import ops
 from ditkernels.ops import _registry as registry
 from ditkernels.ops import adamw_ema_triton as kernels
 
-
 # The interpreter computes with NumPy, which warns of what a skipped step throws away.
 pytestmark = pytest.mark.filterwarnings("ignore:(invalid value|divide by zero):RuntimeWarning")
 
