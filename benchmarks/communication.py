@@ -215,17 +215,15 @@ class Model:
 
 
 def saved_bytes(model: str, input_size: int, batch: int) -> int:
-    """Bytes that autograd keeps for the backward, weights left out, under bf16 autocast."""
+    """Bytes that autograd keeps for the backward under bf16 autocast, casts of the weights among them."""
     kept: dict[int, torch.UntypedStorage] = {}
     with FakeTensorMode(), cost_model._values_unseen(), torch.random.fork_rng(devices=[]):
         net = VARIANT.models[model](input_size=input_size, **VARIANT.options).eval()
-        weights = {weight.untyped_storage()._cdata for weight in net.parameters()}
 
         def keep(tensor: Tensor) -> Tensor:
             storage = tensor.untyped_storage()
-            if storage._cdata not in weights:
-                # Held, so that no other storage takes its place.
-                kept[storage._cdata] = storage
+            # Held, so that no other storage takes its place.
+            kept[storage._cdata] = storage
             return tensor
 
         x = torch.empty(batch, net.in_channels, input_size, input_size)

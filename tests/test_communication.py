@@ -36,6 +36,9 @@ def test_an_all_reduce_is_a_ring_or_trees_whichever_is_sooner() -> None:
     assert cluster(8).all_reduce_ms(1e9) == pytest.approx(2 * cluster(8).ring_ms(1e9))
     # Of little, over 128 nodes: a chain of seven hops and a tree seven deep, up and down.
     assert cluster(1024).all_reduce_ms(1.0) == pytest.approx(2 * 7 * (3e-3 + 10e-3))
+    # Over a slow network: half of it crosses between two nodes each way, through eight ports of 2.5 GB/s.
+    slow = cluster(16, network=Link(5.0, 10.0))
+    assert slow.all_reduce_ms(1e9) == pytest.approx(2 * (1 / 2 * 1e9 / 20e9 * 1e3 + 7 * 3e-3 + 10e-3))
     # Of much: the bytes decide, and a ring moves (n - 1)/n of them where trees move all over NVLink.
     assert cluster(64).all_reduce_ms(1e12) == pytest.approx(2 * cluster(64).ring_ms(1e12))
     # Between nodes: seven of eight parts of it, from each GPU's own port.
@@ -87,7 +90,7 @@ def test_what_a_gpu_holds() -> None:
 def test_what_autograd_keeps_grows_with_the_images_by_a_line() -> None:
     kept = [communication.saved_bytes("DiT-S/8", 16, batch) for batch in (2, 4, 6)]
     assert kept[2] - kept[1] == kept[1] - kept[0]
-    # An image of four tokens keeps the fp32 stream twice a block at least, and the weights are no part of it.
+    # An image of four tokens keeps the fp32 stream twice a block at least; what does not grow is no part of the slope.
     tokens, width, depth = 4, 384, 12
     assert depth * 2 * tokens * width * 4 < (kept[1] - kept[0]) / 2 < 33_000_000
 
