@@ -421,9 +421,11 @@ def test_a_rank_that_hangs_ends_the_run(forked, tmp_path):
     world = World(forked, 2, tmp_path / "run", "--collective-timeout", "3", sabotage={0: (slow_steps, 0.05)})
     wait_for_checkpoint(world)
     os.kill(world.processes[1].pid, signal.SIGSTOP)
-    world.processes[0].join(timeout=60)
+    world.processes[0].join(timeout=30)
+    ended = world.processes[0].exitcode
     world.processes[1].kill()
     assert world.end() == [2, KILLED]
+    assert ended == 2, "it waited for the other to die"
     assert "another rank is gone or does not answer" in world.told(0)
 
 
