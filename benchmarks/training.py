@@ -197,6 +197,8 @@ def row(
     name: str, network: Network, args: argparse.Namespace, device: torch.device, peak: float
 ) -> dict[str, Any]:
     """One contender, built, gated, timed and thrown away."""
+    _collect(device)
+    torch._dynamo.reset()
     recipe = RECIPES[name]
     residual = "bf16" if recipe.residual_dtype == torch.bfloat16 else "fp32"
     common = {**network._asdict(), "contender": name, "residual": residual, "compiled": recipe.compiled}
@@ -243,8 +245,6 @@ def rows(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
         for input_size in args.input_sizes:
             for model in args.models:
                 for name in args.contenders:
-                    _collect(device)
-                    torch._dynamo.reset()
                     yield {**row(name, Network(model, input_size), args, device, peak), "repeat": repeat}
 
 
