@@ -507,8 +507,7 @@ _kept_groups: list[Any] = []
 
 def _keep_groups() -> None:
     # A group that is freed by this thread waits for its own threads, holding the interpreter's lock; one of them may want that
-    # lock to let go of the last tensor it has sent. So none is freed before the process ends; destroying them closes them all the
-    # same. Seen with gloo and DDP in PyTorch 2.11.
+    # lock to let go of the last tensor it has sent. So none is freed before the process ends. Seen with gloo and DDP, PyTorch 2.11.
     _kept_groups.extend(dist.distributed_c10d._world.pg_map)
 
 

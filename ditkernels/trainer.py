@@ -539,7 +539,6 @@ def begin(run: Path, trainer: Trainer) -> None:
     if trainer.step == 0 and config.init_from is not None:
         initialise(trainer, config.init_from)
     ranks.agree(
-        step=trainer.step,
         data_length=trainer.data.length,
         class_to_idx=trainer.data.class_to_idx,
         model=model_arguments(trainer.model),

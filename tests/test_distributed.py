@@ -686,6 +686,18 @@ def test_what_does_not_fit_is_said_before_the_first_step(forked, tmp_path, flags
     assert not (tmp_path / "run").exists()
 
 
+def test_ranks_that_read_other_data_are_told_apart(forked, pictures, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(pictures[1], other)
+    (other / "b").rename(other / "c")
+    (other / "a" / "0.png").unlink()
+    world = World(forked, 2, tmp_path / "run", *pictures, own={1: ("--data-path", str(other))})
+    assert world.end() == [2, 2]
+    for rank in range(2):
+        assert "the ranks disagree: data_length: 8 on rank 0, 7 on rank 1; class_to_idx: " in world.told(rank)
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_run_of_other_settings_is_refused_by_all(forked, unbroken):
     world = World(forked, 2, unbroken(2, FSDP), "--weight-decay", "0.1")
     assert world.end() == [2, 2]
