@@ -245,10 +245,12 @@ def read_yaml(config: type, path: Path) -> dict[str, Any]:
 def differences(recorded: Mapping[str, Any], config: Any) -> list[str]:
     """The fields, not free ones, in which a config differs from one recorded in a checkpoint: "name: 1 there, 2 here"."""
     here = dataclasses.asdict(config)
+    # A field that is younger than the record had its default's effect.
+    there = {spec.name: recorded.get(spec.name, spec.default) for spec in dataclasses.fields(config)}
     return [
-        f"{spec.name}: {recorded.get(spec.name)!r} there, {here[spec.name]!r} here"
+        f"{spec.name}: {there[spec.name]!r} there, {here[spec.name]!r} here"
         for spec in dataclasses.fields(config)
-        if not spec.metadata["free"] and recorded.get(spec.name) != here[spec.name]
+        if not spec.metadata["free"] and there[spec.name] != here[spec.name]
     ]
 
 

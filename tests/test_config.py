@@ -129,6 +129,15 @@ def test_differences_name_what_changes_the_numbers_and_nothing_else():
     assert differences(dataclasses.asdict(here), here) == []
 
 
+def test_a_record_from_before_a_field_was_there_had_its_default():
+    older = dataclasses.asdict(TrainConfig(data_path="digits"))
+    del older["optimizer"]
+    assert differences(older, TrainConfig(data_path="digits")) == []
+    assert differences(older, TrainConfig(data_path="digits", optimizer="fused")) == [
+        "optimizer: 'torch' there, 'fused' here"
+    ]
+
+
 def test_the_example_is_a_config():
     found = parsed("--config", str(Path(__file__).parent.parent / "examples" / "digits.yaml"))
     assert found.data_path == "digits"
