@@ -498,14 +498,15 @@ def joined(config: TrainConfig, device: torch.device) -> Iterator[Ranks]:
         ) from error
     finally:
         if dist.is_initialized():
-            _keep_groups()
+            keep_groups()
             dist.destroy_process_group()
 
 
 _kept_groups: list[Any] = []
 
 
-def _keep_groups() -> None:
+def keep_groups() -> None:
+    """Call it before ``destroy_process_group``: the groups' memory then lives as long as the process."""
     # A group that is freed by this thread waits for its own threads, holding the interpreter's lock; one of them may want that
     # lock to let go of the last tensor it has sent. So none is freed before the process ends. Seen with gloo and DDP, PyTorch 2.11.
     _kept_groups.extend(dist.distributed_c10d._world.pg_map)

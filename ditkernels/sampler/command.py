@@ -155,11 +155,14 @@ def processes() -> Iterator[World]:
         return
     from torch import distributed
 
+    from ditkernels.distributed import keep_groups
+
     # A process may have days of work left when another is done.
     distributed.init_process_group("gloo", timeout=DRIFTING_APART)
     try:
         yield World(distributed.get_rank(), size, _barrier(distributed))
     finally:
+        keep_groups()
         distributed.destroy_process_group()
 
 
