@@ -186,7 +186,7 @@ class Size(NamedTuple):
 SIZES = {
     "ceilings": Size(40, "", "--model DiT-S/8 --batch 1 --input-size 16 --copy-mib 1 --dtype fp32"),
     "ops": Size(150, "", "--batch 2 --tokens 6 --width 32 --copy-mib 1 --contenders eager,torch"),
-    "optimizer": Size(20, "", "--models DiT-S/8 --copy-mib 1"),
+    "optimizer": Size(20, "", "--models DiT-S/8 --copy-mib 1 --rounds 2"),
     "attention": Size(80, "", "--batch 2 --heads 2 --tokens 5 --dtype fp32"),
     "training": Size(
         180,

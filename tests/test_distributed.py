@@ -32,6 +32,7 @@ from torch.distributed.launcher.api import LaunchConfig
 from ditkernels import distributed as distributed_module
 from ditkernels import sampler, trainer  # noqa: F401 (likewise)
 from ditkernels.checkpoint import (
+    MANIFEST,
     Checkpoint,
     CheckpointError,
     Peers,
@@ -351,7 +352,8 @@ def test_where_one_rank_is_killed_the_others_say_so_and_the_run_resumes(
                 assert "Traceback" not in shown
         assert statuses == [2] * (size - 1)
         stopped = newest_checkpoint(folder)
-        assert not stopped.broken
+        # A rank may be killed while it writes: then there is a folder that never became a checkpoint.
+        assert not [path for path in stopped.broken if (path / MANIFEST).exists()]
         assert 0 < stopped.checkpoint.step < STEPS
         world = World(forked, size, folder, *weights, *flags)
         world.complete()
