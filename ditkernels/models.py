@@ -146,7 +146,11 @@ class Mlp(reference.Mlp):
 
 
 class Fused(reference.Block):
-    """Gives a block of the reference the attentions and the MLP of this file."""
+    """Gives a block of the reference the attentions and the MLP of this file; a subclass says what :meth:`computed` is.
+
+    With ``selective`` the results of products and attention are kept for backward and the rest is computed again. That is said in
+    here, and not around the block, so that a compiled block (``block.compile()``) is compiled together with it.
+    """
 
     attention_class: ClassVar[type[reference.Attention]] = Attention
     cross_attention_class: ClassVar[type[reference.CrossAttention]] = CrossAttention
@@ -154,6 +158,18 @@ class Fused(reference.Block):
     attn: Attention
     cross_attn: CrossAttention
     mlp: Mlp
+    selective: bool = False
+
+    def forward(self, stream: Stream, c: Tensor) -> Stream:  # type: ignore[override]
+        """The stream behind the block, its last branch still to be added; c: the conditioning."""
+        if not self.selective or not torch.is_grad_enabled():
+            return self.computed(stream, c)
+        keep = partial(create_selective_checkpoint_contexts, _selective_policy)
+        return checkpoint(self.computed, stream, c, use_reentrant=False, context_fn=keep)
+
+    def computed(self, stream: Stream, c: Tensor) -> Stream:
+        """As :meth:`forward`, without checkpointing."""
+        raise NotImplementedError
 
     def attended(self, x: Tensor, h: Tensor, gate: Tensor | None = None) -> Stream:
         """The stream with the self-attention of h still to be added."""
@@ -169,10 +185,10 @@ class Fused(reference.Block):
         return stream if bias is None else stream._replace(branch_bias=bias.clone())
 
 
-class DiTBlock(Fused, reference.DiTBlock):
+class DiTBlock(Fused, reference.DiTBlock):  # type: ignore[misc]
     """The adaLN-Zero block on an open stream."""
 
-    def forward(self, stream: Stream, c: Tensor) -> Stream:  # type: ignore[override]
+    def computed(self, stream: Stream, c: Tensor) -> Stream:
         dtype = compute_dtype(self.attn.qkv.weight)
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = self.adaLN_modulation(c).chunk(
             6, dim=1
@@ -182,10 +198,10 @@ class DiTBlock(Fused, reference.DiTBlock):
         return self.transformed(x, h, gate_mlp)
 
 
-class AdaLNBlock(Fused, reference.AdaLNBlock):
+class AdaLNBlock(Fused, reference.AdaLNBlock):  # type: ignore[misc]
     """The adaLN block on an open stream."""
 
-    def forward(self, stream: Stream, c: Tensor) -> Stream:  # type: ignore[override]
+    def computed(self, stream: Stream, c: Tensor) -> Stream:
         dtype = compute_dtype(self.attn.qkv.weight)
         shift_msa, scale_msa, shift_mlp, scale_mlp = self.adaLN_modulation(c).chunk(4, dim=1)
         x, h = normed(stream, None, shift_msa, scale_msa, dtype)
@@ -193,10 +209,10 @@ class AdaLNBlock(Fused, reference.AdaLNBlock):
         return self.transformed(x, h)
 
 
-class CrossAttentionBlock(Fused, reference.CrossAttentionBlock):
+class CrossAttentionBlock(Fused, reference.CrossAttentionBlock):  # type: ignore[misc]
     """The cross-attention block on an open stream."""
 
-    def forward(self, stream: Stream, c: Tensor) -> Stream:  # type: ignore[override]
+    def computed(self, stream: Stream, c: Tensor) -> Stream:
         dtype = compute_dtype(self.attn.qkv.weight)
         x, h = normed(stream, self.norm1, None, None, dtype)
         x, h = normed(self.attended(x, h), self.norm_cross, None, None, dtype)
@@ -205,10 +221,10 @@ class CrossAttentionBlock(Fused, reference.CrossAttentionBlock):
         return self.transformed(x, h)
 
 
-class InContextBlock(Fused, reference.InContextBlock):
+class InContextBlock(Fused, reference.InContextBlock):  # type: ignore[misc]
     """The in-context block on an open stream."""
 
-    def forward(self, stream: Stream, c: Tensor) -> Stream:  # type: ignore[override]
+    def computed(self, stream: Stream, c: Tensor) -> Stream:
         dtype = compute_dtype(self.attn.qkv.weight)
         x, h = normed(stream, self.norm1, None, None, dtype)
         x, h = normed(self.attended(x, h), self.norm2, None, None, dtype)
@@ -294,8 +310,7 @@ class DiT(reference.DiT):
         checkpointing: str = "none",
         **kwargs: Any,
     ) -> None:
-        if checkpointing not in CHECKPOINTING:
-            raise ValueError(f"checkpointing: got {checkpointing!r}, allowed are {', '.join(CHECKPOINTING)}")
+        _check_checkpointing(checkpointing)
         if attention_backend not in (None, "auto", *registry.ATTENTION_BACKENDS):
             allowed = ", ".join(("auto", *registry.ATTENTION_BACKENDS))
             raise ValueError(f"attention_backend: got {attention_backend!r}, allowed are {allowed}")
@@ -306,6 +321,18 @@ class DiT(reference.DiT):
             if isinstance(module, (Attention, CrossAttention)):
                 module.backend = attention_backend
 
+    @property
+    def checkpointing(self) -> str:
+        """What is computed again in backward; may be set at any time. ValueError as of the constructor."""
+        return self._checkpointing
+
+    @checkpointing.setter
+    def checkpointing(self, value: str) -> None:
+        _check_checkpointing(value)
+        self._checkpointing = value
+        for block in self.blocks:
+            block.selective = value == "selective"  # type: ignore[assignment]
+
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         """As ``reference.DiT.forward``."""
         tokens, c = self.embed(x, t, y)
@@ -315,13 +342,15 @@ class DiT(reference.DiT):
         return self.final_layer(stream, c, self.grid)
 
     def _run(self, block: nn.Module, stream: Stream, c: Tensor) -> Stream:
-        if self.checkpointing == "none" or not torch.is_grad_enabled():
+        if self.checkpointing != "full" or not torch.is_grad_enabled():
             return block(stream, c)
-        if self.checkpointing == "selective":
-            keep = partial(create_selective_checkpoint_contexts, _selective_policy)
-            return checkpoint(block, stream, c, use_reentrant=False, context_fn=keep)
         # An open residual would double what a fully checkpointed block keeps, so it is closed inside.
         return checkpoint(_closed_block, block, stream.x, c, use_reentrant=False)
+
+
+def _check_checkpointing(value: str) -> None:
+    if value not in CHECKPOINTING:
+        raise ValueError(f"checkpointing: got {value!r}, allowed are {', '.join(CHECKPOINTING)}")
 
 
 def _closed_block(block: nn.Module, x: Tensor, c: Tensor) -> Stream:

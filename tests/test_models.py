@@ -171,6 +171,26 @@ def test_activation_checkpointing_changes_no_gradient(checkpointing: str, condit
         assert torch.equal(value, want[name]), name
 
 
+@pytest.mark.parametrize("checkpointing", ["selective", "full"])
+def test_compiled_blocks_can_be_checkpointed(checkpointing: str) -> None:
+    fused, _ = pair(**{**SMALL, "depth": 1})
+    want = forward_backward(fused)
+    fused.checkpointing = checkpointing
+    for block in fused.blocks:
+        block.compile(dynamic=False)
+    for name, value in forward_backward(fused).items():
+        torch.testing.assert_close(value, want[name], rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_checkpointing_can_be_set_and_a_wrong_one_is_named() -> None:
+    fused = models.DiT(**SMALL)
+    fused.checkpointing = "selective"
+    assert all(block.selective for block in fused.blocks)
+    with pytest.raises(ValueError, match="checkpointing: got 'some', allowed are none, selective, full"):
+        fused.checkpointing = "some"
+    assert fused.checkpointing == "selective"
+
+
 def saved_bytes(model: models.DiT) -> int:
     """Bytes that autograd keeps for backward, each storage once, parameters left out."""
     kept: dict[int, int] = {}
