@@ -108,8 +108,7 @@ def recorded(capability: int) -> Iterator[list[Compiled]]:
             *args,
             grid=(programs,),
             warmup=True,
-            num_warps=tile.warps,
-            num_stages=tile.stages,
+            **tile.options,
             **constants,
         )
         parameters = [

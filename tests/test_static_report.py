@@ -25,8 +25,6 @@ PASSES = {
     "bias_gelu": (2, 3),
     "unpatchify": (0, 0),
 }
-# Not yet mended: with the bias of a branch but no affine norm, ptxas keeps this one to 168 registers. Other tiles spill more.
-KNOWN_SPILLS = {("triton", "backward_rows", "gated_residual_norm", 384, "fp32+bf16", "sm_90"): 11}
 # Three programs stand for all of a launch, of which some may hold a last, shorter chunk of rows.
 SHORT_CHUNKS = 0.005
 
@@ -59,8 +57,7 @@ def assert_line(rows: list[dict[str, Any]]) -> None:
     for row in rows:
         name = f"{row['backend']} {row['kernel']} of {row['op']} for {row['model']} on {row['arch']}"
         if row["kernel"] != static_report.ALL:
-            what = (row["backend"], row["kernel"], row["op"], row["shape"][2], row["precision"], row["arch"])
-            assert row["spills"] <= KNOWN_SPILLS.get(what, 0), f"{name} spills"
+            assert row["spills"] == 0, f"{name} spills"
         assert 0 < row["registers"] <= 255, name
         if row["touch_ratio"] is not None:
             once = abs(row["touch_ratio"] - 1) <= SHORT_CHUNKS

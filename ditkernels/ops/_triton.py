@@ -105,11 +105,20 @@ def refuse(width: int, first: Tensor, *others: Tensor | torch.dtype | None) -> s
 
 
 class Tile(NamedTuple):
-    """How one program works: rows held at a time, warps, pipeline stages."""
+    """How one program works: rows held at a time, warps, pipeline stages, registers a thread may hold.
+
+    Without that number ptxas chooses it, by how many programs it would like on a multiprocessor.
+    """
 
     rows: int
     warps: int
     stages: int = 1
+    registers: int | None = None
+
+    @property
+    def options(self) -> dict[str, int | None]:
+        """What a launch says of it."""
+        return {"num_warps": self.warps, "num_stages": self.stages, "maxnreg": self.registers}
 
 
 def pieces(width: int) -> tuple[int, int]:
@@ -146,7 +155,7 @@ def launch(
     """
     if programs:
         with _on_device(device):
-            kernel[(programs,)](*args, **constants, num_warps=tile.warps, num_stages=tile.stages)
+            kernel[(programs,)](*args, **constants, **tile.options)
 
 
 def with_strides(tensor: Tensor | None) -> tuple[Any, ...] | None:
