@@ -355,6 +355,12 @@ def test_a_job_that_cannot_be_is_named(build, message):
         build()
 
 
+def test_no_vae_may_be_said_as_in_training(checkpoint, tmp_path):
+    flags = (*FLAGS, "--count", "2", "--steps", "2", "--vae", "none")
+    assert cli.main(["sample", str(checkpoint), "--out", str(tmp_path), *flags]) == 0
+    assert json.loads((tmp_path / "metadata.json").read_text())["vae"] is None
+
+
 def test_latents_as_images_need_a_vae(tmp_path):
     four = random_model(channels=4)
     with pytest.raises(ValueError, match="4 channels and no VAE; allowed is latents"):

@@ -47,7 +47,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--labels-file", type=Path, help="one class id a line, for each image")
     add("--seed", type=int, default=0, help=default)
     add("--formats", default="png,grid,npz", help=f"of {', '.join(FORMATS)} {default}")
-    add("--vae", help="ema, mse or a folder; latents become images")
+    add(
+        "--vae",
+        type=lambda name: None if name == "none" else name,
+        help="ema, mse or a folder: latents become images; none, the default, where the model draws pixels",
+    )
     add("--device", default="auto", help="cpu, cuda, cuda:1 ...; auto is cuda if there is one")
     add("--precision", choices=tuple(PRECISIONS), default="fp32", help=f"of the products {default}")
     add("--threads", type=int, default=1, help=f"CPU threads a process, fixed for a run {default}")
