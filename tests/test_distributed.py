@@ -31,6 +31,7 @@ from torch.distributed.launcher.api import LaunchConfig
 
 from ditkernels import distributed as distributed_module
 from ditkernels import sampler, trainer  # noqa: F401 (likewise)
+from ditkernels.beginning import build_model
 from ditkernels.checkpoint import (
     MANIFEST,
     Checkpoint,
@@ -47,7 +48,8 @@ from ditkernels.data import InMemoryBatches, LabelledImages
 from ditkernels.distributed import ManyRanks, Ranks, local_device
 from ditkernels.runlog import METRICS, read_metrics
 from ditkernels.sampler.loading import load_model
-from ditkernels.trainer import StopSignal, Trainer, build_model
+from ditkernels.surroundings import StopSignal
+from ditkernels.trainer import Trainer
 
 STEPS = 20
 HIDDEN = 32

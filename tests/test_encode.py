@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from test_benchmarks import run as run_benchmark
 
 from ditkernels import latents as latents_module
+from ditkernels.beginning import build_model, latent_shape
 from ditkernels.cli import main
 from ditkernels.config import TrainConfig
 from ditkernels.data import ImageFolder, open_data, stream_batches
@@ -24,7 +25,7 @@ from ditkernels.latents import INDEX, LatentFolder, LatentsError
 from ditkernels.random import Stream, normals
 from ditkernels.runlog import read_metrics
 from ditkernels.sampler import World
-from ditkernels.trainer import Trainer, build_model, latent_shape
+from ditkernels.trainer import Trainer
 from ditkernels.vae import VAE, load_vae, vae_for
 
 CPU = torch.device("cpu")

@@ -11,7 +11,7 @@ from numerics import ACCUMULATION_ULPS, assert_drift
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ditkernels import models, reference
+from ditkernels import beginning, models, reference
 from ditkernels import trainer as trainer_module
 from ditkernels.checkpoint import Checkpoint, CheckpointError, load_checkpoint, newest_checkpoint
 from ditkernels.cli import main
@@ -27,6 +27,7 @@ from ditkernels.optimizer import (
     update,
 )
 from ditkernels.runlog import METRICS, StepMetrics, read_metrics
+from ditkernels.surroundings import numerics
 from ditkernels.trainer import NonFiniteGradientError, Trainer, train
 
 CLASSES = 3
@@ -142,12 +143,12 @@ def test_the_callers_random_state_and_settings_are_left_alone(tmp_path):
 def test_the_config_makes_the_model(tmp_path):
     settings = config(tmp_path, model="DiT-S/2", hidden_size=16, depth=2, num_heads=2, steps=1)
     torch.manual_seed(3)
-    first = trainer_module.build_model(settings, (1, 4, 4))
+    first = beginning.build_model(settings, (1, 4, 4))
     torch.manual_seed(4)
-    assert same_bits(first, trainer_module.build_model(settings, (1, 4, 4)))
-    other = trainer_module.build_model(dataclasses.replace(settings, global_seed=6), (1, 4, 4))
+    assert same_bits(first, beginning.build_model(settings, (1, 4, 4)))
+    other = beginning.build_model(dataclasses.replace(settings, global_seed=6), (1, 4, 4))
     assert not same_bits(first, other)
-    arguments = trainer_module.model_arguments(first)
+    arguments = beginning.model_arguments(first)
     assert arguments["hidden_size"] == 16
     again = models.DiT(**arguments)
     again.load_state_dict(first.state_dict())
@@ -269,7 +270,7 @@ def test_the_fused_model_trains_as_the_reference_does(tmp_path, precision):
         trainer = Trainer(settings, data, None, model)
         trainer.model.to(dtype)
         trainer.ema.model.to(dtype)
-        with trainer_module.numerics(settings, torch.device("cpu")):
+        with numerics(settings, torch.device("cpu")):
             return [trainer.train_step(data.train[step], step, 1e-3)[0].item() for step in range(200)]
 
     exact = drift(reference, "fp32", torch.float64)
@@ -570,7 +571,7 @@ def test_weights_of_a_checkpoint_start_a_run(tmp_path):
     first = run(tmp_path / "a")
     source = tmp_path / "a" / "run" / "checkpoints" / "step-00000004"
     trainer = make_trainer(tmp_path / "b", init_from=str(source))
-    trainer_module.begin(tmp_path / "b" / "run", trainer)
+    beginning.begin(tmp_path / "b" / "run", trainer)
     assert same_bits(trainer.model, first.ema)
     assert same_bits(trainer.ema.model, first.ema)
     assert trainer.step == 0
@@ -584,7 +585,7 @@ def test_another_size_and_other_classes_fit(tmp_path):
     trainer = Trainer(config(tmp_path), some_data(config(tmp_path)), None, other)
     positions = other.pos_embed.clone()
     fresh = other.y_embedder.embedding_table.weight.detach().clone()
-    trainer_module.initialise(trainer, str(tmp_path / "public.pt"))
+    beginning.initialise(trainer, str(tmp_path / "public.pt"))
     assert torch.equal(other.pos_embed, positions)
     table = other.y_embedder.embedding_table.weight
     assert torch.equal(table[:5], fresh[:5])
@@ -599,7 +600,7 @@ def test_the_same_classes_keep_their_rows_with_and_without_a_null_class(tmp_path
     trainer = make_trainer(
         tmp_path, model=small_model(class_dropout_prob=own_dropout), label_dropout=own_dropout
     )
-    trainer_module.initialise(trainer, str(tmp_path / "public.pt"))
+    beginning.initialise(trainer, str(tmp_path / "public.pt"))
     mine, theirs = (m.y_embedder.embedding_table.weight for m in (trainer.model, given))
     assert torch.equal(mine[:CLASSES], theirs[:CLASSES])
 
@@ -607,7 +608,7 @@ def test_the_same_classes_keep_their_rows_with_and_without_a_null_class(tmp_path
 def test_weights_that_do_not_fit_are_listed(tmp_path):
     torch.save(small_model(hidden_size=32).state_dict(), tmp_path / "public.pt")
     with pytest.raises(CheckpointError, match=r"does not fit the model: .*\(32,\), here \(16,\)"):
-        trainer_module.initialise(make_trainer(tmp_path), str(tmp_path / "public.pt"))
+        beginning.initialise(make_trainer(tmp_path), str(tmp_path / "public.pt"))
 
 
 # --------------------------------------------------------------------------------------------------------------

@@ -6,11 +6,12 @@ import pytest
 import torch
 from PIL import Image
 
+from ditkernels.beginning import build_model, latent_shape, model_arguments
 from ditkernels.cli import main
 from ditkernels.config import TrainConfig
 from ditkernels.data import open_data
 from ditkernels.random import Stream, normals
-from ditkernels.trainer import Trainer, build_model, latent_shape, model_arguments
+from ditkernels.trainer import Trainer
 from ditkernels.vae import load_vae
 
 CPU = torch.device("cpu")
