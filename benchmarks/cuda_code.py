@@ -15,7 +15,7 @@ import subprocess
 import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "csrc"))
@@ -26,12 +26,14 @@ from machine_code import Code  # noqa: E402
 
 # The (B, N, D) tensors, by the names that the kernels' parameters have; such a parameter is a `Tokens`.
 BIG = ("x", "x1", "branch", "h", "y", "dx", "dx1", "dbranch", "dh", "dy")
-SCALARS = {"int": 4, "float": 4, "bool": 1, "int64_t": 8, "ScalarType": 1}
+# Lists of tensors, one a weight and of its size; such a parameter is an array of addresses.
+LISTS = ("weights", "gradients", "exp_avgs", "exp_avg_sqs", "averages", "copies")
+SCALARS = {"int": 4, "float": 4, "double": 8, "bool": 1, "int64_t": 8, "ScalarType": 1}
 FIELD = re.compile(
     r"([\w:]+(?:<.*>)?(?:, [\w:]+>)?)\s*(\*?)\s+(\w+(?:\s*=\s*[^,;]+)?(?:,\s*\w+(?:\s*=\s*[^,;]+)?)*)"
 )
 PARAMETER = re.compile(r"\[(\w+_param_0|%\w+)(?:\+(-?\d+))?\]")
-TAKEN = re.compile(r"^\s*(mov|add)\.\w+\s+(%\w+),\s*(\w+_param_0|%\w+)(?:,\s*(-?\d+))?;", re.M)
+TAKEN = re.compile(r"^\s*(mov|add)\.\w+\s+(%\w+),\s*(\w+_param_0|%\w+)(?:,\s*(-?\d+|%\w+))?;", re.M)
 
 
 def why_not() -> str | None:
@@ -109,7 +111,7 @@ def _row(code: Code, family: str, architecture: str) -> dict[str, Any]:
         "threads": int(threads.group(1)) if threads else None,
         "tf32": sum("TF32" in opcode for opcode in code.opcodes),
         "wide": wide,
-        "wide_fraction": machine_code.wide_shares(code, BIG) if wide else {},
+        "wide_fraction": machine_code.wide_shares(code, (*BIG, *LISTS)) if wide else {},
     }
 
 
@@ -176,33 +178,53 @@ def _functions(cubin: Path) -> dict[str, str]:
 # ------------------------------------------------------------------------------------------------------------------
 
 
-def _structs(source: Path) -> dict[str, list[tuple[str, bool, str]]]:
-    """Of every struct of a file and its headers: type, whether it is a pointer, and name of each field."""
+class Field(NamedTuple):
+    """A member of a struct; ``count`` is None for one that is no array."""
+
+    kind: str
+    pointer: bool
+    name: str
+    count: int | None
+
+
+Structs = dict[str, list[Field]]
+
+
+def _structs(source: Path) -> Structs:
+    """The fields of every struct of a file and its headers, as far as they can be read."""
     text = "".join(p.read_text() for p in (*sorted(nvcc.CSRC.glob("*.cuh")), source))
+    constants = dict(re.findall(r"^constexpr int (\w+) = (\d+);", text, flags=re.M))
     found = {}
     for name, body in re.findall(r"^struct (?:alignas\(\d+\) )?(\w+) \{\n(.*?)^\};", text, flags=re.M | re.S):
         fields = []
         for statement in re.sub(r"//.*", "", body).split(";"):
             pointer = "*" in statement
-            match = FIELD.fullmatch(statement.strip().replace("*", ""))
+            counts = {n: int(constants.get(c, c)) for n, c in re.findall(r"(\w+)\[(\w+)\]", statement)}
+            match = FIELD.fullmatch(re.sub(r"\*|\[\w+\]", "", statement.strip()))
             if match is None:
                 break
             names = re.findall(r"(\w+)(?:\s*=\s*[^,]+)?(?:,|$)", match.group(3))
-            fields += [(re.sub(r"<.*", "", match.group(1)), pointer, each) for each in names]
+            kind = re.sub(r"<.*", "", match.group(1))
+            fields += [Field(kind, pointer, each, counts.get(each)) for each in names]
         found[name] = fields
     return found
 
 
 def layout(
-    struct: str, structs: dict[str, list[tuple[str, bool, str]]], prefix: str = "", start: int = 0
+    struct: str, structs: Structs, prefix: str = "", start: int = 0
 ) -> tuple[dict[int, str], int, int]:
-    """By byte offset the names of a struct's scalars, its size and its alignment."""
+    """By byte offset the names of a struct's scalars, its size and its alignment.
+
+    The elements of an array bear its name, and those of one of addresses the name that a tensor's address has.
+    """
     at, alignment, places = start, 1, {}
-    for kind, pointer, name in structs[struct]:
+    for kind, pointer, name, count in structs[struct]:
         if pointer or kind in SCALARS:
             size = align = 8 if pointer else SCALARS[kind]
             at = -(-at // align) * align
-            places[at] = prefix + name
+            for element in range(count or 1):
+                places[at + element * size] = prefix + name + (".data" if pointer and count else "")
+            size *= count or 1
         else:
             align = layout(kind, structs)[2]
             at = -(-at // align) * align
@@ -212,7 +234,7 @@ def layout(
     return places, -(-at // alignment) * alignment - start, alignment
 
 
-def _arguments(ptx: str, name: str, structs: dict[str, list[tuple[str, bool, str]]]) -> Any:
+def _arguments(ptx: str, name: str, structs: Structs) -> Any:
     """Which tensor's pointer an operand reads from the one parameter, a struct, of a kernel."""
     struct = re.search(r"\((\w+)[^()]*\)$", name)
     assert struct is not None, name
@@ -233,11 +255,13 @@ def _arguments(ptx: str, name: str, structs: dict[str, list[tuple[str, bool, str
 
 
 def _bases(ptx: str) -> dict[str, int]:
-    """Registers that hold an address within the parameter, and its offset."""
+    """Registers that hold an address within the parameter, and its offset; of an element of an array, that of the first."""
     bases: dict[str, int] = {}
-    for kind, target, source, number in TAKEN.findall(ptx):
+    for kind, target, source, added in TAKEN.findall(ptx):
         if source.endswith("_param_0"):
             bases[target] = 0
-        elif source in bases and (kind == "mov" or number):
-            bases[target] = bases[source] + int(number or 0)
+        elif source in bases and (kind == "mov" or added):
+            bases[target] = bases[source] + (0 if added.startswith("%") else int(added or 0))
+        elif added in bases:
+            bases[target] = bases[added]
     return bases

@@ -505,13 +505,15 @@ inline OptionalTensor if_given(const OptionalTensor& tensor, const Tensor& gradi
   return tensor.has_value() ? OptionalTensor(gradient) : std::nullopt;
 }
 
-inline int describe(const char* name, const Tensor& tensor) {
+// The emulation's number of a tensor, one more at every call; `index` where the tensor is one of a list.
+inline int describe(const char* name, const Tensor& tensor, int64_t index = -1) {
 #ifdef DITKERNELS_EMULATION
+  const std::string full = index < 0 ? name : std::string(name) + "[" + std::to_string(index) + "]";
   int64_t last = tensor.numel() > 0 ? 0 : -1;
   for (int64_t i = 0; i < tensor.dim() && last >= 0; ++i) last += (tensor.size(i) - 1) * tensor.stride(i);
-  return emulation::describe(name, tensor.data_ptr(), (last + 1) * tensor.element_size());
+  return emulation::describe(full.c_str(), tensor.data_ptr(), (last + 1) * tensor.element_size());
 #else
-  (void)name, (void)tensor;
+  (void)name, (void)tensor, (void)index;
   return -1;
 #endif
 }

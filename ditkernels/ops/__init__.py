@@ -3,6 +3,7 @@
 from ditkernels.ops import (  # noqa: F401 (they register a backend)
     adaln_cuda,
     adaln_triton,
+    adamw_ema_cuda,
     adamw_ema_triton,
     bias_gelu_cuda,
     bias_gelu_triton,

@@ -22,6 +22,7 @@ AdamW: Loshchilov & Hutter, arXiv 1711.05101; in this form ``torch.optim.AdamW(f
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -72,10 +73,14 @@ def adamw_ema(
         ValueError, TypeError: a list, shape, dtype, device or number that does not fit, named.
         BackendError: the forced backend cannot serve.
     """
-    torch.ops.ditkernels.adamw_ema(
+    arguments = (
         *(weights, gradients, exp_avgs, exp_avg_sqs, steps, averages, copies),
         *(grad_scale, found_inf, lr, *betas, eps, weight_decay, decay),
     )
+    if weights:
+        torch.ops.ditkernels.adamw_ema(*arguments)
+    else:  # there is nothing to update, and no tensor to choose a backend by
+        _check_adamw_ema(*arguments)
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -152,6 +157,18 @@ def _check_adamw_ema(
         raise ValueError(f"decay: got {decay}, allowed is 0..1")
 
 
+NAMES = ("weights", "gradients", "exp_avgs", "exp_avg_sqs", "steps", "averages", "copies")
+
+
+def not_contiguous(*arguments: Any) -> str | None:
+    """Which of the op's tensors a kernel that takes them for flat arrays cannot take, or None."""
+    for name, tensors in zip(NAMES, arguments):
+        for index, tensor in enumerate(tensors):
+            if not tensor.is_contiguous():
+                return f"{name}[{index}] is not contiguous"
+    return None
+
+
 # ------------------------------------------------------------------------------------------------------------------
 # Declaration, and the torch backend: torch's own two passes
 # ------------------------------------------------------------------------------------------------------------------
@@ -183,8 +200,6 @@ def _torch_adamw_ema(
     weight_decay: float,
     decay: float,
 ) -> None:
-    if not weights:
-        return
     torch._foreach_add_(steps, 1)
     torch._fused_adamw_(
         weights,

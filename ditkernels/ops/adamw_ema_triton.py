@@ -29,7 +29,7 @@ from torch import Tensor
 from ditkernels.ops import _registry as registry
 from ditkernels.ops import _triton
 from ditkernels.ops._triton import Tile, ceil_div, jit, tl
-from ditkernels.ops.adamw_ema import ADAMW_EMA
+from ditkernels.ops.adamw_ema import ADAMW_EMA, not_contiguous
 
 CHUNK = 8192
 BLOCK = 1024
@@ -250,23 +250,14 @@ def _adamw_ema(weights: list[Tensor], *rest: Any) -> None:
 # Registration
 # ------------------------------------------------------------------------------------------------------------------
 
-NAMES = ("weights", "gradients", "exp_avgs", "exp_avg_sqs", "steps", "averages", "copies")
-
 
 def _refuse(weights: list[Tensor], *rest: Any) -> str | None:
-    if not weights:
-        return _triton.MISSING
-    lists = (weights, *rest[:6])
     reason = _triton.refuse(1, weights[0])
     if reason is not None:
         return reason
     if weights[0].is_cuda and torch.cuda.is_current_stream_capturing():
         return "a CUDA graph is being captured, and the table of addresses is built on the host at every step"
-    for name, tensors in zip(NAMES, lists):
-        for index, tensor in enumerate(tensors):
-            if not tensor.is_contiguous():
-                return f"{name}[{index}] is not contiguous"
-    return None
+    return not_contiguous(weights, *rest)
 
 
 registry.implement(ADAMW_EMA, "triton", _adamw_ema, refuse=_refuse)

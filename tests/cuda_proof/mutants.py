@@ -12,6 +12,7 @@ from collections.abc import Iterator
 
 import emulated_cuda
 import pytest
+import test_adamw_ema
 import test_bias_gelu
 import test_final_layer
 import test_patch_embed
@@ -27,6 +28,7 @@ ADALN, SUMS, EMBED, FINAL, COMMON, TURNED = (
     *("adaln.cu", "sums.cuh", "patch_embed.cu", "final_layer.cu", "common.cuh", "turned.cuh"),
 )
 GELU = "bias_gelu.cu"
+ADAMW = "adamw_ema.cu"
 
 # By name: the file, a place in it that occurs once with the expression marked, and what takes the expression's place.
 MUTANTS = {
@@ -254,6 +256,58 @@ MUTANTS = {
         "if («t.has_value() && t->stride(0) != length * t->stride(1)») return",
         "false",
     ),
+    # ------------------------------------------------------------------------------------------------ adamw_ema
+    "steps counted from 0": (ADAMW, "static_cast<double>(before + «1.0f»);", "0.0f"),
+    "correction of the first moment lost": (ADAMW, "a.lr / (1.0 - «pow(a.beta1, t)»)", "0.0"),
+    "correction of the second moment in fp32": (
+        ADAMW,
+        "sqrt(1.0 - «pow(a.beta2, t)»)",
+        "static_cast<float>(pow(a.beta2, t))",
+    ),
+    "a skipped step counted": (ADAMW, "store_one(step, 0, 0, 0, «skipped» ?", "false"),
+    "steps of another launch": (ADAMW, "const int64_t row = «a.first_row + index»;", "index"),
+    "chunks of the first weight": (
+        ADAMW,
+        "if («first_chunks[weight + apart] <= static_cast<int>(blockIdx.x)»)",
+        "false",
+    ),
+    "every chunk is the first": (ADAMW, "tensor.token = «CHUNK»;", "0"),
+    "chunks not counted from the weight's first": (
+        ADAMW,
+        "static_cast<int>(blockIdx.x) - «a.first_chunks[weight]»;",
+        "0",
+    ),
+    "a chunk runs past the weight": (ADAMW, "left < CHUNK ? «left» : CHUNK", "CHUNK"),
+    "a chunk runs into the next of its weight": (ADAMW, "left < CHUNK ? left : «CHUNK»);", "left"),
+    "step size of another weight": (ADAMW, "load_one(a.factors, 0, «a.first_row + weight», 0)", "0"),
+    "root of another weight": (ADAMW, "load_one(a.factors, 0, «a.first_row + weight», 1)", "0"),
+    "factors of another launch": (ADAMW, "a.first_row = static_cast<int>(«first»);\n  by_layout", "0"),
+    "gradient not divided": (ADAMW, "gradient.at[i] / «scale»;", "1.0f"),
+    "gradient not squared": (ADAMW, "a.complement2 * («g * g»)", "g"),
+    "moment not decayed": (ADAMW, "a.complement1 * («g - m.at[i]»)", "g"),
+    "root forgotten": (ADAMW, "sqrtf(new_v) / «root» + a.eps", "1.0f"),
+    "eps lost": (ADAMW, "/ root + «a.eps»;", "0.0f"),
+    "no weight decay": (ADAMW, "new_w = «a.shrink» * w", "1.0f"),
+    "old moment used": (ADAMW, "step_size * («new_m» /", "m.at[i]"),
+    "weight changed by a skipped step": (ADAMW, "w.at[i] = «skipped» ?", "false"),
+    "moment changed by a skipped step": (ADAMW, "m.at[i] = «skipped» ?", "false"),
+    "second moment changed by a skipped step": (ADAMW, "v.at[i] = «skipped» ?", "false"),
+    "average forgotten": (ADAMW, "(w.at[i] - «average.at[i]»);", "0.0f"),
+    "average left by a skipped step": (
+        ADAMW,
+        "average.at[i] += «a.towards» *",
+        "(skipped ? 0.0f : a.towards)",
+    ),
+    "copy of the moment": (ADAMW, "store<WIDE>(copies, 0, chunk, column, width, «w»);", "m"),
+    "averages not written": (ADAMW, "if («averages.data != nullptr») store", "false"),
+    "betas swapped": (ADAMW, "a.complement1 = static_cast<float>(1.0 - «step.beta1»)", "step.beta2"),
+    "decay in place of its complement": (
+        ADAMW,
+        "a.towards = static_cast<float>(«1.0 - step.decay»)",
+        "step.decay",
+    ),
+    "weights of the first launch": (ADAMW, "step.order[«first + i»];\n    const Tensor& own", "i"),
+    "steps of the first launch": (ADAMW, "step.order[«first + i»];\n    const int id", "i"),
 }
 
 
@@ -333,9 +387,20 @@ def check_bias_gelu() -> None:
     test_bias_gelu.assert_parity(inputs, cotangent="tokens first")
 
 
+def check_adamw() -> None:
+    """Weights of one chunk and of two, no two numbers alike; a step that is skipped; more weights than a launch takes."""
+    shapes = ((3, 7), (3, 2733), (0,), (5,))
+    numbers = {"grad_scale": torch.tensor(0.7), "found_inf": torch.tensor(0.0), "eps": 0.1}
+    test_adamw_ema.assert_parity(test_adamw_ema.make_state(shapes=shapes), **numbers)
+    test_adamw_ema.check_first_and_late_steps()
+    test_adamw_ema.check_skipped_step(shapes=((3, 7),))
+    test_adamw_ema.assert_parity(test_adamw_ema.make_state(shapes=((3,),) * 450))
+
+
 FAMILIES = {
     ADALN: (check_adaln,),
     GELU: (check_bias_gelu,),
+    ADAMW: (check_adamw,),
     EMBED: (check_patch_embed, check_embed_without_positions, check_embed_of_many_lines),
     FINAL: (check_final_layer, check_final_layer_over_several_chunks, check_rows_are_rounded),
 }

@@ -10,15 +10,18 @@ from interpreted import Launch, in_place, mutant, reordered, shuffled, traced
 from test_adamw_ema import (
     BF16,
     CASES,
-    F32,
     OPTIONS,
+    REFUSED,
+    TOUCHES,
     State,
     assert_equal,
     assert_parity,
+    at_odd_addresses,
     check_case,
     check_first_and_late_steps,
+    check_more_than_2_to_the_31_elements,
+    check_refusal,
     check_skipped_step,
-    cloned,
     make_state,
     updated,
 )
@@ -49,18 +52,6 @@ def test_first_and_late_steps() -> None:
 
 def test_a_skipped_step_moves_the_average_alone() -> None:
     check_skipped_step()
-
-
-# Reads and writes of each tensor of a weight by the two kernels together.
-TOUCHES = {
-    "weights": (1, 1),
-    "gradients": (1, 0),
-    "exp_avgs": (1, 1),
-    "exp_avg_sqs": (1, 1),
-    "steps": (1, 1),
-    "averages": (1, 1),
-    "copies": (0, 1),
-}
 
 
 def touched(state: State) -> list[Launch]:
@@ -103,56 +94,23 @@ def test_any_order_of_programs_gives_equal_bits_and_nothing_is_left_unwritten() 
 
 def test_views_that_begin_at_odd_addresses() -> None:
     """16-byte accesses would fault on a GPU; the interpreter shows that such weights go to the other launch."""
-    state = make_state(shapes=((17,),))
-    shifted = {name: [t[1:] if t.dim() else t for t in tensors] for name, tensors in state.items()}
-    with traced() as launches:
-        ops.adamw_ema(**shifted, **OPTIONS)
-    assert [launch.arguments["WIDE"] for launch in launches if launch.kernel == "update_chunks"] == [False]
-    with traced() as launches:
-        ops.adamw_ema(**make_state(shapes=((16,),)), **OPTIONS)
-    assert [launch.arguments["WIDE"] for launch in launches if launch.kernel == "update_chunks"] == [True]
+    for state, wide in (
+        (at_odd_addresses(make_state(shapes=((17,),))), False),
+        (make_state(shapes=((16,),)), True),
+    ):
+        with traced() as launches:
+            ops.adamw_ema(**state, **OPTIONS)
+        assert [launch.arguments["WIDE"] for launch in launches if launch.kernel == "update_chunks"] == [wide]
 
 
 def test_more_than_2_to_the_31_elements() -> None:
-    """Only the last program runs, so that of the memory of a weight of 8 GB only its end is ever used."""
-    count = (1 << 31) + 24
-
-    def far(value: float, dtype: torch.dtype = F32) -> list[torch.Tensor]:
-        tensor = torch.empty(count, dtype=dtype)
-        tensor[-16:] = value
-        return [tensor]
-
-    state = {
-        **{"weights": far(1.0), "gradients": far(2.0), "exp_avgs": far(0.5), "exp_avg_sqs": far(4.0)},
-        **{"steps": [torch.zeros(())], "averages": far(0.0), "copies": far(0.0, BF16)},
-    }
-    near = {
-        name: [t[-16:].clone() if t.dim() else t.clone() for t in tensors] for name, tensors in state.items()
-    }
-    ops.adamw_ema(**near, **OPTIONS)
-    with in_place(), reordered(lambda programs: [programs - 1]):
-        ops.adamw_ema(**state, **OPTIONS)
-    for name in ("weights", "exp_avgs", "exp_avg_sqs", "averages", "copies"):
-        assert torch.equal(state[name][0][-16:], near[name][0]), name
+    with in_place():
+        check_more_than_2_to_the_31_elements(reordered(lambda programs: [programs - 1]))
 
 
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        (lambda s: {n: [t.double() for t in ts] for n, ts in s.items()}, "torch.float64 is not among"),
-        (
-            lambda s: {**s, "gradients": [g.t().contiguous().t() for g in s["gradients"]]},
-            r"gradients\[0\] is not",
-        ),
-    ],
-)
+@pytest.mark.parametrize(("change", "words"), REFUSED)
 def test_what_the_kernels_cannot_take_is_refused(change: object, words: str) -> None:
-    state = make_state(shapes=((3, 4),))
-    state = change(state) | {"steps": state["steps"], "copies": state["copies"]}
-    with pytest.raises(registry.BackendError, match=words):
-        ops.adamw_ema(**state, **OPTIONS)
-    with registry.use_backend("auto"):
-        ops.adamw_ema(**cloned(state), **OPTIONS)
+    check_refusal(change, words)
 
 
 MUTANTS = {
