@@ -63,7 +63,7 @@ def build(texts: dict[str, str]) -> Path:
     key = hashlib.sha256(
         repr((_rules(Path(), texts), torch.__version__, sys.version, sorted(texts.items()))).encode()
     )
-    for file in (EMULATION / "emulation.h", EMULATION / "module.cu"):
+    for file in sorted(EMULATION.iterdir()):
         key.update(file.read_bytes())
     folder = ROOT / "build/emulation" / key.hexdigest()[:16]
     path = folder / f"{MODULE}.so"

@@ -163,7 +163,7 @@ def build_library(
         f"command = {tools.nvcc} {_compiling(tools)} {codes} --threads={threads} {named} -MD -MF $out.d -c $in -o $out",
         *(f"build {name}: compile {_escaped(file)}" for name, file in zip(objects, files)),
         "rule link",
-        f"  command = {tools.nvcc} -shared -cudart static $in -L{tools.torch}/lib -ltorch_cpu"
+        f"  command = {tools.nvcc} -shared -cudart static $in -L{tools.torch}/lib -ltorch_cpu -ldl"
         " -Xlinker --exclude-libs=ALL -Xlinker --strip-debug -o $out.tmp && mv $out.tmp $out",
         f"build {LIBRARY}: link {' '.join(objects)}",
     ]
@@ -201,7 +201,13 @@ def _run(command: Sequence[str]) -> None:
 
 
 def _compiling(tools: Toolchain) -> str:
-    return " ".join((*FLAGS, f"-I{CSRC}", "-isystem", f"{tools.torch}/include"))
+    # The toolkit's own headers go first; a toolkit without cublasLt.h takes it from the packages that torch came with.
+    system = (tools.torch / "include", *_blas_includes(tools.torch.parent))
+    return " ".join((*FLAGS, f"-I{CSRC}", *(f"-isystem {shlex.quote(str(path))}" for path in system)))
+
+
+def _blas_includes(packages: Path) -> list[Path]:
+    return sorted(path.parent for path in packages.glob("nvidia/*/include/cublasLt.h"))
 
 
 def _codes(architecture: Architecture) -> str:

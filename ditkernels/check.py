@@ -88,7 +88,7 @@ class Case:
     @property
     def has_stream(self) -> bool:
         """Whether ``x`` is a residual stream (B, N, D), whose dtype is independent of the others'."""
-        return len(self.shapes.get("x", ())) == 3
+        return len(self.shapes.get("x", ())) == 3 and self.op != "mlp"
 
     def inputs(self, precision: Precision, device: torch.device) -> Inputs:
         """Standard normal tensors, the same on every run."""
@@ -154,6 +154,11 @@ def _cases() -> Iterator[Case]:
 
     yield Case("bias_gelu", {"x": _ODD, **_parameters(_ODD, "bias")})
     yield Case("bias_gelu", {"x": (3, 37, 384)})
+
+    yield Case("mlp", {"x": _ODD, "fc1_weight": (31, 45), "fc1_bias": (31,), "fc2_weight": (13, 31)})
+    yield Case(
+        "mlp", {"x": (3, 37, 96), "fc1_weight": (384, 96), "fc1_bias": (384,), "fc2_weight": (96, 384)}
+    )
 
     for shape in ((3, 1157), (3, 9, 40)):
         yield Case("adamw_ema", dict.fromkeys(_STATE, shape), {"lr": 0.1, "weight_decay": 0.1, "decay": 0.9})

@@ -11,7 +11,7 @@ biases' gradients: torch would read each gradient of a linear's output once more
 from __future__ import annotations
 
 from functools import partial
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from ditkernels import ops, reference
 from ditkernels.ops import _registry as registry
+from ditkernels.ops import mlp_cuda
 from ditkernels.reference import make_models
 
 CHECKPOINTING = ("none", "selective", "full")
@@ -74,15 +75,21 @@ def closed(stream: Stream) -> Stream:
 
 
 def product(linear: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None]:
-    """What a linear makes of x, and the bias that is left to be added to it.
-
-    Nothing is left on a CPU, unless a backend is forced: there the product adds the bias for nothing. And nothing by a module that
-    somebody put in the place of the linear, or that is watched: it is called as it is.
-    """
-    pays = x.is_cuda or registry.backend_setting() is not None
-    if not pays or type(linear) is not nn.Linear or linear._forward_hooks or linear._forward_pre_hooks:
+    """What a linear makes of x, and the bias that is left to be added to it."""
+    if not _taken_apart(linear, x):
         return linear(x), None
     return F.linear(x, linear.weight), linear.bias
+
+
+def _taken_apart(linear: nn.Module, x: Tensor) -> TypeGuard[nn.Linear]:
+    """Whether the op behind a linear takes over its bias, or the bias' gradient.
+
+    Not on a CPU, unless a backend is forced: there the product adds the bias for nothing. And not where somebody has put a module
+    in the place of the linear, or watches it: it is called as it is.
+    """
+    pays = x.is_cuda or registry.backend_setting() is not None
+    watched = bool(linear._forward_hooks or linear._forward_pre_hooks)
+    return pays and type(linear) is nn.Linear and not watched
 
 
 def opened(x: Tensor, linear: nn.Module, value: Tensor, gate: Tensor | None) -> Stream:
@@ -144,6 +151,19 @@ class Mlp(reference.Mlp):
         made, bias = product(self.fc1, x)
         return F.gelu(made, approximate="tanh") if bias is None else ops.bias_gelu(made, bias)
 
+    def product(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """What the MLP makes of x, and the bias of fc2 if it is left to be added to it."""
+        if not self._is_one_op(x):
+            return product(self.fc2, self.hidden(x))
+        return ops.mlp(x, self.fc1.weight, self.fc1.bias, self.fc2.weight), self.fc2.bias
+
+    def _is_one_op(self, x: Tensor) -> bool:
+        if not _taken_apart(self.fc1, x) or not _taken_apart(self.fc2, x):
+            return False
+        hidden, width = self.fc1.weight.shape
+        dtype = compute_dtype(self.fc1.weight)
+        return mlp_cuda.serves(x.device, dtype, width, hidden, self.fc2.weight.shape[0])
+
 
 class Fused(reference.Block):
     """Gives a block of the reference the attentions and the MLP of this file; a subclass says what :meth:`computed` is.
@@ -180,9 +200,9 @@ class Fused(reference.Block):
 
         FSDP2 frees a block's weights when the block is done.
         """
-        stream = opened(x, self.mlp.fc2, self.mlp.hidden(h), gate)
-        bias = stream.branch_bias
-        return stream if bias is None else stream._replace(branch_bias=bias.clone())
+        # As one op the MLP would be kept or recomputed as one; selective checkpointing keeps its products and recomputes GELU.
+        branch, bias = product(self.mlp.fc2, self.mlp.hidden(h)) if self.selective else self.mlp.product(h)
+        return Stream(x, branch, gate, None if bias is None else bias.clone())
 
 
 class DiTBlock(Fused, reference.DiTBlock):  # type: ignore[misc]

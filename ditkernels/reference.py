@@ -169,6 +169,11 @@ def bias_gelu(x: Tensor, bias: Tensor | None = None) -> Tensor:
     return F.gelu(z, approximate="tanh").to(x.dtype)
 
 
+def mlp(x: Tensor, fc1_weight: Tensor, fc1_bias: Tensor | None, fc2_weight: Tensor) -> Tensor:
+    """fc2(tanh-GELU(fc1(x))) without the bias of fc2. x: (B, N, D); fc1_weight: (F, D); fc1_bias: (F,); fc2_weight: (E, F)."""
+    return F.linear(F.gelu(F.linear(x, fc1_weight, fc1_bias), approximate="tanh"), fc2_weight)
+
+
 def attention(qkv_or_q: Tensor, kv: Tensor | None = None, *, scale: float | None = None) -> Tensor:
     """softmax(q·kᵀ·scale)·v with scale = head_dim^-1/2 by default.
 

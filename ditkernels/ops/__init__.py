@@ -9,6 +9,7 @@ from ditkernels.ops import (  # noqa: F401 (they register a backend)
     bias_gelu_triton,
     final_layer_cuda,
     final_layer_triton,
+    mlp_cuda,
     patch_embed_cuda,
     patch_embed_triton,
     unpatchify_triton,
@@ -18,6 +19,7 @@ from ditkernels.ops.adamw_ema import adamw_ema
 from ditkernels.ops.attention import attention
 from ditkernels.ops.bias_gelu import bias_gelu
 from ditkernels.ops.final_layer import final_layer, unpatchify
+from ditkernels.ops.mlp import mlp
 from ditkernels.ops.patch_embed import patch_embed
 
 __all__ = [
@@ -27,6 +29,7 @@ __all__ = [
     "final_layer",
     "gated_residual",
     "gated_residual_norm",
+    "mlp",
     "modulate_norm",
     "patch_embed",
     "unpatchify",

@@ -158,7 +158,8 @@ def _architecture_reason(capability: tuple[int, int]) -> str | None:
 # ------------------------------------------------------------------------------------------------------------------
 
 
-def _device_reason(op: str, device: torch.device) -> str | None:
+def device_reason(op: str, device: torch.device) -> str | None:
+    """Why the kernels of ``op`` cannot run on a device, or None if they can."""
     if _absence is not None:
         return _absence
     if device.type not in ("cpu", "cuda"):
@@ -173,7 +174,7 @@ def _device_reason(op: str, device: torch.device) -> str | None:
 
 def refuse(op: str, width: int, first: Tensor, *others: Tensor | torch.dtype | None) -> str | None:
     """Why the kernels of ``op`` cannot take a row of ``width`` channels of these tensors (or these dtypes), or None if they can."""
-    reason = _device_reason(op, first.device)
+    reason = device_reason(op, first.device)
     if reason is not None:
         return reason
     for value in (first, *others):

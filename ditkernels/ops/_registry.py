@@ -13,7 +13,7 @@ import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.autograd.forward_ad as forward_ad
@@ -34,6 +34,7 @@ ATTENTION_BACKENDS = (
 )
 
 Refusal = Callable[..., "str | None"]
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 
 _LIBRARY = torch.library.Library("ditkernels", "DEF")
 
@@ -142,13 +143,25 @@ def declare(name: str, schema: str, *, check: Callable[..., None], fake: Callabl
     return op
 
 
-def implement(op: Op, backend: str, kernel: Callable[..., Any], *, refuse: Refusal | None = None) -> None:
+def define(schema: str) -> None:
+    """Declares an internal op, ``name(Tensor x, ...) -> Tensor``; a compiled library, once loaded, supplies its kernels."""
+    _LIBRARY.define(schema)
+
+
+def implement(
+    op: Op,
+    backend: str,
+    kernel: Callable[..., Any],
+    *,
+    refuse: Refusal | None = None,
+    not_automatic: str | None = None,
+) -> None:
     """Gives ``op`` a kernel for ``backend``, as the internal op ``ditkernels::<op>_<backend>`` of the same schema."""
     internal = f"{op.name}_{backend}"
     _LIBRARY.define(internal + op.schema)
     _LIBRARY.impl(internal, kernel, "CompositeExplicitAutograd")
     call = getattr(torch.ops.ditkernels, internal).default
-    op.implementations[backend] = Implementation(call, refuse or (lambda *args: None))
+    op.implementations[backend] = Implementation(call, refuse or (lambda *args: None), not_automatic)
 
 
 def implement_elsewhere(op: Op, backend: str, *, refuse: Refusal, not_automatic: str | None = None) -> None:
@@ -273,6 +286,12 @@ def refuse_forward_ad(name: str, *tensors: Tensor | None) -> None:
         raise NotImplementedError(
             f"{name}: forward-mode differentiation is not supported; use ditkernels.reference.{name}"
         )
+
+
+def constant_when_traced(function: _Function) -> _Function:
+    """``torch.compiler.assume_constant_result``, which would import all of Dynamo, a second's work, on ``import ditkernels``."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
 
 
 def autocast_dtype(tensor: Tensor) -> torch.dtype | None:

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -28,8 +28,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ditkernels.ops import _registry
 from ditkernels.ops._registry import ATTENTION_BACKENDS, BackendError
-
-_Function = TypeVar("_Function", bound=Callable[..., Any])
 
 HALF = (torch.float16, torch.bfloat16)
 FLOATS = (*HALF, torch.float32, torch.float64)
@@ -101,13 +99,7 @@ def _carries_tangent(*tensors: Tensor) -> bool:
 # ------------------------------------------------------------------------------------------------------------
 
 
-def _constant_when_traced(function: _Function) -> _Function:
-    """``torch.compiler.assume_constant_result``, which would import all of Dynamo, a second's work, on ``import ditkernels``."""
-    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
-    return function
-
-
-@_constant_when_traced
+@_registry.constant_when_traced
 def _capability(device_index: int | None) -> int:
     """Compute capability of an NVIDIA GPU, times ten: 90 for Hopper; 0 where torch sees none."""
     if torch.version.cuda is None or not torch.cuda.is_available():
@@ -116,12 +108,12 @@ def _capability(device_index: int | None) -> int:
     return 10 * major + minor
 
 
-@_constant_when_traced
+@_registry.constant_when_traced
 def _cudnn_version() -> int:
     return torch.backends.cudnn.version() or 0
 
 
-@_constant_when_traced
+@_registry.constant_when_traced
 def _switched_off(backend: SDPBackend) -> bool:
     """Whether the user has switched a kernel off, as in ``torch.backends.cuda.enable_cudnn_sdp(False)``."""
     enabled = {
@@ -132,7 +124,7 @@ def _switched_off(backend: SDPBackend) -> bool:
     return not enabled[backend]()
 
 
-@_constant_when_traced
+@_registry.constant_when_traced
 def _flash_implementation() -> str | None:
     """What ``activate_flash_attention_impl`` has put in the place of PyTorch's flash kernel, if anything."""
     current = getattr(torch.nn.attention, "current_flash_attention_impl", None)
@@ -143,7 +135,7 @@ def _flash_implementation() -> str | None:
 _loaded: dict[tuple[str, str], Callable[..., Any] | str] = {}
 
 
-@_constant_when_traced
+@_registry.constant_when_traced
 def _package_reason(module: str, function: str) -> str | None:
     """Why an optional package's function cannot be called, or None once it is loaded."""
     if (module, function) not in _loaded:

@@ -15,13 +15,17 @@ import pytest
 import test_adamw_ema
 import test_bias_gelu
 import test_final_layer
+import test_mlp
 import test_patch_embed
 import torch
+from numerics import assert_contract
 from patches_mutants import check_final_layer, check_patch_embed
-from test_adaln import BF16, F32, assert_parity, make_inputs
+from test_adaln import BF16, F16, F32, assert_parity, make_inputs
 
+from ditkernels import reference
 from ditkernels.ops import _registry as registry
 from ditkernels.ops.final_layer import final_layer
+from ditkernels.ops.mlp import mlp
 from ditkernels.ops.patch_embed import patch_embed
 
 ADALN, SUMS, EMBED, FINAL, COMMON, TURNED = (
@@ -29,6 +33,7 @@ ADALN, SUMS, EMBED, FINAL, COMMON, TURNED = (
 )
 GELU = "bias_gelu.cu"
 ADAMW = "adamw_ema.cu"
+MLP = "mlp.cu"
 
 # By name: the file, a place in it that occurs once with the expression marked, and what takes the expression's place.
 MUTANTS = {
@@ -308,6 +313,55 @@ MUTANTS = {
     ),
     "weights of the first launch": (ADAMW, "step.order[«first + i»];\n    const Tensor& own", "i"),
     "steps of the first launch": (ADAMW, "step.order[«first + i»];\n    const int id", "i"),
+    # ------------------------------------------------------------------------------------------------ mlp
+    "weight taken as it lies": (MLP, "DESC_TRANSA, «product.transposed» ? CUBLAS_OP_T", "false"),
+    "weight's layout turned": (
+        MLP,
+        "type(), «product.transposed» ? depth : columns, product",
+        "!product.transposed",
+    ),
+    "rows for columns": (MLP, "const Layout b(op, product.type(), «depth», product.rows())", "columns"),
+    "stride of z": (MLP, "DESC_EPILOGUE_AUX_LD, «product.columns()»);", "product.depth()"),
+    "kept without the bias": (
+        *(
+            MLP,
+            "{CUBLASLT_EPILOGUE_GELU_AUX, «CUBLASLT_EPILOGUE_GELU_AUX_BIAS»}",
+            "CUBLASLT_EPILOGUE_GELU_AUX",
+        ),
+    ),
+    "no GELU where nothing is kept": (
+        *(MLP, "{CUBLASLT_EPILOGUE_GELU, «CUBLASLT_EPILOGUE_GELU_BIAS»}", "CUBLASLT_EPILOGUE_BIAS"),
+    ),
+    "z not kept": (MLP, "«keep» ? &z : nullptr", "false"),
+    "dh for dz": (
+        *(
+            MLP,
+            "biased ? «CUBLASLT_EPILOGUE_DGELU_BGRAD» : CUBLASLT_EPILOGUE_DGELU",
+            "CUBLASLT_EPILOGUE_DEFAULT",
+        ),
+    ),
+    "bias' gradient not asked for": (MLP, "CUBLASLT_EPILOGUE_DGELU, «biased» ? &dbias : nullptr", "false"),
+    "added to what was there": (MLP, "one = 1.0f, zero = «0.0f»;", "1.0f"),
+    "sums in 16 bits": (
+        *(MLP, "CUBLASLT_REDUCTION_SCHEME_NONE | «CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE»", "4"),
+    ),
+    "alignment of the weight promised": (
+        MLP,
+        "ALIGNMENT_A_BYTES, «alignment(product.weight.data_ptr())»);",
+        "uint32_t{256}",
+    ),
+    "alignment of x promised": (
+        MLP,
+        "ALIGNMENT_B_BYTES, «alignment(product.left.data_ptr())»);",
+        "uint32_t{256}",
+    ),
+    "one choice for all lengths": (MLP, "device,\n      «product.rows()»,", "0"),
+    "one choice for all widths": (MLP, "product.rows(),\n      «product.columns()»,", "0"),
+    "one choice for all depths": (MLP, "      «product.depth()» * 2 + product", "0"),
+    "one choice for both dtypes": (MLP, "      «product.type()»,\n", "CUDA_R_16F"),
+    "one choice for all alignments of the weight": (MLP, "      «of(&product.weight)»,\n", "int64_t{0}"),
+    "one choice for all alignments of x": (MLP, "      «of(&product.left)»,\n", "int64_t{0}"),
+    "no rows, no zeros": (MLP, "new_zeros(z, {«biased» ? z.size(1) : 0})", "false"),
 }
 
 
@@ -397,7 +451,40 @@ def check_adamw() -> None:
     test_adamw_ema.assert_parity(test_adamw_ema.make_state(shapes=((3,),) * 450))
 
 
+LENGTHS = itertools.count(3)
+
+
+def check_mlp() -> None:
+    """Of a length that no algorithm has been chosen for yet; then of other alignments, lengths, widths, dtypes, and no rows."""
+    length = next(LENGTHS)
+    shape = (1, length, 16, 24, 8)
+    inputs = test_mlp.make_inputs(shape, BF16)
+    test_mlp.assert_parity(inputs)
+    for name in ("x", "fc1_weight"):
+        test_mlp.assert_parity({**inputs, name: misaligned(inputs[name])})
+    for other in (
+        (1, length + 1000, 16, 24, 8),
+        (1, length, 16, 40, 8),
+        (1, length, 24, 24, 16),
+        (1, 0, 16, 24, 8),
+    ):
+        test_mlp.assert_parity(test_mlp.make_inputs(other, BF16))
+    test_mlp.assert_parity(test_mlp.make_inputs(shape, F16))
+    test_mlp.assert_parity(test_mlp.make_inputs(shape, BF16, biased=False))
+    with torch.no_grad():
+        exact = reference.mlp(**{name: v.double() for name, v in inputs.items()})
+        assert_contract(mlp(**inputs), reference.mlp(**inputs), exact)
+
+
+def misaligned(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy that begins 16 bytes behind a multiple of 256."""
+    room = torch.empty(tensor.numel() + 256, dtype=tensor.dtype)
+    start = (-room.data_ptr() % 256 + 16) // 2
+    return room[start : start + tensor.numel()].view_as(tensor).copy_(tensor)
+
+
 FAMILIES = {
+    MLP: (check_mlp,),
     ADALN: (check_adaln,),
     GELU: (check_bias_gelu,),
     ADAMW: (check_adamw,),
@@ -425,5 +512,15 @@ def test_killed(emulation, name: str) -> None:
             run_checks(MUTANTS[name][0])
     finally:
         emulation.mutate(0)
-    words = ("contract", "out of bounds", "not finite", "not close", "not equal", "nobody wrote", "absent")
+    words = (
+        "contract",
+        "out of bounds",
+        "not finite",
+        "not close",
+        "not equal",
+        "nobody wrote",
+        "absent",
+        "cuBLASLt",
+        "invalid gradient",
+    )
     assert any(word in str(caught.value) for word in words), str(caught.value)

@@ -4,6 +4,7 @@
 #include <pybind11/stl.h>
 
 #include "common.cuh"
+#include "cublaslt.h"
 
 namespace ditkernels {
 namespace {
@@ -157,5 +158,6 @@ PYBIND11_MODULE(ditkernels_emulation, module) {
   module.def("counts", &ditkernels::counts);
   module.def("sampled", &ditkernels::sampled);
   module.def("registered", &ditkernels::registered);
+  module.def("descriptors", [] { return emulation::descriptors; });
   module.def("mutate", [](int mutant) { emulation::mutant = mutant; });
 }

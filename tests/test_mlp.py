@@ -1,0 +1,207 @@
+"""mlp: parity, gradients and torch citizenship."""
+
+from __future__ import annotations
+
+import numerics
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from ditkernels import ops, reference
+from ditkernels.ops import _registry as registry
+
+F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
+NAMES = ("output", "dx", "dfc1_weight", "dfc1_bias", "dfc2_weight")
+LAYOUTS = ("packed", "channels apart", "samples apart")
+
+
+def make_inputs(
+    shape: tuple[int, int, int, int, int],
+    dtype: torch.dtype,
+    biased: bool = True,
+    layout: str = "packed",
+    seed: int = 0,
+) -> dict[str, Tensor | None]:
+    """Of (B, N, D, F, E); weights so large that GELU is met on both sides of its bend."""
+    batch, length, width, hidden, out = shape
+    generator = torch.Generator().manual_seed(sum(shape) + seed)
+
+    def normal(*size: int, scale: float = 1.0) -> Tensor:
+        return (scale * torch.randn(size, generator=generator)).to(dtype)
+
+    def strided(*size: int, scale: float = 1.0) -> Tensor:
+        if layout == "channels apart":
+            return normal(*size, 2, scale=scale)[..., 0]
+        if layout == "samples apart":
+            return normal(size[0], 2 * size[1], *size[2:], scale=scale)[:, : size[1]]
+        return normal(*size, scale=scale)
+
+    return {
+        "x": strided(batch, length, width),
+        "fc1_weight": strided(hidden, width, scale=2 * width**-0.5),
+        "fc1_bias": normal(hidden) if biased else None,
+        "fc2_weight": strided(out, hidden, scale=hidden**-0.5),
+    }
+
+
+def run(function: object, inputs: dict[str, Tensor | None], wide: bool = False) -> list[Tensor]:
+    """The output and the gradient of every input that is there, for a fixed cotangent."""
+    leaves = {
+        name: None if v is None else (v.double() if wide else v).detach().requires_grad_()
+        for name, v in inputs.items()
+    }
+    output = function(**leaves)
+    dy = torch.randn(tuple(output.shape), generator=torch.Generator().manual_seed(7)).to(inputs["x"].dtype)
+    dy = dy.to(output.device)
+    there = [v for v in leaves.values() if v is not None]
+    return [output, *torch.autograd.grad(output, there, dy.double() if wide else dy)]
+
+
+def assert_parity(inputs: dict[str, Tensor | None]) -> None:
+    results = [run(ops.mlp, inputs), run(reference.mlp, inputs), run(reference.mlp, inputs, wide=True)]
+    names = [name for name in NAMES if inputs["fc1_bias"] is not None or name != "dfc1_bias"]
+    for actual, low, exact, name in zip(*results, names, strict=True):
+        numerics.assert_contract(actual, low, exact, name)
+
+
+# One row, lengths that fill no tile, widths that tell every axis from every other, the models' ratio.
+COVERING = [
+    ((2, 17, 96, 384, 96), BF16, True),
+    ((3, 5, 24, 40, 8), F16, True),
+    ((1, 1, 16, 64, 24), BF16, False),
+    ((8, 3, 40, 16, 56), BF16, True),
+    ((2, 49, 8, 32, 16), F16, False),
+]
+UNEVEN = [((3, 7, 45, 31, 13), F32, True), ((2, 1, 5, 3, 1), BF16, True), ((1, 4, 6, 10, 7), F32, False)]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("case", COVERING + UNEVEN, ids=str)
+def test_parity(case: tuple, layout: str) -> None:
+    assert_parity(make_inputs(*case, layout=layout))
+
+
+@settings(max_examples=20, deadline=None)
+@given(shape=st.tuples(st.integers(0, 3), st.integers(0, 9), *[st.integers(1, 20)] * 3), biased=st.booleans())
+def test_agreement_in_fp64_at_any_shape(shape: tuple[int, int, int, int, int], biased: bool) -> None:
+    inputs = make_inputs(shape, F64, biased)
+    for actual, expected in zip(run(ops.mlp, inputs), run(reference.mlp, inputs), strict=True):
+        numerics.assert_fp64_agreement(actual, expected)
+
+
+def test_hand_derived_backward_by_gradcheck() -> None:
+    inputs = [v.requires_grad_() for v in make_inputs((2, 3, 5, 4, 6), F64).values()]
+    assert torch.autograd.gradcheck(ops.mlp, inputs)
+
+
+@pytest.mark.parametrize("needed", [(0,), (1,), (2,), (3,), (0, 3), (1, 2)])
+def test_only_the_gradients_that_are_needed_are_computed(needed: tuple[int, ...]) -> None:
+    """And each of them is what it is beside the others."""
+    inputs = make_inputs((2, 3, 8, 16, 24), F32)
+    want = run(ops.mlp, inputs)[1:]
+    leaves = [v.detach().requires_grad_(i in needed) for i, v in enumerate(inputs.values())]
+    output = ops.mlp(*leaves)
+    dy = torch.randn(output.shape, generator=torch.Generator().manual_seed(7))
+    with FlopCounterMode(display=False) as counted:
+        got = torch.autograd.grad(output, [leaves[i] for i in needed], dy)
+    assert all(torch.equal(g, want[i]) for g, i in zip(got, needed, strict=True))
+    products = [24] + [8] * (0 in needed) + [8] * (1 in needed) + [24] * (3 in needed)
+    assert counted.get_total_flops() == 2 * 6 * 16 * sum(products)
+
+
+def test_nothing_is_kept_where_no_gradient_is_needed() -> None:
+    inputs = make_inputs((2, 3, 8, 16, 24), F32)
+    with torch.no_grad(), FlopCounterMode(display=False) as counted:
+        y, z, h = torch.ops.ditkernels.mlp(*inputs.values(), False)
+    assert (z.numel(), h.numel()) == (0, 0)
+    assert torch.equal(y, ops.mlp(**inputs))
+    assert counted.get_total_flops() == 2 * 6 * 16 * (8 + 24)
+
+
+def test_opcheck() -> None:
+    for biased in (True, False):
+        inputs = make_inputs((2, 3, 5, 4, 6), F32, biased)
+        needs = [True, False, biased, True]
+        leaves = [None if v is None else v.requires_grad_() for v in inputs.values()]
+        torch.library.opcheck(registry.OPS["mlp"].call, (*leaves, True))
+        still = [None if v is None else v.detach() for v in leaves]
+        torch.library.opcheck(registry.OPS["mlp"].call, (*still, False))
+        saved = (torch.randn(2, 3, 4), torch.randn(2, 3, 4))
+        arguments = (torch.randn(2, 3, 6), *still, *saved, needs)
+        torch.library.opcheck(registry.OPS["mlp_backward"].call, arguments)
+
+
+def test_compiles_as_one_graph() -> None:
+    inputs = make_inputs((2, 3, 8, 16, 24), F32)
+    compiled = torch.compile(ops.mlp, fullgraph=True, backend="aot_eager")
+    assert all(map(torch.equal, run(compiled, inputs), run(ops.mlp, inputs)))
+
+
+def test_under_autocast_all_is_in_its_dtype_as_in_the_linears() -> None:
+    inputs = make_inputs((2, 3, 8, 16, 24), F32)
+    with torch.autocast("cpu", dtype=BF16):
+        got = run(lambda **a: ops.mlp(**a).float(), inputs)
+        low = run(lambda **a: reference.mlp(**a).float(), inputs)
+        assert ops.mlp(**inputs).dtype == BF16
+    exact = run(reference.mlp, inputs, wide=True)
+    for actual, plain, wide, name in zip(got, low, exact, NAMES, strict=True):
+        assert actual.dtype == F32
+        numerics.assert_contract(actual, plain, wide, name)
+
+
+def check_repeats() -> None:
+    inputs = make_inputs((2, 17, 96, 384, 96), BF16)
+    first = run(ops.mlp, inputs)
+    torch.use_deterministic_algorithms(True)  # fills fresh memory with NaN
+    try:
+        second = run(ops.mlp, inputs)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(map(torch.equal, first, second))
+
+
+def test_repeats_bit_for_bit_and_writes_every_output() -> None:
+    check_repeats()
+
+
+def test_forward_mode_and_second_derivatives_are_refused() -> None:
+    leaves = [v.requires_grad_() for v in make_inputs((2, 3, 5, 4, 6), F32).values()]
+    with pytest.raises(NotImplementedError, match="mlp: forward-mode"):
+        torch.func.jvp(lambda x: ops.mlp(x, *leaves[1:]), (leaves[0],), (leaves[0],))
+    (first,) = torch.autograd.grad(ops.mlp(*leaves).square().sum(), leaves[0], create_graph=True)
+    with pytest.raises(NotImplementedError, match="not differentiable"):
+        first.sum().backward()
+
+
+@pytest.mark.parametrize(
+    "change, error, words",
+    [
+        ({"x": torch.zeros(2, 8)}, ValueError, r"x: got shape \(2, 8\)"),
+        (
+            {"fc1_weight": torch.zeros(16, 9)},
+            ValueError,
+            r"fc1_weight: got shape \(16, 9\), expected \(any, 8\)",
+        ),
+        ({"fc1_bias": torch.zeros(15)}, ValueError, r"fc1_bias: got shape \(15,\), expected \(16\)"),
+        (
+            {"fc2_weight": torch.zeros(24, 15)},
+            ValueError,
+            r"fc2_weight: got shape \(24, 15\), expected \(any, 16\)",
+        ),
+        ({"fc2_weight": torch.zeros(0, 16)}, ValueError, r"fc2_weight: got shape \(0, 16\); the first axis"),
+        ({"fc2_weight": torch.zeros(24, 16, device="meta")}, ValueError, "fc2_weight: got device meta"),
+        (
+            {"fc1_weight": torch.zeros(16, 8, dtype=BF16)},
+            TypeError,
+            "fc1_weight: got dtype torch.bfloat16, expected x's",
+        ),
+        ({"x": torch.zeros(2, 3, 8, dtype=torch.int8)}, TypeError, "x: got dtype torch.int8, allowed are"),
+    ],
+)
+def test_errors_name_the_argument(change: dict, error: type, words: str) -> None:
+    inputs = make_inputs((2, 3, 8, 16, 24), F32)
+    with pytest.raises(error, match=words):
+        ops.mlp(**{**inputs, **change})

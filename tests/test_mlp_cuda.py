@@ -1,0 +1,171 @@
+"""mlp's products with GELU as an epilogue, in the emulation of cuBLASLt: parity, what is asked of it, refusals, the whole model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from types import ModuleType
+from unittest import mock
+
+import emulated_cuda
+import numerics
+import pytest
+import torch
+from test_mlp import BF16, COVERING, F16, F32, LAYOUTS, UNEVEN, assert_parity, check_repeats, make_inputs, run
+from test_models import SMALL, forward_backward, pair
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ditkernels import ops, reference
+from ditkernels.ops import _measured, mlp_cuda
+from ditkernels.ops import _registry as registry
+
+
+@pytest.fixture(autouse=True)
+def emulation() -> Iterator[ModuleType]:
+    with emulated_cuda.running() as module:
+        yield module
+        assert module.descriptors() == 0
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("case", COVERING, ids=str)
+def test_parity(case: tuple, layout: str) -> None:
+    assert_parity(make_inputs(*case, layout=layout))
+
+
+def test_repeats_bit_for_bit_and_writes_every_output() -> None:
+    check_repeats()
+
+
+def test_a_forward_and_a_backward_may_run_on_different_backends() -> None:
+    inputs = make_inputs((2, 17, 96, 384, 96), BF16)
+    leaves = [v.requires_grad_() for v in inputs.values()]
+    dy = torch.randn(2, 17, 96, generator=torch.Generator().manual_seed(7)).to(BF16)
+    low, exact = run(reference.mlp, inputs), run(reference.mlp, inputs, wide=True)
+    for one, other in (("torch", "cuda"), ("cuda", "torch")):
+        with registry.use_backend(one):
+            y = ops.mlp(*leaves)
+        with registry.use_backend(other):
+            got = torch.autograd.grad(y, leaves, dy)
+        for actual, plain, wide in zip(got, low[1:], exact[1:], strict=True):
+            numerics.assert_contract(actual, plain, wide)
+
+
+def test_without_rows_there_is_no_product_and_the_gradients_are_zero() -> None:
+    _, dx, *gradients = run(ops.mlp, make_inputs((2, 0, 16, 32, 8), BF16))
+    assert dx.shape == (2, 0, 16)
+    assert all(g.count_nonzero() == 0 for g in gradients)
+
+
+def test_without_gradients_nothing_is_written_but_the_output() -> None:
+    inputs = make_inputs((2, 5, 16, 32, 8), BF16)
+    want = run(ops.mlp, inputs)[0]
+    with torch.no_grad():
+        assert torch.equal(ops.mlp(**inputs), want)
+    for bias in (inputs["fc1_bias"], None):
+        kept, z = torch.ops.ditkernels.linear_gelu_cuda(inputs["x"][0], inputs["fc1_weight"], bias, True)
+        bare, nothing = torch.ops.ditkernels.linear_gelu_cuda(
+            inputs["x"][0], inputs["fc1_weight"], bias, False
+        )
+        assert torch.equal(bare, kept)
+        assert (z.shape, nothing.shape) == ((5, 32), (0,))
+
+
+def test_an_algorithm_chosen_for_aligned_tensors_does_not_serve_others() -> None:
+    """The emulation holds the choice to the alignments it was made for."""
+    inputs = make_inputs((2, 5, 16, 32, 8), BF16)
+    want = run(ops.mlp, inputs)
+    weight = inputs["fc1_weight"]
+    moved = torch.empty(weight.numel() + 8, dtype=BF16)[8:].view_as(weight).copy_(weight)
+    assert moved.data_ptr() % 32 != weight.data_ptr() % 32
+    assert all(map(torch.equal, run(ops.mlp, {**inputs, "fc1_weight": moved}), want))
+
+
+@pytest.mark.parametrize(
+    "shape, dtype, words",
+    [
+        ((2, 3, 8, 16, 8), F32, "torch.float32 is not among the products' dtypes"),
+        ((2, 3, 12, 16, 8), BF16, "D is 12; the products need a multiple of 8"),
+        ((2, 3, 8, 20, 8), BF16, "F is 20; the products need"),
+        ((2, 3, 8, 16, 9), F16, "E is 9; the products need"),
+    ],
+)
+def test_what_the_epilogues_cannot_take_is_refused(shape: tuple, dtype: torch.dtype, words: str) -> None:
+    with pytest.raises(registry.BackendError, match=words):
+        ops.mlp(**make_inputs(shape, dtype))
+
+
+@pytest.mark.parametrize("case", UNEVEN, ids=str)
+def test_what_is_refused_runs_unforced(case: tuple) -> None:
+    with registry.use_backend("auto"):
+        assert_parity(make_inputs(*case))
+
+
+def test_a_missing_library_is_a_reason() -> None:
+    reason = mock.Mock(return_value="libcublasLt.so.13 is not to be found")
+    inputs = make_inputs((2, 3, 8, 16, 8), BF16)
+    with mock.patch.object(torch.ops.ditkernels, "cuda_blas", reason):
+        with pytest.raises(registry.BackendError, match=r"cuda: libcublasLt.so.13 is not to be found"):
+            ops.mlp(**inputs)
+        assert not mlp_cuda.serves(torch.device("cpu"), BF16, 8, 16, 8)
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# In the model
+# ------------------------------------------------------------------------------------------------------------------
+
+
+class _Ran(TorchDispatchMode):
+    """Names of the package's ops that ran."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "ditkernels":
+            self.names.append(func._opname)
+        return func(*args, **(kwargs or {}))
+
+
+def step(model: reference.DiT, dtype: torch.dtype = BF16) -> list[str]:
+    with _Ran() as ran:
+        forward_backward(model, dtype)
+    return ran.names
+
+
+def test_a_model_in_bf16_has_its_mlps_as_one_op() -> None:
+    """Its results are held to the reference's in test_model_cuda.py."""
+    fused, _ = pair(BF16, **SMALL)
+    ran = step(fused)
+    assert ran.count("mlp") == ran.count("mlp_backward") == len(fused.blocks)
+    assert not [name for name in ran if name.startswith("bias_gelu")]
+
+
+def test_under_autocast_too() -> None:
+    fused, _ = pair(**SMALL)
+    with torch.autocast("cpu", dtype=BF16):
+        assert step(fused, F32).count("mlp") == len(fused.blocks)
+
+
+def test_where_the_parts_one_by_one_are_better_they_are_kept() -> None:
+    """Unmeasured, in fp32, where a linear is watched, and under selective checkpointing, which keeps products alone."""
+    fused, _ = pair(BF16, **SMALL)
+    with registry.use_backend("auto"):
+        assert "mlp" not in step(fused)
+    with registry.use_backend("auto"), mock.patch.object(_measured, "fastest", return_value="cuda"):
+        assert mlp_cuda.serves(torch.device("cpu"), BF16, 8, 16, 8)
+    fused.checkpointing = "selective"
+    assert "mlp" not in step(fused)
+    fused.checkpointing = "none"
+    fused.blocks[0].mlp.fc2.register_forward_hook(lambda *_: None)
+    assert step(fused).count("mlp") == len(fused.blocks) - 1
+    assert "mlp" not in step(pair(**SMALL)[0], F32)
+
+
+def test_a_block_compiles_as_one_graph() -> None:
+    fused, _ = pair(BF16, **SMALL)
+    want = forward_backward(fused, BF16)
+    for block in fused.blocks:
+        block.compile(fullgraph=True, backend="aot_eager")
+    for name, value in forward_backward(fused, BF16).items():
+        assert torch.equal(value, want[name]), name
