@@ -88,16 +88,16 @@ def rows_of(args: argparse.Namespace, tokens: int, head_dim: int) -> Iterator[di
             }
 
 
-def rows(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+def measure_all(args: argparse.Namespace, journal: measure.Journal) -> None:
     """All lengths and head widths."""
     for head_dim in args.head_dims:
         for tokens in args.tokens:
-            yield from rows_of(args, tokens, head_dim)
+            journal.unit(f"{tokens} tokens, head_dim {head_dim}", rows_of, args, tokens, head_dim)
 
 
 def main(argv: list[str] | None = None) -> None:
     """Runs the benchmark."""
-    parser = measure.parser(__doc__)
+    parser = measure.resumable(measure.parser(__doc__))
     backends = registry.ATTENTION_BACKENDS
     parser.add_argument("--batch", type=measure.positive, default=32)
     parser.add_argument("--heads", type=measure.positive, default=16)
@@ -109,7 +109,9 @@ def main(argv: list[str] | None = None) -> None:
     )
     args = parser.parse_args(argv)
     columns = ("shape", "dtype", "pass", "backend", "median_ms", "low_ms", "high_ms", "tflops", "note")
-    measure.report("attention", args, rows(args), columns)
+    journal = measure.Journal("attention", args)
+    measure_all(args, journal)
+    journal.close(columns)
 
 
 if __name__ == "__main__":

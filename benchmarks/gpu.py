@@ -5,11 +5,13 @@ make gpu ARGS="--force"         does again what was done for this code
 make gpu ARGS="--stages check,ops --results DIR"
 make gpu WHEELS=DIR             also the attention packages whose wheels lie there: xformers, flash-attn 2, 3 and 4
 
-Each stage is a process of its own with a time limit. Its exit status, its output and where its numbers lie are written to
+Each stage is a process of its own with a time limit. Its exit status, its output and where its rows lie are written to
 stages.json in the folder of results as soon as it ends, so that a run cut short resumes: a stage that passed for the same code
-is not repeated. A red stage of parity stops the benchmarks. These share the time that is left in proportion to their limits; one
-that runs out keeps the rows it has, and the same command takes it up again. Nothing comes from a network: wheels are unpacked
-into build/gpu-wheels, without what they depend on, and only the stages that need them look there.
+is not repeated, and one that was cut short goes on after the rows it has, tests that passed among them. The limits together are
+what one call may take. What they leave is given to the stages they cut, the most valuable first, twice as long in every turn.
+Then come, in the same way, the stages that the first ones leave time for. A red stage of parity, or one not through yet, stops
+the benchmarks. Nothing comes from a network: wheels are unpacked into build/gpu-wheels, without what they depend on, and only
+the stages that need them look there.
 
 Without a GPU the same stages run at toy sizes on the CPU, to build/gpu-dry-run: what needs a device is skipped by name.
 """
@@ -27,8 +29,10 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -37,11 +41,14 @@ ROOT = Path(__file__).resolve().parent.parent
 BENCHMARKS = ROOT / "benchmarks"
 LIBRARY = ROOT / "build/gpu"
 WHEELS = ROOT / "build/gpu-wheels"
-BUDGET = 530  # seconds in all
+BUDGET = 530  # seconds from the start to the end of a call
 TAIL = 6000  # characters of a stage's output that are kept
 DONE = ("passed", "skipped")
+OVER = "the time is used up; the same command resumes here"
 GATES = ("check", "parity-triton", "parity-cuda", "memcheck", "racecheck")
-SHORTEST = 5.0  # seconds a benchmark is begun for
+SHORTEST = 5.0  # seconds a stage is begun for
+PROBING = 120  # seconds that the device has to answer
+ENDING = 5.0  # seconds that a killed stage has to be gone
 # Backends of attention, by the package that brings them.
 PACKAGES = {
     "xformers": "xformers",
@@ -68,8 +75,9 @@ class Stage:
     Attributes:
         name: on the command line and in the results.
         command: what is run; ``python`` stands for this interpreter.
-        limit: seconds.
-        benchmark: whether it stops where one of ``GATES`` is red; it also writes rows of numbers and shares the time that is left.
+        limit: seconds in the first turn.
+        rows: whether it writes rows as it gets them, into the file that ``--json`` names, and goes on from there with ``--resume``.
+        benchmark: whether it stops where one of ``GATES`` has not passed.
         needs: a stage without which it is not run.
         skip: why it is not run here; None if it is.
         environment: variables beside those of this process.
@@ -80,6 +88,7 @@ class Stage:
     name: str
     command: Sequence[str]
     limit: int
+    rows: bool = False
     benchmark: bool = False
     needs: str | None = None
     skip: str | None = None
@@ -93,23 +102,35 @@ class Stage:
 # ------------------------------------------------------------------------------------------------------------------
 
 
-def stages(machine: dict[str, Any], wheels: Path | None = None) -> list[Stage]:
-    """Most valuable first; ``wheels`` is the folder of those handed in."""
+def stages(machine: dict[str, Any], wheels: Path | None = None) -> tuple[list[Stage], list[Stage]]:
+    """Most valuable first: those that one call has time for, and those that come where these leave some.
+
+    Args:
+        wheels: the folder of those handed in.
+    """
     dry = machine["type"] != "cuda"
     build = _build(machine)
     # What was not built here may still be installed, or named by the user.
     library = {} if build.skip else {"DITKERNELS_CUDA_LIBRARY": str(LIBRARY / "_C.so")}
-    return [
+    tests = sorted(f"tests/gpu/{path.name}" for path in (ROOT / "tests/gpu").glob("test_*.py"))
+    first = [
         build,
-        Stage("check", _check(dry), 100, environment=library),
+        Stage("check", _check(dry), 45, environment=library),
+        _parity("parity-triton", [name for name in tests if "cuda" not in name], 80, library),
         _parity(
-            "parity-triton", ["adaln", "patches", "adamw", "gelu", "model", "sampler", "beyond"], 180, library
+            "parity-cuda",
+            [name for name in tests if "cuda" in name],
+            40,
+            library,
+            None if build.skip else "build",
         ),
-        _parity("parity-cuda", ["cuda"], 100, library, needs=None if build.skip else "build"),
         _sanitizer("memcheck", dry, build, library),
         _sanitizer("racecheck", dry, build, library),
-        *(_benchmark(name, dry, library) for name in SIZES),
+        *(_benchmark(name, FIRST, dry, library) for name in FIRST),
+    ]
+    return first, [
         *_of_wheels(dry, wheels, library),
+        *(_benchmark(name, LATER, dry, library) for name in LATER),
     ]
 
 
@@ -122,7 +143,7 @@ def _build(machine: dict[str, Any]) -> Stage:
     capability = str(machine.get("compute_capability"))
     architecture = OWN_CODE.get(capability, capability)
     return Stage(
-        "build", ["python", "csrc/nvcc.py", str(LIBRARY)], 240, skip=skip,
+        "build", ["python", "csrc/nvcc.py", str(LIBRARY)], 90, skip=skip,
         environment={"TORCH_CUDA_ARCH_LIST": architecture},
     )  # fmt: skip
 
@@ -145,12 +166,11 @@ def _check(dry: bool) -> list[str]:
 
 
 def _parity(
-    name: str, files: list[str], limit: int, library: dict[str, str], needs: str | None = None
+    name: str, tests: list[str], limit: int, library: dict[str, str], needs: str | None = None
 ) -> Stage:
     missing = importlib.util.find_spec("pytest") is None
-    tests = [f"tests/gpu/test_{file}_gpu.py" for file in files]
     return Stage(
-        name, ["python", "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu", *tests], limit, needs=needs,
+        name, ["python", "benchmarks/gpu_tests.py", *tests], limit, rows=True, needs=needs,
         skip="pytest is not installed; the stage check stands alone" if missing else None, environment=library,
     )  # fmt: skip
 
@@ -168,52 +188,80 @@ def _sanitizer(tool: str, dry: bool, build: Stage, library: dict[str, str]) -> S
         skip = build.skip
     command = [program or "", "--tool", tool, "--error-exitcode", "9", "python", "benchmarks/sanitize.py"]
     return Stage(
-        tool, [*command, "--backend", "cuda"], 90, skip=skip,
+        tool, [*command, "--backend", "cuda"], 20, skip=skip,
         # Without torch's pool every tensor is an allocation of its own, whose ends memcheck watches.
         environment={**library, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
         unsupported="Device not supported",
     )  # fmt: skip
 
 
-class Size(NamedTuple):
-    """Of a benchmark: seconds at most, its flags on a GPU, and those that make it a toy."""
+class Run(NamedTuple):
+    """Of a benchmark: seconds in the first turn, and its flags on a GPU."""
 
     limit: int
-    real: str
-    toy: str
+    flags: str = ""
 
 
-SIZES = {
-    "ceilings": Size(40, "", "--model DiT-S/8 --batch 1 --input-size 16 --copy-mib 1 --dtype fp32"),
-    "ops": Size(150, "", "--batch 2 --tokens 6 --width 32 --copy-mib 1 --contenders eager,torch"),
-    "optimizer": Size(20, "", "--models DiT-S/8 --copy-mib 1 --rounds 2"),
-    "attention": Size(80, "", "--batch 2 --heads 2 --tokens 5 --dtype fp32"),
-    "training": Size(
-        180,
+# The script is the name up to its first hyphen.
+FIRST = {
+    "ceilings": Run(20),
+    "ops": Run(60),
+    "attention": Run(30),
+    "training": Run(
+        70,
         "--batches 256,128,64 --rounds 8 --contenders ours-bf16-residual,compiled-bf16,ours-bf16,eager-bf16,"
         "ours-compiled-bf16-residual,eager-tf32,ours-compiled-bf16,max-autotune-bf16",
-        "--models DiT-S/8 --input-sizes 16 --batches 2 --contenders eager-fp32,ours-fp32",
     ),
-    "sampling": Size(
-        120,
+    "sampling": Run(
+        55,
         "--batches 1,64,8 --lengths 4,12 --rounds 3 --contenders sampler-bf16-weights,compiled-bf16-weights,"
         "eager-bf16,sampler-bf16,ours-compiled-bf16-weights",
-        "--model DiT-S/8 --input-size 16 --batches 1 --lengths 2,6 --contenders eager-fp32,sampler-fp32",
     ),
-    "trainer_overhead": Size(
+}
+LATER = {
+    "optimizer": Run(40),
+    "trainer_overhead": Run(60, "--model DiT-XL/2 --batch 256 --precision bf16 --rounds 5"),
+    "training-checkpointing": Run(
         60,
-        "--model DiT-XL/2 --batch 256 --precision bf16 --rounds 5",
-        "--batch 2 --input-size 8 --steps 2 --log-every 2",
+        "--batches 256,128,64 --rounds 8 --contenders ours-bf16,ours-bf16-selective,ours-bf16-full",
     ),
+    "training-512px": Run(
+        90,
+        "--input-sizes 64 --batches 64,32,16 --rounds 8 "
+        "--contenders ours-bf16-residual,compiled-bf16,ours-bf16,eager-bf16",
+    ),
+    "ops-512px": Run(60, "--tokens 1024 --batch 64"),
+    "ops-patch-4": Run(30, "--ops patch_embed,final_layer --patch-size 4 --tokens 64"),
+    "ops-patch-8": Run(30, "--ops patch_embed,final_layer --patch-size 8 --tokens 16"),
+    "ops-384": Run(60, "--width 384"),
+    "ops-768": Run(60, "--width 768"),
+    "ops-1024": Run(60, "--width 1024"),
+    "sampling-more": Run(
+        60,
+        "--batches 1,8,64 --lengths 4,12 --rounds 3 --contenders sampler-bf16-weights,whole-compiled-bf16-weights,"
+        "sampler-compiled-bf16-weights,max-autotune-bf16-weights,ours-bf16-weights",
+    ),
+    "latents": Run(60, "--rounds 3"),
+}
+TOYS = {
+    "ceilings": "--model DiT-S/8 --batch 1 --input-size 16 --copy-mib 1 --dtype fp32",
+    "ops": "--batch 2 --tokens 6 --width 32 --copy-mib 1 --contenders eager,torch",
+    "attention": "--batch 2 --heads 2 --tokens 5 --dtype fp32",
+    "training": "--models DiT-S/8 --input-sizes 16 --batches 2 --contenders eager-fp32,ours-fp32",
+    "sampling": "--model DiT-S/8 --input-size 16 --batches 1 --lengths 2,6 --contenders eager-fp32,sampler-fp32",
+    "optimizer": "--models DiT-S/8 --copy-mib 1",
+    "trainer_overhead": "--batch 2 --input-size 8 --steps 2 --log-every 2",
+    "latents": "--images 32 --latent-size 4 --batch 4 --batches 2 --workers 0 --dtypes fp16 --cache warm",
 }
 
 
-def _benchmark(name: str, dry: bool, library: dict[str, str]) -> Stage:
-    limit, real, toy = SIZES[name]
-    flags = ["--rounds", "2", "--device", "cpu", *toy.split()] if dry else real.split()
-    return Stage(
-        name, ["python", f"benchmarks/{name}.py", *flags], limit, benchmark=True, environment=library
-    )
+def _benchmark(name: str, runs: dict[str, Run], dry: bool, library: dict[str, str]) -> Stage:
+    limit, flags = runs[name]
+    script = name.partition("-")[0]
+    if dry:
+        flags = f"--rounds 2 --device cpu {TOYS[script]}"
+    command = ["python", f"benchmarks/{script}.py", *flags.split()]
+    return Stage(name, command, limit, rows=True, benchmark=True, environment=library)
 
 
 def _of_wheels(dry: bool, wheels: Path | None, library: dict[str, str]) -> list[Stage]:
@@ -234,7 +282,7 @@ def _of_wheels(dry: bool, wheels: Path | None, library: dict[str, str]) -> list[
     return [
         Stage("wheels", unpack, 60, skip=skip, given=given),
         Stage("parity-wheels", parity.split(), 90, **more),
-        Stage("attention-wheels", speed.split(), 60, benchmark=True, **more),
+        Stage("attention-wheels", speed.split(), 60, rows=True, benchmark=True, **more),
     ]
 
 
@@ -243,15 +291,12 @@ def _of_wheels(dry: bool, wheels: Path | None, library: dict[str, str]) -> list[
 # ------------------------------------------------------------------------------------------------------------------
 
 
-def run_stage(stage: Stage, folder: Path, seconds: float) -> dict[str, Any]:
-    """Runs a stage for at most so long; returns what is written down of it."""
-    if stage.skip is not None:
-        return {"status": "skipped", "reason": stage.skip}
+def run_stage(stage: Stage, folder: Path, limit: float) -> dict[str, Any]:
+    """Runs a stage for at most so many seconds; returns what is written down of it."""
     command = [sys.executable if word == "python" else word for word in stage.command]
-    numbers, part = folder / f"{stage.name}.json", folder / f"{stage.name}.part.json"
-    if stage.benchmark:
-        command += ["--json", str(part)]
-    limit = min(stage.limit, seconds)
+    numbers = folder / f"{stage.name}.json"
+    if stage.rows:
+        command += ["--json", str(numbers), "--resume"]
     began = time.monotonic()
     rc, output = _bounded(command, {**os.environ, **_paths(), **stage.environment}, limit)
     found: dict[str, Any] = {
@@ -261,30 +306,14 @@ def run_stage(stage: Stage, folder: Path, seconds: float) -> dict[str, Any]:
         "seconds": round(time.monotonic() - began, 1),
         "output_tail": output[-TAIL:],
     }
+    kept = len(json.loads(numbers.read_text())["rows"]) if stage.rows and numbers.exists() else 0
     if rc is None:
-        found |= {"status": "timed out", "reason": f"took more than {limit:.0f} s"}
+        found |= {"status": "cut short", "reason": f"{kept} rows were had in {limit:.0f} s"}
     elif rc != 0 and stage.unsupported is not None and stage.unsupported in output:
         found |= {"status": "skipped", "reason": f"the machine does not allow it: {stage.unsupported}"}
-    if stage.benchmark:
-        kept = _kept(part, numbers)
-        if rc is None and kept:
-            found |= {"status": "cut short", "reason": f"{kept} rows were had in {limit:.0f} s"}
-        if kept:
-            found["numbers"] = numbers.name
+    if kept:
+        found["numbers"] = numbers.name
     return found
-
-
-def _kept(part: Path, numbers: Path) -> int:
-    """Of the rows just measured and those of an earlier try keeps the whole, or else the more; returns how many."""
-
-    def worth(path: Path) -> tuple[bool, int]:
-        result = json.loads(path.read_text()) if path.exists() else {"complete": False, "rows": []}
-        return result["complete"], len(result["rows"])
-
-    if part.exists() and worth(part) >= worth(numbers):
-        part.replace(numbers)
-    part.unlink(missing_ok=True)
-    return worth(numbers)[1]
 
 
 def _paths() -> dict[str, str]:
@@ -294,79 +323,110 @@ def _paths() -> dict[str, str]:
 
 def _bounded(command: Sequence[str], environment: dict[str, str], limit: float) -> tuple[int | None, str]:
     """Exit status, None past the limit, and output; what the process started ends with it."""
-    process = subprocess.Popen(
-        command, cwd=ROOT, env=environment, text=True, errors="replace",
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
-    )  # fmt: skip
-    try:
-        output, _ = process.communicate(timeout=max(1.0, limit))
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        output, _ = process.communicate()
-        return None, output
-    return process.returncode, output
+    # A file: a pipe would have to be waited for until nothing holds it any more.
+    with tempfile.TemporaryFile("w+", errors="replace") as output:
+        process = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env=environment,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        status = None
+        try:
+            status = process.wait(limit)
+        except subprocess.TimeoutExpired:
+            pass
+        finally:
+            if status is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(ENDING)
+        output.seek(0)
+        return status, output.read()
 
 
-def run(chosen: Sequence[Stage], folder: Path, code: str, *, force: bool, budget: float) -> bool:
-    """Runs the stages in order and writes stages.json after each.
+class Call:
+    """The stages of one call, and what stages.json says of them.
 
     Args:
+        folder: of the results.
         code: fingerprint of the code; what passed for another is done again.
-
-    Returns:
-        whether none failed, none was cut short and none is left.
+        force: whether what passed for this one is, too.
+        end: on the monotonic clock.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    record = folder / "stages.json"
-    written: dict[str, Any] = json.loads(record.read_text()) if record.exists() else {}
-    end, fine = time.monotonic() + budget, True
 
-    def passed(stage: Stage) -> bool:
-        before = written.get(stage.name, {})
-        return not force and (before.get("status"), before.get("code")) == ("passed", code + stage.given)
+    def __init__(self, folder: Path, code: str, *, force: bool, end: float) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._folder, self._code, self._force, self._end = folder, code, force, end
+        self._record = folder / "stages.json"
+        self._written: dict[str, Any] = {}
+        if self._record.exists():
+            self._written = json.loads(self._record.read_text())
 
-    for place, stage in enumerate(chosen):
-        if passed(stage):
-            print(f"{stage.name:<16} passed before")
-            continue
-        left = _share([s for s in chosen[place:] if not passed(s)], end - time.monotonic())
-        why = _obstacle(
-            stage, {n: w["status"] for n, w in written.items() if w["code"].startswith(code)}, left
-        )
-        if stage.benchmark and (force or written.get(stage.name, {}).get("code") != code + stage.given):
-            (folder / f"{stage.name}.json").unlink(missing_ok=True)  # numbers of other code
-        found = {"status": "not run", "reason": why} if why else run_stage(stage, folder, left)
-        written[stage.name] = {**found, "code": code + stage.given, "date": _now()}
-        record.with_suffix(".tmp").write_text(json.dumps(written, indent=1) + "\n")
-        record.with_suffix(".tmp").replace(record)
-        print(
-            f"{stage.name:<16} {found['status']} {found.get('reason', '')} {found.get('seconds', '')}".rstrip()
-        )
+    def run(self, chosen: Sequence[Stage]) -> bool:
+        """Runs stages in order and in turns of growing length, until all are through or the time is used up.
+
+        Returns:
+            whether none failed, none was cut short and none is left.
+        """
+        waiting = [stage for stage in chosen if not self._passed_before(stage)]
+        length = 1
+        while waiting:
+            for stage in waiting:
+                self._take(stage, length * stage.limit)
+            waiting = [stage for stage in waiting if self._status(stage) in ("cut short", "not run")]
+            if self._left() < SHORTEST or not any(self._status(stage) == "cut short" for stage in waiting):
+                break
+            length *= 2
+        return all(self._status(stage) in DONE for stage in chosen)
+
+    def _passed_before(self, stage: Stage) -> bool:
+        """Says so; what is known of a stage that is to be done anew is forgotten."""
+        if self._force or self._written.get(stage.name, {}).get("code") != self._code + stage.given:
+            self._written.pop(stage.name, None)
+            if stage.rows:
+                (self._folder / f"{stage.name}.json").unlink(missing_ok=True)
+        passed = self._status(stage) == "passed"
+        if passed:
+            print(f"{stage.name:<22} passed before")
+        return passed
+
+    def _take(self, stage: Stage, limit: float) -> None:
+        reason = stage.skip or self._obstacle(stage)
+        if reason is not None:
+            self._note(stage, {"status": "skipped" if stage.skip else "not run", "reason": reason})
+        elif self._left() >= SHORTEST:
+            self._note(stage, run_stage(stage, self._folder, min(limit, self._left())))
+        elif self._status(stage) is None:
+            self._note(stage, {"status": "not run", "reason": OVER})
+
+    def _note(self, stage: Stage, found: dict[str, Any]) -> None:
+        self._written[stage.name] = {**found, "code": self._code + stage.given, "date": _now()}
+        self._record.with_suffix(".tmp").write_text(json.dumps(self._written, indent=1) + "\n")
+        self._record.with_suffix(".tmp").replace(self._record)
+        said = (stage.name.ljust(22), found["status"], found.get("reason", ""), found.get("seconds", ""))
+        print(*(str(word) for word in said if word != ""))
         if found["status"] not in DONE:
-            fine = False
             print(_indented(found.get("output_tail", "")), end="")
-    return fine
 
+    def _obstacle(self, stage: Stage) -> str | None:
+        """Why a stage cannot be run, from what is known of the others for this code."""
+        status = {n: w["status"] for n, w in self._written.items() if w["code"].startswith(self._code)}
+        if status.get("build") == "cut short" and stage.name != "build":
+            return "it waits for the library: the stage build is not through"
+        if stage.needs is not None and status.get(stage.needs) != "passed":
+            return f"it needs the stage {stage.needs}, which did not pass"
+        red = [name for name in GATES if status.get(name) in ("failed", "cut short")]
+        return f"{', '.join(red)} did not pass: no speed is reported" if stage.benchmark and red else None
 
-def _share(waiting: Sequence[Stage], left: float) -> float:
-    """Seconds for the first of the stages that wait: all that is left for a gate, for a benchmark its part of it."""
-    if not waiting[0].benchmark:
-        return left
-    limits = [stage.limit for stage in waiting if stage.benchmark and stage.skip is None]
-    return left * waiting[0].limit / sum(limits) if limits else left
+    def _status(self, stage: Stage) -> str | None:
+        status: str | None = self._written.get(stage.name, {}).get("status")
+        return status
 
-
-def _obstacle(stage: Stage, status: dict[str, str], left: float) -> str | None:
-    """Why a stage cannot be run now, from what is known of the others for this code."""
-    if stage.skip is not None:
-        return None
-    if stage.needs is not None and status.get(stage.needs) != "passed":
-        return f"it needs the stage {stage.needs}, which did not pass"
-    red = [name for name in GATES if status.get(name) in ("failed", "timed out")]
-    if stage.benchmark and red:
-        return f"{', '.join(red)} is red: no speed is reported"
-    short = SHORTEST if stage.benchmark else 1
-    return "the time is used up; the same command resumes here" if left < short else None
+    def _left(self) -> float:
+        return self._end - time.monotonic()
 
 
 def _indented(text: str) -> str:
@@ -385,12 +445,11 @@ def _now() -> str:
 def probe(device: str) -> dict[str, Any]:
     """What a result says of itself, and the type of the device; asked in a process of its own, so that none here holds the GPU."""
     command = [sys.executable, "-c", PROBE, str(BENCHMARKS), device]
-    done = subprocess.run(
-        command, env={**os.environ, **_paths()}, capture_output=True, text=True, timeout=120
-    )
-    if done.returncode:
-        raise SystemExit(f"make gpu: {(done.stderr.strip().splitlines() or ['no python that works'])[-1]}")
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    status, output = _bounded(command, {**os.environ, **_paths()}, PROBING)
+    last = (output.strip().splitlines() or [f"no answer from {sys.executable} in {PROBING} s"])[-1]
+    if status != 0:
+        raise SystemExit(f"make gpu: {last}")
+    found: dict[str, Any] = json.loads(last)
     return found
 
 
@@ -427,11 +486,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--force", action="store_true", help="repeat what has passed for this code")
     parser.add_argument("--seconds", type=float, default=BUDGET, help="in all")
     args = parser.parse_args(argv)
+    end = time.monotonic() + args.seconds
     if args.wheels is not None and not args.wheels.is_dir():
         parser.error(f"--wheels: got {args.wheels}, allowed is a folder")
     machine, code = probe(args.device), fingerprint()
-    known = {stage.name: stage for stage in stages(machine, args.wheels and args.wheels.resolve())}
-    names = args.stages.split(",") if args.stages else list(known)
+    groups = stages(machine, args.wheels and args.wheels.resolve())
+    known = {stage.name: stage for group in groups for stage in group}
+    names = args.stages.split(",") if args.stages else []
     unknown = [name for name in names if name not in known]
     if unknown:
         parser.error(f"--stages: got {', '.join(unknown)}, allowed are {', '.join(known)}")
@@ -439,8 +500,9 @@ def main(argv: list[str] | None = None) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "environment.json").write_text(json.dumps({**machine, "code": code}, indent=1) + "\n")
     print(f"{machine['device']}, torch {machine['torch']}: {folder}")
-    fine = run([known[name] for name in names], folder, code, force=args.force, budget=args.seconds)
-    return 0 if fine else 1
+    call = Call(folder, code, force=args.force, end=end)
+    fine = [call.run(group) for group in ([[known[name] for name in names]] if names else groups)]
+    return 0 if all(fine) else 1
 
 
 if __name__ == "__main__":

@@ -88,37 +88,35 @@ def seconds(folder: Path, args: argparse.Namespace, workers: int, seed: int, dev
     return time.perf_counter() - start
 
 
-def rows(args: argparse.Namespace, root: Path) -> Iterator[dict[str, Any]]:
-    """A row for each dtype, state of the cache, and number of reading processes."""
-    device = measure.device_of(args)
-    for dtype in args.dtypes:
-        folder = root / dtype
-        write_latents(folder, args, dtype)
-        for cache in args.cache:
-            prepare = {"warm": read_through, "cold": evict}[cache]
-            for workers in args.workers:
-                found = []
-                for seed in range(args.rounds):
-                    prepare(folder)
-                    found.append(1e3 * seconds(folder, args, workers, seed, device) / args.batches)
-                timing = measure.timing(found)
-                samples = 1e3 * args.batch / timing.median_ms
-                sample_bytes = 2 * args.channels * args.latent_size**2 * DTYPES[dtype].itemsize
-                yield {
-                    "dtype": dtype,
-                    "cache": cache,
-                    "workers": workers,
-                    **timing._asdict(),
-                    "samples_per_s": samples,
-                    "mib_per_s": samples * sample_bytes / 2**20,
-                    "of_needed": samples / args.needed,
-                }
-        for path in folder.iterdir():
-            path.unlink()
+def rows_of(dtype: str, args: argparse.Namespace, root: Path) -> Iterator[dict[str, Any]]:
+    """A row for each state of the cache and number of reading processes."""
+    device, folder = measure.device_of(args), root / dtype
+    write_latents(folder, args, dtype)
+    for cache in args.cache:
+        prepare = {"warm": read_through, "cold": evict}[cache]
+        for workers in args.workers:
+            found = []
+            for seed in range(args.rounds):
+                prepare(folder)
+                found.append(1e3 * seconds(folder, args, workers, seed, device) / args.batches)
+            timing = measure.timing(found)
+            samples = 1e3 * args.batch / timing.median_ms
+            sample_bytes = 2 * args.channels * args.latent_size**2 * DTYPES[dtype].itemsize
+            yield {
+                "dtype": dtype,
+                "cache": cache,
+                "workers": workers,
+                **timing._asdict(),
+                "samples_per_s": samples,
+                "mib_per_s": samples * sample_bytes / 2**20,
+                "of_needed": samples / args.needed,
+            }
+    for path in folder.iterdir():
+        path.unlink()
 
 
 def main() -> None:
-    parser = measure.parser(__doc__)
+    parser = measure.resumable(measure.parser(__doc__))
     parser.add_argument("--images", type=measure.positive, default=32768)
     parser.add_argument("--latent-size", type=measure.positive, default=32, help="edge of the latents")
     parser.add_argument("--channels", type=measure.positive, default=4)
@@ -132,7 +130,10 @@ def main() -> None:
     args = parser.parse_args()
     columns = ("dtype", "cache", "workers", "median_ms", "samples_per_s", "mib_per_s", "of_needed")
     with tempfile.TemporaryDirectory(dir=args.folder, prefix="latents-") as root:
-        measure.report("latents", args, rows(args, Path(root)), columns)
+        journal = measure.Journal("latents", args)
+        for dtype in args.dtypes:
+            journal.unit(dtype, rows_of, dtype, args, Path(root))
+        journal.close(columns)
 
 
 def counts(text: str) -> list[int]:

@@ -33,6 +33,8 @@ PAUSE_CYCLES = (
 )
 CACHE_BYTES = 256 * 2**20  # larger than the last-level cache of any GPU or CPU this is likely to meet
 
+Row = dict[str, Any]
+
 
 class Contender(NamedTuple):
     """Something to be timed.
@@ -160,6 +162,12 @@ def copy_bandwidth(device: torch.device, *, size: int, rounds: int) -> float:
     return 2 * size / timing.median_ms / 1e6
 
 
+def copy_row(args: argparse.Namespace) -> list[Row]:
+    """The copy of ``--copy-mib`` as a row among those of ops."""
+    gbps = copy_bandwidth(device_of(args), size=args.copy_mib * 2**20, rounds=args.rounds)
+    return [{"op": "copy", "gbps": gbps, "of_copy": 1.0}]
+
+
 def matmul_rate(
     device: torch.device, shape: tuple[int, int, int], dtype: torch.dtype, *, rounds: int
 ) -> float:
@@ -277,40 +285,84 @@ def device_of(args: argparse.Namespace) -> torch.device:
     return resolve_device(args.device)
 
 
-def report(
-    benchmark: str, args: argparse.Namespace, rows: Iterable[dict[str, Any]], columns: Iterable[str]
-) -> None:
-    """Prints ``columns`` of the rows as a table, and writes all of them where ``--json`` says.
+class Journal:
+    """The rows of a benchmark, written where ``--json`` says as soon as they are there; ``complete`` tells whether all are.
 
-    The file is written anew after every row, so that a benchmark cut short leaves what it had; ``complete`` tells.
+    Rows are measured in units, each whole or not at all, and carry the name of theirs. With ``--resume`` (``resumable``) a file
+    that was cut short is gone on with, if machine, versions and flags are the same; that the code is, the caller must know.
     """
-    settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
-    result: dict[str, Any] = {
-        "benchmark": benchmark,
-        "environment": environment(device_of(args)),
-        "settings": settings,
-        "complete": False,
-        "rows": [],
-    }
-    found: list[dict[str, Any]] = result["rows"]
+
+    def __init__(self, benchmark: str, args: argparse.Namespace) -> None:
+        settings = {
+            name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()
+        }
+        self._path: Path | None = args.json
+        self._result: dict[str, Any] = {
+            "benchmark": benchmark,
+            "environment": environment(device_of(args)),
+            "settings": settings,
+            "complete": False,
+            "rows": [],
+        }
+        if settings.get("resume") and self._path is not None and self._path.exists():
+            before = json.loads(self._path.read_text())
+            if _conditions(before) == _conditions(self._result):
+                self._result = before
+
+    @property
+    def rows(self) -> list[Row]:
+        """All that there are."""
+        rows: list[Row] = self._result["rows"]
+        return rows
+
+    def unit(self, name: str, measured: Callable[..., Iterable[Row]], *arguments: Any) -> list[Row]:
+        """The rows of a unit: those of an earlier try, or else what ``measured`` gives of the arguments."""
+        known = [row for row in self.rows if row.get("unit") == name]
+        return known or self.add(*({**row, "unit": name} for row in measured(*arguments)))
+
+    def add(self, *rows: Row) -> list[Row]:
+        """Writes rows down."""
+        self.rows.extend(rows)
+        self._write()
+        return list(rows)
+
+    def close(self, columns: Iterable[str]) -> None:
+        """Says that no row is left, and prints ``columns`` of them as a table."""
+        self._result["complete"] = True
+        self._write()
+        print(table(self.rows, list(columns)))
+
+    def _write(self) -> None:
+        if self._path is None:
+            return
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = self._path.with_name(self._path.name + ".tmp")
+        unfinished.write_text(json.dumps(self._result, indent=2) + "\n")
+        unfinished.replace(self._path)
+
+
+def _conditions(result: dict[str, Any]) -> Any:
+    """What must be alike in two tries, in the types that JSON has."""
+    where = {name: value for name, value in result["environment"].items() if name not in ("date", "commit")}
+    how = {name: value for name, value in result["settings"].items() if name not in ("json", "resume")}
+    return json.loads(json.dumps([result["benchmark"], where, how]))
+
+
+def resumable(made: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Gives a parser the flag of benchmarks that measure in units."""
+    made.add_argument("--resume", action="store_true", help="go on with --json FILE where it was cut short")
+    return made
+
+
+def report(benchmark: str, args: argparse.Namespace, rows: Iterable[Row], columns: Iterable[str]) -> None:
+    """Writes down rows one by one, then prints ``columns`` of them as a table."""
+    journal = Journal(benchmark, args)
     for row in rows:
-        found.append(row)
-        _write(args.json, result)
-    result["complete"] = True
-    _write(args.json, result)
-    print(table(found, list(columns)))
+        journal.add(row)
+    journal.close(columns)
 
 
-def _write(path: Path | None, result: dict[str, Any]) -> None:
-    if path is None:
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(path.name + ".tmp")
-    unfinished.write_text(json.dumps(result, indent=2) + "\n")
-    unfinished.replace(path)
-
-
-def table(rows: list[dict[str, Any]], columns: list[str]) -> str:
+def table(rows: list[Row], columns: list[str]) -> str:
     """The rows in aligned columns, numbers to three significant digits."""
     cells = [columns, *([_cell(row.get(column)) for column in columns] for row in rows)]
     widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]

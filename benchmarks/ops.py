@@ -250,16 +250,15 @@ def rows_of(
             }
 
 
-def rows(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+def measure_all(args: argparse.Namespace, journal: measure.Journal) -> None:
     """Every op asked for in every precision asked for."""
-    device = measure.device_of(args)
-    copy_gbps = measure.copy_bandwidth(device, size=args.copy_mib * 2**20, rounds=args.rounds)
-    yield {"op": "copy", "gbps": copy_gbps, "of_copy": 1.0}
+    copy_gbps = journal.unit("copy", measure.copy_row, args)[0]["gbps"]
     grid = _grid(args.tokens)
     for name, site in sites(args.batch, grid, args.width, args.patch_size).items():
         if name in args.ops:
             for precision in args.precisions:
-                yield from rows_of(name, site, PRECISIONS[precision], args, copy_gbps)
+                of = (name, site, PRECISIONS[precision], args, copy_gbps)
+                journal.unit(f"{name} {precision}", rows_of, *of)
 
 
 def _grid(tokens: int) -> tuple[int, int]:
@@ -270,7 +269,7 @@ def _grid(tokens: int) -> tuple[int, int]:
 
 def main(argv: list[str] | None = None) -> None:
     """Runs the benchmark."""
-    parser = measure.parser(__doc__)
+    parser = measure.resumable(measure.parser(__doc__))
     names = list(sites(1, (1, 1), 8, 1))
     parser.add_argument("--batch", type=measure.positive, default=256)
     parser.add_argument("--tokens", type=measure.positive, default=256)
@@ -303,7 +302,9 @@ def main(argv: list[str] | None = None) -> None:
         "of_copy",
         "note",
     )
-    measure.report("ops", args, rows(args), columns)
+    journal = measure.Journal("ops", args)
+    measure_all(args, journal)
+    journal.close(columns)
 
 
 if __name__ == "__main__":

@@ -60,44 +60,41 @@ def why_not(backend: str, device: torch.device) -> tuple[str | None, float | Non
     return None, worst
 
 
-def rows(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """Every backend on every model, without and with a copy."""
+def rows_of(model: str, args: argparse.Namespace, copy_gbps: float) -> Iterator[dict[str, Any]]:
+    """Every backend on a model, without and with a copy."""
     device = measure.device_of(args)
-    copy_gbps = measure.copy_bandwidth(device, size=args.copy_mib * 2**20, rounds=args.rounds)
-    yield {"op": "copy", "gbps": copy_gbps, "of_copy": 1.0}
     ratios = {}
     for backend in args.contenders:
         reason, ratio = why_not(backend, device)
         if reason is None:
             ratios[backend] = ratio
         else:
-            yield {"op": "adamw_ema", "contender": backend, "note": reason}
+            yield {"op": "adamw_ema", "model": model, "contender": backend, "note": reason}
     numbers = {"grad_scale": torch.ones((), device=device), "found_inf": torch.zeros((), device=device)}
-    for model in args.models:
-        state = state_of(model, device)
-        parameters = sum(weight.numel() for weight in state["weights"])
-        for copied in (False, True):
-            copies = [w.to(torch.bfloat16) for w in state["weights"]] if copied else []
-            made = [contender(backend, {**state, "copies": copies}, numbers) for backend in ratios]
-            floor = parameters * (BYTES + COPY_BYTES * copied)
-            for name, timing in measure.interleaved(made, device, rounds=args.rounds).items():
-                gbps = floor / timing.median_ms / 1e6
-                yield {
-                    "op": "adamw_ema",
-                    "model": model,
-                    "contender": name,
-                    "copied": copied,
-                    **timing._asdict(),
-                    "floor_bytes": floor,
-                    "gbps": gbps,
-                    "of_copy": gbps / copy_gbps,
-                    "error_over_allowed": ratios[name],
-                }
+    state = state_of(model, device)
+    parameters = sum(weight.numel() for weight in state["weights"])
+    for copied in (False, True):
+        copies = [w.to(torch.bfloat16) for w in state["weights"]] if copied else []
+        made = [contender(backend, {**state, "copies": copies}, numbers) for backend in ratios]
+        floor = parameters * (BYTES + COPY_BYTES * copied)
+        for name, timing in measure.interleaved(made, device, rounds=args.rounds).items():
+            gbps = floor / timing.median_ms / 1e6
+            yield {
+                "op": "adamw_ema",
+                "model": model,
+                "contender": name,
+                "copied": copied,
+                **timing._asdict(),
+                "floor_bytes": floor,
+                "gbps": gbps,
+                "of_copy": gbps / copy_gbps,
+                "error_over_allowed": ratios[name],
+            }
 
 
 def main(argv: list[str] | None = None) -> None:
     """Runs the benchmark."""
-    parser = measure.parser(__doc__)
+    parser = measure.resumable(measure.parser(__doc__))
     known = list(reference.DiT_models)
     parser.add_argument("--models", type=measure.names_among(known), default=["DiT-XL/2"])
     parser.add_argument("--contenders", type=measure.names_among(BACKENDS), default=list(BACKENDS))
@@ -106,7 +103,11 @@ def main(argv: list[str] | None = None) -> None:
         *("op", "model", "contender", "copied", "median_ms", "low_ms", "high_ms", "gbps", "of_copy", "note"),
     )
     args = parser.parse_args(argv)
-    measure.report("optimizer", args, rows(args), columns)
+    journal = measure.Journal("optimizer", args)
+    copy_gbps = journal.unit("copy", measure.copy_row, args)[0]["gbps"]
+    for model in args.models:
+        journal.unit(model, rows_of, model, args, copy_gbps)
+    journal.close(columns)
 
 
 if __name__ == "__main__":

@@ -284,12 +284,6 @@ def _collect(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
-def rows(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """All contenders at all batch sizes."""
-    for batch in args.batches:
-        yield from rows_at(batch, args)
-
-
 def lengths(text: str) -> list[int]:
     """An argparse type: two numbers of steps, the shorter first."""
     found = measure.numbers(text)
@@ -302,7 +296,7 @@ def lengths(text: str) -> list[int]:
 
 def main(argv: list[str] | None = None) -> None:
     """Runs the benchmark."""
-    parser = measure.parser(__doc__)
+    parser = measure.resumable(measure.parser(__doc__))
     parser.set_defaults(rounds=5)
     parser.add_argument("--model", default="DiT-XL/2", choices=list(ditkernels.DiT_models))
     parser.add_argument("--input-size", type=measure.positive, default=32, help="edge of the latents")
@@ -320,7 +314,10 @@ def main(argv: list[str] | None = None) -> None:
         *("contender", "batch", "steps", "median_ms", "low_ms", "high_ms"),
         *("fixed_ms", "images_per_s", "error_over_allowed", "note"),
     )
-    measure.report("sampling", args, rows(args), columns)
+    journal = measure.Journal("sampling", args)
+    for batch in args.batches:
+        journal.unit(f"batch {batch}", rows_at, batch, args)
+    journal.close(columns)
 
 
 if __name__ == "__main__":

@@ -26,11 +26,13 @@ import measure
 import torch
 
 import ditkernels
+from ditkernels.beginning import build_model
 from ditkernels.config import TrainConfig
 from ditkernels.data import InMemoryBatches, LabelledImages, TrainingData
 from ditkernels.optimizer import EMA, make_optimizer
 from ditkernels.runlog import OneStepLate
-from ditkernels.trainer import Trainer, build_model, numerics
+from ditkernels.surroundings import numerics
+from ditkernels.trainer import Trainer
 
 LIMIT = 0.05  # of the bare step: what the trainer may cost
 
@@ -148,7 +150,7 @@ def rows(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 def main(argv: list[str] | None = None) -> None:
     """Runs the benchmark."""
-    parser = measure.parser(__doc__)
+    parser = measure.resumable(measure.parser(__doc__))
     parser.add_argument("--model", default="DiT-S/8", choices=list(ditkernels.DiT_models))
     parser.add_argument("--input-size", type=measure.positive, default=32, help="edge of the latents")
     parser.add_argument("--batch", type=measure.positive, default=8)
@@ -157,7 +159,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--log-every", type=measure.positive, default=10, help="steps between logged lines")
     args = parser.parse_args(argv)
     columns = ("model", "batch", "precision", "contender", "ms_a_step", "overhead", "within_limit")
-    measure.report("trainer_overhead", args, rows(args), columns)
+    journal = measure.Journal("trainer_overhead", args)
+    journal.unit("paired", rows, args)
+    journal.close(columns)
 
 
 if __name__ == "__main__":

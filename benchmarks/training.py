@@ -228,24 +228,33 @@ def row(
     }
 
 
-def peak_rate(args: argparse.Namespace, device: torch.device) -> float:
-    """TFLOP/s on the largest product of a block."""
+def product_row(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """TFLOP/s on the largest product of a block, or what is to stand for them, as multiply-adds."""
     with torch.device("meta"):
         model = reference.DiT_models[args.models[0]](input_size=args.input_sizes[0])
     shape = product_shapes(model, max(args.batches) * model.grid[0] * model.grid[1])["fc1"]
-    return measure.matmul_rate(device, shape, DTYPES["bf16"], rounds=args.rounds)
-
-
-def rows(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """All contenders on every model, as often as asked."""
-    device = measure.device_of(args)
-    peak = args.peak_tflops or peak_rate(args, device)
+    peak = args.peak_tflops or measure.matmul_rate(
+        measure.device_of(args), shape, DTYPES["bf16"], rounds=args.rounds
+    )
     yield {"contender": "product", "gflops_per_s": peak * 500, "mfu": 1.0}
+
+
+def rows_of(
+    name: str, network: Network, repeat: int, args: argparse.Namespace, peak: float
+) -> Iterator[dict[str, Any]]:
+    """The row of a contender in one of its turns."""
+    yield {**row(name, network, args, measure.device_of(args), peak), "repeat": repeat}
+
+
+def measure_all(args: argparse.Namespace, journal: measure.Journal) -> None:
+    """All contenders on every model, as often as asked."""
+    peak = journal.unit("product", product_row, args)[0]["gflops_per_s"] / 500
     for repeat in range(args.repeats):
         for input_size in args.input_sizes:
             for model in args.models:
                 for name in args.contenders:
-                    yield {**row(name, Network(model, input_size), args, device, peak), "repeat": repeat}
+                    unit = f"{model} {input_size} {name} {repeat}"
+                    journal.unit(unit, rows_of, name, Network(model, input_size), repeat, args, peak)
 
 
 def models(text: str) -> list[str]:
@@ -256,7 +265,7 @@ def models(text: str) -> list[str]:
 
 def main(argv: list[str] | None = None) -> None:
     """Runs the benchmark."""
-    parser = measure.parser(__doc__)
+    parser = measure.resumable(measure.parser(__doc__))
     parser.add_argument("--models", type=models, default=["DiT-XL/2"], help="names, or all twelve: all")
     parser.add_argument(
         "--input-sizes",
@@ -275,7 +284,9 @@ def main(argv: list[str] | None = None) -> None:
         *("model", "input_size", "contender", "residual", "batch", "median_ms", "low_ms", "high_ms"),
         *("images_per_s", "gflops_per_s", "mfu", "peak_gib", "note"),
     )
-    measure.report("training", args, rows(args), columns)
+    journal = measure.Journal("training", args)
+    measure_all(args, journal)
+    journal.close(columns)
 
 
 if __name__ == "__main__":

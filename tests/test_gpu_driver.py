@@ -3,20 +3,32 @@
 from __future__ import annotations
 
 import json
+import math
+import os
+import signal
 import subprocess
 import sys
 import time
 import zipfile
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import commands
 import gpu
+import gpu_tests
+import measure
 import pytest
 from gpu import Stage
 
 OK = ("python", "-c", "print('well')")
 BAD = ("python", "-c", "print('ill'); raise SystemExit(3)")
-HANGS = ("python", "-c", "import time; print('waiting', flush=True); time.sleep(60)")
+
+
+def by_name(machine: dict[str, Any], wheels: Path | None = None) -> dict[str, Stage]:
+    return {stage.name: stage for group in gpu.stages(machine, wheels) for stage in group}
 
 
 def record(folder: Path) -> dict[str, Any]:
@@ -26,7 +38,8 @@ def record(folder: Path) -> dict[str, Any]:
 def run(
     folder: Path, *stages: Stage, code: str = "a", force: bool = False, budget: float = 60
 ) -> dict[str, Any]:
-    fine = gpu.run(stages, folder, code, force=force, budget=budget)
+    call = gpu.Call(folder, code, force=force, end=time.monotonic() + budget)
+    fine = call.run(stages)
     written = record(folder)
     assert fine == all(written[s.name]["status"] in gpu.DONE for s in stages)
     return written
@@ -36,17 +49,19 @@ def test_it_dry_runs_on_a_cpu(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(gpu, "fingerprint", lambda: "code")  # the tree may be edited meanwhile
+    # Each script once: the later stages are the first ones' with other flags.
+    scripts = [name for name in by_name({"type": "cpu"}) if name in gpu.TOYS or name not in gpu.LATER]
     command = ["--device", "cpu", "--results", str(tmp_path), "--seconds", "3000"]  # other work may slow it
-    assert gpu.main(command) == 0
+    assert gpu.main([*command, "--stages", ",".join(scripts)]) == 0
     written = record(tmp_path)
-    assert list(written) == [s.name for s in gpu.stages({"type": "cpu"})]
+    assert list(written) == scripts
     skipped = {name for name, found in written.items() if found["status"] == "skipped"}
     assert skipped == {"build", "memcheck", "racecheck", "wheels", "parity-wheels", "attention-wheels"}
     assert all(written[name]["reason"] for name in skipped)
-    for name in gpu.SIZES:
+    for name in gpu.TOYS:
         assert json.loads((tmp_path / written[name]["numbers"]).read_text())["rows"]
     assert json.loads((tmp_path / "environment.json").read_text())["type"] == "cpu"
-    numbers = {f"{name}.json" for name in gpu.SIZES}
+    numbers = {f"{name}.json" for name in (*gpu.TOYS, "parity-triton", "parity-cuda")}
     assert {path.name for path in tmp_path.iterdir()} == {"environment.json", "stages.json", *numbers}
     capsys.readouterr()
     assert gpu.main([*command, "--stages", "check,ops,training"]) == 0
@@ -69,7 +84,7 @@ def test_on_a_gpu_every_stage_has_its_command(monkeypatch: pytest.MonkeyPatch, t
     (tmp_path / "xformers-0.0.35-py39-none-manylinux_2_28_x86_64.whl").touch()
     (tmp_path / "flash_attn_4-4.0.0b36-py3-none-any.whl").touch()
     machine = {"type": "cuda", "compute_capability": "9.0"}
-    stages = {s.name: s for s in gpu.stages(machine, tmp_path)}
+    stages = by_name(machine, tmp_path)
     assert not [s.name for s in stages.values() if s.skip]
     assert stages["parity-wheels"].command[-1] == "xformers,flash_attn_4"
     assert str(gpu.WHEELS) in stages["attention-wheels"].environment["PYTHONPATH"]
@@ -82,16 +97,20 @@ def test_on_a_gpu_every_stage_has_its_command(monkeypatch: pytest.MonkeyPatch, t
         for s in stages.values()
         if s.name not in ("build", "wheels")
     )
-    for stage in stages.values():
-        for word in stage.command:
-            assert not word.endswith(".py") or (gpu.ROOT / word).exists(), word
+    tests = {word for stage in stages.values() for word in stage.command if word.startswith("tests/")}
+    assert tests == {f"tests/gpu/{path.name}" for path in (gpu.ROOT / "tests/gpu").glob("test_*.py")}
     names = list(stages)
-    assert max(names.index(gate) for gate in gpu.GATES) < min(names.index(name) for name in gpu.SIZES)
+    speeds = [name for name, stage in stages.items() if stage.benchmark]
+    assert max(names.index(gate) for gate in gpu.GATES) < min(names.index(name) for name in speeds)
+    for stage in stages.values():
+        if stage.command[0] == "python" and stage.command[1] not in ("csrc/nvcc.py", "benchmarks/wheels.py"):
+            more = ["--json", "rows.json", "--resume"] if stage.rows else []
+            commands.parse([*stage.command, *more])
 
 
 def test_without_nvcc_the_stages_of_cuda_are_skipped_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu, "_nvcc", lambda: None)
-    stages = {s.name: s for s in gpu.stages({"type": "cuda", "compute_capability": "9.0"})}
+    stages = by_name({"type": "cuda", "compute_capability": "9.0"})
     assert "nvcc is not here" in str(stages["build"].skip)
     assert stages["memcheck"].skip
     assert not any("DITKERNELS_CUDA_LIBRARY" in s.environment for s in stages.values())
@@ -120,18 +139,34 @@ def test_a_red_gate_stops_the_benchmarks_but_not_the_other_gates(tmp_path: Path)
         "passed",
         "not run",
     ]
-    assert written["ops"]["reason"] == "parity-cuda is red: no speed is reported"
+    assert written["ops"]["reason"] == "parity-cuda did not pass: no speed is reported"
     # Nor when it is asked for alone, later; only when the gate is green.
     assert run(tmp_path, speed)["ops"]["status"] == "not run"
     assert run(tmp_path, Stage("parity-cuda", OK, 60), speed)["ops"]["status"] == "passed"
 
 
-def test_a_stage_that_takes_too_long_is_ended_with_what_it_started(tmp_path: Path) -> None:
+# Waits, beside a process of its own and one that has left its session and still holds its output.
+STARTS_OTHERS = """
+import subprocess, time
+for leaves in (False, True):
+    print(subprocess.Popen(["sleep", "30"], start_new_session=leaves).pid, flush=True)
+time.sleep(60)
+"""
+
+
+def test_a_stage_that_takes_too_long_is_ended_with_what_it_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu, "SHORTEST", 0.5)
     began = time.monotonic()
-    written = run(tmp_path, Stage("check", HANGS, 2))
-    assert written["check"]["status"] == "timed out"
-    assert written["check"]["output_tail"] == "waiting\n"
-    assert time.monotonic() - began < 30
+    found = run(tmp_path, Stage("check", ("python", "-c", STARTS_OTHERS), 2), budget=2)["check"]
+    assert time.monotonic() - began < 25
+    assert (found["status"], found["exit_status"]) == ("cut short", None)
+    stayed, left = map(int, found["output_tail"].split())
+    os.kill(left, signal.SIGKILL)
+    state = Path(f"/proc/{stayed}/stat")
+    # Nobody may have asked a dead process for its status yet.
+    assert not state.exists() or state.read_text().split()[2] == "Z"
 
 
 def test_when_the_time_is_used_up_the_rest_waits_for_the_next_run(tmp_path: Path) -> None:
@@ -141,57 +176,171 @@ def test_when_the_time_is_used_up_the_rest_waits_for_the_next_run(tmp_path: Path
     assert {found["status"] for found in run(tmp_path, *stages).values()} == {"passed"}
 
 
-def writes_rows(rows: int, complete: bool, hangs: bool = False) -> tuple[str, ...]:
-    """A benchmark that leaves so many rows."""
-    result = {"complete": complete, "rows": [{}] * rows}
-    program = (
-        f"import json, sys, time; json.dump({result!r}, open(sys.argv[sys.argv.index('--json') + 1], 'w')); "
-        f"time.sleep({60 if hangs else 0})"
+class Simulated:
+    """A clock, and stages that take so many seconds of it in all, a try going on where the last one was cut."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, folder: Path, **seconds: float) -> None:
+        self.now, self.seconds, self.folder = 0.0, seconds, folder
+        self.tries: list[tuple[str, float]] = []
+        monkeypatch.setattr(gpu, "time", SimpleNamespace(monotonic=lambda: self.now))
+        monkeypatch.setattr(gpu, "run_stage", self.run_stage)
+
+    def run_stage(self, stage: Stage, folder: Path, limit: float) -> dict[str, Any]:
+        took = min(limit, self.seconds[stage.name])
+        self.now += took
+        self.seconds[stage.name] -= took
+        self.tries.append((stage.name, took))
+        return {"status": "cut short" if self.seconds[stage.name] else "passed"}
+
+    def call(self, *groups: list[Stage]) -> tuple[bool, float, list[tuple[str, float]]]:
+        """Whether all is done, seconds taken, and what was tried for how long."""
+        began, before = self.now, len(self.tries)
+        call = gpu.Call(self.folder, "code", force=False, end=self.now + gpu.BUDGET)
+        fine = [call.run(group) for group in groups]
+        return all(fine), self.now - began, self.tries[before:]
+
+
+def test_a_call_ends_in_time_and_the_next_goes_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    needed = {"check": 30.0, "parity-triton": 150.0, "ops": 130.0, "training": 400.0, "latents": 20.0}
+    run = Simulated(monkeypatch, tmp_path, **needed)
+    first = [
+        Stage("check", OK, 45),
+        Stage("parity-triton", OK, 100),
+        Stage("ops", OK, 60, rows=True, benchmark=True),
+        Stage("training", OK, 70, rows=True, benchmark=True),
+    ]
+    later = [Stage("latents", OK, 60, rows=True, benchmark=True)]
+    # No speed before the gates are through; then the more valuable first, twice as long; then what time is left for.
+    assert run.call(first, later) == (
+        False,
+        gpu.BUDGET,
+        [
+            *(("check", 30), ("parity-triton", 100)),
+            *(("parity-triton", 50), ("ops", 120), ("training", 140)),
+            *(("ops", 10), ("training", 80)),
+        ],
     )
-    return "python", "-c", program
+    assert record(tmp_path)["training"]["status"] == "cut short"
+    assert record(tmp_path)["latents"]["reason"] == gpu.OVER
+    assert run.call(first, later) == (True, 200, [("training", 70), ("training", 110), ("latents", 20)])
+    assert run.call(first, later) == (True, 0, [])
 
 
-def test_a_benchmark_cut_short_keeps_its_rows_and_is_taken_up_again(tmp_path: Path) -> None:
+def test_stages_that_hang_cost_a_call_its_time_and_no_other_stage_its_turn(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    first, _ = gpu.stages({"type": "cuda", "compute_capability": "9.0"})
+    first = [replace(stage, skip=None, needs=None) for stage in first]
+    run = Simulated(monkeypatch, tmp_path, **{stage.name: math.inf for stage in first if stage.benchmark})
+    run.seconds |= {stage.name: float(stage.limit) for stage in first if not stage.benchmark}
+    fine, seconds, tries = run.call(first)
+    assert (fine, seconds) == (False, gpu.BUDGET)
+    assert {name for name, _ in tries} == {stage.name for stage in first}
+    # So does a gate; the speeds wait for it.
+    run = Simulated(monkeypatch, tmp_path / "gate", **{stage.name: 1.0 for stage in first})
+    run.seconds["parity-triton"] = math.inf
+    fine, seconds, tries = run.call(first)
+    assert (fine, seconds) == (False, gpu.BUDGET)
+    assert {name for name, _ in tries} == {stage.name for stage in first if not stage.benchmark}
+
+
+def test_nothing_is_said_of_a_library_that_is_not_built_yet(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    run = Simulated(monkeypatch, tmp_path, build=120.0, check=10.0)
+    fine, _, tries = run.call([Stage("build", OK, 90), Stage("check", OK, 45)])
+    assert (fine, tries) == (True, [("build", 90), ("build", 30), ("check", 10)])
+
+
+# Two rows, and then it hangs; the next try has one more to get.
+THREE_ROWS = """
+import json, pathlib, sys, time
+path = pathlib.Path(sys.argv[sys.argv.index("--json") + 1])
+rows = json.loads(path.read_text())["rows"] if "--resume" in sys.argv and path.exists() else []
+new = 1 if rows else 2
+path.write_text(json.dumps({"rows": rows + [{}] * new}))
+time.sleep(60 if new == 2 else 0)
+"""
+
+
+def test_a_benchmark_cut_short_goes_on_after_its_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu, "SHORTEST", 0.5)
+
     def rows() -> int:
         return len(json.loads((tmp_path / "ops.json").read_text())["rows"])
 
-    def ops(command: tuple[str, ...], limit: int = 60) -> Stage:
-        return Stage("ops", command, limit, benchmark=True)
-
-    found = run(tmp_path, ops(writes_rows(5, complete=False, hangs=True), 3))["ops"]
-    assert (found["status"], found["reason"], found["numbers"]) == (
-        "cut short",
-        "5 rows were had in 3 s",
-        "ops.json",
-    )
-    # A shorter try of the same code takes nothing away, a whole one replaces it, whatever it holds.
-    run(tmp_path, ops(writes_rows(2, complete=False, hangs=True), 3))
-    assert rows() == 5
-    assert run(tmp_path, ops(writes_rows(3, complete=True)))["ops"]["status"] == "passed"
+    ops = Stage("ops", ("python", "-c", THREE_ROWS), 3, rows=True, benchmark=True)
+    found = run(tmp_path, ops, budget=3)["ops"]
+    assert (found["status"], found["numbers"]) == ("cut short", "ops.json")
+    assert found["reason"] == "2 rows were had in 3 s"
+    # What the end of a call leaves no time for keeps what is known of it.
+    assert run(tmp_path, ops, budget=0)["ops"] == found
+    assert run(tmp_path, ops)["ops"]["status"] == "passed"
     assert rows() == 3
     # Other code begins anew.
-    run(tmp_path, ops(writes_rows(1, complete=False, hangs=True), 3), code="b")
-    assert rows() == 1
-    assert not list(tmp_path.glob("*.part.json"))
+    run(tmp_path, ops, code="b", budget=3)
+    assert rows() == 2
 
 
-def test_benchmarks_share_the_time_that_is_left() -> None:
-    gate, ops, absent, sampling = (
-        Stage("check", OK, 100),
-        Stage("ops", OK, 150, benchmark=True),
-        Stage("wheels", OK, 50, benchmark=True, skip="no wheels"),
-        Stage("sampling", OK, 50, benchmark=True),
-    )
-    assert gpu._share([gate, ops, sampling], 90) == 90
-    assert gpu._share([ops, absent, sampling], 100) == 75
-    assert gpu._share([sampling], 25) == 25
-    assert gpu._share([absent, sampling], 0) == 0
+def test_a_benchmark_goes_on_after_its_units(tmp_path: Path) -> None:
+    out = tmp_path / "units.json"
+    measured: list[str] = []
+
+    def rows(what: str) -> Iterator[dict[str, Any]]:
+        measured.append(what)
+        yield {"what": what}
+        if what == "second" and measured.count(what) == 1:
+            raise KeyboardInterrupt
+        yield {"what": what, "again": True}
+
+    def go(*flags: str) -> dict[str, Any]:
+        parser = measure.resumable(measure.parser(None))
+        journal = measure.Journal("units", parser.parse_args(["--device", "cpu", "--json", str(out), *flags]))
+        for what in ("first", "second"):
+            assert [row["what"] for row in journal.unit(what, rows, what)] == [what] * 2
+        journal.close(["what"])
+        return json.loads(out.read_text())
+
+    with pytest.raises(KeyboardInterrupt):
+        go()
+    left = json.loads(out.read_text())
+    assert [row["unit"] for row in left["rows"]] == ["first", "first"]
+    assert not left["complete"]
+    whole = go("--resume")
+    assert measured == ["first", "second", "second"]
+    assert [row["unit"] for row in whole["rows"]] == ["first"] * 2 + ["second"] * 2
+    assert whole["complete"]
+    # Other flags, or a try that is not to go on, begin anew.
+    go("--resume", "--rounds", "3")
+    go("--rounds", "3")
+    assert measured == ["first", "second"] + ["second", "first"] * 2 + ["second"]
 
 
-def test_a_share_too_short_to_begin_with_waits_for_the_next_run(tmp_path: Path) -> None:
-    first, second = (Stage(name, OK, limit, benchmark=True) for name, limit in (("ops", 1), ("training", 99)))
-    written = run(tmp_path, first, second, budget=20)
-    assert [written[name]["status"] for name in ("ops", "training")] == ["not run", "passed"]
+TESTS = """
+import pathlib
+import pytest
+pytestmark = pytest.mark.gpu
+def test_once(): pathlib.Path("once").touch(exist_ok=False)
+def test_later(): assert pathlib.Path("now").exists()
+def test_never(): pytest.skip("no memory")
+"""
+
+
+def test_what_passed_of_a_parity_stage_is_not_run_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("test_some.py").write_text(TESTS)
+    Path("pytest.ini").write_text("[pytest]\nmarkers =\n    gpu: needs a CUDA device\n")
+    command = ["test_some.py", "--json", "rows.json", "--resume"]
+    assert gpu_tests.main(command) == 1
+    Path("now").touch()
+    assert gpu_tests.main(command) == 0
+    result = json.loads(Path("rows.json").read_text())
+    assert [row["unit"] for row in result["rows"]] == ["test_some.py::test_once", "test_some.py::test_later"]
+    assert result["complete"]
 
 
 def make_wheel(folder: Path, name: str, version: str, files: dict[str, str]) -> Path:
@@ -220,7 +369,7 @@ def test_wheels_are_unpacked_beside_the_users_packages(
         (handed / f"{whole.name}.{index:02}").write_bytes(whole.read_bytes()[start : start + 300])
     whole.unlink()
     monkeypatch.setattr(gpu, "WHEELS", tmp_path / "target")
-    stages = {s.name: s for s in gpu.stages({"type": "cpu"}, handed)}
+    stages = by_name({"type": "cpu"}, handed)
     found = run(tmp_path / "results", stages["wheels"])["wheels"]
     assert found["status"] == "passed", found["output_tail"]
     program = "import standin_one, standin_two; print(standin_one.value + standin_two.value)"
@@ -233,7 +382,7 @@ def test_wheels_are_unpacked_beside_the_users_packages(
     # Other wheels are unpacked again, the same ones not.
     assert run(tmp_path / "results", stages["wheels"])["wheels"] == found
     (handed / f"{whole.name}.00").write_bytes(b"1")
-    again = {s.name: s for s in gpu.stages({"type": "cpu"}, handed)}["wheels"]
+    again = by_name({"type": "cpu"}, handed)["wheels"]
     assert run(tmp_path / "results", again)["wheels"]["status"] == "failed"
 
 
@@ -257,6 +406,11 @@ def test_a_folder_of_wheels_that_cannot_be_used_is_named(
         (tmp_path / name).touch()
     assert wheels.main([str(tmp_path), str(tmp_path / "target")]) == 2
     assert said in capsys.readouterr().err
+
+
+def test_the_limits_of_the_first_stages_add_up_to_one_call() -> None:
+    first, _ = gpu.stages({"type": "cuda", "compute_capability": "9.0"})
+    assert sum(stage.limit for stage in first) <= gpu.BUDGET <= 9 * 60 - 2 * gpu.ENDING
 
 
 def test_a_stage_whose_need_failed_is_not_run(tmp_path: Path) -> None:
