@@ -2,7 +2,7 @@
 
 with running() as emulation: ...          DITKERNELS_BACKEND=cuda, on the CPU; the module shows counters and switches
 with running(tracing=True, order=3): ...  every element's accesses are counted; blocks and warps in another order
-with running(sampling=True): ...          a few blocks of every launch run, and the bytes they move are written down
+with running(sample=ends): ...            a few blocks of every launch run, and the bytes they move are written down
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import subprocess
 import sys
 import sysconfig
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -122,7 +122,7 @@ def running(
     tracing: bool = False,
     order: int = 0,
     last_block_only: bool = False,
-    sampling: bool = False,
+    sample: Callable[[str, int], Iterable[int]] | None = None,
 ) -> Iterator[ModuleType]:
     """Forces the cuda backend onto the emulation; skips the test where it cannot be built.
 
@@ -131,7 +131,7 @@ def running(
         tracing: counts the accesses of every element and finds blocks that touch what others wrote.
         order: another one for another order of blocks, warps and lanes.
         last_block_only: runs the last block of every launch alone.
-        sampling: runs the first, the middle and the last block of every launch alone; ``module.sampled()`` tells what they moved.
+        sample: of a kernel and its number of blocks, those that run; ``module.sampled()`` tells what they moved.
     """
     reason = why_not()
     if reason:
@@ -141,10 +141,15 @@ def running(
     with mock.patch.object(_cuda, "_absence", _cuda._absence):
         module = module or as_they_are()
         _cuda._absence = None
-        module.reset(tracing, order, last_block_only, sampling)
+        module.reset(tracing, order, last_block_only, sample)
         with registry.use_backend("cuda"):
             yield module
-        module.reset(False, 0, False, False)
+        module.reset(False, 0, False, None)
+
+
+def ends(kernel: str, blocks: int) -> set[int]:
+    """The first and the last of the blocks."""
+    return {0, blocks - 1}
 
 
 def passes(module: ModuleType, names: set[str], elements: int) -> Counter[str]:

@@ -5,40 +5,71 @@
     launches.traffic("cuda", ...)     the same, and which instantiations are launched: from the host emulation
 
 Tensors have their real shapes, so that the grids are those of a GPU; of their memory only what is touched is ever used. For
-traffic the first, the middle and the last program of every launch are run, and what they move is scaled to all programs.
+traffic a few programs of every launch are run, the first, the middle and the last where all are alike, and what they move is scaled
+to all programs.
 Compiling, interpreting and emulating each need a process of their own. Results lie under build/static by content.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import fcntl
+import functools
 import hashlib
 import json
+import math
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sized
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from importlib import metadata
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 from unittest import mock
 
 import torch
 
-from ditkernels import check, ops, use_backend
+from ditkernels import check, ops, reference, use_backend
+from ditkernels.ops._triton import ceil_div
+from ditkernels.ops.adamw_ema_triton import CHUNK
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
+import machine_code  # noqa: E402
 import ops as sites  # noqa: E402
+
+if TYPE_CHECKING:
+    from ahead import Compiled
 
 LATENTS = 32  # edge, of an image of 256 pixels
 OUTPUTS = 8
+UPDATE = "adamw_ema"
+# Dtypes of the gradients and of the copies of an update, which has no (B, N, D) tensor.
+UPDATES: dict[str, tuple[torch.dtype, torch.dtype | None]] = {
+    "fp32": (torch.float32, None),
+    "bf16": (torch.bfloat16, torch.bfloat16),
+}
+PASSES = ("forward", "backward", "step")
+
+
+@functools.cache
+def trained_weights(width: int, patch: int) -> list[tuple[int, ...]]:
+    """The shapes of the trained weights of the paper's model of this width, in the model's order."""
+    size = next(size for size in reference.SIZES.values() if size["hidden_size"] == width)
+    with torch.device("meta"):
+        model = reference.DiT(patch_size=patch, **size)
+    return [tuple(weight.shape) for weight in model.parameters() if weight.requires_grad]
 
 
 class Case(NamedTuple):
-    """An op as a model calls it: DiT-``size``/``patch`` at 256 px, ``batch`` samples."""
+    """An op as a model calls it: DiT-``size``/``patch`` at 256 px, ``batch`` samples; or the update of all of its weights.
+
+    Attributes:
+        precision: one of ``ops.PRECISIONS``; of an update one of ``UPDATES``.
+    """
 
     op: str
     width: int
@@ -47,8 +78,10 @@ class Case(NamedTuple):
     precision: str
 
     @property
-    def shape(self) -> tuple[int, int, int]:
-        """(B, N, D); D is the width of the hidden layer where the op is inside the MLP."""
+    def shape(self) -> tuple[int, ...]:
+        """(B, N, D); D is the width of the hidden layer where the op is inside the MLP. Of an update the number of parameters."""
+        if self.op == UPDATE:
+            return (sum(map(math.prod, trained_weights(self.width, self.patch))),)
         width = sites.MLP_RATIO * self.width if self.op == "bias_gelu" else self.width
         return self.batch, (LATENTS // self.patch) ** 2, width
 
@@ -73,7 +106,10 @@ class Case(NamedTuple):
         return found._replace(case=check.Case(self.op, shapes, found.case.options))
 
     def floor_bytes(self, phase: str) -> int:
-        """The bytes that the op must move at least, forward or backward."""
+        """The bytes that the op must move at least, forward or backward, or in a step."""
+        if self.op == UPDATE:
+            touches = {"gradients": 1, "copies": 1}  # the others are read and written
+            return self.shape[0] * sum(size * touches.get(name, 2) for name, size in self.big().items())
         site, precision = self.site(), sites.PRECISIONS[self.precision]
         if self.op == "unpatchify":
             return site.image * precision.others.itemsize
@@ -81,6 +117,14 @@ class Case(NamedTuple):
 
     def big(self) -> dict[str, int]:
         """The kernels' (B, N, D) arguments: bytes of an element, by name."""
+        if self.op == UPDATE:
+            gradient, copied = UPDATES[self.precision]
+            states = dict.fromkeys(("weights", "exp_avgs", "exp_avg_sqs", "averages"), 4)
+            return {
+                **states,
+                "gradients": gradient.itemsize,
+                **({"copies": copied.itemsize} if copied else {}),
+            }
         precision = sites.PRECISIONS[self.precision]
         stream, others = precision.stream.itemsize, precision.others.itemsize
         if self.op == "unpatchify":
@@ -95,11 +139,21 @@ class Case(NamedTuple):
         }
 
 
-OPS = (*sites.sites(1, (1, 1), 8, 1), "unpatchify")
+OPS = (*sites.sites(1, (1, 1), 8, 1), "unpatchify", UPDATE)
 
 
-def run(case: Case, done: Callable[[str], None]) -> None:
-    """Forward and backward of a case on values that nobody set; ``done`` is told after each."""
+def run(case: Case, done: Callable[[str], None]) -> dict[str, torch.Tensor]:
+    """Forward and backward of a case, or its step, on values that nobody set; ``done`` is told after each.
+
+    Returns:
+        of an update its tensors by name, "weights[3]": its kernels reach them by addresses in a table.
+    """
+    if case.op == UPDATE:
+        state = update_state(case)
+        numbers = {"grad_scale": torch.ones(()), "found_inf": torch.zeros(())}
+        ops.adamw_ema(**state, lr=1e-4, decay=0.9999, **numbers)
+        done("step")
+        return {f"{name}[{i}]": tensor for name, tensors in state.items() for i, tensor in enumerate(tensors)}
     site, precision = case.site(), sites.PRECISIONS[case.precision]
     arguments = {}
     for name, shape in site.case.shapes.items():
@@ -110,6 +164,18 @@ def run(case: Case, done: Callable[[str], None]) -> None:
     leaves = [leaf for leaf in arguments.values() if leaf.requires_grad]
     torch.autograd.grad(outputs, leaves, [torch.empty_like(output) for output in outputs])
     done("backward")
+    return {}
+
+
+def update_state(case: Case) -> dict[str, list[torch.Tensor]]:
+    """The lists of an update, memory that is not used but for the steps."""
+    gradient, copied = UPDATES[case.precision]
+    shapes = trained_weights(case.width, case.patch)
+    dtypes = {"gradients": gradient, "copies": copied}
+    lists = {
+        name: [torch.empty(s, dtype=dtypes.get(name, torch.float32)) for s in shapes] for name in case.big()
+    }
+    return {**lists, "steps": [torch.zeros(()) for _ in shapes]}
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -132,7 +198,7 @@ def traffic(backend: str, cases: list[Case]) -> list[dict[str, Any]]:
 
     Returns:
         rows of ``case``, ``pass``, ``kernel`` (with its template arguments), ``programs``, ``moved``: by tensor the bytes read and
-        written. For cuda also ``threads`` and ``shared_bytes``.
+        written. For cuda also ``threads`` and ``shared_bytes``. What one launch after the other makes of an update is one row.
     """
     return _asked("traffic", backend, cases, {"TRITON_INTERPRET": "1"} if backend == "triton" else {})
 
@@ -180,7 +246,6 @@ def _key(*asked: object) -> str:
 
 
 def _code(architecture: str, cases: list[Case]) -> Iterator[dict[str, Any]]:
-    import machine_code
     from ahead import Compiled, recorded
 
     from ditkernels.ops import _triton
@@ -188,10 +253,9 @@ def _code(architecture: str, cases: list[Case]) -> Iterator[dict[str, Any]]:
     with mock.patch.object(_triton, "device_reason", return_value=None), use_backend("triton"):
         for index, case in enumerate(cases):
             with recorded(int(architecture)) as compiled:
-                marks = _passes(case, lambda: compiled)
+                marks, _ = _passes(case, lambda: compiled)
             for kernel, phase in zip(compiled, marks):
                 assert isinstance(kernel, Compiled)
-                big = [name for name in kernel.shapes if name in case.big()]
                 yield {
                     **_described(index, phase, kernel.name, kernel.programs),
                     "threads": kernel.threads,
@@ -199,60 +263,146 @@ def _code(architecture: str, cases: list[Case]) -> Iterator[dict[str, Any]]:
                     "spills": kernel.spills,
                     "shared_bytes": kernel.shared,
                     "tf32": sum("TF32" in opcode for opcode in kernel.opcodes),
-                    "wide_fraction": machine_code.wide_shares(kernel, big),
+                    "wide_fraction": _wide_fraction(kernel, case),
                 }
 
 
-def _passes(case: Case, launched: Callable[[], Sized]) -> list[str]:
-    """Runs the case; for each of its launches, the pass that made it."""
+def _wide_fraction(kernel: Compiled, case: Case) -> dict[str, float]:
+    """By big tensor. What is reached by addresses in a table cannot be told apart: each has the share of all of it."""
+    if case.op != UPDATE:
+        return machine_code.wide_shares(kernel, [name for name in kernel.shapes if name in case.big()])
+    if kernel.name != "update_chunks":
+        return {}
+    by_address = [access.bytes for access in kernel.accesses() if not access.arguments]
+    wide = [moved for moved in by_address if moved >= machine_code.WIDE_BYTES]
+    assert len(wide) == kernel.wide_instructions, f"{kernel.name}: the assembler split wide accesses"
+    return dict.fromkeys(case.big(), sum(wide) / sum(by_address))
+
+
+def _passes(case: Case, launched: Callable[[], Sized]) -> tuple[list[str], dict[str, torch.Tensor]]:
+    """Runs the case; for each of its launches, the pass that made it. And what ``run`` returns."""
     marks: list[str] = []
-    run(case, lambda phase: marks.extend([phase] * (len(launched()) - len(marks))))
-    return marks
+    tensors = run(case, lambda phase: marks.extend([phase] * (len(launched()) - len(marks))))
+    return marks, tensors
 
 
 def _described(index: int, phase: str, kernel: str, programs: int) -> dict[str, Any]:
     return {"case": index, "pass": phase, "kernel": kernel, "programs": programs}
 
 
-def _scaled(samples: list[dict[str, tuple[int, int]]], programs: int) -> dict[str, list[float]]:
-    """Bytes read and written by all programs: the last one alone, the others as the first and the middle one."""
-    names = sorted({name for sample in samples for name in sample})
-    *others, last = samples
+class Sample:
+    """Which programs of a launch are run, and how many each stands for.
 
-    def total(name: str, way: int) -> float:
-        each = [sample.get(name, (0, 0))[way] for sample in others]
-        rest = (programs - 1) * sum(each) / len(each) if each else 0.0
-        return rest + last.get(name, (0, 0))[way]
+    Of most kernels the first, the middle and the last, which may have less to do than the others. Of ``update_chunks`` these are of
+    weights of many sizes: of those of one size the first program and the last, which may have less to do. Of what few there are of
+    ``advance_steps`` all.
+    """
 
-    return {name: [total(name, 0), total(name, 1)] for name in names}
+    def __init__(self, case: Case) -> None:
+        self._weights = (
+            [math.prod(shape) for shape in trained_weights(case.width, case.patch)]
+            if case.op == UPDATE
+            else None
+        )
+        self.counts: list[dict[int, float]] = []
+
+    def __call__(self, kernel: str, programs: int) -> list[int]:
+        """Of the next launch; ``counts`` then holds how many each stands for."""
+        if self._weights is None:
+            *others, last = sorted({0, programs // 2, programs - 1})
+            counted = {**dict.fromkeys(others, (programs - 1) / max(1, len(others))), last: 1.0}
+        elif kernel.startswith("update_chunks"):
+            counted = self._chunks(programs)
+        else:
+            counted = dict.fromkeys(range(programs), 1.0)
+        self.counts.append(counted)
+        return list(counted)
+
+    def _chunks(self, programs: int) -> dict[int, float]:
+        assert self._weights is not None
+        first, by_size = 0, {}
+        while first < programs:
+            size = self._weights.pop(0)
+            last = first + ceil_div(size, CHUNK) - 1
+            begin, _, count = by_size.get(size, (first, last, 0))
+            by_size[size] = (begin, last, count + 1)
+            first = last + 1
+        assert first == programs, "a launch ends within a weight"
+        counted: Counter[int] = Counter()
+        for size, (begin, end, count) in by_size.items():
+            counted[end] += count
+            if size > CHUNK:
+                counted[begin] += count * (ceil_div(size, CHUNK) - 1)
+        return {program: float(count) for program, count in sorted(counted.items())}
+
+
+def _scaled(
+    samples: Iterable[Mapping[str, tuple[int, int]]], counts: Iterable[float]
+) -> dict[str, list[float]]:
+    """Bytes read and written by all programs, by tensor; those of a list are one."""
+    moved: dict[str, list[float]] = {}
+    for sample, count in zip(samples, counts, strict=True):
+        for name, both in sample.items():
+            total = moved.setdefault(name.partition("[")[0], [0.0, 0.0])
+            for way in (0, 1):
+                total[way] += both[way] * count
+    return dict(sorted(moved.items()))
 
 
 def _interpreted(cases: list[Case]) -> Iterator[dict[str, Any]]:
+    for index, case in enumerate(cases):
+        yield from _interpreted_case(index, case)
+
+
+def _interpreted_case(index: int, case: Case) -> Iterator[dict[str, Any]]:
     from interpreted import guarded, in_place, reordered, traced
 
-    def few(programs: int) -> list[int]:
-        return sorted({0, programs // 2, programs - 1})
-
-    for index, case in enumerate(cases):
-        with use_backend("triton"), in_place(), guarded(), reordered(few), traced() as launched:
-            marks = _passes(case, lambda: launched)
-        for launch, phase in zip(launched, marks):
-            found = launch.traffic()
-            samples = [found.get(program, {}) for program in few(launch.programs)]
-            row = _described(index, phase, launch.kernel, launch.programs)
-            yield {**row, "moved": _scaled(samples, launch.programs)}
+    sample = Sample(case)
+    # An update's addresses are no arguments.
+    guard = contextlib.nullcontext() if case.op == UPDATE else guarded()
+    with (
+        use_backend("triton"),
+        in_place(),
+        guard,
+        reordered(lambda programs: sample(launched[-1].kernel, programs)),
+        traced() as launched,
+    ):
+        marks, tensors = _passes(case, lambda: launched)
+    for launch, phase, counts in zip(launched, marks, sample.counts, strict=True):
+        launch.arguments |= tensors
+        found = launch.traffic()
+        row = _described(index, phase, launch.kernel, launch.programs)
+        yield {**row, "moved": _scaled([found.get(program, {}) for program in counts], counts.values())}
 
 
 def _emulated(cases: list[Case]) -> Iterator[dict[str, Any]]:
     import emulated_cuda
 
     for index, case in enumerate(cases):
-        with emulated_cuda.running(sampling=True) as emulation:
-            marks = _passes(case, emulation.sampled)
+        sample = Sample(case)
+        with emulated_cuda.running(sample=sample) as emulation:
+            marks, _ = _passes(case, emulation.sampled)
             launched = emulation.sampled()
-        for (kernel, blocks, threads, shared, samples), phase in zip(launched, marks):
+        rows = []
+        for (kernel, blocks, threads, shared, found), phase, counts in zip(
+            launched, marks, sample.counts, strict=True
+        ):
             row = _described(index, phase, kernel, blocks)
-            yield {**row, "threads": threads, "shared_bytes": shared, "moved": _scaled(samples, blocks)}
+            rows.append(
+                {**row, "threads": threads, "shared_bytes": shared, "moved": _scaled(found, counts.values())}
+            )
+        yield from _joined(rows) if case.op == UPDATE else rows
+
+
+def _joined(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The launches of a kernel as one: of many weights each takes a part."""
+    by_kernel: dict[str, dict[str, Any]] = {}
+    for row in rows:
+        known = by_kernel.setdefault(row["kernel"], row)
+        if known is not row:
+            known["programs"] += row["programs"]
+            known["moved"] = _scaled([known["moved"], row["moved"]], [1.0, 1.0])
+    return list(by_kernel.values())
 
 
 def main() -> None:

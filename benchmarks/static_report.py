@@ -4,10 +4,13 @@
     python benchmarks/static_report.py --archs 80,90,100 --json report.json     all three: many minutes, kept in build/static
     python benchmarks/static_report.py --backends triton --models XL --batch 32 --bandwidth 3350
 
-A row a launch, forward and backward of each op of a model at 256 px, then one for all launches of the pass. Registers, spills
-and widths are read from the machine code; occupancy follows from registers, threads and shared memory. Traffic is counted in
-Triton's interpreter and in the host emulation of the CUDA sources, at the real shapes, over the first, the middle and the last
-program of each launch, and scaled to all of them, which is exact but for a last, shorter chunk of rows (0.1%):
+A row a launch, forward and backward of each op of a model at 256 px, then one for all launches of the pass. And the update of all
+weights of the model, with fp32 gradients and with bf16 gradients and copies: there a touch is one of every parameter.
+
+Registers, spills and widths are read from the machine code; occupancy follows from registers, threads and shared memory. Traffic is
+counted in Triton's interpreter and in the host emulation of the CUDA sources, at the real shapes, over the first, the middle and
+the last program of each launch, and scaled to all of them, which is exact but for a last, shorter chunk of rows (0.1%). Of an
+update it is the first and the last chunk of the weights of each size, which is exact:
 
     touch_ratio     touches of each element of a (B, N, D) tensor, a read or a write counted apart: 1 is one pass over it
     passes          reads and writes of whole (B, N, D) tensors
@@ -20,6 +23,7 @@ program of each launch, and scaled to all of them, which is exact but for a last
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -41,6 +45,7 @@ FAMILIES = {
     "final_layer": "final_layer",
     "unpatchify": "final_layer",
     "bias_gelu": "bias_gelu",
+    "adamw_ema": "adamw_ema",
 }
 BACKENDS = ("triton", "cuda")
 ALL = "all launches"
@@ -60,8 +65,8 @@ def rows(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     named = [
         (model, Case(op, MODELS[model], args.patch_size, args.batch, precision))
         for model in args.models
-        for precision in args.precisions
         for op in args.ops
+        for precision in (launches.UPDATES if op == launches.UPDATE else args.precisions)
     ]
     for backend in args.backends:
         reason = why_not(backend)
@@ -83,10 +88,11 @@ def rows(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
                     "arch": f"sm_{architecture}",
                 }
                 mine = [row for row, found in zip(made, moved) if found["case"] == index]
-                for phase in ("forward", "backward"):
+                for phase in launches.PASSES:
                     group = [{**common, **row} for row in mine if row["pass"] == phase]
                     yield from group
-                    yield {**common, **whole(case, phase, group, args.bandwidth)}
+                    if group:
+                        yield {**common, **whole(case, phase, group, args.bandwidth)}
 
 
 def _codes(
@@ -119,7 +125,7 @@ def _codes(
 
 def launch(case: Case, found: dict[str, Any], architecture: str, bandwidth: float) -> dict[str, Any]:
     """The row of a launch, from its code and its traffic."""
-    elements, big = case.shape[0] * case.shape[1] * case.shape[2], case.big()
+    elements, big = math.prod(case.shape), case.big()
     touches = {
         f"{name} {way}": moved / (elements * big[name])
         for name, both in found["moved"].items()
@@ -205,6 +211,7 @@ def main(argv: list[str] | None = None) -> None:
             "arch",
             "op",
             "pass",
+            "precision",
             "kernel",
             "registers",
             "spills",

@@ -19,7 +19,6 @@
 #include <map>
 #include <memory>
 #include <mutex>
-#include <set>
 #include <stdexcept>
 #include <string>
 #include <utility>
@@ -81,8 +80,9 @@ inline std::map<std::pair<std::string, std::string>, Count> counts;
 inline bool tracing = false;
 inline int order = 0;
 inline bool last_block_only = false;
-inline bool sampling = false;  // only the first, the middle and the last block of a launch run, and are written down
-inline int mutant = 0;         // which planted fault is active in sources that hold some
+// Of a kernel and its blocks, those that run; what they do is written down. By default all run, and nothing is.
+inline std::function<std::vector<int64_t>(const std::string&, int64_t)> sample;
+inline int mutant = 0;  // which planted fault is active in sources that hold some
 inline int64_t launches = 0;
 inline int64_t current_block = 0;
 inline std::string kernel_name;
@@ -121,7 +121,7 @@ inline void touch(int id, const void* at, int bytes, int element, bool write) {
     range.count = &counts[{kernel_name, range.name}];
   }
   (write ? range.count->written : range.count->read) += bytes / element;
-  if (sampling) {
+  if (sample) {
     Traffic& traffic = sampled.back().traffic.back()[range.name];
     (write ? traffic.written : traffic.read) += bytes;
   }
@@ -360,9 +360,9 @@ inline void launch(
   ++launches;
   if (last_block_only) {
     run_block(blocks - 1);
-  } else if (sampling) {
+  } else if (sample) {
     sampled.push_back({name, blocks, block_threads, shared, {}});
-    for (int64_t i : std::set<int64_t>{0, blocks / 2, blocks - 1}) {
+    for (int64_t i : sample(name, blocks)) {
       if (!fault.empty()) break;
       sampled.back().traffic.emplace_back();
       run_block(i);

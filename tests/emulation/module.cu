@@ -100,14 +100,15 @@ std::string fault_of(const std::string& kernel) {
   return "";
 }
 
-void reset(bool tracing, int order, bool last_block_only, bool sampling) {
+void reset(
+    bool tracing, int order, bool last_block_only, std::function<std::vector<int64_t>(const std::string&, int64_t)> sample) {
   emulation::counts.clear();
   emulation::sampled.clear();
   emulation::ranges.clear();
   emulation::tracing = tracing;
   emulation::order = order;
   emulation::last_block_only = last_block_only;
-  emulation::sampling = sampling;
+  emulation::sample = sample;
 }
 
 using Histogram = std::map<uint32_t, int64_t>;
