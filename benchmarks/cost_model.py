@@ -10,7 +10,8 @@ operations over ``--tflops`` plus bytes over ``--bandwidth``: launches are free 
 so a measured step is slower. What the models differ in is right all the same, because both are counted in one way.
 
 The optimizer reads weight, gradient and two moments and writes three of them back; the moving average reads two and writes
-one: 40 bytes a parameter in all, 36 where one pass does both (``train --optimizer fused``).
+one: 40 bytes a parameter in all, 36 where one pass does both (``train --optimizer fused``). With master weights it is 36 too: a
+gradient in bf16 saves two, the copy's write costs two; what is saved is in the moving.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 
 import ditkernels
 from ditkernels import reference
+from ditkernels.masters import lowered
 
 # An H200's, as design figures: 790 TFLOP/s of bf16 products, 4300 GB/s of copying. Assumed here, not measured.
 ASSUMED_TFLOPS, ASSUMED_GBPS = 790.0, 4300.0
@@ -43,11 +45,13 @@ PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "convolution", "convolution_backwar
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """A way to train: which model, with which dtype of the residual stream, and the bytes of its optimizer a parameter."""
+    """A way to train: which model, with which dtype of the residual stream, the bytes of its optimizer a parameter, and whether
+    its matrices are bf16 copies of master weights."""
 
     models: Any
     options: dict[str, Any]
     optimizer_bytes: int = OPTIMIZER_BYTES
+    master_weights: bool = False
 
 
 VARIANTS = {
@@ -56,6 +60,9 @@ VARIANTS = {
     "ours, bf16 residual": Variant(ditkernels.DiT_models, {"residual_dtype": torch.bfloat16}),
     "ours, bf16 residual, fused optimizer": Variant(
         ditkernels.DiT_models, {"residual_dtype": torch.bfloat16}, FUSED_OPTIMIZER_BYTES
+    ),
+    "ours, bf16 residual, fused optimizer, master weights": Variant(
+        ditkernels.DiT_models, {"residual_dtype": torch.bfloat16}, FUSED_OPTIMIZER_BYTES, master_weights=True
     ),
 }
 
@@ -126,6 +133,8 @@ def count(variant: Variant, model: str, input_size: int, batch: int) -> Counted:
     with FakeTensorMode(), _values_unseen(), torch.random.fork_rng(devices=[]):
         # In eval mode no labels are dropped, which is nothing to count; gradients are taken all the same.
         net = variant.models[model](input_size=input_size, **variant.options).eval()
+        if variant.master_weights:
+            net, _ = lowered(net, torch.bfloat16)
         x = torch.empty(batch, net.in_channels, input_size, input_size)
         labels = torch.empty(batch, dtype=torch.int64)
         with counter, moved, ditkernels.use_backend("torch"):

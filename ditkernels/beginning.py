@@ -159,8 +159,7 @@ def initialise(trainer: Trainer, source: str) -> None:
     ]
     if wrong:
         raise CheckpointError(f"init_from: {source} does not fit the model: {'; '.join(wrong[:8])}")
-    trainer.ranks.load(trainer.model, given)
-    trainer.ranks.load(trainer.ema.model, given)
+    trainer.load(given, given)
     trainer.ranks.on_first(lambda: print(f"initialised from {source}"))
 
 

@@ -76,6 +76,9 @@ class TrainConfig:
     optimizer: Literal["torch", "fused"] = option(
         "torch", "AdamW: torch's and then the moving average, or both in one pass over memory"
     )
+    master_weights: bool = option(
+        False, "bf16 matrices to compute with, their fp32 masters for the fused optimizer", free=True
+    )
     ema_decay: float = option(0.9999, "of the moving average of the weights", least=0)
     max_skipped: int = option(
         20, "non-finite gradients in a row that are skipped before the run stops", least=0, free=True
@@ -162,6 +165,8 @@ class TrainConfig:
                 f"accumulation: got {self.accumulation}, which does not divide global_batch_size "
                 f"{self.global_batch_size}"
             )
+        if self.master_weights:
+            self._check_master_weights()
         if self.shard_size is not None and self.parallel != "fsdp":
             raise ValueError(
                 f"shard_size: got {self.shard_size}, allowed with parallel fsdp only, got {self.parallel}"
@@ -170,6 +175,12 @@ class TrainConfig:
             raise ValueError(
                 "init_from: got one beside the checkpoint to resume, allowed is only one of the two"
             )
+
+    def _check_master_weights(self) -> None:
+        for name, allowed in (("optimizer", "fused"), ("precision", "bf16"), ("parallel", "ddp")):
+            value = getattr(self, name)
+            if value not in (allowed, "auto"):
+                raise ValueError(f"master_weights: got {name} {value}, allowed is {allowed}")
 
 
 def check_fields(config: Any) -> None:

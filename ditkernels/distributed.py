@@ -37,6 +37,7 @@ from ditkernels._version import __version__
 from ditkernels.checkpoint import CheckpointError, CheckpointWriter, IdleWriter, Peers, Piece, ShardWriter
 from ditkernels.config import TrainConfig
 from ditkernels.data import Batch, Batches
+from ditkernels.masters import Copies, accumulate_in, hand_over
 from ditkernels.optimizer import gradient_norm
 from ditkernels.reference import DiT
 
@@ -108,7 +109,7 @@ class Ranks:
         """Raises ValueError on every rank if a value differs between ranks; it is named, with two ranks that differ."""
 
     def spread(
-        self, model: DiT, average: DiT, autocast: torch.dtype | None, images: int
+        self, model: DiT, average: DiT, autocast: torch.dtype | None, images: int, copies: Copies
     ) -> Callable[..., Tensor]:
         """Spreads the model and its moving average over the ranks, in place.
 
@@ -116,6 +117,7 @@ class Ranks:
             model, average: equal on all ranks.
             autocast: dtype of the products; None is the weights' own.
             images: of a rank in one forward.
+            copies: the weights of the model that are copies of a master; their gradients are averaged in fp32.
 
         Returns:
             What to call in training in place of the model.
@@ -266,9 +268,14 @@ class Replicated(ManyRanks):
     _engine: nn.parallel.DistributedDataParallel
 
     def spread(
-        self, model: DiT, average: DiT, autocast: torch.dtype | None, images: int
+        self, model: DiT, average: DiT, autocast: torch.dtype | None, images: int, copies: Copies
     ) -> Callable[..., Tensor]:
         self._engine = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
+        self._copies = copies
+        if copies:
+            masters = {made: master for master, made in copies.items()}
+            # DDP would compare a function's annotations, which are strings here, with types.
+            self._engine.register_comm_hook(masters, lambda state, bucket: _average_in_fp32(state, bucket))
         self._settle(model, autocast, images)
         return self._engine
 
@@ -284,9 +291,17 @@ class Replicated(ManyRanks):
         (out.float().sum() * 0).backward()
         model.zero_grad(set_to_none=True)
 
-    def part(self, *, last: bool) -> AbstractContextManager[Any]:
-        synchronising: AbstractContextManager[Any] = nullcontext() if last else self._engine.no_sync()
-        return synchronising
+    @contextmanager
+    def part(self, *, last: bool) -> Iterator[None]:
+        if last:
+            # DDP takes gradients in their parameter's dtype. Those of the parts before wait on the masters for the hook.
+            hand_over(self._copies)
+            accumulate_in(torch.bfloat16, self._copies)
+            yield
+            return
+        accumulate_in(torch.float32, self._copies)
+        with self._engine.no_sync():
+            yield
 
     def _norm(self, local: Tensor, squares: Tensor) -> Tensor:
         return local
@@ -316,7 +331,7 @@ class Sharded(ManyRanks):
         self._writers: Any = dist.new_group(list(range(self.pieces)), timeout=self.timeout, backend="gloo")
 
     def spread(
-        self, model: DiT, average: DiT, autocast: torch.dtype | None, images: int
+        self, model: DiT, average: DiT, autocast: torch.dtype | None, images: int, copies: Copies
     ) -> Callable[..., Tensor]:
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -415,6 +430,27 @@ class Sharded(ManyRanks):
         values: list[Any] = [None] * self.pieces
         dist.all_gather_object(values, value, group=self._writers)
         return values
+
+
+def _average_in_fp32(
+    masters: Mapping[Tensor, Tensor], bucket: dist.GradBucket
+) -> torch.futures.Future[Tensor]:
+    """A hook of DDP: the mean of a bucket over the ranks, in fp32.
+
+    Gradients of copies are added to what their masters have, and their means become the masters' gradients; the bucket, in the
+    copies' dtype, could not hold them.
+    """
+    buffer, copies = bucket.buffer(), bucket.parameters()
+    wide = buffer.float()
+    for made, piece in zip(copies, wide.split([made.numel() for made in copies])):
+        master = masters.get(made)
+        if master is not None:
+            gradient = piece.view_as(made)
+            master.grad = gradient if master.grad is None else gradient.add_(master.grad)
+    # As DDP does without a hook.
+    wide.mul_(1 / dist.get_world_size())
+    mean: torch.futures.Future[Any] = dist.all_reduce(wide, async_op=True).get_future()
+    return mean.then(lambda _: buffer)
 
 
 def _local(tensor: Tensor) -> Tensor:

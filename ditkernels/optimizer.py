@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Generic, NamedTuple, TypeVar
 
@@ -20,18 +21,25 @@ import torch
 from torch import Tensor, nn
 
 from ditkernels.config import TrainConfig
+from ditkernels.masters import Copies
 from ditkernels.ops import adamw_ema
 
 Model = TypeVar("Model", bound=nn.Module)
 
 
 def make_optimizer(
-    weights: Iterable[nn.Parameter], config: TrainConfig, average: EMA[Any] | None = None
+    weights: Iterable[nn.Parameter],
+    config: TrainConfig,
+    average: EMA[Any] | None = None,
+    copies: Copies | None = None,
 ) -> torch.optim.AdamW:
-    """Fused AdamW with betas (0.9, 0.999), as in the DiT paper; with ``optimizer: fused`` an :class:`AdamWEMA` of ``average``."""
+    """Fused AdamW with betas (0.9, 0.999), as in the DiT paper.
+
+    With ``optimizer: fused`` an :class:`AdamWEMA` of ``average`` and ``copies``, which must be None without.
+    """
     numbers: dict[str, Any] = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
     if config.optimizer == "fused":
-        return AdamWEMA(weights, average, **numbers)
+        return AdamWEMA(weights, average, copies, **numbers)
     return torch.optim.AdamW(list(weights), **numbers, fused=True)
 
 
@@ -52,14 +60,23 @@ class AdamWEMA(torch.optim.AdamW):
 
     Args:
         average: what is moved; None for nothing. Its own ``update`` is not to be called then.
+        copies: low-precision copies of some of the weights, rewritten at every step; None for none. Those weights' gradients may be
+            in any dtype that ``ops.adamw_ema`` reads.
         lr, weight_decay: AdamW's.
     """
 
     def __init__(
-        self, weights: Iterable[nn.Parameter], average: EMA[Any] | None, *, lr: float, weight_decay: float
+        self,
+        weights: Iterable[nn.Parameter],
+        average: EMA[Any] | None,
+        copies: Copies | None = None,
+        *,
+        lr: float,
+        weight_decay: float,
     ) -> None:
         super().__init__(list(weights), lr=lr, weight_decay=weight_decay, fused=True)
         self._average = average
+        self._copies = copies or {}
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -71,19 +88,37 @@ class AdamWEMA(torch.optim.AdamW):
             self._init_group(group, *lists)
             weights, gradients, exp_avgs, exp_avg_sqs, _, steps = lists
             averages = [] if average is None else [untouched.pop(weight) for weight in weights]
-            adamw_ema(
-                *map(_shards, (weights, gradients, exp_avgs, exp_avg_sqs, steps, averages)),
-                lr=group["lr"],
-                betas=group["betas"],
-                eps=group["eps"],
-                weight_decay=group["weight_decay"],
-                decay=0.0 if average is None else average.decay,
-                grad_scale=getattr(self, "grad_scale", None),
-                found_inf=getattr(self, "found_inf", None),
-            )
+            copies = [self._copies.get(weight) for weight in weights]
+            for kind in _kinds(weights, gradients, exp_avgs, exp_avg_sqs, steps, averages, copies):
+                adamw_ema(
+                    *map(_shards, kind),
+                    lr=group["lr"],
+                    betas=group["betas"],
+                    eps=group["eps"],
+                    weight_decay=group["weight_decay"],
+                    decay=0.0 if average is None else average.decay,
+                    grad_scale=getattr(self, "grad_scale", None),
+                    found_inf=getattr(self, "found_inf", None),
+                )
         if average is not None and untouched:
             # A weight without a gradient stays as it is, but its average does not.
             torch._foreach_lerp_(list(untouched.values()), list(untouched), 1 - average.decay)
+
+
+def _kinds(
+    weights: list[Tensor], gradients: list[Tensor], *rest: list[Any]
+) -> Iterator[tuple[list[Tensor], ...]]:
+    """The lists of ``ops.adamw_ema``, once for the weights of each kind: all gradients in one dtype, all with a copy or none."""
+    *others, copies = rest
+    kinds: dict[Any, list[int]] = defaultdict(list)
+    for index, (gradient, made) in enumerate(zip(gradients, copies)):
+        kinds[gradient.dtype, made is None].append(index)
+    for (_, bare), indices in kinds.items():
+        lists = [
+            [tensors[index] for index in indices] if tensors else []
+            for tensors in (weights, gradients, *others)
+        ]
+        yield *lists, [] if bare else [copies[index] for index in indices]
 
 
 def _shards(tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -139,8 +174,14 @@ def gradients(optimizer: torch.optim.AdamW) -> list[Tensor]:
 
 
 def gradient_norm(gradients: Sequence[Tensor]) -> Tensor:
-    """The norm of all of them together, 0-dim fp32."""
-    return torch.nn.utils.get_total_norm(gradients, foreach=True)
+    """The norm of all of them together, 0-dim, in fp32 where they are narrower."""
+    norms: dict[int, Tensor] = {}
+    for dtype in {gradient.dtype for gradient in gradients}:
+        alike = {index: gradient for index, gradient in enumerate(gradients) if gradient.dtype == dtype}
+        wide = torch.promote_types(dtype, torch.float32)
+        norms |= zip(alike, torch._foreach_norm(list(alike.values()), 2, dtype=wide))
+    # In the gradients' own order, so that their dtypes do not change the order of the sum.
+    return torch.linalg.vector_norm(torch.stack([norms[index] for index in range(len(gradients))]))
 
 
 def update(

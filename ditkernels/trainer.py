@@ -33,6 +33,7 @@ from ditkernels.data import (
 )
 from ditkernels.diffusion import GaussianDiffusion, create_diffusion
 from ditkernels.distributed import Ranks, joined, local_device, telling
+from ditkernels.masters import Copies, accumulate_in, hand_over, lowered, refresh
 from ditkernels.optimizer import (
     EMA,
     AdamWEMA,
@@ -164,6 +165,7 @@ class Trainer:
         ranks: the processes that train it; None: this one alone.
 
     Attributes:
+        model: the trained one, in fp32. With ``master_weights`` another one computes, which holds bf16 copies of its matrices.
         step: steps taken.
         total: steps of the whole run.
         told: what the ranks told each other in the last step that has reached the host.
@@ -194,15 +196,19 @@ class Trainer:
         # Labels are dropped below, by keyed draws; in train mode the embedder would drop again.
         model.y_embedder.eval()
         average = copy_for_average(model)
+        computing, self._copies = self._computing()
         if config.compile:
-            for block in (*model.blocks, model.final_layer):
+            for block in (*computing.blocks, computing.final_layer):
                 block.compile(dynamic=False)
+        images = len(self._positions) // config.accumulation
         self._forward = self.ranks.spread(
-            model, average, AUTOCAST_DTYPES.get(self.precision), len(self._positions) // config.accumulation
+            computing, average, AUTOCAST_DTYPES.get(self.precision), images, self._copies
         )
+        if config.accumulation > 1:
+            accumulate_in(torch.float32, self._copies)
         self.ema = EMA(model, config.ema_decay, average)
         trained = (weight for weight in model.parameters() if weight.requires_grad)
-        self.optimizer = make_optimizer(trained, config, self.ema)
+        self.optimizer = make_optimizer(trained, config, self.ema, self._copies)
         self.loss_scale = LossScale(self.device) if self.precision == "fp16" else None
         self.step = 0
         self.total = config.steps or max(1, config.epochs * data.length // config.global_batch_size)
@@ -241,6 +247,7 @@ class Trainer:
                 part = self._loss(some_images, some_labels, step, positions) / parts
                 (part if self.loss_scale is None else part * self.loss_scale.value).backward()
             loss += part.detach()
+        hand_over(self._copies)
         told = telling(stopping, len(self.unreadable) - self._unreadable_before)
         whole = self.ranks.reduce(loss, gradients(self.optimizer), told)
         norm, skipped = update(self.optimizer, whole.loss, whole.norm, self.loss_scale, self.config.grad_clip)
@@ -452,8 +459,7 @@ class Trainer:
         assert checkpoint.ema is not None
         assert checkpoint.optimizer is not None
         assert checkpoint.step is not None
-        self.ranks.load(self.model, checkpoint.model)
-        self.ranks.load(self.ema.model, checkpoint.ema)
+        self.load(checkpoint.model, checkpoint.ema)
         load_optimizer_tensors(self.optimizer, self.model, checkpoint.optimizer, self.ranks.placed)
         self.step = checkpoint.step
         self.skipped = checkpoint.state["skipped"]
@@ -463,6 +469,23 @@ class Trainer:
         self._pending = checkpoint.state["pending"]
         if self.loss_scale is not None:
             self.loss_scale.load(checkpoint.state["loss_scale"])
+
+    def load(self, weights: Mapping[str, Tensor], average: Mapping[str, Tensor]) -> None:
+        """Takes over state dicts of whole tensors; RuntimeError if one does not fit."""
+        self.ranks.load(self.model, weights)
+        self.ranks.load(self.ema.model, average)
+        refresh(self._copies)
+
+    def _computing(self) -> tuple[DiT, Copies]:
+        """The model that computes, and the copies of the model's weights in it."""
+        if not self.config.master_weights:
+            return self.model, {}
+        if self.precision != "bf16":
+            raise ValueError(
+                f"master_weights: got precision {self.config.precision}, which is {self.precision} on "
+                f"{self.device.type}, allowed is bf16"
+            )
+        return lowered(self.model, torch.bfloat16)
 
     def _check_label_dropout(self) -> None:
         table, classes = self.model.y_embedder.embedding_table, self.model.num_classes

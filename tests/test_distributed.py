@@ -883,3 +883,13 @@ def test_whatever_a_model_is_made_of_two_ranks_train_it_as_one_does(
     expected, found = losses(lone.complete()), losses(pair.complete())
     assert len(found) == 5
     assert (found - expected).abs().max() <= LAST_PLACES[precision] * expected.max()
+
+
+def test_master_weights_of_two_ranks_are_those_of_fp32_weights(forked, weights, tmp_path):
+    flags = (*DDP, "--precision", "bf16", "--optimizer", "fused", "--grad-clip", "0.5")
+    for parts in ("1", "3"):
+        plain = World(forked, 2, tmp_path / f"plain-{parts}", *weights, *flags, "--accumulation", parts)
+        masters = World(
+            forked, 2, tmp_path / parts, *weights, *flags, "--accumulation", parts, "--master-weights"
+        )
+        assert_same_end(masters.complete(), plain.complete())

@@ -152,6 +152,32 @@ def test_killed_at_fifty_random_moments_it_ends_where_an_unbroken_run_does(forke
         ended += 1
 
 
+def test_with_master_weights_a_killed_run_ends_where_one_without_them_does(forked, tmp_path):
+    flags = ("--precision", "bf16", "--optimizer", "fused")
+    assert complete(forked, tmp_path / "plain", *flags) == 0
+    flags = (*flags, "--master-weights")
+    begin = time.perf_counter()
+    assert complete(forked, tmp_path / "unbroken", *flags) == 0
+    duration = time.perf_counter() - begin
+    assert_same_end(tmp_path / "unbroken", tmp_path / "plain")
+    moments = random.Random(0)
+    kills = ended = 0
+    while kills < 5:
+        folder = tmp_path / str(ended)
+        while kills < 5:
+            process = start(forked, folder, *flags)
+            process.join(timeout=moments.uniform(0, duration))
+            if process.exitcode is None:
+                process.kill()
+            if finish(process) == 0:
+                break
+            assert process.exitcode == KILLED, told(folder)
+            kills += 1
+        assert complete(forked, folder, *flags) == 0, told(folder)
+        assert_same_end(folder, tmp_path / "plain")
+        ended += 1
+
+
 CALLS = ("fsync", "replace", "unlink", "rmdir", "mkdir")
 
 

@@ -317,7 +317,14 @@ def as_on_a_gpu(monkeypatch):
 
 
 @pytest.mark.usefixtures("as_on_a_gpu")
-@pytest.mark.parametrize("changes", [{}, {"precision": "fp16", "grad_clip": 1.0, "accumulation": 2}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"precision": "fp16", "grad_clip": 1.0, "accumulation": 2},
+        {"precision": "bf16", "optimizer": "fused", "master_weights": True},
+    ],
+)
 def test_the_steady_step_makes_no_host_synchronisation(tmp_path, changes):
     trainer = make_trainer(tmp_path, **changes)
     batches = [trainer.data.train[step] for step in range(3)]

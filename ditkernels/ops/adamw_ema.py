@@ -11,7 +11,8 @@ which is torch's fused AdamW followed by the average's own step. A step whose ``
 nor t, and the average takes its step towards the unchanged w; nothing waits for the host to know.
 
 Bytes a parameter in fp32, the gradient included: 36 here, 40 for torch's two passes (28 and 12), since w is read once and not
-twice. A bf16 copy adds the 2 bytes of its write; to cast the weight later would read 4 and write 2.
+twice. A bf16 copy adds the 2 bytes of its write; to cast the weight later would read 4 and write 2. With it comes a gradient in
+bf16, of 2 bytes fewer (``train --master-weights``): 36 again, and no cast of weight or gradient anywhere else.
 
 This op changes its arguments and has no derivative: gradients are not kept (torch's fused kernel leaves them divided, ours as they
 were), so what they hold afterwards is not defined.

@@ -1,0 +1,70 @@
+"""Master weights: a model that computes with bf16 matrices, of which the optimizer holds the fp32 originals, the masters.
+
+Under autocast a step casts every fp32 matrix to bf16 and every gradient of one back to fp32. Here the matrices that compute are
+bf16 parameters: the ``copies`` that ``ops.adamw_ema`` rewrites while it updates their masters, and whose gradients it reads as they
+come. Autocast stays on, and finds no matrix left to cast. Biases, norms, tables and positions are the master model's own.
+
+The numbers stay those of autocast over fp32 weights: a copy is its master rounded to nearest, as a cast makes it, and a gradient in
+bf16 is widened exactly where it is read. Gradients that are sums of several are added in fp32 (``grad_dtype``), as they were.
+
+A master's gradient stands in ``master.grad`` once it is complete, so whatever reads gradients finds them on the masters.
+
+Micikevicius et al., "Mixed Precision Training", arXiv 1710.03740.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+Model = TypeVar("Model", bound=nn.Module)
+
+# The copy of every master that has one.
+Copies = Mapping[Tensor, nn.Parameter]
+
+
+def lowered(model: Model, dtype: torch.dtype) -> tuple[Model, Copies]:
+    """A model that computes with copies of the matrices of linears and convolutions, the weights that autocast would cast.
+
+    Args:
+        model: the masters', in fp32. It is left as it is, but that the matrices' gradients may come in any dtype.
+        dtype: bf16.
+
+    Returns:
+        The model that computes, which shares all other parameters with the given one, and the copies.
+    """
+    matrices = [
+        module.weight
+        for module in model.modules()
+        if isinstance(module, (nn.Linear, nn.Conv2d)) and module.weight.requires_grad
+    ]
+    copies = {master: nn.Parameter(master.detach().to(dtype)) for master in matrices}
+    shared = {id(weight): weight for weight in (*model.parameters(), *model.buffers())}
+    for master in matrices:
+        master.grad_dtype = None
+    return copy.deepcopy(model, shared | {id(master): made for master, made in copies.items()}), copies
+
+
+def accumulate_in(dtype: torch.dtype, copies: Copies) -> None:
+    """From now on the copies' gradients are of this dtype, and added in it: fp32 for sums over the parts of a batch."""
+    for made in copies.values():
+        made.grad_dtype = dtype
+
+
+@torch.no_grad()
+def refresh(copies: Copies) -> None:
+    """Takes over masters that were changed by anything but ``ops.adamw_ema``."""
+    for master, made in copies.items():
+        made.copy_(master)
+
+
+def hand_over(copies: Copies) -> None:
+    """Gives the masters the gradients of their copies, but for masters that have theirs."""
+    for master, made in copies.items():
+        if master.grad is None:
+            master.grad = made.grad
+        made.grad = None
