@@ -109,9 +109,7 @@ def _codes(
     found = []
     for row in moved:
         code = known[FAMILIES.get(cases[row["case"]].op, "adaln")][row["kernel"]]
-        static = code["static_shared_bytes"]
-        if int(architecture) >= 100:
-            static -= machine_code.SHARED_RESERVED  # which the compiler counts there
+        static = declared_shared(code["static_shared_bytes"], architecture)
         big = cases[row["case"]].big()
         found.append(
             {
@@ -121,6 +119,11 @@ def _codes(
             }
         )
     return found
+
+
+def declared_shared(reported: int, architecture: str) -> int:
+    """Bytes of a kernel's own shared memory: from sm_90 on, in a file that uses some, the compiler adds what the driver reserves."""
+    return max(0, reported - machine_code.SHARED_RESERVED) if int(architecture) >= 90 else reported
 
 
 def launch(case: Case, found: dict[str, Any], architecture: str, bandwidth: float) -> dict[str, Any]:

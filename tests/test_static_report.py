@@ -123,6 +123,16 @@ def test_every_kernel_on_every_architecture(backend: str, precision: str, tmp_pa
     assert_line(report(tmp_path, "--backends", backend, "--precisions", precision, *archs))
 
 
+@pytest.mark.parametrize(
+    "reported, architecture, own",
+    [(0, "100", 0), (1024, "100", 0), (1536, "90", 512), (0, "80", 0), (1024, "80", 1024)],
+)
+def test_shared_memory_that_the_driver_reserves_is_not_the_kernels(
+    reported: int, architecture: str, own: int
+) -> None:
+    assert static_report.declared_shared(reported, architecture) == own
+
+
 def test_a_backend_that_cannot_be_looked_at_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         static_report, "why_not", {"triton": "triton is not here", "cuda": "nvcc is not here"}.get
