@@ -122,7 +122,7 @@ def _codes(
 
 
 def declared_shared(reported: int, architecture: str) -> int:
-    """Bytes of a kernel's own shared memory: from sm_90 on, in a file that uses some, the compiler adds what the driver reserves."""
+    """Bytes of a kernel's own shared memory: from sm_90 on the compiler adds what the driver reserves, in a file that uses any."""
     return max(0, reported - machine_code.SHARED_RESERVED) if int(architecture) >= 90 else reported
 
 
