@@ -25,6 +25,7 @@ import torch._dynamo
 import torch.distributed as dist
 import torch.distributed.fsdp  # imported once, in the server
 from numerics import REORDERING_FACTOR
+from sabotage import KILLED, flip_a_bit, kill_at_call, slow_steps
 from sklearn.datasets import load_digits as _warm  # noqa: F401 (likewise)
 from test_trainer import CountSynchronisations
 from torch.distributed.launcher.api import LaunchConfig
@@ -60,7 +61,6 @@ TRAIN = [
     *("--steps", str(STEPS), "--global-batch-size", "12", "--learning-rate", "1e-3", "--ema-decay", "0.9"),
     *("--num-workers", "0", "--device", "cpu", "--log-every", "1", "--resume", "auto", "--ckpt-every", "4"),
 ]
-KILLED = -signal.SIGKILL
 DDP, FSDP = ("--parallel", "ddp"), ("--parallel", "fsdp")
 
 
@@ -323,16 +323,6 @@ def unbroken(forked, weights, tmp_path_factory):
     return run
 
 
-def slow_steps(seconds):
-    genuine = Trainer.train_step
-
-    def train_step(self, *args):
-        time.sleep(seconds)
-        return genuine(self, *args)
-
-    Trainer.train_step = train_step
-
-
 @SPREAD
 def test_where_one_rank_is_killed_the_others_say_so_and_the_run_resumes(
     forked, weights, unbroken, tmp_path, size, flags
@@ -361,28 +351,6 @@ def test_where_one_rank_is_killed_the_others_say_so_and_the_run_resumes(
         world.complete()
         assert f"resumed from step {stopped.checkpoint.step}" in world.told(0)
         assert_same_end(folder, unbroken(size, flags))
-
-
-CALLS = ("fsync", "replace", "unlink", "rmdir", "mkdir")
-
-
-def kill_at_call(number):
-    """Lets the process die in place of its ``number``-th system call that makes or removes something."""
-    made = []
-
-    def intercept(name):
-        genuine = getattr(os, name)
-
-        def call(*args, **kwargs):
-            if len(made) == number:
-                os.kill(os.getpid(), signal.SIGKILL)
-            made.append(name)
-            return genuine(*args, **kwargs)
-
-        return call
-
-    for name in CALLS:
-        setattr(os, name, intercept(name))
 
 
 def killed_while_writing(forked, common, folder, rank, number):
@@ -478,12 +446,6 @@ def test_each_rank_holds_and_writes_its_share(unbroken):
     assert len(sizes) == 2
     # Tensors with an odd number of rows, and AdamW's step counts, lie with the first.
     assert sizes[0] > 0.9 * sizes[1]
-
-
-def flip_a_bit(path):
-    content = bytearray(path.read_bytes())
-    content[-4] ^= 1
-    path.write_bytes(content)
 
 
 @pytest.mark.parametrize("damage", [flip_a_bit, os.unlink])

@@ -5,13 +5,13 @@ import multiprocessing
 import os
 import pickle
 import shutil
-import signal
 import sys
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from sabotage import KILLED, kill_at_call
 from safetensors.torch import load_file, save_file
 from test_benchmarks import run as run_benchmark
 
@@ -195,30 +195,15 @@ def in_process(work, *arguments):
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-CALLS = ("fsync", "replace", "unlink", "rmdir", "mkdir")
-
-
 def encode_and_die_at(call, config):
     """Encodes, but dies in place of its ``call``-th system call that makes or removes a file."""
-    made = []
-
-    def intercepted(genuine):
-        def stand_in(*args, **kwargs):
-            if len(made) == call:
-                os.kill(os.getpid(), signal.SIGKILL)
-            made.append(genuine)
-            return genuine(*args, **kwargs)
-
-        return stand_in
-
-    for name in CALLS:
-        setattr(os, name, intercepted(getattr(os, name)))
+    kill_at_call(call)
     encode(config, CPU)
 
 
 def test_killed_at_any_instant_it_ends_with_the_bytes_of_an_unbroken_run(images, vae, encoded, tmp_path):
-    call, status = 0, -signal.SIGKILL
-    while status == -signal.SIGKILL:
+    call, status = 0, KILLED
+    while status == KILLED:
         out = tmp_path / str(call)
         config = settings(images, vae, out)
         status = in_process(encode_and_die_at, call, config)
@@ -295,7 +280,7 @@ def test_the_number_of_reading_processes_changes_no_byte(images, vae, encoded, t
 def test_a_damaged_shard_is_made_again_when_a_run_goes_on(images, vae, encoded, tmp_path, capsys):
     config = settings(images, vae, tmp_path)
     # Settings, then shards 0 and 1 with their records, are two calls a file.
-    assert in_process(encode_and_die_at, 11, config) == -signal.SIGKILL
+    assert in_process(encode_and_die_at, 11, config) == KILLED
     assert sorted(path.name for path in (tmp_path / ".parts").iterdir()) == [
         "00000.json",
         "00001.json",
@@ -331,7 +316,7 @@ def test_a_shard_of_images_that_have_changed_is_not_made_again(images, vae, enco
         shutil.copytree(encoded, out)
     else:
         out.mkdir()
-        assert in_process(encode_and_die_at, 11, settings(changed, vae, out)) == -signal.SIGKILL
+        assert in_process(encode_and_die_at, 11, settings(changed, vae, out)) == KILLED
     (out / "latents-00001.safetensors").unlink()
     Image.new("RGB", (10, 10)).save(changed / "bee" / "2.png")
     with pytest.raises(LatentsError, match=r"latents-00001\.safetensors cannot be made again: its images"):
@@ -344,7 +329,7 @@ def test_a_run_of_other_settings_is_refused(images, vae, encoded, tmp_path, fini
     if finished:
         shutil.copytree(encoded, tmp_path, dirs_exist_ok=True)
     else:
-        assert in_process(encode_and_die_at, 8, settings(images, vae, tmp_path)) == -signal.SIGKILL
+        assert in_process(encode_and_die_at, 8, settings(images, vae, tmp_path)) == KILLED
     before = content(tmp_path)
     with pytest.raises(
         ValueError,

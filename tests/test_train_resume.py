@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch._dynamo  # an optimizer imports it when it is made
+from sabotage import KILLED, flip_a_bit, kill_at_call, slow_steps
 from sklearn.datasets import load_digits as _warm  # noqa: F401 (the server imports this module once for all)
 
 from ditkernels import sampler, trainer  # noqa: F401 (likewise)
@@ -24,7 +25,6 @@ from ditkernels.checkpoint import CheckpointWriter, checkpoints_of, load_checkpo
 from ditkernels.cli import main
 from ditkernels.config import TrainConfig
 from ditkernels.runlog import METRICS, read_metrics
-from ditkernels.trainer import Trainer
 
 STEPS = 10
 TRAIN = [
@@ -33,7 +33,6 @@ TRAIN = [
     *("--global-batch-size", "4", "--learning-rate", "1e-2", "--ema-decay", "0.9", "--num-workers", "0"),
     *("--device", "cpu", "--log-every", "3", "--resume", "auto", "--ckpt-every", "2", "--keep-last", "2"),
 ]
-KILLED = -signal.SIGKILL
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -162,9 +161,9 @@ def test_with_master_weights_a_killed_run_ends_where_one_without_them_does(forke
     assert_same_end(tmp_path / "unbroken", tmp_path / "plain")
     moments = random.Random(0)
     kills = ended = 0
-    while kills < 5:
+    while kills < 3:
         folder = tmp_path / str(ended)
-        while kills < 5:
+        while kills < 3:
             process = start(forked, folder, *flags)
             process.join(timeout=moments.uniform(0, duration))
             if process.exitcode is None:
@@ -178,28 +177,6 @@ def test_with_master_weights_a_killed_run_ends_where_one_without_them_does(forke
         ended += 1
 
 
-CALLS = ("fsync", "replace", "unlink", "rmdir", "mkdir")
-
-
-def kill_at_call(number, folder):
-    """Lets the process die in place of its ``number``-th system call on the run's folder that makes or removes something."""
-    made = []
-
-    def intercept(name):
-        genuine = getattr(os, name)
-
-        def call(*args, **kwargs):
-            if len(made) == number:
-                os.kill(os.getpid(), signal.SIGKILL)
-            made.append(name)
-            return genuine(*args, **kwargs)
-
-        return call
-
-    for name in CALLS:
-        setattr(os, name, intercept(name))
-
-
 def test_killed_in_every_stage_of_a_checkpoint_write_it_ends_where_an_unbroken_run_does(
     forked, unbroken, tmp_path
 ):
@@ -210,7 +187,7 @@ def test_killed_in_every_stage_of_a_checkpoint_write_it_ends_where_an_unbroken_r
     for number in range(200):
         folder = tmp_path / str(number)
         shutil.copytree(common, folder)
-        status = complete(forked, folder, *flags, "--steps", "6", sabotage=(kill_at_call, number, folder))
+        status = complete(forked, folder, *flags, "--steps", "6", sabotage=(kill_at_call, number))
         if status == 0:
             break
         assert status == KILLED, told(folder)
@@ -225,16 +202,6 @@ def test_killed_in_every_stage_of_a_checkpoint_write_it_ends_where_an_unbroken_r
 # ------------------------------------------------------------------------------------------------------------------
 # Stopped
 # ------------------------------------------------------------------------------------------------------------------
-
-
-def slow_steps(seconds):
-    genuine = Trainer.train_step
-
-    def train_step(self, *args):
-        time.sleep(seconds)
-        return genuine(self, *args)
-
-    Trainer.train_step = train_step
 
 
 def wait_for_step(folder):
@@ -277,12 +244,6 @@ def test_a_second_signal_exits_at_once(forked, tmp_path):
 # ------------------------------------------------------------------------------------------------------------------
 # Damaged, another run's, a full disk
 # ------------------------------------------------------------------------------------------------------------------
-
-
-def flip_a_bit(path):
-    content = bytearray(path.read_bytes())
-    content[-4] ^= 1
-    path.write_bytes(content)
 
 
 def cut_short(path):
