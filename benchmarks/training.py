@@ -30,6 +30,8 @@ from torch import Tensor
 import ditkernels
 from ditkernels import flops, reference
 from ditkernels.diffusion import create_diffusion
+from ditkernels.masters import hand_over, lowered
+from ditkernels.optimizer import EMA, AdamWEMA
 
 CONTRACT_FACTOR, CONTRACT_ULPS = 4.0, 2.0  # what the numerical contract allows a whole model
 GATE_BATCH = 2
@@ -52,6 +54,7 @@ class Recipe(NamedTuple):
         compiled: None, or the mode that each block is compiled in.
         residual_dtype: of our model's residual stream; None is the plain model's.
         checkpointing: of our model's activations: what is recomputed in the backward to save memory.
+        master_weights: whether bf16 matrices compute, whose masters one pass updates together with the moving average.
     """
 
     fused: bool
@@ -59,6 +62,7 @@ class Recipe(NamedTuple):
     compiled: str | None = None
     residual_dtype: torch.dtype | None = None
     checkpointing: str = "none"
+    master_weights: bool = False
 
     def autocast(self, device: torch.device) -> AbstractContextManager[Any]:
         """What the forward runs under."""
@@ -77,6 +81,7 @@ RECIPES = {
     "ours-compiled-bf16": Recipe(True, "bf16", "default"),
     "ours-compiled-bf16-residual": Recipe(True, "bf16", "default", torch.bfloat16),
     "ours-max-autotune-bf16": Recipe(True, "bf16", "max-autotune-no-cudagraphs"),
+    "ours-bf16-residual-masters": Recipe(True, "bf16", residual_dtype=torch.bfloat16, master_weights=True),
     "ours-bf16-selective": Recipe(True, "bf16", checkpointing="selective"),
     "ours-bf16-full": Recipe(True, "bf16", checkpointing="full"),
     "ours-fp32": Recipe(True, "fp32"),
@@ -154,20 +159,43 @@ class Step:
         self.batches = batches(batch, self.model, device)
         self.diffusion = create_diffusion("")
         self.weights = [weight for weight in self.model.parameters() if weight.requires_grad]
+        self.computing = self.prepare()
+        if recipe.compiled is not None:
+            compile_blocks(self.computing, recipe.compiled)
+
+    def prepare(self) -> reference.DiT:
+        """Makes the optimizer; returns the model that computes."""
         self.averages = [weight.detach().clone() for weight in self.weights]
         self.optimizer = torch.optim.AdamW(self.weights, lr=LEARNING_RATE, weight_decay=0.0, fused=True)
-        if recipe.compiled is not None:
-            compile_blocks(self.model, recipe.compiled)
+        return self.model
+
+    def update(self) -> None:
+        """The optimizer's step, and the moving average's."""
+        self.optimizer.step()
+        with torch.no_grad():
+            torch._foreach_lerp_(self.averages, self.weights, 1 - EMA_DECAY)
 
     def __call__(self, index: int) -> None:
         x, t, y = self.batches[index % len(self.batches)]
         with self.recipe.autocast(self.device):
-            loss = self.diffusion.training_losses(self.model, x, t, model_kwargs={"y": y})["loss"].mean()
+            loss = self.diffusion.training_losses(self.computing, x, t, model_kwargs={"y": y})["loss"].mean()
         loss.backward()
-        self.optimizer.step()
+        self.update()
         self.optimizer.zero_grad(set_to_none=True)
-        with torch.no_grad():
-            torch._foreach_lerp_(self.averages, self.weights, 1 - EMA_DECAY)
+
+
+class MasterStep(Step):
+    """A training step with master weights."""
+
+    def prepare(self) -> reference.DiT:
+        computing, self.copies = lowered(self.model, torch.bfloat16)
+        average = EMA(self.model, EMA_DECAY)
+        self.optimizer = AdamWEMA(self.weights, average, self.copies, lr=LEARNING_RATE, weight_decay=0.0)
+        return computing
+
+    def update(self) -> None:
+        hand_over(self.copies)
+        self.optimizer.step()
 
 
 def largest(
@@ -177,7 +205,7 @@ def largest(
     for batch in sorted(sizes, reverse=True):
         _collect(device)
         try:
-            step = Step(recipe, network, device, batch)
+            step = (MasterStep if recipe.master_weights else Step)(recipe, network, device, batch)
         except torch.OutOfMemoryError:
             continue
         if measure.fits(Contender("", step)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -90,6 +91,26 @@ def test_a_norm_of_gradients_in_bf16_and_fp32_is_that_of_the_same_in_fp32():
     assert torch.equal(gradient_norm(gradients), gradient_norm([gradient.float() for gradient in gradients]))
     wide = [gradient.double() for gradient in gradients]
     assert gradient_norm(wide).dtype == torch.float64
+
+
+def test_the_benchmarks_contender_takes_the_steps_of_the_one_it_is_compared_with(monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parent.parent / "benchmarks")
+    import training
+
+    network, cpu = training.Network("DiT-S/8", 16), torch.device("cpu")
+    masters, plain = (
+        kind(training.RECIPES[name], network, cpu, 1)
+        for kind, name in (
+            (training.MasterStep, "ours-bf16-residual-masters"),
+            (training.Step, "ours-bf16-residual"),
+        )
+    )
+    masters.batches = plain.batches
+    for step in (masters, plain):
+        torch.manual_seed(0)  # of the noise
+        step(0)
+    assert same_bits(masters.model, plain.model)
+    assert masters.computing.blocks[0].mlp.fc1.weight.dtype == BF16
 
 
 # --------------------------------------------------------------------------------------------------------------
