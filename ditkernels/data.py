@@ -251,7 +251,7 @@ class ImageFolder:
                 continue
             return torch.from_numpy(pixels).permute(2, 0, 1), at
         raise UnreadableImagesError(
-            f"{attempts} images in a row are unreadable, the last {self.root / self.files[at]}"
+            f"unreadable images: got {attempts} in a row, the last {self.root / self.files[at]}"
         )
 
     def unreadable(self, index: int, found: int) -> list[str]:

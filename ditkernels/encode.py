@@ -56,6 +56,7 @@ from ditkernels.sampler.command import process_device, processes
 from ditkernels.sampler.generate import World, pinned_threads
 from ditkernels.sampler.outputs import remove_leftovers, write_bytes, write_json
 from ditkernels.vae import VAE, load_vae
+from ditkernels.words import counted
 
 PARTS, SETTINGS = ".parts", "settings.json"
 
@@ -338,7 +339,7 @@ def _check_unreadable(records: Sequence[dict[str, Any]], allowed: int) -> None:
     found = _unreadable(records)
     if len(found) > allowed:
         raise UnreadableImagesError(
-            f"{len(found)} images are unreadable, allowed are {allowed} (max_unreadable); the last one is {found[-1]}"
+            f"unreadable images: got {len(found)}, allowed are {allowed} (max_unreadable); the last one is {found[-1]}"
         )
 
 
@@ -395,10 +396,14 @@ def run(args: argparse.Namespace) -> int:
     with processes() as world:
         folder = encode(config, process_device(config.device, world), world)
     if world.rank == 0:
-        print(f"{len(folder)} images as latents in {config.out}, {len(folder.shards)} shards")
+        print(f"{config.out}: {_extent(folder)}")
         for file in read_index(folder.root / INDEX)["unreadable"]:
             print(f"{file}: not a readable image; the next one stands in its place")
     return 0
+
+
+def _extent(folder: LatentFolder) -> str:
+    return f"{counted(len(folder), 'image')} in {counted(len(folder.shards), 'shard')}"
 
 
 def verify(root: Path) -> int:
@@ -416,5 +421,5 @@ def verify(root: Path) -> int:
             wrong.append(str(error))
     if wrong:
         raise LatentsError("; ".join(wrong))
-    print(f"{root}: {len(folder)} images in {len(folder.shards)} shards, every SHA-256 is right")
+    print(f"{root}: {_extent(folder)}, every SHA-256 is right")
     return 0

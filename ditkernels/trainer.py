@@ -51,6 +51,7 @@ from ditkernels.reference import DiT
 from ditkernels.runlog import OneStepLate, QuietLog, RunLog, StepMetrics
 from ditkernels.surroundings import StopSignal, numerics, resolve_device, resolve_precision
 from ditkernels.vae import VAE, vae_for
+from ditkernels.words import counted
 
 if TYPE_CHECKING:
     from ditkernels.evaluate.monitor import Monitor
@@ -321,7 +322,7 @@ class Trainer:
         log.step(metrics, self.skipped)
         if self.skipped_in_a_row > self.config.max_skipped:
             raise NonFiniteGradientError(
-                f"{self.skipped_in_a_row} steps in a row up to step {metrics.step} had a loss or gradient that is not "
+                f"{counted(self.skipped_in_a_row, 'step')} in a row up to step {metrics.step} had a loss or gradient that is not "
                 f"finite (the last: loss {metrics.loss}, norm {metrics.norm}); a lower learning rate is the usual cure"
             )
 
@@ -342,7 +343,7 @@ class Trainer:
         if count > self.config.max_unreadable:
             last = f"; one is {min(self.unreadable)}" if self.unreadable else ""
             raise UnreadableImagesError(
-                f"{count} images are unreadable, allowed are {self.config.max_unreadable} (max_unreadable){last}"
+                f"unreadable images: got {count}, allowed are {self.config.max_unreadable} (max_unreadable){last}"
             )
 
     def look(self, log: RunLog) -> None:

@@ -7,6 +7,7 @@ import types
 import pytest
 
 from ditkernels import BackendError, __version__, cli
+from ditkernels.words import counted
 
 
 def add_command(monkeypatch, name, run, add_arguments=lambda parser: None):
@@ -37,6 +38,10 @@ def test_a_command_gets_its_arguments_and_gives_the_exit_status(monkeypatch):
     add_command(monkeypatch, "greet", run, add_arguments)
     assert cli.main(["greet", "--count", "3", "you"]) == 7
     assert seen == [(3, "you")]
+
+
+def test_one_is_no_plural():
+    assert [counted(count, "shard") for count in (0, 1, 2)] == ["0 shards", "1 shard", "2 shards"]
 
 
 def test_only_the_command_asked_for_is_imported(monkeypatch):

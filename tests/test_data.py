@@ -240,7 +240,7 @@ def test_too_many_unreadable_images_in_a_row_are_an_error(folder):
     for index in range(4):
         damage(folder / "n01" / f"{index}.png")
     with pytest.raises(
-        UnreadableImagesError, match=r"4 images in a row are unreadable, the last .*n01/3\.png"
+        UnreadableImagesError, match=r"unreadable images: got 4 in a row, the last .*n01/3\.png"
     ):
         batches(folder, batch_size=12, max_unreadable=3)[0]
 
@@ -260,7 +260,7 @@ def test_the_trainer_counts_unreadable_images_and_stops_at_the_limit(folder, tmp
     assert shown.count("skipped ") == 2
     assert f"skipped {folder}/n01/1.png: not a readable image" in shown
     assert main([*flags, "--results-dir", str(tmp_path / "b"), "--max-unreadable", "1"]) == 2
-    assert "2 images are unreadable, allowed are 1" in capsys.readouterr().err
+    assert "unreadable images: got 2, allowed are 1" in capsys.readouterr().err
 
 
 def test_a_missing_pillow_names_the_extra(folder, monkeypatch):

@@ -691,7 +691,7 @@ def pictures(tmp_path_factory):
 def test_unreadable_images_are_counted_over_all_ranks(forked, pictures, tmp_path):
     world = World(forked, 2, tmp_path / "few", *pictures, "--max-unreadable", "1")
     assert world.end() == [2, 2]
-    assert all("images are unreadable, allowed are 1" in world.told(rank) for rank in range(2))
+    assert all("unreadable images: got 2, allowed are 1" in world.told(rank) for rank in range(2))
     # In one step each rank sees one of the two.
     world = World(forked, 2, tmp_path / "enough", *pictures, "--max-unreadable", "4", "--steps", "1")
     recorded = newest_checkpoint(world.complete()).checkpoint.state["unreadable"]

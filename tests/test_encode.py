@@ -393,17 +393,17 @@ def test_too_many_unreadable_images_are_an_error(damaged, vae, tmp_path):
     # The second time all shards are there, and their files are still too many.
     for _ in range(2):
         with pytest.raises(
-            ValueError, match=r"3 images are unreadable, allowed are 2 .*; the last one is cat/2"
+            ValueError, match=r"unreadable images: got 3, allowed are 2 .*; the last one is cat/2"
         ):
             encode(settings(damaged, vae, tmp_path / "out", max_unreadable=2), CPU)
     assert not (tmp_path / "out" / INDEX).exists()
-    with pytest.raises(ValueError, match=r"2 images in a row are unreadable, the last .*bee/0\.png"):
+    with pytest.raises(ValueError, match=r"unreadable images: got 2 in a row, the last .*bee/0\.png"):
         encode(settings(damaged, vae, tmp_path / "other", max_unreadable=1), CPU)
 
 
 def test_unreadable_images_are_counted_as_soon_as_a_shard_is_done(damaged, vae, tmp_path):
     (damaged / "ant" / "0.png").write_bytes(b"no image")
-    with pytest.raises(ValueError, match=r"3 images are unreadable, allowed are 2"):
+    with pytest.raises(ValueError, match=r"unreadable images: got 3, allowed are 2"):
         encode(settings(damaged, vae, tmp_path / "out", max_unreadable=2), CPU)
     assert not (tmp_path / "out" / "latents-00001.safetensors").exists()
 
@@ -415,7 +415,7 @@ def test_unreadable_images_are_counted_as_soon_as_a_shard_is_done(damaged, vae, 
 
 def test_verifying_reads_every_shard_and_names_all_that_are_altered(copied, capsys):
     assert main(["encode", "--verify", "--out", str(copied)]) == 0
-    assert "11 images in 3 shards, every SHA-256 is right" in capsys.readouterr().out
+    assert "11 images in 3 shards, every SHA-256 is right\n" in capsys.readouterr().out
     for number in (0, 2):
         flip_a_bit(copied / f"latents-{number:05d}.safetensors")
     # A start of training does not read them.

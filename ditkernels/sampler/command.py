@@ -20,6 +20,7 @@ from ditkernels.sampler.drawing import SOLVERS, SampleConfig
 from ditkernels.sampler.generate import FORMATS, METADATA, Batches, Job, World, generate
 from ditkernels.sampler.labels import SCHEMES, Labels, parse_classes, read_labels
 from ditkernels.sampler.loading import WEIGHTS, load_model
+from ditkernels.words import counted
 
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 DRIFTING_APART = datetime.timedelta(days=7)
@@ -91,7 +92,7 @@ def run(args: argparse.Namespace) -> int:
         if world.rank == 0:
             seconds = time.perf_counter() - started
             print(
-                f"{args.count} images in {args.out}, {seconds:.1f} s; what made them: {args.out / METADATA}"
+                f"{counted(args.count, 'image')} in {args.out}, {seconds:.1f} s; what made them: {args.out / METADATA}"
             )
     return 0
 
