@@ -35,23 +35,27 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 import ditkernels
 from ditkernels import reference
 from ditkernels.masters import lowered
+from ditkernels.ops import mlp_cuda
 
 # An H200's, as design figures: 790 TFLOP/s of bf16 products, 4300 GB/s of copying. Assumed here, not measured.
 ASSUMED_TFLOPS, ASSUMED_GBPS = 790.0, 4300.0
 OPTIMIZER_BYTES, FUSED_OPTIMIZER_BYTES = 40, 36
 FREE = {"aten::detach", "aten::empty_like", "aten::_unsafe_view", "prim::device"}
+# Of products with epilogues: what they move beside operands and result, the argument of GELU, among outputs or arguments.
+KEPT = {"mlp": (1, 1), "mlp_backward": (0, 5)}
 PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "convolution", "convolution_backward")
 
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """A way to train: which model, with which dtype of the residual stream, the bytes of its optimizer a parameter, and whether
-    its matrices are bf16 copies of master weights."""
+    """A way to train: which model, with which dtype of the residual stream, the bytes of its optimizer a parameter, whether its
+    matrices are bf16 copies of master weights, and whether GELU is an epilogue of its MLPs' products."""
 
     models: Any
     options: dict[str, Any]
     optimizer_bytes: int = OPTIMIZER_BYTES
     master_weights: bool = False
+    epilogues: bool = False
 
 
 VARIANTS = {
@@ -63,6 +67,13 @@ VARIANTS = {
     ),
     "ours, bf16 residual, fused optimizer, master weights": Variant(
         ditkernels.DiT_models, {"residual_dtype": torch.bfloat16}, FUSED_OPTIMIZER_BYTES, master_weights=True
+    ),
+    "ours, bf16 residual, fused optimizer, master weights, epilogues": Variant(
+        ditkernels.DiT_models,
+        {"residual_dtype": torch.bfloat16},
+        FUSED_OPTIMIZER_BYTES,
+        master_weights=True,
+        epilogues=True,
     ),
 }
 
@@ -93,7 +104,9 @@ class _Bytes(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         name = func.name().split(".")[0]
         bare = name.partition("::")[2]
-        if not func.is_view and name not in FREE and bare not in PRODUCTS and "attention" not in bare:
+        if bare in KEPT:
+            self.moved[name] += _footprint((args, out)[KEPT[bare][0]][KEPT[bare][1]])
+        elif not func.is_view and name not in FREE and bare not in PRODUCTS and "attention" not in bare:
             tensors = {
                 id(leaf): leaf for leaf in tree_leaves((args, kwargs, out)) if isinstance(leaf, Tensor)
             }
@@ -137,12 +150,17 @@ def count(variant: Variant, model: str, input_size: int, batch: int) -> Counted:
             net, _ = lowered(net, torch.bfloat16)
         x = torch.empty(batch, net.in_channels, input_size, input_size)
         labels = torch.empty(batch, dtype=torch.int64)
-        with counter, moved, ditkernels.use_backend("torch"):
+        with counter, moved, ditkernels.use_backend("torch"), _mlps_as_one_op(variant.epilogues):
             with torch.autocast("cpu", torch.bfloat16):
                 out = net(x, labels, labels)
             out.float().square().mean().backward()
     trainable = sum(weight.numel() for weight in net.parameters() if weight.requires_grad)
     return Counted(counter.get_total_flops(), moved.moved, variant.optimizer_bytes * trainable)
+
+
+def _mlps_as_one_op(answer: bool) -> AbstractContextManager[Any]:
+    """What a GPU with cuBLASLt's epilogues would answer."""
+    return mock.patch.object(mlp_cuda, "serves", return_value=answer)
 
 
 def _values_unseen() -> AbstractContextManager[Any]:

@@ -114,7 +114,7 @@ def dtype_of(name: str, case: check.Case, precision: check.Precision) -> torch.d
 
 def needs_gradient(name: str, case: check.Case) -> bool:
     """In training neither the latents nor the positions, which are fixed, take a gradient."""
-    return name != "pos_embed" and (name != "x" or case.has_stream)
+    return name != "pos_embed" and (name != "x" or len(case.shapes["x"]) == 3)
 
 
 def input_sets(case: check.Case, precision: check.Precision, device: torch.device) -> list[Inputs]:
@@ -207,33 +207,50 @@ def forward_and_backward(
     }
 
 
+class Ready(NamedTuple):
+    """Who is to be timed.
+
+    Attributes:
+        contenders: by name, then by pass.
+        ratios: error over the error allowed, by name; the reference has none.
+        notes: rows of those that get no speed.
+    """
+
+    contenders: dict[str, dict[str, Contender]]
+    ratios: dict[str, float]
+    notes: list[measure.Row]
+
+
+def held_to_parity(names: list[str], site: Site, precision: check.Precision, device: torch.device) -> Ready:
+    """Contenders by name, without those that cannot serve or are wrong."""
+    ready = Ready({}, {}, [])
+    sets = input_sets(site.case, precision, device)
+    for name, (function, backend) in functions(names, site.case.op).items():
+        if backend is not None:
+            found = gate(site, backend, precision, device)
+            if isinstance(found, str):
+                ready.notes.append({"contender": name, "note": f"cannot serve: {found}"})
+                continue
+            if not found.ratio <= 1:
+                words = f"WRONG: {found.where}, {found.ratio:.1f} x allowed"
+                ready.notes.append({"contender": name, "note": words})
+                continue
+            ready.ratios[name] = found.ratio
+        ready.contenders[name] = forward_and_backward(name, function, backend, site.case, precision, sets)
+    return ready
+
+
 def rows_of(
     name: str, site: Site, precision: check.Precision, args: argparse.Namespace, copy_gbps: float
 ) -> Iterator[dict[str, Any]]:
     """The rows of one op in one precision."""
     device = measure.device_of(args)
     common = {"op": name, "precision": precision.name, "shape": [args.batch, args.tokens, args.width]}
-    contenders: dict[str, dict[str, Contender]] = {}
-    ratios: dict[str, float] = {}
-    sets = input_sets(site.case, precision, device)
-    for contender, (function, backend) in functions(args.contenders, name).items():
-        if backend is not None:
-            found = gate(site, backend, precision, device)
-            if isinstance(found, str):
-                yield {**common, "contender": contender, "note": f"cannot serve: {found}"}
-                continue
-            if not found.ratio <= 1:
-                yield {
-                    **common,
-                    "contender": contender,
-                    "note": f"WRONG: {found.where}, {found.ratio:.1f} x allowed",
-                }
-                continue
-            ratios[contender] = found.ratio
-        contenders[contender] = forward_and_backward(contender, function, backend, site.case, precision, sets)
+    ready = held_to_parity(args.contenders, site, precision, device)
+    yield from ({**common, **note} for note in ready.notes)
     for phase, touches in (("forward", site.forward), ("backward", site.backward)):
         timings = measure.interleaved(
-            [found[phase] for found in contenders.values()], device, rounds=args.rounds
+            [found[phase] for found in ready.contenders.values()], device, rounds=args.rounds
         )
         floor = floor_bytes(site, touches, precision)
         for contender, timing in timings.items():
@@ -246,7 +263,7 @@ def rows_of(
                 "floor_bytes": floor,
                 "gbps": gbps,
                 "of_copy": gbps / copy_gbps,
-                "error_over_allowed": ratios.get(contender),
+                "error_over_allowed": ready.ratios.get(contender),
             }
 
 

@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from ditkernels import ops, reference
@@ -110,6 +111,25 @@ def test_only_the_gradients_that_are_needed_are_computed(needed: tuple[int, ...]
     assert all(torch.equal(g, want[i]) for g, i in zip(got, needed, strict=True))
     products = [24] + [8] * (0 in needed) + [8] * (1 in needed) + [24] * (3 in needed)
     assert counted.get_total_flops() == 2 * 6 * 16 * sum(products)
+
+
+class _Filled(TorchDispatchMode):
+    """Shapes of tensors filled with zeros outside ops."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes: list[tuple[int, ...]] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket in (torch.ops.aten.zeros, torch.ops.aten.zeros_like, torch.ops.aten.new_zeros):
+            self.shapes.append(tuple(args[0]))
+        return func(*args, **(kwargs or {}))
+
+
+def test_autograd_makes_no_gradients_of_zeros_for_what_is_kept() -> None:
+    with _Filled() as filled:
+        run(ops.mlp, make_inputs((2, 3, 8, 16, 24), F32))
+    assert filled.shapes == []
 
 
 def test_nothing_is_kept_where_no_gradient_is_needed() -> None:

@@ -143,6 +143,8 @@ MLP_BACKWARD = registry.declare(
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     _, z, h = output
     ctx.mark_non_differentiable(z, h)
+    # Or autograd would fill two tensors as large as z and h with zeros, for gradients that nobody has.
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(*inputs[:4], z, h)
 
 
