@@ -206,14 +206,15 @@ class Run(NamedTuple):
 FIRST = {
     "ceilings": Run(20),
     "ops": Run(60),
-    "attention": Run(30),
+    "attention": Run(25),
+    "mlp": Run(15),
     "training": Run(
         70,
         "--batches 256,128,64 --rounds 8 --contenders ours-bf16-residual,compiled-bf16,ours-bf16,eager-bf16,"
         "ours-compiled-bf16-residual,eager-tf32,ours-compiled-bf16,max-autotune-bf16",
     ),
     "sampling": Run(
-        55,
+        45,
         "--batches 1,64,8 --lengths 4,12 --rounds 3 --contenders sampler-bf16-weights,compiled-bf16-weights,"
         "eager-bf16,sampler-bf16,ours-compiled-bf16-weights",
     ),
@@ -247,6 +248,7 @@ TOYS = {
     "ceilings": "--model DiT-S/8 --batch 1 --input-size 16 --copy-mib 1 --dtype fp32",
     "ops": "--batch 2 --tokens 6 --width 32 --copy-mib 1 --contenders eager,torch",
     "attention": "--batch 2 --heads 2 --tokens 5 --dtype fp32",
+    "mlp": "--model DiT-S/8 --batch 1 --input-size 8 --contenders eager,torch",
     "training": "--models DiT-S/8 --input-sizes 16 --batches 2 --contenders eager-fp32,ours-fp32",
     "sampling": "--model DiT-S/8 --input-size 16 --batches 1 --lengths 2,6 --contenders eager-fp32,sampler-fp32",
     "optimizer": "--models DiT-S/8 --copy-mib 1",

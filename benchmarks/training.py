@@ -20,6 +20,7 @@ import gc
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
+from unittest import mock
 
 import measure
 import torch
@@ -31,6 +32,7 @@ import ditkernels
 from ditkernels import flops, reference
 from ditkernels.diffusion import create_diffusion
 from ditkernels.masters import hand_over, lowered
+from ditkernels.ops import _measured, mlp_cuda
 from ditkernels.optimizer import EMA, AdamWEMA
 
 CONTRACT_FACTOR, CONTRACT_ULPS = 4.0, 2.0  # what the numerical contract allows a whole model
@@ -55,6 +57,7 @@ class Recipe(NamedTuple):
         residual_dtype: of our model's residual stream; None is the plain model's.
         checkpointing: of our model's activations: what is recomputed in the backward to save memory.
         master_weights: whether bf16 matrices compute, whose masters one pass updates together with the moving average.
+        epilogues: whether GELU is an epilogue of the MLPs' products, which is not chosen unasked before it has been measured.
     """
 
     fused: bool
@@ -63,10 +66,22 @@ class Recipe(NamedTuple):
     residual_dtype: torch.dtype | None = None
     checkpointing: str = "none"
     master_weights: bool = False
+    epilogues: bool = False
 
     def autocast(self, device: torch.device) -> AbstractContextManager[Any]:
         """What the forward runs under."""
         return torch.autocast(device.type, torch.bfloat16) if self.precision == "bf16" else nullcontext()
+
+    def choices(self) -> AbstractContextManager[Any]:
+        """What a step is built and run under."""
+        return mock.patch.object(_measured, "fastest", _mlps_on_cuda) if self.epilogues else nullcontext()
+
+
+_as_measured = _measured.fastest
+
+
+def _mlps_on_cuda(op: str, device: torch.device) -> str | None:
+    return "cuda" if op in ("mlp", "mlp_backward") else _as_measured(op, device)
 
 
 RECIPES = {
@@ -82,6 +97,7 @@ RECIPES = {
     "ours-compiled-bf16-residual": Recipe(True, "bf16", "default", torch.bfloat16),
     "ours-max-autotune-bf16": Recipe(True, "bf16", "max-autotune-no-cudagraphs"),
     "ours-bf16-residual-masters": Recipe(True, "bf16", residual_dtype=torch.bfloat16, master_weights=True),
+    "ours-bf16-residual-epilogues": Recipe(True, "bf16", residual_dtype=torch.bfloat16, epilogues=True),
     "ours-bf16-selective": Recipe(True, "bf16", checkpointing="selective"),
     "ours-bf16-full": Recipe(True, "bf16", checkpointing="full"),
     "ours-fp32": Recipe(True, "fp32"),
@@ -232,6 +248,11 @@ def row(
     common = {**network._asdict(), "contender": name, "residual": residual, "compiled": recipe.compiled}
     torch.set_float32_matmul_precision("high" if recipe.precision == "tf32" else "highest")
     ratio = None
+    if recipe.epilogues:
+        # Of sizes that suit: those of all models do.
+        reason = mlp_cuda.reason(device, torch.bfloat16, *[mlp_cuda.ALIGNED] * 3)
+        if reason is not None:
+            return {**common, "note": f"cannot serve: {reason}"}
     if recipe.fused:
         ratio = gate(recipe, network, device)
         if not ratio <= 1:
@@ -271,7 +292,9 @@ def rows_of(
     name: str, network: Network, repeat: int, args: argparse.Namespace, peak: float
 ) -> Iterator[dict[str, Any]]:
     """The row of a contender in one of its turns."""
-    yield {**row(name, network, args, measure.device_of(args), peak), "repeat": repeat}
+    with RECIPES[name].choices():
+        made = row(name, network, args, measure.device_of(args), peak)
+    yield {**made, "repeat": repeat}
 
 
 def measure_all(args: argparse.Namespace, journal: measure.Journal) -> None:

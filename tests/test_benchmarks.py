@@ -65,10 +65,10 @@ def test_ops(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     )
     rows = run("ops", *size, monkeypatch=monkeypatch, out=tmp_path / "o.json")
     timed = [row for row in rows if "median_ms" in row]
-    # six ops, two precisions, two passes, two contenders that can serve
-    assert len(timed) == 48
+    # six ops in two passes and split_qkv's backward, two precisions, two contenders that can serve
+    assert len(timed) == 52
     assert all(row["error_over_allowed"] <= 1 for row in timed if row["contender"] == "torch")
-    assert sum("cannot serve" in row.get("note", "") for row in rows) == 12
+    assert sum("cannot serve" in row.get("note", "") for row in rows) == 14
     forward = next(r for r in timed if (r["op"], r["precision"]) == ("gated_residual_norm", "fp32+bf16"))
     # x and x1 in fp32, branch and h in bf16
     assert forward["floor_bytes"] == 2 * 6 * 32 * (4 + 2 + 4 + 2)
@@ -145,11 +145,12 @@ def test_training(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         "training",
         *size,
         "--contenders",
-        "eager-fp32,ours-bf16-residual",
+        "eager-fp32,ours-bf16-residual,ours-bf16-residual-epilogues",
         monkeypatch=monkeypatch,
         out=tmp_path / "t.json",
     )
-    product, eager, ours = rows
+    product, eager, ours, without = rows
+    assert without["note"].startswith("cannot serve: ")
     assert (eager["residual"], ours["residual"]) == ("fp32", "bf16")
     assert product["mfu"] == 1.0
     assert (eager["batch"], ours["batch"]) == (2, 2)
@@ -158,6 +159,34 @@ def test_training(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     per_image = ours["gflops_per_s"] / ours["images_per_s"]
     assert math.isclose(per_image, eager["gflops_per_s"] / eager["images_per_s"], rel_tol=1e-9)
     assert torch.get_float32_matmul_precision() == "highest"
+
+
+def test_a_contender_with_epilogues_takes_them_unmeasured_and_the_others_do_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import training
+
+    from ditkernels.ops import _registry as registry
+
+    for name, allowed in (("ours-bf16-residual-epilogues", True), ("ours-bf16-residual", False)):
+        with training.RECIPES[name].choices():
+            for op in ("mlp", "mlp_backward"):
+                assert (registry.OPS[op].not_automatic("cuda", torch.zeros(1)) is None) == allowed
+            assert registry.OPS["modulate_norm"].not_automatic("cuda", torch.zeros(1)) is not None
+
+
+def test_mlp(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    size = ("--model", "DiT-S/8", "--batch", "2", "--input-size", "16", "--contenders", "eager,torch,cuda")
+    missing, *timed = run("mlp", *size, monkeypatch=monkeypatch, out=tmp_path / "mlp.json")
+    assert missing["note"].startswith("cannot serve: ")
+    assert [(row["pass"], row["contender"]) for row in timed] == [
+        *(("forward", "eager"), ("forward", "torch"), ("backward", "eager"), ("backward", "torch"))
+    ]
+    assert timed[1]["error_over_allowed"] <= 1
+    # two products of 8 rows forward, four backward
+    for row, products in zip(timed, (2, 2, 4, 4), strict=True):
+        assert math.isclose(row["tflops"] * row["median_ms"] * 1e9, products * 2 * 8 * 384 * 1536)
 
 
 SAMPLING = ("--model", "DiT-S/8", "--input-size", "16", "--batches", "2", "--lengths", "2,6")
@@ -278,6 +307,10 @@ def test_cost_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     )
     one_pass = steps["ours, bf16 residual, fused optimizer"]
     assert math.isclose(one_pass["optimizer_ms"], 0.9 * steps["ours"]["optimizer_ms"])
+    best = "ours, bf16 residual, fused optimizer, master weights"
+    saved = steps[best]["moving_ms"] - steps[f"{best}, epilogues"]["moving_ms"]
+    # 3 of 5 passes over the 4·D channels of 12 blocks in bf16; beside them five biases of an MLP read or written
+    assert math.isclose(saved, 12 * 3 * 64 * 16 * 4 * 384 * 2 / 1e9, rel_tol=0.01)
     # 23 sites: x and x1 in fp32, branch and h in bf16; gate, shift and scale; the branch's bias in fp32; mean and rstd
     batch, tokens, width = 64, 16, 384
     moved = 23 * (batch * tokens * width * 12 + 3 * batch * width * 2 + width * 4 + 2 * batch * tokens * 4)
