@@ -89,9 +89,12 @@ class AdamWEMA(torch.optim.AdamW):
             weights, gradients, exp_avgs, exp_avg_sqs, _, steps = lists
             averages = [] if average is None else [untouched.pop(weight) for weight in weights]
             copies = [self._copies.get(weight) for weight in weights]
-            for kind in _kinds(weights, gradients, exp_avgs, exp_avg_sqs, steps, averages, copies):
+            for indices in _kinds(gradients, copies):
                 adamw_ema(
-                    *map(_shards, kind),
+                    *(
+                        _chosen(tensors, indices)
+                        for tensors in (weights, gradients, exp_avgs, exp_avg_sqs, steps, averages, copies)
+                    ),
                     lr=group["lr"],
                     betas=group["betas"],
                     eps=group["eps"],
@@ -105,25 +108,20 @@ class AdamWEMA(torch.optim.AdamW):
             torch._foreach_lerp_(list(untouched.values()), list(untouched), 1 - average.decay)
 
 
-def _kinds(
-    weights: list[Tensor], gradients: list[Tensor], *rest: list[Any]
-) -> Iterator[tuple[list[Tensor], ...]]:
-    """The lists of ``ops.adamw_ema``, once for the weights of each kind: all gradients in one dtype, all with a copy or none."""
-    *others, copies = rest
-    kinds: dict[Any, list[int]] = defaultdict(list)
+def _kinds(gradients: Sequence[Tensor], copies: Sequence[Tensor | None]) -> Iterable[list[int]]:
+    """Which weights go into one call of ``ops.adamw_ema``: all gradients in one dtype, and all with a copy or none."""
+    kinds: dict[tuple[torch.dtype, bool], list[int]] = defaultdict(list)
     for index, (gradient, made) in enumerate(zip(gradients, copies)):
         kinds[gradient.dtype, made is None].append(index)
-    for (_, bare), indices in kinds.items():
-        lists = [
-            [tensors[index] for index in indices] if tensors else []
-            for tensors in (weights, gradients, *others)
-        ]
-        yield *lists, [] if bare else [copies[index] for index in indices]
+    return kinds.values()
 
 
-def _shards(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """What this process holds of each."""
-    return [tensor.to_local() if hasattr(tensor, "to_local") else tensor for tensor in tensors]
+def _chosen(tensors: Sequence[Tensor | None], indices: Sequence[int]) -> list[Tensor]:
+    """What this process holds of those that are there."""
+    some = [tensors[index] for index in indices] if tensors else []
+    return [
+        tensor.to_local() if hasattr(tensor, "to_local") else tensor for tensor in some if tensor is not None
+    ]
 
 
 class LossScale:
