@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ditkernels import check, ops, reference, use_backend
 
-BACKENDS = ("torch", "triton")
+BACKENDS = ("torch", "triton", "cuda")
 BYTES, COPY_BYTES = 36, 2
 KINDS = ("weights", "gradients", "exp_avgs", "exp_avg_sqs", "averages")
 

@@ -249,7 +249,7 @@ def test_nothing_is_measured_so_nothing_is_claimed() -> None:
 
 
 def test_a_measured_winner_is_chosen_on_its_device_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    table = {"9.0": {"modulate_norm": "cuda", "gated_residual": "triton"}}
+    table = {"9.0": {"modulate_norm": "cuda", "gated_residual": "triton", "adamw_ema": "cuda"}}
     monkeypatch.setattr(_measured, "_table", lambda: table)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (int(str(device)[-1]) + 9, 0))
     here, elsewhere = (mock.Mock(spec=torch.Tensor, device=torch.device(d)) for d in ("cuda:0", "cuda:1"))
@@ -258,6 +258,9 @@ def test_a_measured_winner_is_chosen_on_its_device_alone(monkeypatch: pytest.Mon
     for op in (adaln.MODULATE_NORM, adaln.GATED_RESIDUAL, adaln.GATED_RESIDUAL_NORM):
         assert "not measured" in str(op.not_automatic("cuda", elsewhere))
     assert registry.OPS["modulate_norm"].not_automatic("triton", here) is None
+    update = registry.OPS["adamw_ema"]
+    assert update.not_automatic("cuda", [here], [here], None) is None
+    assert "not measured" in str(update.not_automatic("cuda", [elsewhere], [elsewhere], None))
 
 
 # ------------------------------------------------------------------------------------------------------------------

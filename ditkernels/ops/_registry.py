@@ -9,6 +9,7 @@ Backends share one contract (inputs, outputs, what is saved for backward), so a 
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -87,8 +88,7 @@ class Op:
         implementation = self.implementations.get(backend)
         if implementation is None or implementation.not_automatic is None:
             return None
-        device = next((arg.device for arg in args if isinstance(arg, Tensor)), torch.device("cpu"))
-        winner = _measured.fastest(self.name, device)
+        winner = _measured.fastest(self.name, _device_of(args))
         if winner is None or winner == backend:
             return implementation.not_automatic if winner is None else None
         return f"{winner} was measured to be faster on this device; DITKERNELS_BACKEND={backend} asks for it"
@@ -114,6 +114,12 @@ class Op:
         asked = f"backend {forced!r} cannot serve" if forced else "no backend can serve"
         reasons = (f"{name}: {why or 'can serve'}" for name, why in self.reasons(*args).items())
         return f"{self.name}: {asked} ({'; '.join(reasons)})"
+
+
+def _device_of(args: Iterable[Any]) -> torch.device:
+    """That of the first tensor, which may stand in a list; the CPU without one."""
+    flat = itertools.chain.from_iterable(arg if isinstance(arg, (list, tuple)) else (arg,) for arg in args)
+    return next((arg.device for arg in flat if isinstance(arg, Tensor)), torch.device("cpu"))
 
 
 OPS: dict[str, Op] = {}
