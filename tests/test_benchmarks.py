@@ -286,7 +286,7 @@ def test_optimizer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     timed = [row for row in rows if "median_ms" in row]
     assert [(row["contender"], row["copied"]) for row in timed] == [("torch", False), ("torch", True)]
     assert all(row["error_over_allowed"] <= 1 for row in timed)
-    assert timed[1]["floor_bytes"] / timed[0]["floor_bytes"] == 38 / 36
+    assert {row["floor_bytes"] for row in timed} == {36 * 33_142_016}
     notes = {row["contender"]: row["note"][:12] for row in rows if "note" in row}
     assert notes == {"triton": "cannot serve", "cuda": "cannot serve"}
 
