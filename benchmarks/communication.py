@@ -1,6 +1,7 @@
 """What many GPUs cost in communication, predicted: bytes counted, link speeds stated, nothing run.
 
-    python benchmarks/communication.py --figures docs/figures            the twelve models, 1 to 1,024 GPUs
+    python benchmarks/communication.py                                   the twelve models, 1 to 1,024 GPUs
+    python benchmarks/communication.py --docs docs/scaling.md --figures docs/figures        writes that page's tables and figures
     python benchmarks/communication.py --models DiT-XL/2 --images 8      fewer images a GPU
     python benchmarks/communication.py --models DiT-XL/2 --nvlink 300    another machine
 
@@ -47,6 +48,7 @@ BUCKET = 25 * 2**20  # of DistributedDataParallel, its default
 MASTER_BYTES, PRODUCT_BYTES, GRADIENT_BYTES = 4, 2, 4
 STATE_BYTES = 20  # a parameter: weight, gradient, two moments, moving average, 4 bytes each
 VARIANT = cost_model.VARIANTS["ours"]
+MOST_IMAGES = 4096  # a GPU, that are tried
 COUNTED = (32, 64)  # batches; whatever is counted is a line through them
 
 
@@ -290,15 +292,16 @@ def rows(args: argparse.Namespace, models: list[Model]) -> Iterator[dict[str, An
 
 
 def enough_images(model: Model, way: str, cluster: Cluster, args: argparse.Namespace) -> int | None:
-    """Images a GPU, a power of two, with which a step takes a GPU's own work no more than a ninth longer; None beyond 4,096."""
-    for images in (2**power for power in range(13)):
+    """Images a GPU, a power of two, with which a step takes a GPU's own work no more than a ninth longer; None beyond the most."""
+    for images in (2**power for power in range(MOST_IMAGES.bit_length())):
         work = model.work(images, args)
         if work.alone >= 0.9 * WAYS[way](work, cluster).whole:
             return images
     return None
 
 
-def main() -> None:
+def arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """What is assumed, and what is asked for."""
     parser = measure.parser(__doc__)
     known = list(reference.DiT_models)
     parser.add_argument("--models", type=measure.names_among(known), default=known)
@@ -315,8 +318,15 @@ def main() -> None:
     parser.add_argument("--infiniband-hop", type=float, default=14.0, help="microseconds")
     parser.add_argument("--ethernet-hop", type=float, default=50.0, help="microseconds")
     parser.add_argument("--reached", type=float, default=0.8, help="share of a link's speed")
-    parser.add_argument("--figures", type=Path, metavar="DIR")
-    args = parser.parse_args()
+    parser.add_argument("--figures", type=Path, metavar="DIR", help="draw them there")
+    parser.add_argument(
+        "--docs", type=Path, metavar="FILE", help="a page whose tables are to be written anew"
+    )
+    return parser.parse_args(argv)
+
+
+def main() -> None:
+    args = arguments()
     models = [Model(name, args.input_size) for name in args.models]
     found = list(rows(args, models))
     columns = (
@@ -327,6 +337,101 @@ def main() -> None:
     if args.figures is not None:
         draw_efficiency(found, args.figures / "communication-efficiency.svg")
         draw_ways(found, args.figures / "communication-ways.svg")
+    if args.docs is not None:
+        text = args.docs.read_text()
+        for table in tables(found, models, args):
+            text = written_into(text, table)
+        args.docs.write_text(text)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Tables of the page
+# ------------------------------------------------------------------------------------------------------------
+
+ROOM_TAKEN = 2 * 2**30  # by the CUDA context, and what the allocator cannot use
+
+
+def tables(found: list[dict[str, Any]], models: list[Model], args: argparse.Namespace) -> list[list[str]]:
+    """The lines of each table in docs/scaling.md: header, rule, a row a model."""
+    return [
+        _table(
+            "model | step alone | DDP on 8 | 16 | 64 | 256 | 1,024 | "
+            "HSDP on 64 | 1,024 | FSDP2 in 1,024 pieces | DDP on 64, Ethernet",
+            [_step_cells(found, model.name) for model in models],
+        ),
+        _table(
+            "model | DDP on 8 | 64 | 1,024 | HSDP on 8 | 64 | 1,024 | DDP on 16, Ethernet | 64",
+            [_images_cells(found, model.name) for model in models],
+        ),
+        _table(
+            "model | states, DDP | states, eight pieces | activations an image | images in 24 GB: DDP / pieces | in 80 GB",
+            [_memory_cells(model, args) for model in models],
+        ),
+    ]
+
+
+def _table(header: str, rows: list[list[str]]) -> list[str]:
+    rule = "|" + "---|" * len(header.split("|"))
+    return [f"| {header} |", rule, *(f"| {' | '.join(row)} |" for row in rows)]
+
+
+def _step_cells(found: list[dict[str, Any]], name: str) -> list[str]:
+    def at(gpus: int, way: str = "ddp", network: str = "InfiniBand") -> dict[str, Any]:
+        return _chosen(found, model=name, gpus=gpus, way=way, network=network, fixed=False)[0]
+
+    both = [*(at(gpus) for gpus in (8, 16, 64, 256, 1024)), *(at(gpus, "hsdp") for gpus in (64, 1024))]
+    whole = [at(1024, "fsdp"), at(64, network="Ethernet")]
+    return [
+        name.removeprefix("DiT-"),
+        f"{at(1)['compute_ms']:.1f}",
+        *(f"{row['communication_ms']:.1f} ({row['exposed_ms']:.1f})" for row in both),
+        *(f"{ms:.0f}" if (ms := row["communication_ms"]) >= 100 else f"{ms:.1f}" for row in whole),
+    ]
+
+
+def _images_cells(found: list[dict[str, Any]], name: str) -> list[str]:
+    places = [
+        *((gpus, way, "InfiniBand") for way in ("ddp", "hsdp") for gpus in (8, 64, 1024)),
+        *((gpus, "ddp", "Ethernet") for gpus in (16, 64)),
+    ]
+    enough = [
+        _chosen(found, model=name, gpus=gpus, way=way, network=network, fixed=False)[0]["images_for_90"]
+        for gpus, way, network in places
+    ]
+    return [name.removeprefix("DiT-"), *(f"> {MOST_IMAGES}" if n is None else str(n) for n in enough)]
+
+
+def _memory_cells(model: Model, args: argparse.Namespace) -> list[str]:
+    """States in GiB, activations in MiB, and the images that fit: under DDP, and in eight pieces."""
+    nvlink = Link(args.nvlink, args.nvlink_hop)
+    node = Cluster(NODE, nvlink, nvlink, args.reached)
+    empty = model.work(0, args)
+    held = [spread(empty, node).held for spread in (ddp, fsdp)]
+    an_image = model.work(1, args).activations - empty.activations
+
+    def fitting(gib: int) -> str:
+        return " / ".join(f"{(gib * 2**30 - ROOM_TAKEN - before) // an_image:.0f}" for before in held)
+
+    return [
+        model.name.removeprefix("DiT-"),
+        *(f"{(before - empty.activations) / 2**30:.1f} GiB" for before in held),
+        f"{an_image / 2**20:.0f} MiB",
+        *(fitting(gib) for gib in (24, 80)),
+    ]
+
+
+def written_into(text: str, table: list[str]) -> str:
+    """A page with its table of this header replaced.
+
+    Raises:
+        ValueError: the page has none.
+    """
+    lines = text.split("\n")
+    if table[0] not in lines:
+        raise ValueError(f"no table begins with {table[0]!r}")
+    start = lines.index(table[0])
+    end = next(at for at in range(start, len(lines)) if not lines[at].startswith("|"))
+    return "\n".join([*lines[:start], *table, *lines[end:]])
 
 
 # ------------------------------------------------------------------------------------------------------------

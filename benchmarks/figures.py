@@ -4,7 +4,7 @@
     python benchmarks/figures.py --only training.png    one
 
 Speeds come from the latest folder of a GPU that holds the file, and the figure says which GPU, when, at which commit. Results of
-a benchmark that was cut short, and of a CPU, are not drawn.
+a benchmark that was cut short, and of a CPU, are not drawn. Predictions are no data: `communication.py` draws its own.
 """
 
 from __future__ import annotations
@@ -174,8 +174,6 @@ FIGURES = (
             ("solvers.png", "solvers", "draw"),
             ("scaling-models.png", "scaling", "draw_models"),
             ("scaling-steps.png", "scaling", "draw_steps"),
-            ("communication-efficiency.svg", "communication", "draw_efficiency"),
-            ("communication-ways.svg", "communication", "draw_ways"),
         )
     ),
 )

@@ -9,6 +9,9 @@ import pytest
 from communication import BUCKET, WAYS, Cluster, Link, Work
 from test_benchmarks import run
 
+from ditkernels import reference
+
+DOCS = Path(__file__).parent.parent / "docs/scaling.md"
 NVLINK, INFINIBAND = Link(400.0, 3.0), Link(50.0, 10.0)
 FREE = Link(1e12, 0.0)
 
@@ -93,6 +96,34 @@ def test_what_autograd_keeps_grows_with_the_images_by_a_line() -> None:
     # An image of four tokens keeps the fp32 stream twice a block at least; what does not grow is no part of the slope.
     tokens, width, depth = 4, 384, 12
     assert depth * 2 * tokens * width * 4 < (kept[1] - kept[0]) / 2 < 33_000_000
+
+
+@pytest.mark.parametrize(
+    "names",
+    [["DiT-S/8"], pytest.param(list(reference.DiT_models), marks=pytest.mark.slow)],
+    ids=["one model", "all"],
+)
+def test_the_tables_in_the_docs_are_the_scripts(names: list[str]) -> None:
+    args = communication.arguments(["--device", "cpu"])
+    models = [communication.Model(name, args.input_size) for name in names]
+    found = list(communication.rows(args, models))
+    page = DOCS.read_text()
+    for header, rule, *rows in communication.tables(found, models, args):
+        written = page[page.index(header) :].split("\n\n")[0].splitlines()
+        mine = [line for line in written[2:] if f"DiT-{line.split()[1]}" in names]
+        told = "python benchmarks/communication.py --docs docs/scaling.md --figures docs/figures writes them"
+        assert (written[1], mine) == (rule, rows), told
+        assert [f"DiT-{line.split()[1]}" for line in written[2:]] == list(reference.DiT_models)
+
+
+def test_a_table_is_written_in_the_place_of_the_one_with_its_header() -> None:
+    page = "before\n\n| a | b |\n|---|---|\n| 1 | 2 |\n| 3 | 4 |\n\nafter | a | b |\n"
+    table = ["| a | b |", "|---|---|", "| 5 | 6 |"]
+    assert (
+        communication.written_into(page, table) == "before\n\n" + "\n".join(table) + "\n\nafter | a | b |\n"
+    )
+    with pytest.raises(ValueError, match=r"no table begins with '\| c \|'"):
+        communication.written_into(page, ["| c |", "|---|"])
 
 
 def test_the_script(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
