@@ -25,7 +25,7 @@ import nvcc  # noqa: E402
 from machine_code import Code  # noqa: E402
 
 # The (B, N, D) tensors, by the names that the kernels' parameters have; such a parameter is a `Tokens`.
-BIG = ("x", "x1", "branch", "h", "y", "dx", "dx1", "dbranch", "dh", "dy")
+BIG = ("x", "x1", "branch", "h", "y", "dx", "dx1", "dbranch", "dh", "dy", "dq", "dk", "dv", "dpacked")
 # Lists of tensors, one a weight and of its size; such a parameter is an array of addresses.
 LISTS = ("weights", "gradients", "exp_avgs", "exp_avg_sqs", "averages", "copies")
 SCALARS = {"int": 4, "float": 4, "double": 8, "bool": 1, "int64_t": 8, "ScalarType": 1}

@@ -116,7 +116,7 @@ class Case(NamedTuple):
         return sites.floor_bytes(site, site.forward if phase == "forward" else site.backward, precision)
 
     def big(self) -> dict[str, int]:
-        """The kernels' (B, N, D) arguments: bytes of an element, by name."""
+        """The kernels' (B, N, D) arguments: bytes of an element, by name; of the packed gradient, of three."""
         if self.op == UPDATE:
             gradient, copied = UPDATES[self.precision]
             states = dict.fromkeys(("weights", "exp_avgs", "exp_avg_sqs", "averages"), 4)
@@ -133,6 +133,8 @@ class Case(NamedTuple):
             return {"y": stream, "dy": stream}
         if self.op == "bias_gelu":
             return dict.fromkeys(("x", "y", "dx", "dy"), others)
+        if self.op == "split_qkv":
+            return {**dict.fromkeys(("dq", "dk", "dv"), others), "dpacked": 3 * others}
         return {
             **dict.fromkeys(("x", "x1", "dx", "dx1"), stream),
             **dict.fromkeys(("branch", "dbranch", "h", "dh"), others),

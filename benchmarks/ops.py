@@ -39,7 +39,7 @@ class Site(NamedTuple):
     Attributes:
         case: shapes and options.
         forward, backward: how often each (B, N, D) tensor is touched at least, one letter a touch: s in the dtype of the
-            residual stream, o in that of the others.
+            residual stream, o in that of the others. A packed qkv counts as one tensor; so do dq, dk and dv.
         image: elements of the image read or written once by either.
     """
 
@@ -50,7 +50,7 @@ class Site(NamedTuple):
 
 
 def sites(batch: int, grid: tuple[int, int], width: int, patch_size: int) -> dict[str, Site]:
-    """The six ops at B samples, a grid of tokens and D channels; latents have 4 channels, the output 8."""
+    """The ops at B samples, a grid of tokens and D channels; latents have 4 channels, the output 8."""
     tokens, p = (batch, grid[0] * grid[1], width), patch_size
     pixels = batch * grid[0] * grid[1] * p * p
     vectors = dict.fromkeys(("gate", "shift", "scale"), (batch, width))
@@ -82,15 +82,26 @@ def sites(batch: int, grid: tuple[int, int], width: int, patch_size: int) -> dic
             "oo",
             "ooo",
         ),
+        "split_qkv": Site(
+            check.Case("split_qkv", {"packed": (*tokens[:2], 3, *heads_of(width)), "bias": (3 * width,)}),
+            "",
+            "oo",
+        ),
     }
+
+
+def heads_of(width: int) -> tuple[int, int]:
+    """Heads and head_dim of the paper's model of this width; one head where there is none."""
+    known = {size["hidden_size"]: size["num_heads"] for size in reference.SIZES.values()}
+    heads = known.get(width, 1)
+    return heads, width // heads
 
 
 def floor_bytes(site: Site, touches: str, precision: check.Precision) -> int:
     """The bytes that the op must move at least."""
     shapes = site.case.shapes
-    token_elements = math.prod(
-        shapes["x"] if len(shapes["x"]) == 3 else (*shapes["pos_embed"], shapes["x"][0])
-    )
+    first = next(iter(shapes.values()))
+    token_elements = math.prod(first if "pos_embed" not in shapes else (*shapes["pos_embed"], first[0]))
     sizes = {"s": precision.stream.itemsize, "o": precision.others.itemsize}
     return token_elements * sum(sizes[letter] for letter in touches) + site.image * precision.others.itemsize
 
@@ -165,9 +176,10 @@ def functions(names: list[str], op: str) -> dict[str, tuple[Callable[..., Any], 
 
 def gate(site: Site, backend: str, precision: check.Precision, device: torch.device) -> check.Parity | str:
     """Parity of a backend, forward and every gradient, on a small batch of the site's shape; or why it cannot serve."""
-    batch = site.case.shapes["x"][0]
+    batch = next(iter(site.case.shapes.values()))[0]
+    of_a_sample = ("x", "branch", "gate", "shift", "scale", "packed")
     shapes = {
-        name: (GATE_BATCH, *shape[1:]) if name in ("x", "branch", "gate", "shift", "scale") else shape
+        name: (GATE_BATCH, *shape[1:]) if name in of_a_sample else shape
         for name, shape in site.case.shapes.items()
     }
     case = site.case if batch <= GATE_BATCH else check.Case(site.case.op, shapes, site.case.options)
@@ -249,6 +261,8 @@ def rows_of(
     ready = held_to_parity(args.contenders, site, precision, device)
     yield from ({**common, **note} for note in ready.notes)
     for phase, touches in (("forward", site.forward), ("backward", site.backward)):
+        if not touches:
+            continue  # views: nothing moves
         timings = measure.interleaved(
             [found[phase] for found in ready.contenders.values()], device, rounds=args.rounds
         )

@@ -45,6 +45,7 @@ FAMILIES = {
     "final_layer": "final_layer",
     "unpatchify": "final_layer",
     "bias_gelu": "bias_gelu",
+    "split_qkv": "qkv",
     "adamw_ema": "adamw_ema",
 }
 BACKENDS = ("triton", "cuda")

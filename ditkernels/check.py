@@ -160,6 +160,9 @@ def _cases() -> Iterator[Case]:
         "mlp", {"x": (3, 37, 96), "fc1_weight": (384, 96), "fc1_bias": (384,), "fc2_weight": (96, 384)}
     )
 
+    yield Case("split_qkv", {"packed": (3, 37, 3, 2, 72), "bias": (432,)})
+    yield Case("split_qkv", {"packed": (3, 5, 2, 3, 15), "bias": (90,)})
+
     for shape in ((3, 1157), (3, 9, 40)):
         yield Case("adamw_ema", dict.fromkeys(_STATE, shape), {"lr": 0.1, "weight_decay": 0.1, "decay": 0.9})
 

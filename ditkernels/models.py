@@ -5,7 +5,8 @@ stream and the branch still to be added (``Stream``), and one kernel closes the 
 costs two such kernels forward and two backward, and reads only its own weights, so that FSDP2 can shard block by block.
 
 On a GPU the linears before a residual and before GELU leave their biases to the kernel behind them, whose backward gives the
-biases' gradients: torch would read each gradient of a linear's output once more to sum it up.
+biases' gradients: torch would read each gradient of a linear's output once more to sum it up. For the same reason qkv and kv
+leave the gradients of theirs to attention, where dq, dk and dv are put side by side.
 """
 
 from __future__ import annotations
@@ -81,6 +82,15 @@ def product(linear: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None]:
     return F.linear(x, linear.weight), linear.bias
 
 
+def product_with_bias(linear: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    """What a linear makes of x, its bias added, and the bias if it is left to be differentiated by the attention behind."""
+    if not _taken_apart(linear, x) or linear.bias is None:
+        return linear(x), None
+    if not torch.is_grad_enabled() or not linear.bias.requires_grad:
+        return linear(x), None
+    return F.linear(x, linear.weight, linear.bias.detach()), linear.bias
+
+
 def _taken_apart(linear: nn.Module, x: Tensor) -> TypeGuard[nn.Linear]:
     """Whether the op behind a linear takes over its bias, or the bias' gradient.
 
@@ -122,7 +132,8 @@ class Attention(reference.Attention):
 
     def mixed(self, x: Tensor) -> Tensor:
         """The heads' values, (B, N, D), before the projection."""
-        return ops.attention(self.qkv(x).unflatten(-1, (3, self.num_heads, -1)), backend=self.backend)
+        qkv, bias = product_with_bias(self.qkv, x)
+        return ops.attention(qkv.unflatten(-1, (3, self.num_heads, -1)), bias=bias, backend=self.backend)
 
 
 class CrossAttention(reference.CrossAttention):
@@ -136,8 +147,8 @@ class CrossAttention(reference.CrossAttention):
     def mixed(self, x: Tensor, context: Tensor) -> Tensor:
         """The heads' values, (B, N, D), before the projection."""
         q = self.q(x).unflatten(-1, (self.num_heads, -1))
-        kv = self.kv(context).unflatten(-1, (2, self.num_heads, -1))
-        return ops.attention(q, kv, backend=self.backend)
+        kv, bias = product_with_bias(self.kv, context)
+        return ops.attention(q, kv.unflatten(-1, (2, self.num_heads, -1)), bias=bias, backend=self.backend)
 
 
 class Mlp(reference.Mlp):

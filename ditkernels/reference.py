@@ -174,13 +174,26 @@ def mlp(x: Tensor, fc1_weight: Tensor, fc1_bias: Tensor | None, fc2_weight: Tens
     return F.linear(F.gelu(F.linear(x, fc1_weight, fc1_bias), approximate="tanh"), fc2_weight)
 
 
-def attention(qkv_or_q: Tensor, kv: Tensor | None = None, *, scale: float | None = None) -> Tensor:
+def split_qkv(packed: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
+    """q, k and v of packed (B, N, 3, heads, head_dim), or k and v of (B, N, 2, heads, head_dim), each (B, N, heads, head_dim).
+
+    ``bias`` (3·heads·head_dim,), or (2·heads·head_dim,), is in ``packed`` already, detached: adding nothing gives it its gradient.
+    """
+    nothing = (bias - bias.detach()).to(packed.dtype)
+    return (packed + nothing.unflatten(0, packed.shape[2:])).unbind(2)
+
+
+def attention(
+    qkv_or_q: Tensor, kv: Tensor | None = None, *, bias: Tensor | None = None, scale: float | None = None
+) -> Tensor:
     """softmax(q·kᵀ·scale)·v with scale = head_dim^-1/2 by default.
 
     Packed self-attention: qkv (B, N, 3, heads, head_dim). Cross-attention: q (B, N, heads, head_dim) and
-    kv (B, M, 2, heads, head_dim). Returns (B, N, heads·head_dim).
+    kv (B, M, 2, heads, head_dim). ``bias`` is that of qkv, or of kv, as in ``split_qkv``. Returns (B, N, heads·head_dim).
     """
-    q, k, v = qkv_or_q.unbind(2) if kv is None else (qkv_or_q, *kv.unbind(2))
+    packed = qkv_or_q if kv is None else kv
+    parts = packed.unbind(2) if bias is None else split_qkv(packed, bias)
+    q, k, v = parts if kv is None else (qkv_or_q, *parts)
     out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), scale=scale)
     return out.transpose(1, 2).flatten(2)
 

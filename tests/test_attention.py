@@ -6,10 +6,12 @@ import importlib
 import math
 import sys
 import types
+from functools import partial
 
 import numerics
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend
@@ -784,6 +786,25 @@ def test_packages_are_called_by_their_documented_signatures(installed, case, det
     assert len(seen) == 2
     assert all(deterministic == (name != "xformers") for _, deterministic in seen)
     assert (seen[0][0] == "flash_attn_qkvpacked_func") == (name in ("flash_attn_2", "flash_attn_3"))
+
+
+@pytest.mark.parametrize("case", ["flash_attn_2", "flash_attn_3", "xformers"])
+def test_a_bias_left_to_a_package_takes_its_gradient(installed, case):
+    seen = installed(case)
+    x, weight, bias = random(2, 17, 12), random(3 * 2 * 72, 12), random(3 * 2 * 72)
+
+    def left(x: Tensor, weight: Tensor, bias: Tensor, backend: str = case) -> Tensor:
+        qkv = F.linear(x, weight, bias.detach()).to(torch.bfloat16).unflatten(-1, (3, 2, 72))
+        return attention(qkv, bias=bias, backend=backend)
+
+    grad_out = random(2, 17, 2 * 72, seed=1)
+    actual = with_gradients(left, (x, weight, bias), grad_out)
+    expected = with_gradients(partial(left, backend="plain"), (x, weight, bias), grad_out)
+    assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
+    # A packed function's backward leaves nothing to stack.
+    assert [name for name, _ in seen] == [
+        "memory_efficient_attention" if case == "xformers" else "flash_attn_qkvpacked_func"
+    ]
 
 
 @pytest.mark.parametrize("case", ["flash_attn_2", "flash_attn_3"])

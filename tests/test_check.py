@@ -98,14 +98,15 @@ def test_an_update_that_is_slightly_off_fails(monkeypatch):
     assert found.where == "weights"
 
 
-@pytest.mark.parametrize("op", [op for op in ops.__all__ if op not in ("attention", "adamw_ema")])
-@pytest.mark.parametrize("suffix", ["", "_backward"])
-def test_a_kernel_that_is_slightly_off_fails(monkeypatch, op, suffix):
+@pytest.mark.parametrize("name", sorted(registry.OPS.keys() - {"adamw_ema"}))
+def test_a_kernel_that_is_slightly_off_fails(monkeypatch, name):
+    op = name.removesuffix("_backward")
+
     def off(outputs):
         scale = 1 + 1e-4
         return tuple(o * scale for o in outputs) if isinstance(outputs, tuple) else outputs * scale
 
-    replace_kernel(monkeypatch, op + suffix, off)
+    replace_kernel(monkeypatch, name, off)
     worst = max(parity_of(op, i).ratio for i in range(2 if op != "unpatchify" else 1))
     assert 1 < worst < math.inf
 

@@ -113,11 +113,11 @@ def test_biases_left_to_the_kernels_agree_in_fp64(conditioning: str) -> None:
 
 
 class _BiasSums(TorchDispatchMode):
-    """Counts sums of a (B, N, D) or (B, N, 4·D) gradient over its tokens; what happens inside an op is not seen."""
+    """Counts sums of a (B, N, D), (B, N, 3·D) or (B, N, 4·D) gradient over its tokens; what happens inside an op is not seen."""
 
     def __init__(self, tokens: int, width: int) -> None:
         super().__init__()
-        self.sizes = (tokens * width, tokens * width * 4)
+        self.sizes = {tokens * width * times for times in (1, 3, 4)}
         self.found = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -125,8 +125,8 @@ class _BiasSums(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("backend, sums", [("auto", 9), ("torch", 0)])
-def test_no_gradient_is_read_again_for_the_biases_before_a_residual_or_gelu(backend: str, sums: int) -> None:
+@pytest.mark.parametrize("backend, sums", [("auto", 12), ("torch", 0)])
+def test_no_gradient_of_a_blocks_linear_is_read_again_for_its_bias(backend: str, sums: int) -> None:
     fused, _ = pair(**{**SMALL, "input_size": 8})
     with ditkernels.use_backend(backend), _BiasSums(3 * 16, 48) as counted:
         fused(*batch(fused)).sum().backward()
@@ -144,12 +144,28 @@ def test_a_linear_that_was_replaced_or_is_watched_is_called_as_it_is() -> None:
     fused.blocks[0].mlp.fc1.register_forward_hook(lambda module, args, out: seen.append(out.shape[-1]))
     with ditkernels.use_backend("torch"):
         torch.testing.assert_close(fused(*batch(fused)), want)
-        for linear in (fused.blocks[1].mlp.fc2, fused.blocks[1].attn.proj):
+        for linear in (fused.blocks[1].mlp.fc2, fused.blocks[1].attn.proj, fused.blocks[1].attn.qkv):
             linear.__class__ = Low
         changed = fused(*batch(fused))
     assert seen == [4 * 48] * 2
     assert not torch.allclose(changed, want)
     torch.testing.assert_close(fused(*batch(fused)), changed)
+
+
+@pytest.mark.parametrize("conditioning", ["adaln_zero", "cross_attention"])
+def test_a_bias_of_qkv_that_is_frozen_or_absent_stays_with_its_linear(conditioning: str) -> None:
+    fused, plain = pair(F64, conditioning=conditioning, **SMALL)
+    for model in (fused, plain):
+        model.blocks[0].attn.qkv.bias.requires_grad_(False)
+        model.blocks[1].attn.qkv.bias = None
+        if conditioning == "cross_attention":
+            model.blocks[0].cross_attn.kv.bias.requires_grad_(False)
+            model.blocks[1].cross_attn.kv.bias = None
+    want = forward_backward(plain, F64)
+    with ditkernels.use_backend("torch"):
+        got = forward_backward(fused, F64)
+    for name, value in want.items():
+        numerics.assert_fp64_agreement(got[name], value, name)
 
 
 def test_residual_dtype_is_the_streams() -> None:

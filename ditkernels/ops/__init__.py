@@ -12,6 +12,8 @@ from ditkernels.ops import (  # noqa: F401 (they register a backend)
     mlp_cuda,
     patch_embed_cuda,
     patch_embed_triton,
+    qkv_cuda,
+    qkv_triton,
     unpatchify_triton,
 )
 from ditkernels.ops.adaln import gated_residual, gated_residual_norm, modulate_norm
@@ -21,6 +23,7 @@ from ditkernels.ops.bias_gelu import bias_gelu
 from ditkernels.ops.final_layer import final_layer, unpatchify
 from ditkernels.ops.mlp import mlp
 from ditkernels.ops.patch_embed import patch_embed
+from ditkernels.ops.qkv import split_qkv
 
 __all__ = [
     "adamw_ema",
@@ -32,5 +35,6 @@ __all__ = [
     "mlp",
     "modulate_norm",
     "patch_embed",
+    "split_qkv",
     "unpatchify",
 ]

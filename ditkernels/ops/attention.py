@@ -28,6 +28,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ditkernels.ops import _registry
 from ditkernels.ops._registry import ATTENTION_BACKENDS, BackendError
+from ditkernels.ops.qkv import carry_bias, split_qkv
 
 HALF = (torch.float16, torch.bfloat16)
 FLOATS = (*HALF, torch.float32, torch.float64)
@@ -188,10 +189,14 @@ class Backend:
         """(B, N, heads, head_dim) from q (B, N, heads, head_dim) and k, v (B, M, heads, head_dim)."""
         raise NotImplementedError
 
-    def run_packed(self, qkv: Tensor, scale: float) -> Tensor:
-        """(B, N, heads, head_dim) from qkv (B, N, 3, heads, head_dim)."""
-        q, k, v = qkv.unbind(2)
+    def run_packed(self, qkv: Tensor, bias: Tensor | None, scale: float) -> Tensor:
+        """(B, N, heads, head_dim) from qkv (B, N, 3, heads, head_dim), and a bias in it that takes its gradient here."""
+        q, k, v = _split(qkv, bias)
         return self.run(q, k, v, scale)
+
+
+def _split(packed: Tensor, bias: Tensor | None) -> tuple[Tensor, ...]:
+    return packed.unbind(2) if bias is None else split_qkv(packed, bias)
 
 
 class Plain(Backend):
@@ -332,9 +337,10 @@ class FlashAttention2(PackageBackend):
             q, k, v, softmax_scale=scale, deterministic=_determinism()
         )
 
-    def run_packed(self, qkv: Tensor, scale: float) -> Tensor:
-        # The packed function writes dq, dk and dv into one tensor, where unbind would have to stack them.
+    def run_packed(self, qkv: Tensor, bias: Tensor | None, scale: float) -> Tensor:
+        # The packed function writes dq, dk and dv into one tensor, where a split would have to stack them.
         function = _package_function(self.module, "flash_attn_qkvpacked_func")
+        qkv = qkv if bias is None else carry_bias(qkv, bias)
         return function(qkv, softmax_scale=scale, deterministic=_determinism())
 
 
@@ -355,8 +361,9 @@ class FlashAttention3(PackageBackend):
         )
         return _without_lse(out)
 
-    def run_packed(self, qkv: Tensor, scale: float) -> Tensor:
+    def run_packed(self, qkv: Tensor, bias: Tensor | None, scale: float) -> Tensor:
         function = _package_function(self.module, "flash_attn_qkvpacked_func")
+        qkv = qkv if bias is None else carry_bias(qkv, bias)
         return _without_lse(function(qkv, softmax_scale=scale, deterministic=_determinism()))
 
 
@@ -538,7 +545,12 @@ def explain(q: Tensor, k: Tensor, v: Tensor) -> list[tuple[str, str | None]]:
 
 
 def attention(
-    qkv_or_q: Tensor, kv: Tensor | None = None, *, scale: float | None = None, backend: str | None = None
+    qkv_or_q: Tensor,
+    kv: Tensor | None = None,
+    *,
+    bias: Tensor | None = None,
+    scale: float | None = None,
+    backend: str | None = None,
 ) -> Tensor:
     """softmax(q·kᵀ·scale)·v per head (Vaswani et al. 2017), without mask or dropout.
 
@@ -546,6 +558,8 @@ def attention(
         qkv_or_q: packed qkv (B, N, 3, heads, head_dim); or q (B, N, heads, head_dim) if ``kv`` is given. Any
             strides. fp16, bf16, fp32 or fp64; under autocast it is computed in autocast's dtype.
         kv: packed k and v (B, M, 2, heads, head_dim) for cross-attention.
+        bias: (3·heads·head_dim,), or (2·heads·head_dim,) if ``kv`` is given: of the linear that made qkv, or kv, and that has added
+            it detached. Its gradient comes from here, in the pass that stacks those of q, k and v; see ``split_qkv``.
         scale: head_dim^-1/2 by default.
         backend: a name of ``ATTENTION_BACKENDS`` or "auto"; see ``choose``.
 
@@ -555,6 +569,7 @@ def attention(
     Raises:
         ValueError, TypeError: shapes, dtypes or devices that do not fit; an unknown backend.
         BackendError: the backend asked for cannot serve; the message says why, and what the others say.
+        NotImplementedError: given a bias, forward-mode differentiation and second derivatives.
     """
     qkv_or_q, kv = _autocast(qkv_or_q), None if kv is None else _autocast(kv)
     _check(qkv_or_q, kv)
@@ -562,8 +577,10 @@ def attention(
     problem = describe(q, k, v)
     chosen = BACKENDS[choose(problem, backend)]
     scale = problem.head_dim**-0.5 if scale is None else scale
-    out = chosen.run_packed(qkv_or_q, scale) if kv is None else chosen.run(q, k, v, scale)
-    return out.flatten(2)
+    if kv is None:
+        return chosen.run_packed(qkv_or_q, bias, scale).flatten(2)
+    k, v = _split(kv, bias)
+    return chosen.run(q, k, v, scale).flatten(2)
 
 
 def _autocast(t: Tensor) -> Tensor:

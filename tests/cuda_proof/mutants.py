@@ -17,6 +17,7 @@ import test_bias_gelu
 import test_final_layer
 import test_mlp
 import test_patch_embed
+import test_qkv
 import torch
 from numerics import assert_contract
 from patches_mutants import check_final_layer, check_patch_embed
@@ -34,6 +35,7 @@ ADALN, SUMS, EMBED, FINAL, COMMON, TURNED = (
 GELU = "bias_gelu.cu"
 ADAMW = "adamw_ema.cu"
 MLP = "mlp.cu"
+QKV = "qkv.cu"
 
 # By name: the file, a place in it that occurs once with the expression marked, and what takes the expression's place.
 MUTANTS = {
@@ -313,6 +315,41 @@ MUTANTS = {
     ),
     "weights of the first launch": (ADAMW, "step.order[«first + i»];\n    const Tensor& own", "i"),
     "steps of the first launch": (ADAMW, "step.order[«first + i»];\n    const int id", "i"),
+    # ------------------------------------------------------------------------------------------------ split_qkv
+    "head's stride forgotten": (QKV, "shifted(a.dk, inside ? head * «a.dk_apart» : 0)", "a.head_dim"),
+    "every head is the first": (QKV, "const int head = «unit / a.units»,", "0"),
+    "a unit is the first of its head": (QKV, "column = «unit % a.units» * UNIT;", "0"),
+    "units beyond the last head": (QKV, "const bool inside = «head < a.heads»;", "true"),
+    "a unit written over the next head": (QKV, "end = «(head + 1)» * a.head_dim;", "(head + 2)"),
+    "every part in one place": (QKV, "«p * width» + to, p * width + end", "0"),
+    "a chunk of qkv runs into the next": (
+        *(QKV, "int>(«first + a.chunk_rows < a.length» ? a.chunk_rows", "true"),
+    ),
+    "sample of a part dropped": (QKV, "load<WIDE>(from[3 - PARTS + p], «sample», first", "0"),
+    "sample of the packed rows dropped": (QKV, "store<WIDE>(a.dpacked, «sample», first", "0"),
+    "every chunk of qkv is the first": (QKV, "first = «chunk % a.chunks» * a.chunk_rows", "0"),
+    "dk for dq": (QKV, "from[0] = «shifted(a.dq, inside ? head * a.dq_apart : 0)»;", "from[1]"),
+    "half the rows of a warp in the sum": (
+        *(QKV, "+ «__shfl_xor_sync(EVERY_LANE, total[p].at[i], UNITS)»;", "0.0f"),
+    ),
+    "one warp in the sum": (QKV, "sums.read((«warp» * PARTS + p)", "0"),
+    "one part in the sum": (QKV, "sums.read((warp * PARTS + «p»)", "0"),
+    "one channel in the sum": (QKV, "SUMS_OF_A_PART + «channel» * UNITS + mine)", "0"),
+    "a sum beside its place": (QKV, "chunk, «p» * width + to + channel, sum", "0"),
+    "sum of the last rows alone": (
+        *(QKV, "total[p].at[i] += «held[r][p].at[i]»;", "held[r][p].at[i] - total[p].at[i]"),
+    ),
+    "heads with gaps taken as one": (
+        *(
+            QKV,
+            "heads = heads && («shape.heads == 1 || t->stride(2) == shape.head_dim * t->stride(3)»);",
+            "true",
+        ),
+    ),
+    "one part's heads decide": (QKV, "heads = «heads» && (shape.heads == 1", "true"),
+    "samples of qkv joined across gaps": (
+        *(QKV, "samples = «samples && t->stride(0) == shape.length * t->stride(1)»;", "true"),
+    ),
     # ------------------------------------------------------------------------------------------------ mlp
     "weight taken as it lies": (MLP, "DESC_TRANSA, «product.transposed» ? CUBLAS_OP_T", "false"),
     "weight's layout turned": (
@@ -451,6 +488,12 @@ def check_adamw() -> None:
     test_adamw_ema.assert_parity(test_adamw_ema.make_state(shapes=((3,),) * 450))
 
 
+def check_qkv() -> None:
+    """Strides of its own for each part, heads and samples with gaps between them, masked units, several chunks."""
+    for layout in ("each its own", "heads first", "samples apart", "packed"):
+        test_qkv.assert_parity(test_qkv.gradients((2, 70, 3, 2, 13), F32, layout))
+
+
 LENGTHS = itertools.count(3)
 
 
@@ -487,6 +530,7 @@ FAMILIES = {
     MLP: (check_mlp,),
     ADALN: (check_adaln,),
     GELU: (check_bias_gelu,),
+    QKV: (check_qkv,),
     ADAMW: (check_adamw,),
     EMBED: (check_patch_embed, check_embed_without_positions, check_embed_of_many_lines),
     FINAL: (check_final_layer, check_final_layer_over_several_chunks, check_rows_are_rounded),

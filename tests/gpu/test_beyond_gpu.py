@@ -27,7 +27,7 @@ pytestmark = [
 FAR = 1 << 31
 ROOM = 60e9  # bytes: the largest case holds a dozen such tensors in bf16
 BF16 = check.Precision("bf16", torch.bfloat16, torch.bfloat16)
-OF_A_SAMPLE = {"x", "branch", "gate", "shift", "scale", "tokens", "qkv_or_q"}
+OF_A_SAMPLE = {"x", "branch", "gate", "shift", "scale", "tokens", "qkv_or_q", "packed"}
 
 SIDE, WIDTH = 32, 1152  # XL/2 at 512 px
 TOKENS = {"x": (1, SIDE * SIDE, WIDTH)}
@@ -41,6 +41,7 @@ CASES = (
     Case("patch_embed", {"x": (1, 4, 64, 64), "weight": (WIDTH, 4, 2, 2), "bias": (WIDTH,)}),
     Case("final_layer", {**TOKENS, **RESIDUAL, **MODULATION, "weight": (32, WIDTH), "bias": (32,)}, PATCHES),
     Case("bias_gelu", {"x": (1, SIDE * SIDE, 4 * WIDTH), "bias": (4 * WIDTH,)}),
+    Case("split_qkv", {"packed": (1, SIDE * SIDE, 3, 16, 72), "bias": (3 * WIDTH,)}),
     Case("unpatchify", {"tokens": (1, SIDE * SIDE, 32)}, PATCHES),
 )
 ATTENTION = Case("attention", {"qkv_or_q": (1, 256, 3, 16, 72)})

@@ -1,0 +1,49 @@
+"""The kernels of split_qkv's backward compiled for GPUs that are not there: spills, and the share of 128-bit accesses."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from ahead import Compiled, recorded
+from machine_code import wide_shares
+from test_qkv import gradients
+
+from ditkernels.ops import qkv_triton as kernels
+from ditkernels.reference import SIZES
+
+F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
+BIG = ("dq", "dk", "dv", "dpacked")
+
+
+def compiled(
+    capability: int, dtype: torch.dtype, heads: int, head_dim: int, layout: str, parts: int = 3
+) -> Compiled:
+    """The kernel that stacks; neither it nor the one that adds spills."""
+    *dq, dk, dv = gradients((2, 256, parts, heads, head_dim), dtype, layout)
+    with recorded(capability) as found:
+        kernels._split_qkv_backward(dq[0] if dq else None, dk, dv, F32)
+    assert [kernel.name for kernel in found] == ["stack_tiles", "add_samples"]
+    for kernel in found:
+        assert kernel.spills == 0, f"{kernel.name} spills"
+    return found[0]
+
+
+@pytest.mark.parametrize(
+    "capability, dtype, size",
+    [(90, BF16, "XL"), (90, BF16, "S"), (90, F32, "XL"), (90, F16, "L"), (80, BF16, "XL"), (100, BF16, "XL")],
+)
+def test_no_spills_and_only_128_bit_accesses(capability: int, dtype: torch.dtype, size: str) -> None:
+    heads = SIZES[size]["num_heads"]
+    kernel = compiled(capability, dtype, heads, SIZES[size]["hidden_size"] // heads, "packed")
+    assert wide_shares(kernel, BIG) == dict.fromkeys(BIG, 1.0)
+
+
+@pytest.mark.parametrize("layout", ["heads first", "parts of one"])
+def test_heads_of_64_that_lie_apart_are_read_in_128_bit_accesses(layout: str) -> None:
+    assert wide_shares(compiled(90, BF16, 6, 64, layout), BIG) == dict.fromkeys(BIG, 1.0)
+
+
+def test_odd_heads_and_two_parts_compile() -> None:
+    compiled(90, BF16, 5, 7, "each its own")
+    kernel = compiled(90, F32, 16, 72, "packed", parts=2)
+    assert wide_shares(kernel, BIG) == dict.fromkeys(BIG[1:], 1.0)
