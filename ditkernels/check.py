@@ -88,7 +88,12 @@ class Case:
     @property
     def has_stream(self) -> bool:
         """Whether ``x`` is a residual stream (B, N, D), whose dtype is independent of the others'."""
-        return len(self.shapes.get("x", ())) == 3 and self.op != "mlp"
+        return len(self.shapes.get("x", ())) == 3 and not self.of_one_dtype
+
+    @property
+    def of_one_dtype(self) -> bool:
+        """Whether the op takes no tensors of different dtypes, as a linear does not."""
+        return self.op == "mlp"
 
     def inputs(self, precision: Precision, device: torch.device) -> Inputs:
         """Standard normal tensors, the same on every run."""
