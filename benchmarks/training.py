@@ -1,7 +1,7 @@
 """A whole training step of a DiT: loss, backward, AdamW and the moving average, ours against plain and compiled PyTorch.
 
     python benchmarks/training.py --json benchmarks/results/training.json            DiT-XL/2 at 256 px, batch 256
-    python benchmarks/training.py --model DiT-S/8 --batches 4 --rounds 3 --contenders eager-fp32,ours-bf16     a laptop
+    python benchmarks/training.py --models DiT-S/8 --batches 4 --rounds 3 --contenders eager-fp32,ours-bf16     a laptop
 
 Each contender runs at the largest of ``--batches`` that fits. Images/s is what counts, because the batches differ. Gflops are
 multiply-adds, as in the paper, three times the forward's; MFU is twice that over ``--peak-tflops``, or over the rate this

@@ -1,0 +1,94 @@
+"""What the docs say can be done: ops and backends there are, commands that parse, files that exist."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import shlex
+from pathlib import Path
+
+import commands
+import pytest
+
+from ditkernels import ops
+from ditkernels.ops import _registry as registry
+
+ROOT = commands.ROOT
+RESULTS = ROOT / "benchmarks/results/README.md"
+# The log tells of what was, commands that are gone among it.
+PAGES = [
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md")),
+    *sorted(set((ROOT / "docs").glob("*.md")) - {ROOT / "docs/log.md"}),
+    RESULTS,
+]
+SCRIPTS = sorted((ROOT / "benchmarks").glob("*.py"))
+COMMAND = re.compile(r"(?:torchrun .* -m )?(ditkernels [a-z].*|python benchmarks/\w+\.py.*)")
+
+
+def commands_in(path: Path) -> list[list[str]]:
+    """Every command of ours in a page or a docstring, be it a line of its own or between backticks, without its comment."""
+    text = re.sub(r"^```.*$", "", path.read_text(), flags=re.MULTILINE)
+    text = re.sub(r"\\+\n\s*", "", text)
+    spans = [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", text)]
+    lines = [re.split(r" #|\s{2,}|$", line.strip(), maxsplit=1)[0] for line in text.splitlines()]
+    found = [COMMAND.fullmatch(written) for written in (*lines, *spans)]
+    # A sentence may begin a line with a command's name.
+    return [shlex.split(match[1]) for match in found if match and "`" not in match[1]]
+
+
+def name_of(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def rows_under(heading: str) -> list[str]:
+    """The first cells of the table in a section of README.md."""
+    section = (ROOT / "README.md").read_text().split(f"\n## {heading}\n")[1].split("\n## ")[0]
+    _, _, *rows = [line for line in section.splitlines() if line.startswith("|")]
+    return [row.split("|")[1] for row in rows]
+
+
+def test_the_readme_lists_the_public_ops_and_their_arguments() -> None:
+    calls = re.findall(r"(\w+)\(([^)]*)\)", " ".join(rows_under("Ops")))
+    assert {name for name, _ in calls} == set(ops.__all__)
+    for name, written in calls:
+        known = " ".join(inspect.signature(getattr(ops, name)).parameters)
+        unknown = [
+            word for word in re.findall(r"\w+", written) if not re.search(rf"(\b|_){word}(\b|_)", known)
+        ]
+        assert not unknown, f"{name} takes no {', '.join(unknown)}"
+
+
+def test_the_readme_lists_the_backends_of_attention() -> None:
+    written = re.findall(r"`(\w+)`", " ".join(rows_under("Attention backends")))
+    assert sorted(written) == sorted(registry.ATTENTION_BACKENDS)
+
+
+@pytest.mark.parametrize("path", [*PAGES, *SCRIPTS], ids=name_of)
+def test_every_command_parses(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for command in commands_in(path):
+        words = [word for word in command if word != "..."]
+        program = 2
+        if words != command or len(words) == program or words[-1].startswith("--"):
+            # It is named, and not all that it needs is written.
+            with pytest.raises(SystemExit) as stop:
+                commands.parse([*words[:program], "--help"])
+            shown = capsys.readouterr().out
+            assert stop.value.code == 0, command
+            assert not [word for word in words if word.startswith("--") and word not in shown], command
+        else:
+            commands.parse(words)
+
+
+def test_commands_are_found() -> None:
+    found = [" ".join(command) for command in commands_in(ROOT / "README.md")]
+    assert "ditkernels train --config xl2.yaml --resume auto" in found
+    assert "ditkernels consolidate results/xl2 whole" in found
+    assert "python benchmarks/ops.py" in found
+    assert "python benchmarks/training.py --repeats 3" in [" ".join(c) for c in commands_in(RESULTS)]
+
+
+@pytest.mark.parametrize("path", PAGES, ids=name_of)
+def test_links_lead_somewhere(path: Path) -> None:
+    targets = re.findall(r"\[[^]\"]*\]\(([^)#\s]+)", path.read_text())
+    missing = [t for t in targets if "://" not in t and not (path.parent / t).exists()]
+    assert not missing
