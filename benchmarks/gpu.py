@@ -211,7 +211,8 @@ FIRST = {
     "training": Run(
         70,
         "--batches 256,128,64 --rounds 8 --contenders ours-bf16-residual,compiled-bf16,ours-bf16,eager-bf16,"
-        "ours-compiled-bf16-residual,eager-tf32,ours-compiled-bf16,max-autotune-bf16",
+        "ours-bf16-residual-masters,ours-bf16-residual-epilogues,ours-compiled-bf16-residual,eager-tf32,"
+        "ours-compiled-bf16,max-autotune-bf16",
     ),
     "sampling": Run(
         45,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -411,6 +412,12 @@ def test_a_folder_of_wheels_that_cannot_be_used_is_named(
 def test_the_limits_of_the_first_stages_add_up_to_one_call() -> None:
     first, _ = gpu.stages({"type": "cuda", "compute_capability": "9.0"})
     assert sum(stage.limit for stage in first) <= gpu.BUDGET <= 9 * 60 - 2 * gpu.ENDING
+
+
+def test_the_debts_name_the_stages_that_pay_them() -> None:
+    debts = commands.ROOT.joinpath("benchmarks/results/README.md").read_text().split("\n## Owed")[1]
+    assert set(re.findall(r"stages? ([\w-]+)", debts)) <= set(by_name({"type": "cpu"}))
+    assert not [name for name in (*gpu.FIRST, *gpu.LATER) if not re.search(rf"\b{name}\b", debts)]
 
 
 def test_a_stage_whose_need_failed_is_not_run(tmp_path: Path) -> None:
