@@ -315,6 +315,17 @@ def test_weights_that_want_gradients_are_updated_and_keep_wanting_them() -> None
     assert weight.is_leaf
 
 
+@pytest.mark.parametrize("kind", ["weights", "copies"])
+def test_a_graph_that_saved_a_weight_notices_its_update(kind: str) -> None:
+    state = make_state(shapes=((2, 3),))
+    state[kind] = [nn.Parameter(state[kind][0])]
+    x = torch.randn(4, 3, dtype=state[kind][0].dtype, requires_grad=True)
+    loss = nn.functional.linear(x, state[kind][0]).sum()
+    ops.adamw_ema(**state, **OPTIONS)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
 @pytest.mark.parametrize(
     "change, error, words",
     [

@@ -22,6 +22,7 @@ AdamW: Loshchilov & Hutter, arXiv 1711.05101; in this form ``torch.optim.AdamW(f
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -78,10 +79,13 @@ def adamw_ema(
         *(weights, gradients, exp_avgs, exp_avg_sqs, steps, averages, copies),
         *(grad_scale, found_inf, lr, *betas, eps, weight_decay, decay),
     )
-    if weights:
-        torch.ops.ditkernels.adamw_ema(*arguments)
-    else:  # there is nothing to update, and no tensor to choose a backend by
+    if not weights:  # there is nothing to update, and no tensor to choose a backend by
         _check_adamw_ema(*arguments)
+        return
+    torch.ops.ditkernels.adamw_ema(*arguments)
+    if not torch.compiler.is_compiling():
+        # Autograd does not see what a backend writes: a graph that saved a weight would go on with another one.
+        torch.autograd.graph.increment_version(itertools.chain(*arguments[: len(NAMES)]))
 
 
 # ------------------------------------------------------------------------------------------------------------------
