@@ -75,17 +75,15 @@ def adamw_ema(
         ValueError, TypeError: a list, shape, dtype, device or number that does not fit, named.
         BackendError: the forced backend cannot serve.
     """
-    arguments = (
-        *(weights, gradients, exp_avgs, exp_avg_sqs, steps, averages, copies),
-        *(grad_scale, found_inf, lr, *betas, eps, weight_decay, decay),
-    )
+    lists = (weights, gradients, exp_avgs, exp_avg_sqs, steps, averages, copies)
+    numbers: tuple[Any, ...] = (grad_scale, found_inf, lr, *betas, eps, weight_decay, decay)
     if not weights:  # there is nothing to update, and no tensor to choose a backend by
-        _check_adamw_ema(*arguments)
+        _check_adamw_ema(*lists, *numbers)
         return
-    torch.ops.ditkernels.adamw_ema(*arguments)
+    torch.ops.ditkernels.adamw_ema(*lists, *numbers)
     if not torch.compiler.is_compiling():
         # Autograd does not see what a backend writes: a graph that saved a weight would go on with another one.
-        torch.autograd.graph.increment_version(itertools.chain(*arguments[: len(NAMES)]))
+        torch.autograd.graph.increment_version(itertools.chain(*lists))
 
 
 # ------------------------------------------------------------------------------------------------------------------
