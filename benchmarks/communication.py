@@ -340,7 +340,7 @@ def main() -> None:
     if args.docs is not None:
         text = args.docs.read_text()
         for table in tables(found, models, args):
-            text = written_into(text, table)
+            text = measure.written_into(text, table)
         args.docs.write_text(text)
 
 
@@ -354,25 +354,20 @@ ROOM_TAKEN = 2 * 2**30  # by the CUDA context, and what the allocator cannot use
 def tables(found: list[dict[str, Any]], models: list[Model], args: argparse.Namespace) -> list[list[str]]:
     """The lines of each table in docs/scaling.md: header, rule, a row a model."""
     return [
-        _table(
+        measure.markdown(
             "model | step alone | DDP on 8 | 16 | 64 | 256 | 1,024 | "
             "HSDP on 64 | 1,024 | FSDP2 in 1,024 pieces | DDP on 64, Ethernet",
             [_step_cells(found, model.name) for model in models],
         ),
-        _table(
+        measure.markdown(
             "model | DDP on 8 | 64 | 1,024 | HSDP on 8 | 64 | 1,024 | DDP on 16, Ethernet | 64",
             [_images_cells(found, model.name) for model in models],
         ),
-        _table(
+        measure.markdown(
             "model | states, DDP | states, eight pieces | activations an image | images in 24 GB: DDP / pieces | in 80 GB",
             [_memory_cells(model, args) for model in models],
         ),
     ]
-
-
-def _table(header: str, rows: list[list[str]]) -> list[str]:
-    rule = "|" + "---|" * len(header.split("|"))
-    return [f"| {header} |", rule, *(f"| {' | '.join(row)} |" for row in rows)]
 
 
 def _step_cells(found: list[dict[str, Any]], name: str) -> list[str]:
@@ -418,20 +413,6 @@ def _memory_cells(model: Model, args: argparse.Namespace) -> list[str]:
         f"{an_image / 2**20:.0f} MiB",
         *(fitting(gib) for gib in (24, 80)),
     ]
-
-
-def written_into(text: str, table: list[str]) -> str:
-    """A page with its table of this header replaced.
-
-    Raises:
-        ValueError: the page has none.
-    """
-    lines = text.split("\n")
-    if table[0] not in lines:
-        raise ValueError(f"no table begins with {table[0]!r}")
-    start = lines.index(table[0])
-    end = next(at for at in range(start, len(lines)) if not lines[at].startswith("|"))
-    return "\n".join([*lines[:start], *table, *lines[end:]])
 
 
 # ------------------------------------------------------------------------------------------------------------

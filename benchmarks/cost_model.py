@@ -3,6 +3,7 @@
     python benchmarks/cost_model.py                                    the twelve models at 256 px, batch 256
     python benchmarks/cost_model.py --models DiT-XL/2 --detail         one model, every kind of kernel
     python benchmarks/cost_model.py --tflops 700 --bandwidth 4000      another device
+    python benchmarks/cost_model.py --docs docs/performance.md         writes that page's tables
 
 No step is run. One forward and backward of the model passes through fake tensors, which have shapes and no values, while every
 kernel is counted: a product by its operations, anything else by the bytes of its inputs and outputs, each once. Time is
@@ -21,6 +22,7 @@ import dataclasses
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -179,7 +181,7 @@ def rows(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
             yield {**made, "of_plain": made["step_ms"] / plain_ms}
             if args.detail:
                 yield from detail(model, name, counted, args)
-        bound = row(model, "nothing but products", dataclasses.replace(counted, moved=Counter()), args)
+        bound = row(model, BOUND, dataclasses.replace(counted, moved=Counter()), args)
         yield {**bound, "of_plain": bound["step_ms"] / plain_ms}
 
 
@@ -215,6 +217,53 @@ def detail(model: str, name: str, counted: Counted, args: argparse.Namespace) ->
             }
 
 
+# ------------------------------------------------------------------------------------------------------------
+# Tables of the page
+# ------------------------------------------------------------------------------------------------------------
+
+ALL_LEVERS = list(VARIANTS)[-1]
+BOUND = "nothing but products"
+SHOWN = "DiT-XL/2"
+
+
+def tables(found: list[dict[str, Any]]) -> list[list[str]]:
+    """The lines of the tables in docs/performance.md: a row a model, then the variants of one."""
+    steps = {(row["model"], row["variant"]): row for row in found if "step_ms" in row}
+    models = list(dict.fromkeys(model for model, _ in steps))
+    of_models = measure.markdown(
+        "model | products | optimizer | moving: plain | ours | ours, all levers | step, ours of plain | all levers of plain | "
+        "images/s, all levers | products alone",
+        [_model_cells(model, steps) for model in models],
+    )
+    if SHOWN not in models:
+        return [of_models]
+    of_variants = measure.markdown(
+        "variant of XL/2 | moving | optimizer | step | of plain | images/s",
+        [_variant_cells(name, steps[SHOWN, name]) for name in (*VARIANTS, BOUND)],
+    )
+    return [of_models, of_variants]
+
+
+def _model_cells(model: str, steps: dict[tuple[str, str], dict[str, Any]]) -> list[str]:
+    plain, ours, best, bound = (steps[model, name] for name in ("plain", "ours", ALL_LEVERS, BOUND))
+    return [
+        model.removeprefix("DiT-"),
+        *map(_ms, (plain["products_ms"], plain["optimizer_ms"])),
+        *(_ms(row["moving_ms"]) for row in (plain, ours, best)),
+        *(f"{row['of_plain']:.2f}" for row in (ours, best)),
+        *(f"{row['images_per_s']:,.0f}" for row in (best, bound)),
+    ]
+
+
+def _variant_cells(name: str, row: dict[str, Any]) -> list[str]:
+    times = [_ms(row[what]) for what in ("moving_ms", "optimizer_ms", "step_ms")]
+    return [name, *times, f"{row['of_plain']:.2f}", f"{row['images_per_s']:,.0f}"]
+
+
+def _ms(value: float) -> str:
+    return f"{value:.0f}" if value >= 100 else f"{value:.1f}"
+
+
 def main(argv: list[str] | None = None) -> None:
     """Runs the model."""
     parser = measure.parser(__doc__)
@@ -225,12 +274,23 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--tflops", type=float, default=ASSUMED_TFLOPS, help="of bf16 products")
     parser.add_argument("--bandwidth", type=float, default=ASSUMED_GBPS, help="GB/s of copying")
     parser.add_argument("--detail", action="store_true", help="bytes by kind of kernel")
+    parser.add_argument(
+        "--docs", type=Path, metavar="FILE", help="a page whose tables are to be written anew"
+    )
     args = parser.parse_args(argv)
     columns = (
         *("model", "variant", "kernel", "gbytes", "products_ms", "moving_ms", "optimizer_ms"),
         *("step_ms", "images_per_s", "of_plain"),
     )
-    measure.report("cost_model", args, rows(args), columns)
+    journal = measure.Journal("cost_model", args)
+    for found in rows(args):
+        journal.add(found)
+    journal.close(columns)
+    if args.docs is not None:
+        text = args.docs.read_text()
+        for table in tables(journal.rows):
+            text = measure.written_into(text, table)
+        args.docs.write_text(text)
 
 
 if __name__ == "__main__":

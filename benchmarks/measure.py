@@ -362,6 +362,26 @@ def report(benchmark: str, args: argparse.Namespace, rows: Iterable[Row], column
     journal.close(columns)
 
 
+def markdown(header: str, rows: list[list[str]]) -> list[str]:
+    """The lines of a table for a page: header ("a | b"), rule, rows."""
+    rule = "|" + "---|" * len(header.split("|"))
+    return [f"| {header} |", rule, *(f"| {' | '.join(row)} |" for row in rows)]
+
+
+def written_into(text: str, table: list[str]) -> str:
+    """A page with its table of this header replaced.
+
+    Raises:
+        ValueError: the page has none.
+    """
+    lines = text.split("\n")
+    if table[0] not in lines:
+        raise ValueError(f"no table begins with {table[0]!r}")
+    start = lines.index(table[0])
+    end = next(at for at in range(start, len(lines)) if not lines[at].startswith("|"))
+    return "\n".join([*lines[:start], *table, *lines[end:]])
+
+
 def table(rows: list[Row], columns: list[str]) -> str:
     """The rows in aligned columns, numbers to three significant digits."""
     cells = [columns, *([_cell(row.get(column)) for column in columns] for row in rows)]

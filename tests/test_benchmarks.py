@@ -319,6 +319,26 @@ def test_cost_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    "names",
+    [["DiT-S/8"], pytest.param(["DiT-S/8", "DiT-B/4", "DiT-XL/2"], marks=pytest.mark.slow)],
+    ids=["one model", "three"],
+)
+def test_the_tables_of_predictions_in_the_docs_are_the_scripts(
+    names: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    written = (BENCHMARKS.parent / "docs/performance.md").read_text()
+    page = tmp_path / "page.md"
+    page.write_text(written)
+    flags = ("--models", ",".join(names), "--docs", str(page))
+    run("cost_model", *flags, monkeypatch=monkeypatch, out=tmp_path / "m.json")
+    anew = page.read_text()
+    rows = [line for line in anew.splitlines() if line not in written.splitlines()]
+    assert rows == [], "python benchmarks/cost_model.py --docs docs/performance.md writes them"
+    assert f"| {names[0].removeprefix('DiT-')} |" in anew
+    assert len(anew) < len(written)
+
+
+@pytest.mark.parametrize(
     "script, arguments, said",
     [
         ("ops", ("--ops", "softmax"), "got softmax, allowed are modulate_norm"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import communication
+import measure
 import pytest
 from communication import BUCKET, WAYS, Cluster, Link, Work
 from test_benchmarks import run
@@ -120,10 +121,10 @@ def test_a_table_is_written_in_the_place_of_the_one_with_its_header() -> None:
     page = "before\n\n| a | b |\n|---|---|\n| 1 | 2 |\n| 3 | 4 |\n\nafter | a | b |\n"
     table = ["| a | b |", "|---|---|", "| 5 | 6 |"]
     assert (
-        communication.written_into(page, table) == "before\n\n" + "\n".join(table) + "\n\nafter | a | b |\n"
+        measure.written_into(page, table) == "before\n\n" + "\n".join(table) + "\n\nafter | a | b |\n"
     )
     with pytest.raises(ValueError, match=r"no table begins with '\| c \|'"):
-        communication.written_into(page, ["| c |", "|---|"])
+        measure.written_into(page, ["| c |", "|---|"])
 
 
 def test_the_script(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
