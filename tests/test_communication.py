@@ -120,9 +120,7 @@ def test_the_tables_in_the_docs_are_the_scripts(names: list[str]) -> None:
 def test_a_table_is_written_in_the_place_of_the_one_with_its_header() -> None:
     page = "before\n\n| a | b |\n|---|---|\n| 1 | 2 |\n| 3 | 4 |\n\nafter | a | b |\n"
     table = ["| a | b |", "|---|---|", "| 5 | 6 |"]
-    assert (
-        measure.written_into(page, table) == "before\n\n" + "\n".join(table) + "\n\nafter | a | b |\n"
-    )
+    assert measure.written_into(page, table) == "before\n\n" + "\n".join(table) + "\n\nafter | a | b |\n"
     with pytest.raises(ValueError, match=r"no table begins with '\| c \|'"):
         measure.written_into(page, ["| c |", "|---|"])
 
