@@ -4,7 +4,9 @@
 //   add_chunks   a thread owns one channel of one sample: adds the chunks in order, writes dshift, dscale, dgate (B, D), and
 //                the sample's terms of dweight, dbias, dbranch_bias (B, 3, D), fp32.
 //   add_samples  a thread owns one channel: adds the samples' terms in order, writes dweight, dbias, dbranch_bias (D,).
-//   add_groups   a thread owns one element of a weight's gradient: adds the groups' partial sums in order.
+//   add_groups   a block owns 32 elements of a weight's gradient, one a lane: each of its warps adds every eighth group's partial
+//                sums, in order, and the first adds up what they have. A thread that walked through all groups alone would wait for
+//                some hundred loads one after another.
 #pragma once
 
 #include "common.cuh"
@@ -15,6 +17,9 @@ namespace {
 constexpr int SUMS = 4;
 constexpr int TERMS = 3;
 constexpr int SUM_THREADS = 128;
+constexpr int GROUP_WARPS = 8;
+constexpr int GROUP_THREADS = GROUP_WARPS * WARP;
+constexpr int GROUP_BYTES = GROUP_THREADS * sizeof(float);
 
 struct Gradients {
   Vector gate, scale, branch_bias, weight, bias;
@@ -67,11 +72,19 @@ struct Groups {
   int64_t groups, size;
 };
 
-__global__ void __launch_bounds__(SUM_THREADS) add_groups(const Groups a) {
-  const int64_t element = static_cast<int64_t>(blockIdx.x) * SUM_THREADS + threadIdx.x;
-  if (element >= a.size) return;
+__global__ void __launch_bounds__(GROUP_THREADS) add_groups(const Groups a) {
+  const int64_t element = static_cast<int64_t>(blockIdx.x) * WARP + threadIdx.x % WARP;
+  const Shared<float> sums{0};
   float total = 0.0f;
-  for (int64_t group = 0; group < a.groups; ++group) total += load_one(a.partial, 0, group, element);
+  if (element < a.size)
+#pragma unroll 8
+    for (int64_t group = threadIdx.x / WARP; group < a.groups; group += GROUP_WARPS)
+      total += load_one(a.partial, 0, group, element);
+  sums.write(threadIdx.x, total);
+  __syncthreads();
+  if (threadIdx.x >= WARP || element >= a.size) return;
+#pragma unroll
+  for (int warp = 1; warp < GROUP_WARPS; ++warp) total += sums.read(warp * WARP + threadIdx.x);
   store_one(a.total, 0, element, total);
 }
 
@@ -118,7 +131,7 @@ inline Tensor sum_groups(const char* op, const char* name, const Tensor& partial
   a.total = {total.data_ptr(), 0, total.scalar_type(), describe(name, total)};
   a.groups = partial.size(0);
   a.size = total.numel();
-  launch<add_groups, SUM_THREADS>(op, ceil_div(a.size, SUM_THREADS), like, a);
+  launch<add_groups, GROUP_THREADS, GROUP_BYTES>(op, ceil_div(a.size, WARP), like, a);
   return total;
 }
 

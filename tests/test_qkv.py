@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 
 import numerics
@@ -45,9 +47,20 @@ def backward(parts: list[Tensor], dtype: torch.dtype = F32) -> tuple[Tensor, Ten
     return torch.ops.ditkernels.split_qkv_backward(dq[0] if dq else None, dk, dv, dtype)
 
 
+@contextmanager
+def poisoned() -> Iterator[None]:
+    """Fills fresh memory with NaN, where the results of an earlier run may lie."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 def assert_parity(parts: list[Tensor], dtype: torch.dtype = F32) -> None:
     """Bits are moved; sums are held to the contract, against what the reference makes of them in its own dtypes and in fp64."""
-    dpacked, dbias = backward(parts, dtype)
+    with poisoned():
+        dpacked, dbias = backward(parts, dtype)
     assert torch.equal(dpacked, torch.stack(parts, 2)), "dpacked: not equal to what was read"
     assert dpacked.is_contiguous()
     low, exact = (
@@ -195,11 +208,8 @@ def test_compiles_as_one_graph_under_autocast_and_checkpointing() -> None:
 def check_repeats() -> None:
     parts = gradients((2, 70, 3, 2, 17), BF16, "heads first")
     first = backward(parts)
-    torch.use_deterministic_algorithms(True)  # fills fresh memory with NaN
-    try:
+    with poisoned():
         second = backward(parts)
-    finally:
-        torch.use_deterministic_algorithms(False)
     assert all(map(torch.equal, first, second))
 
 

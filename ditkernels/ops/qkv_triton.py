@@ -103,7 +103,7 @@ def stack_tiles(  # type: ignore[no-untyped-def]
 # Launch
 # ------------------------------------------------------------------------------------------------------------------
 
-_SUM_CHUNKS, _SUM_COLUMNS = 32, 32
+_SUM_CHUNKS, _SUM_COLUMNS = 128, 32
 
 
 def tile(itemsize: int) -> Tile:

@@ -96,7 +96,10 @@ MUTANTS = {
     "scale forgotten in dbias": (SUMS, "sample, 1, column, «slope» * p", "1.0f"),
     "gate forgotten in dbranch_bias": (SUMS, "«load_one(a.gate, sample, column, 1.0f)» * s", "1.0f"),
     "one sample's terms lost": (SUMS, "for (int64_t sample = «0»; sample", "1"),
-    "one group lost": (SUMS, "for (int64_t group = «0»; group", "1"),
+    "one group lost": (SUMS, "for (int64_t group = «threadIdx.x / WARP»; group", "1 + threadIdx.x / WARP"),
+    "groups added twice": (SUMS, "group < a.groups; group += «GROUP_WARPS»", "1"),
+    "one warp's groups lost": (SUMS, "for (int warp = «1»; warp < GROUP_WARPS", "2"),
+    "one warp's groups for all": (SUMS, "sums.read(«warp * WARP» + threadIdx.x)", "0"),
     # ------------------------------------------------------------------------------------------------ common
     "one lane's sums lost": (COMMON, "for (int warp = «0»; warp < warps", "1"),
     "a quarter of the summands lost": (COMMON, "for (int quarter = «0»; quarter", "1"),
