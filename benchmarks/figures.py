@@ -58,10 +58,10 @@ def draw_ops(rows: Rows, path: Path, origin: str) -> None:
     """Share of the copy bandwidth, forward and backward, in the precision of training."""
     figure = study.new_figure(9, 4.2)
     timed = [row for row in rows if "median_ms" in row and row["precision"] == "fp32+bf16"]
-    names = list(dict.fromkeys(row["op"] for row in timed))
     contenders = list(dict.fromkeys(row["contender"] for row in timed))
     width = 0.8 / max(1, len(contenders))
     for axes, phase in zip(figure.subplots(1, 2, sharey=True), ("forward", "backward")):
+        names = list(dict.fromkeys(row["op"] for row in timed if row["pass"] == phase))
         for place, contender in enumerate(contenders):
             shares = {
                 r["op"]: r["of_copy"] for r in timed if (r["contender"], r["pass"]) == (contender, phase)

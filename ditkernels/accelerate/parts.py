@@ -11,7 +11,7 @@ from ditkernels import ops, reference
 from ditkernels.accelerate import proof
 from ditkernels.accelerate.refusals import FAULTS, Refused, eps_of, require_plain
 from ditkernels.accelerate.swap import Fused
-from ditkernels.models import Stream, closed
+from ditkernels.models import Stream, closed, product_with_bias
 from ditkernels.ops import _registry as registry
 from ditkernels.ops.attention import BACKENDS, choose, describe
 
@@ -121,7 +121,8 @@ class PackedAttention(Fused):
     def forward(self, x: Tensor, *rest: Any, **options: Any) -> Tensor:
         if given(*rest, *options.values()):
             return super().forward(x, *rest, **options)
-        return self.proj(ops.attention(self.qkv(x).unflatten(-1, (3, self.num_heads, -1))))
+        qkv, bias = product_with_bias(self.qkv, x)
+        return self.proj(ops.attention(qkv.unflatten(-1, (3, self.num_heads, -1)), bias=bias))
 
 
 class NormedAttention(Fused):
