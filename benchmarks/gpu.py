@@ -244,6 +244,7 @@ LATER = {
         "sampler-compiled-bf16-weights,max-autotune-bf16-weights,ours-bf16-weights",
     ),
     "latents": Run(60, "--rounds 3"),
+    "first_use": Run(120),
 }
 TOYS = {
     "ceilings": "--model DiT-S/8 --batch 1 --input-size 16 --copy-mib 1 --dtype fp32",
@@ -254,6 +255,7 @@ TOYS = {
     "sampling": "--model DiT-S/8 --input-size 16 --batches 1 --lengths 2,6 --contenders eager-fp32,sampler-fp32",
     "optimizer": "--models DiT-S/8 --copy-mib 1",
     "trainer_overhead": "--batch 2 --input-size 8 --steps 2 --log-every 2",
+    "first_use": "--model DiT-S/8 --input-size 16 --batch 2 --contenders ours-fp32",
     "latents": "--images 32 --latent-size 4 --batch 4 --batches 2 --workers 0 --dtypes fp16 --cache warm",
 }
 

@@ -189,6 +189,24 @@ def test_mlp(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         assert math.isclose(row["tflops"] * row["median_ms"] * 1e9, products * 2 * 8 * 384 * 1536)
 
 
+def test_first_use(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    size = ("--model", "DiT-S/8", "--input-size", "16", "--batch", "2", "--contenders", "ours-fp32")
+    cold, warm = run("first_use", *size, monkeypatch=monkeypatch, out=tmp_path / "f.json")
+    assert (cold["caches"], warm["caches"]) == ("cold", "warm")
+    for row in (cold, warm):
+        parts = [row[part] for part in ("imported", "built", "first", "second")]
+        assert min(parts) > 0
+        assert math.isclose(row["until_first"], sum(parts[:3]))
+
+
+def test_a_process_that_fails_is_an_error_with_its_words(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    size = ("--model", "DiT-S/8", "--input-size", "7", "--contenders", "ours-fp32")
+    with pytest.raises(RuntimeError, match=r"(?s)ours-fp32 ended with 1: .*input_size: got"):
+        run("first_use", *size, monkeypatch=monkeypatch, out=tmp_path / "f.json")
+
+
 SAMPLING = ("--model", "DiT-S/8", "--input-size", "16", "--batches", "2", "--lengths", "2,6")
 
 
