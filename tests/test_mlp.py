@@ -132,6 +132,23 @@ def test_autograd_makes_no_gradients_of_zeros_for_what_is_kept() -> None:
     assert filled.shapes == []
 
 
+class _WithoutGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, y: Tensor) -> Tensor:
+        return y.clone()
+
+    @staticmethod
+    def backward(ctx, dy: Tensor) -> None:
+        return None
+
+
+def test_behind_a_function_without_a_gradient_there_is_none() -> None:
+    leaves = [v.requires_grad_() for v in make_inputs((2, 3, 5, 4, 6), F32).values()]
+    (_WithoutGradient.apply(ops.mlp(*leaves)).sum() + leaves[0].sum()).backward()
+    assert torch.equal(leaves[0].grad, torch.ones(2, 3, 5))
+    assert [leaf.grad for leaf in leaves[1:]] == [None] * 3
+
+
 def test_nothing_is_kept_where_no_gradient_is_needed() -> None:
     inputs = make_inputs((2, 3, 8, 16, 24), F32)
     with torch.no_grad(), FlopCounterMode(display=False) as counted:

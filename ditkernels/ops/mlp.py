@@ -148,7 +148,9 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tens
     ctx.save_for_backward(*inputs[:4], z, h)
 
 
-def _backward(ctx: Any, dy: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, dy: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    if dy is None:  # from a function that has no gradient for y
+        return (None,) * 5
     x, fc1_weight, fc1_bias, fc2_weight, z, h = ctx.saved_tensors
     needs = [
         needed and t is not None
