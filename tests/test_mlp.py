@@ -222,6 +222,11 @@ def test_forward_mode_and_second_derivatives_are_refused() -> None:
             ValueError,
             r"fc1_weight: got shape \(16, 9\), expected \(any, 8\)",
         ),
+        (
+            {"fc1_weight": torch.zeros(0, 8), "fc1_bias": None, "fc2_weight": torch.zeros(24, 0)},
+            ValueError,
+            r"fc1_weight: got shape \(0, 8\); the first axis must not be empty",
+        ),
         ({"fc1_bias": torch.zeros(15)}, ValueError, r"fc1_bias: got shape \(15,\), expected \(16\)"),
         (
             {"fc2_weight": torch.zeros(24, 15)},

@@ -86,8 +86,9 @@ def _check(
     hidden = fc1_weight.shape[0]
     checks.optional("fc1_bias", fc1_bias, (hidden,), x)
     checks.tensor("fc2_weight", fc2_weight, (None, hidden), x)
-    if fc2_weight.shape[0] < 1:
-        raise ValueError(f"fc2_weight: got shape {tuple(fc2_weight.shape)}; the first axis must not be empty")
+    for name, weight in (("fc1_weight", fc1_weight), ("fc2_weight", fc2_weight)):
+        if weight.shape[0] < 1:
+            raise ValueError(f"{name}: got shape {tuple(weight.shape)}; the first axis must not be empty")
     for name, value in (("fc1_weight", fc1_weight), ("fc1_bias", fc1_bias), ("fc2_weight", fc2_weight)):
         if value is not None and value.dtype != x.dtype:
             raise TypeError(f"{name}: got dtype {value.dtype}, expected x's, {x.dtype}")
