@@ -41,12 +41,12 @@ from ditkernels.reference import SIZES
 MODELS = {name.removeprefix("DiT-"): size["hidden_size"] for name, size in SIZES.items()}
 ARCHITECTURES = {"80": "80", "90": "90a", "100": "100"}  # as Triton, and as nvcc calls them
 FAMILIES = {
-    "patch_embed": "patch_embed",
-    "final_layer": "final_layer",
-    "unpatchify": "final_layer",
-    "bias_gelu": "bias_gelu",
-    "split_qkv": "qkv",
-    "adamw_ema": "adamw_ema",
+    "patch_embed": ("patch_embed",),
+    "final_layer": ("final_layer", "final_layer_backward"),
+    "unpatchify": ("final_layer",),
+    "bias_gelu": ("bias_gelu",),
+    "split_qkv": ("qkv",),
+    "adamw_ema": ("adamw_ema",),
 }
 BACKENDS = ("triton", "cuda")
 ALL = "all launches"
@@ -104,12 +104,12 @@ def _codes(
         return launches.code(architecture, cases)
     target = ARCHITECTURES[architecture]
     known = {
-        family: {row["kernel"]: row for row in cuda_code.rows(family, target)}
-        for family in sorted({FAMILIES.get(case.op, "adaln") for case in cases})
+        op: {row["kernel"]: row for family in families for row in cuda_code.rows(family, target)}
+        for op, families in {case.op: FAMILIES.get(case.op, ("adaln",)) for case in cases}.items()
     }
     found = []
     for row in moved:
-        code = known[FAMILIES.get(cases[row["case"]].op, "adaln")][row["kernel"]]
+        code = known[cases[row["case"]].op][row["kernel"]]
         static = declared_shared(code["static_shared_bytes"], architecture)
         big = cases[row["case"]].big()
         found.append(

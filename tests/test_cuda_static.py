@@ -16,7 +16,7 @@ import pytest
 
 pytestmark = pytest.mark.skipif(cuda_code.why_not() is not None, reason=str(cuda_code.why_not()))
 
-FAMILIES = ("adaln", "adamw_ema", "bias_gelu", "final_layer", "patch_embed", "qkv")
+FAMILIES = ("adaln", "adamw_ema", "bias_gelu", "final_layer", "final_layer_backward", "patch_embed", "qkv")
 NO_BIG_TENSOR = ("sample_terms<",)
 ROWS = {"registers", "spills", "threads", "arch", "backend", "kernel"}
 

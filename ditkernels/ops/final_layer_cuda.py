@@ -1,4 +1,4 @@
-"""The CUDA C++ backend of ``final_layer`` and ``unpatchify``: when the kernels of csrc/final_layer.cu can serve."""
+"""The CUDA C++ backend of ``final_layer`` and ``unpatchify``: when the kernels of csrc/final_layer*.cu can serve."""
 
 from __future__ import annotations
 

@@ -35,6 +35,7 @@ ADALN, SUMS, EMBED, FINAL, COMMON, TURNED = (
 GELU = "bias_gelu.cu"
 ADAMW = "adamw_ema.cu"
 MLP = "mlp.cu"
+FINAL_BACKWARD, FINAL_SHARED = "final_layer_backward.cu", "final_layer.cuh"
 QKV = "qkv.cu"
 
 # By name: the file, a place in it that occurs once with the expression marked, and what takes the expression's place.
@@ -169,22 +170,22 @@ MUTANTS = {
     "batch index of dx's dy dropped": (EMBED, "narrowed<T>(load<WIDE>(a.dy, «place.sample»", "0"),
     "one sample's positions lost": (EMBED, "for (int64_t sample = «0»; sample < a.batch", "1"),
     # ------------------------------------------------------------------------------------------------ final_layer
-    "last gate zeroed": (FINAL, "x.at[i] + «gate.at[i]» * (branch", "0.0f"),
-    "last branch bias ignored": (FINAL, "(branch.at[i] + «bias.at[i]»)", "0.0f"),
-    "norm's weight ignored": (FINAL, "(normed.at[i] * «weight.at[i]» + bias", "1.0f"),
-    "norm's bias ignored": (FINAL, "weight.at[i] + «bias.at[i]») * factor", "0.0f"),
-    "scale ignored": (FINAL, "bias.at[i]) * «factor.at[i]» + shift", "1.0f"),
-    "shift of the last layer ignored": (FINAL, "factor.at[i] + «shift.at[i]»;", "0.0f"),
-    "factor without the one": (FINAL, "factor.at[i] += «1.0f»;", "0.0f"),
-    "batch index of the last shift dropped": (FINAL, "load<WIDE>(v.shift, «sample», column", "0"),
-    "batch index of the last scale dropped": (FINAL, "load<WIDE>(v.scale, «sample», column", "0"),
-    "batch index of the last gate dropped": (FINAL, "load<WIDE>(v.gate, «sample», column", "0"),
-    "slope ignored": (FINAL, "slope.at[i] *= «factor.at[i]»;", "1.0f"),
-    "channel of the image ignored": (FINAL, "return body(\n      «value % grid.channels», token", "0"),
-    "row of the patch ignored": (FINAL, "* grid.patch + «place / grid.patch»,", "0"),
-    "column of the patch ignored": (FINAL, "* grid.patch + «place % grid.patch»);", "0"),
+    "last gate zeroed": (FINAL_SHARED, "x.at[i] + «gate.at[i]» * (branch", "0.0f"),
+    "last branch bias ignored": (FINAL_SHARED, "(branch.at[i] + «bias.at[i]»)", "0.0f"),
+    "norm's weight ignored": (FINAL_SHARED, "(normed.at[i] * «weight.at[i]» + bias", "1.0f"),
+    "norm's bias ignored": (FINAL_SHARED, "weight.at[i] + «bias.at[i]») * factor", "0.0f"),
+    "scale ignored": (FINAL_SHARED, "bias.at[i]) * «factor.at[i]» + shift", "1.0f"),
+    "shift of the last layer ignored": (FINAL_SHARED, "factor.at[i] + «shift.at[i]»;", "0.0f"),
+    "factor without the one": (FINAL_SHARED, "factor.at[i] += «1.0f»;", "0.0f"),
+    "batch index of the last shift dropped": (FINAL_SHARED, "load<WIDE>(v.shift, «sample», column", "0"),
+    "batch index of the last scale dropped": (FINAL_SHARED, "load<WIDE>(v.scale, «sample», column", "0"),
+    "batch index of the last gate dropped": (FINAL_SHARED, "load<WIDE>(v.gate, «sample», column", "0"),
+    "slope ignored": (FINAL_BACKWARD, "slope.at[i] *= «factor.at[i]»;", "1.0f"),
+    "channel of the image ignored": (FINAL_SHARED, "return body(\n      «value % grid.channels», token", "0"),
+    "row of the patch ignored": (FINAL_SHARED, "* grid.patch + «place / grid.patch»,", "0"),
+    "column of the patch ignored": (FINAL_SHARED, "* grid.patch + «place % grid.patch»);", "0"),
     "rows and columns of the image swapped": (
-        FINAL,
+        FINAL_SHARED,
         "«token / grid.columns» * grid.patch",
         "token % grid.columns",
     ),
@@ -197,47 +198,63 @@ MUTANTS = {
         "unit, load<WIDE>(a.branch, «sample», token, column, width), Direct",
         "0",
     ),
-    "h not rounded": (FINAL, "unit.at[i] = «rounded<U>(unit.at[i], weight)»;", "unit.at[i]"),
+    "h not rounded": (FINAL_SHARED, "unit.at[i] = «rounded<U>(unit.at[i], weight)»;", "unit.at[i]"),
     "bias of the linear ignored": (FINAL, "float z = «load_one(a.bias, 0, at, 0.0f)»;", "0.0f"),
     "one warp's part lost": (FINAL, "for (int part = «place / DEPTH»; part", "place / DEPTH + abreast"),
     "values beyond the first tiles lost": (FINAL, "for (int start = 0; start < «tiles»; start", "1"),
     "row mask of the image dropped": (FINAL, "row >= rows || «first + row >= a.length» ||", "false"),
     "batch index of the image dropped": (FINAL, "store_one(a.out, «sample», channel", "0"),
-    "slope's share lost": (FINAL, "slope_sum += «weight.at[k] * slope.at[k]»;", "0.0f"),
-    "offset lost": (FINAL, "offset += «weight.at[k] * origin.at[k]»;", "0.0f"),
-    "offset without the linear's bias": (FINAL, "+ «load_one(a.bias, 0, value, 0.0f)»;\n  if", "0.0f"),
-    "mean of dx̂ lost": (FINAL, "along_mean += «dz» * load_one(a.terms, sample", "0.0f"),
-    "mean of dx̂ · x̂ without the offset": (FINAL, "(z - «load_one(a.terms, sample, 1, value)»)", "0.0f"),
-    "means of one sample": (FINAL, "store_one(a.means, «sample», token, 1", "0"),
-    "batch index of the terms dropped": (FINAL, "load_one(a.terms, «sample», 0, value)", "0"),
-    "batch index of dout dropped": (FINAL, "load_one(a.dout, «sample», channel", "0"),
-    "batch index of z dropped": (FINAL, "load_one(a.out, «sample», channel", "0"),
-    "mean forgotten in the backward": (FINAL, "unit.at[i] = (unit.at[i] - «mean») * rstd;", "0.0f"),
-    "dx without the slope": (FINAL, "(dh.at[i] * «slope.at[i]» - along_mean", "1.0f"),
-    "last P of dx̂": (FINAL, "sums.of[0].at[i] += «dh.at[i]»;", "dh.at[i] * slope.at[i]"),
-    "last Q without x̂": (FINAL, "sums.of[1].at[i] += «dh.at[i] * normed.at[i]»;", "dh.at[i]"),
-    "last R lost": (FINAL, "sums.of[2].at[i] += «dx.at[i] * branch.at[i]»;", "0.0f"),
-    "last S lost": (FINAL, "sums.of[3].at[i] += «dx.at[i]»;", "0.0f"),
-    "last dbranch without the gate": (FINAL, "dx.at[i] *= «gate.at[i]»;", "1.0f"),
-    "one band of rows lost": (FINAL, "for (int other = «0»; other < ROW_BANDS", "1"),
-    "chunks of one sample": (FINAL, "store_one(to, sample, «chunk» * SUMS +", "0"),
+    "slope's share lost": (FINAL_BACKWARD, "slope_sum += «weight.at[k] * slope.at[k]»;", "0.0f"),
+    "offset lost": (FINAL_BACKWARD, "offset += «weight.at[k] * origin.at[k]»;", "0.0f"),
+    "offset without the linear's bias": (
+        FINAL_BACKWARD,
+        "+ «load_one(a.bias, 0, value, 0.0f)»;\n  if",
+        "0.0f",
+    ),
+    "mean of dx̂ lost": (FINAL_BACKWARD, "along_mean += «dz» * load_one(a.terms, sample", "0.0f"),
+    "mean of dx̂ · x̂ without the offset": (
+        FINAL_BACKWARD,
+        "(z - «load_one(a.terms, sample, 1, value)»)",
+        "0.0f",
+    ),
+    "means of one sample": (FINAL_BACKWARD, "store_one(a.means, «sample», token, 1", "0"),
+    "batch index of the terms dropped": (FINAL_BACKWARD, "load_one(a.terms, «sample», 0, value)", "0"),
+    "batch index of dout dropped": (FINAL_BACKWARD, "load_one(a.dout, «sample», channel", "0"),
+    "batch index of z dropped": (FINAL_BACKWARD, "load_one(a.out, «sample», channel", "0"),
+    "mean forgotten in the backward": (FINAL_BACKWARD, "unit.at[i] = (unit.at[i] - «mean») * rstd;", "0.0f"),
+    "dx without the slope": (FINAL_BACKWARD, "(dh.at[i] * «slope.at[i]» - along_mean", "1.0f"),
+    "last P of dx̂": (FINAL_BACKWARD, "sums.of[0].at[i] += «dh.at[i]»;", "dh.at[i] * slope.at[i]"),
+    "last Q without x̂": (FINAL_BACKWARD, "sums.of[1].at[i] += «dh.at[i] * normed.at[i]»;", "dh.at[i]"),
+    "last R lost": (FINAL_BACKWARD, "sums.of[2].at[i] += «dx.at[i] * branch.at[i]»;", "0.0f"),
+    "last S lost": (FINAL_BACKWARD, "sums.of[3].at[i] += «dx.at[i]»;", "0.0f"),
+    "last dbranch without the gate": (FINAL_BACKWARD, "dx.at[i] *= «gate.at[i]»;", "1.0f"),
+    "one band of rows lost": (FINAL_BACKWARD, "for (int other = «0»; other < ROW_BANDS", "1"),
+    "chunks of one sample": (FINAL_BACKWARD, "store_one(to, sample, «chunk» * SUMS +", "0"),
     "one chunk of a group lost": (
-        FINAL,
+        FINAL_BACKWARD,
         "for (int64_t chunk = «group * a.group_chunks»; chunk < end; ++chunk) {\n"
         "    const int64_t sample = chunk / a.chunks, first = chunk % a.chunks * a.chunk_rows;\n"
         "    const int64_t last = first + a.chunk_rows < a.length ? first + a.chunk_rows : a.length;\n"
         "    stage<WIDE, COLUMNS>",
         "group * a.group_chunks + 1",
     ),
-    "vectors of one sample": (FINAL, "stage<WIDE, COLUMNS>(staged, a.vectors, «sample», first_column", "0"),
-    "values of dW lost": (FINAL, "inside = start + row < last && «from + value < a.padded»;", "value < 8"),
-    "dW of x̂": (FINAL, "if constexpr (HELD > 0) h = «modulated(normed, vectors)»;", "normed"),
+    "vectors of one sample": (
+        FINAL_BACKWARD,
+        "stage<WIDE, COLUMNS>(staged, a.vectors, «sample», first_column",
+        "0",
+    ),
+    "values of dW lost": (
+        FINAL_BACKWARD,
+        "inside = start + row < last && «from + value < a.padded»;",
+        "value < 8",
+    ),
+    "dW of x̂": (FINAL_BACKWARD, "if constexpr (HELD > 0) h = «modulated(normed, vectors)»;", "normed"),
     "dbias of the last layer lost": (
-        FINAL,
+        FINAL_BACKWARD,
         "bias_sum += «static_cast<float>(values.read(at * DZ_STRIDE + threadIdx.x))»;",
         "0.0f",
     ),
-    "dW's rows beyond the first band": (FINAL, "value + lane_row() + «i / 2 * 8», at", "0"),
+    "dW's rows beyond the first band": (FINAL_BACKWARD, "value + lane_row() + «i / 2 * 8», at", "0"),
     "unpatchify's row and column swapped": (
         *(
             FINAL,
@@ -536,9 +553,12 @@ FAMILIES = {
     QKV: (check_qkv,),
     ADAMW: (check_adamw,),
     EMBED: (check_patch_embed, check_embed_without_positions, check_embed_of_many_lines),
-    FINAL: (check_final_layer, check_final_layer_over_several_chunks, check_rows_are_rounded),
+    **dict.fromkeys(
+        (FINAL, FINAL_BACKWARD, FINAL_SHARED),
+        (check_final_layer, check_final_layer_over_several_chunks, check_rows_are_rounded),
+    ),
 }
-ALL = tuple(itertools.chain(*FAMILIES.values()))
+ALL = tuple(dict.fromkeys(itertools.chain(*FAMILIES.values())))
 
 
 def run_checks(file: str) -> None:
