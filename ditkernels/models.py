@@ -98,8 +98,18 @@ def _taken_apart(linear: nn.Module, x: Tensor) -> TypeGuard[nn.Linear]:
     in the place of the linear, or watches it: it is called as it is.
     """
     pays = x.is_cuda or registry.backend_setting() is not None
-    watched = bool(linear._forward_hooks or linear._forward_pre_hooks)
-    return pays and type(linear) is nn.Linear and not watched
+    return pays and type(linear) is nn.Linear and not _watched(linear)
+
+
+def _watched(linear: nn.Module) -> bool:
+    """Whether somebody would miss its call: by hooks of either direction, or by a forward put on the instance."""
+    hooks = (
+        linear._forward_hooks,
+        linear._forward_pre_hooks,
+        linear._backward_hooks,
+        linear._backward_pre_hooks,
+    )
+    return any(hooks) or "forward" in linear.__dict__
 
 
 def opened(x: Tensor, linear: nn.Module, value: Tensor, gate: Tensor | None) -> Stream:

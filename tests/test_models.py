@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from collections.abc import Callable
 
 import numerics
 import pytest
@@ -150,6 +151,37 @@ def test_a_linear_that_was_replaced_or_is_watched_is_called_as_it_is() -> None:
     assert seen == [4 * 48] * 2
     assert not torch.allclose(changed, want)
     torch.testing.assert_close(fused(*batch(fused)), changed)
+
+
+def _replace_forward(linear: torch.nn.Linear, seen: Callable[..., None]) -> None:
+    genuine = linear.forward
+
+    def forward(x: Tensor) -> Tensor:
+        seen()
+        return genuine(x)
+
+    linear.forward = forward
+
+
+@pytest.mark.parametrize(
+    "watch",
+    [
+        torch.nn.Linear.register_forward_hook,
+        torch.nn.Linear.register_forward_pre_hook,
+        torch.nn.Linear.register_full_backward_hook,
+        torch.nn.Linear.register_full_backward_pre_hook,
+        _replace_forward,
+    ],
+)
+def test_whoever_watches_a_linear_sees_its_call(watch: Callable[..., object]) -> None:
+    fused, _ = pair(**SMALL)
+    seen: list[str] = []
+    block = fused.blocks[0]
+    for name, linear in (("qkv", block.attn.qkv), ("proj", block.attn.proj), ("fc1", block.mlp.fc1)):
+        watch(linear, lambda *_, name=name: seen.append(name))
+    with ditkernels.use_backend("torch"):
+        fused(*batch(fused)).square().sum().backward()
+    assert sorted(seen) == ["fc1", "proj", "qkv"]
 
 
 @pytest.mark.parametrize("conditioning", ["adaln_zero", "cross_attention"])
