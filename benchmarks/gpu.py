@@ -406,6 +406,8 @@ class Call:
             self._note(stage, run_stage(stage, self._folder, min(limit, self._left())))
         elif self._status(stage) is None:
             self._note(stage, {"status": "not run", "reason": OVER})
+        else:
+            print(f"{stage.name:<22} {self._status(stage)}: {OVER}")
 
     def _note(self, stage: Stage, found: dict[str, Any]) -> None:
         self._written[stage.name] = {**found, "code": self._code + stage.given, "date": _now()}

@@ -265,7 +265,7 @@ time.sleep(60 if new == 2 else 0)
 
 
 def test_a_benchmark_cut_short_goes_on_after_its_rows(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(gpu, "SHORTEST", 0.5)
 
@@ -277,7 +277,9 @@ def test_a_benchmark_cut_short_goes_on_after_its_rows(
     assert (found["status"], found["numbers"]) == ("cut short", "ops.json")
     assert found["reason"] == "2 rows were had in 3 s"
     # What the end of a call leaves no time for keeps what is known of it.
+    capsys.readouterr()
     assert run(tmp_path, ops, budget=0)["ops"] == found
+    assert capsys.readouterr().out == f"{'ops':<22} cut short: {gpu.OVER}\n"
     assert run(tmp_path, ops)["ops"]["status"] == "passed"
     assert rows() == 3
     # Other code begins anew.
