@@ -116,7 +116,7 @@ def stages(machine: dict[str, Any], wheels: Path | None = None) -> tuple[list[St
     first = [
         build,
         Stage("check", _check(dry), 45, environment=library),
-        _parity("parity-triton", [name for name in tests if "cuda" not in name], 80, library),
+        _parity("parity-triton", [name for name in tests if "cuda" not in name], 75, library),
         _parity(
             "parity-cuda",
             [name for name in tests if "cuda" in name],
@@ -188,7 +188,7 @@ def _sanitizer(tool: str, dry: bool, build: Stage, library: dict[str, str]) -> S
         skip = build.skip
     command = [program or "", "--tool", tool, "--error-exitcode", "9", "python", "benchmarks/sanitize.py"]
     return Stage(
-        tool, [*command, "--backend", "cuda"], 20, skip=skip,
+        tool, [*command, "--backend", "cuda"], 55, skip=skip,
         # Without torch's pool every tensor is an allocation of its own, whose ends memcheck watches.
         environment={**library, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
         unsupported="Device not supported",
@@ -204,18 +204,18 @@ class Run(NamedTuple):
 
 # The script is the name up to its first hyphen.
 FIRST = {
-    "ceilings": Run(20),
-    "ops": Run(60),
-    "attention": Run(25),
+    "ceilings": Run(15),
+    "ops": Run(45),
+    "attention": Run(20),
     "mlp": Run(15),
     "training": Run(
-        70,
+        45,
         "--batches 256,128,64 --rounds 8 --contenders ours-bf16-residual,compiled-bf16,ours-bf16,eager-bf16,"
         "ours-bf16-residual-masters,ours-bf16-residual-epilogues,ours-compiled-bf16-residual,eager-tf32,"
         "ours-compiled-bf16,max-autotune-bf16",
     ),
     "sampling": Run(
-        45,
+        30,
         "--batches 1,64,8 --lengths 4,12 --rounds 3 --contenders sampler-bf16-weights,compiled-bf16-weights,"
         "eager-bf16,sampler-bf16,ours-compiled-bf16-weights",
     ),

@@ -160,14 +160,23 @@ def test_a_stage_that_takes_too_long_is_ended_with_what_it_started(
 ) -> None:
     monkeypatch.setattr(gpu, "SHORTEST", 0.5)
     began = time.monotonic()
-    found = run(tmp_path, Stage("check", ("python", "-c", STARTS_OTHERS), 2), budget=2)["check"]
+    found = run(tmp_path, Stage("check", ("python", "-c", STARTS_OTHERS), 4), budget=4)["check"]
     assert time.monotonic() - began < 25
     assert (found["status"], found["exit_status"]) == ("cut short", None)
     stayed, left = map(int, found["output_tail"].split())
     os.kill(left, signal.SIGKILL)
-    state = Path(f"/proc/{stayed}/stat")
-    # Nobody may have asked a dead process for its status yet.
-    assert not state.exists() or state.read_text().split()[2] == "Z"
+    # What is killed takes its time where the machine is busy; the child would sleep until then.
+    while lives(stayed):
+        assert time.monotonic() - began < 25
+        time.sleep(0.05)
+
+
+def lives(process: int) -> bool:
+    """Whether it runs; nobody may have asked a dead one for its status yet."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().split()[2] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
 
 
 def test_when_the_time_is_used_up_the_rest_waits_for_the_next_run(tmp_path: Path) -> None:
