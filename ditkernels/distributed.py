@@ -114,7 +114,7 @@ class Ranks:
         """Spreads the model and its moving average over the ranks, in place.
 
         Args:
-            model, average: equal on all ranks.
+            model, average: equal on all ranks, where they are to be cut into pieces; else the first rank's are taken.
             autocast: dtype of the products; None is the weights' own.
             images: of a rank in one forward.
             copies: the weights of the model that are copies of a master; their gradients are averaged in fp32.
@@ -270,6 +270,9 @@ class Replicated(ManyRanks):
     def spread(
         self, model: DiT, average: DiT, autocast: torch.dtype | None, images: int, copies: Copies
     ) -> Callable[..., Tensor]:
+        # All ranks begin with the first one's model: DDP sees to the weights that compute, not to their masters and the average.
+        for tensor in (*copies, *average.parameters()):
+            dist.broadcast(tensor.detach(), src=0)
         self._engine = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
         self._copies = copies
         if copies:

@@ -855,3 +855,26 @@ def test_master_weights_of_two_ranks_are_those_of_fp32_weights(forked, weights, 
             forked, 2, tmp_path / parts, *weights, *flags, "--accumulation", parts, "--master-weights"
         )
         assert_same_end(masters.complete(), plain.complete())
+
+
+def build_others():
+    """Lets a rank begin with weights of its own."""
+    genuine = trainer.build_model
+
+    def build_model(*args):
+        model = genuine(*args)
+        with torch.no_grad():
+            for weight in model.parameters():
+                weight.add_(0.1)
+        return model
+
+    trainer.build_model = build_model
+
+
+def test_masters_and_average_of_all_ranks_begin_as_the_first_ones(forked, tmp_path):
+    flags = (*DDP, "--precision", "bf16", "--optimizer", "fused", "--master-weights")
+    short = (*flags, "--steps", "3", "--val-every", "3", "--val-images", "40")
+    alike = World(forked, 2, tmp_path / "alike", *short).complete()
+    mixed = World(forked, 2, tmp_path / "mixed", *short, sabotage={1: (build_others,)}).complete()
+    assert_same_end(mixed, alike)
+    assert torch.equal(losses(mixed, "validation_loss"), losses(alike, "validation_loss"))
