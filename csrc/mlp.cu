@@ -116,8 +116,11 @@ void require(cublasStatus_t status, const char* op, const char* what) {
 // One handle a device, for as long as the process lives.
 cublasLtHandle_t handle_of(const char* op, int device) {
   static std::map<int, cublasLtHandle_t> handles;
-  if (handles.find(device) == handles.end()) require(blas().cublasLtCreate(&handles[device]), op, "cublasLtCreate");
-  return handles[device];
+  const auto known = handles.find(device);
+  if (known != handles.end()) return known->second;
+  cublasLtHandle_t made = nullptr;
+  require(blas().cublasLtCreate(&made), op, "cublasLtCreate");
+  return handles[device] = made;
 }
 
 // ---------------------------------------------------------------------------------------------------------------------

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from types import ModuleType
 from unittest import mock
 
@@ -107,6 +110,30 @@ def test_a_missing_library_is_a_reason() -> None:
         with pytest.raises(registry.BackendError, match=r"cuda: libcublasLt.so.13 is not to be found"):
             ops.mlp(**inputs)
         assert not mlp_cuda.serves(torch.device("cpu"), BF16, 8, 16, 8)
+
+
+# In a process of its own: a handle, once made, is kept.
+FIRST_CALLS = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import emulated_cuda, torch
+from ditkernels import ops
+
+inputs = [torch.ones(size, dtype=torch.bfloat16) for size in ((1, 2, 8), (16, 8), (16,), (8, 16))]
+with emulated_cuda.running() as emulation:
+    for full in (True, True, False):
+        emulation.fill_memory(full)
+        try:
+            print(tuple(ops.mlp(*inputs).shape))
+        except RuntimeError as error:
+            print("cublasLtCreate: the resource allocation failed" in str(error))
+"""
+
+
+def test_a_handle_that_could_not_be_made_is_made_once_there_is_memory() -> None:
+    command = [sys.executable, "-c", FIRST_CALLS, str(Path(emulated_cuda.__file__).parent)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.stdout.split("\n") == ["True", "True", "(1, 2, 8)", ""], done.stderr
 
 
 # ------------------------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@
 
 #include "emulation.h"
 
-enum cublasStatus_t { CUBLAS_STATUS_SUCCESS };
+enum cublasStatus_t { CUBLAS_STATUS_SUCCESS = 0, CUBLAS_STATUS_ALLOC_FAILED = 3 };
 enum cublasComputeType_t { CUBLAS_COMPUTE_16F, CUBLAS_COMPUTE_32F };
 enum cudaDataType_t { CUDA_R_16F, CUDA_R_16BF, CUDA_R_32F };
 enum cublasOperation_t { CUBLAS_OP_N, CUBLAS_OP_T };
@@ -47,6 +47,7 @@ using cudaStream_t = void*;
 namespace emulation {
 
 inline int64_t descriptors = 0;  // that have not been ended
+inline bool memory_is_full = false;
 
 struct Descriptor {
   bool alive = true;
@@ -173,11 +174,14 @@ struct cublasLtMatmulHeuristicResult_t {
 };
 
 inline cublasStatus_t cublasLtCreate(cublasLtHandle_t* handle) {
+  if (emulation::memory_is_full) return CUBLAS_STATUS_ALLOC_FAILED;
   *handle = new int(1);
   return CUBLAS_STATUS_SUCCESS;
 }
 
-inline const char* cublasLtGetStatusString(cublasStatus_t) { return "success"; }
+inline const char* cublasLtGetStatusString(cublasStatus_t status) {
+  return status == CUBLAS_STATUS_SUCCESS ? "success" : "the resource allocation failed";
+}
 
 inline cublasStatus_t cublasLtMatmulDescCreate(cublasLtMatmulDesc_t* made, cublasComputeType_t compute, cudaDataType_t scale) {
   emulation::demand(compute == CUBLAS_COMPUTE_32F && scale == CUDA_R_32F, "sums that are not of fp32");

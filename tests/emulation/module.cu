@@ -160,5 +160,6 @@ PYBIND11_MODULE(ditkernels_emulation, module) {
   module.def("sampled", &ditkernels::sampled);
   module.def("registered", &ditkernels::registered);
   module.def("descriptors", [] { return emulation::descriptors; });
+  module.def("fill_memory", [](bool full) { emulation::memory_is_full = full; });
   module.def("mutate", [](int mutant) { emulation::mutant = mutant; });
 }
