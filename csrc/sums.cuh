@@ -3,10 +3,11 @@
 //
 //   add_chunks   a thread owns one channel of one sample: adds the chunks in order, writes dshift, dscale, dgate (B, D), and
 //                the sample's terms of dweight, dbias, dbranch_bias (B, 3, D), fp32.
-//   add_samples  a thread owns one channel: adds the samples' terms in order, writes dweight, dbias, dbranch_bias (D,).
-//   add_groups   a block owns 32 elements of a weight's gradient, one a lane: each of its warps adds every eighth group's partial
-//                sums, in order, and the first adds up what they have. A thread that walked through all groups alone would wait for
-//                some hundred loads one after another.
+//   add_samples  a block owns 32 channels: adds the samples' terms, writes dweight, dbias, dbranch_bias (D,).
+//   add_groups   a block owns 32 elements of a weight's gradient: adds the groups' partial sums.
+//
+// In the last two a lane has a column: each warp of a block adds every eighth row, in order, and the first adds up what they have.
+// A thread that walked through all rows alone would wait for some hundred loads one after another.
 #pragma once
 
 #include "common.cuh"
@@ -54,13 +55,30 @@ __global__ void __launch_bounds__(SUM_THREADS) add_chunks(const Gradients a) {
   store_one(a.terms, sample, 2, column, load_one(a.gate, sample, column, 1.0f) * s);
 }
 
-__global__ void __launch_bounds__(SUM_THREADS) add_samples(const Gradients a) {
-  const int column = blockIdx.x * SUM_THREADS + threadIdx.x;
-  if (column >= a.width) return;
-  float total[TERMS] = {};
-  for (int64_t sample = 0; sample < a.batch; ++sample)
+// The first warp's sums become those of all warps, lane by lane.
+template <int COUNT>
+__device__ __forceinline__ void add_warps(float (&totals)[COUNT]) {
+  const Shared<float> parts{0};
 #pragma unroll
-    for (int term = 0; term < TERMS; ++term) total[term] += load_one(a.terms, sample, term, column);
+  for (int i = 0; i < COUNT; ++i) parts.write(i * GROUP_THREADS + threadIdx.x, totals[i]);
+  __syncthreads();
+  if (threadIdx.x >= WARP) return;
+#pragma unroll
+  for (int warp = 1; warp < GROUP_WARPS; ++warp)
+#pragma unroll
+    for (int i = 0; i < COUNT; ++i) totals[i] += parts.read(i * GROUP_THREADS + warp * WARP + threadIdx.x);
+}
+
+__global__ void __launch_bounds__(GROUP_THREADS) add_samples(const Gradients a) {
+  const int column = blockIdx.x * WARP + threadIdx.x % WARP;
+  float total[TERMS] = {};
+  if (column < a.width)
+#pragma unroll 4
+    for (int64_t sample = threadIdx.x / WARP; sample < a.batch; sample += GROUP_WARPS)
+#pragma unroll
+      for (int term = 0; term < TERMS; ++term) total[term] += load_one(a.terms, sample, term, column);
+  add_warps(total);
+  if (threadIdx.x >= WARP || column >= a.width) return;
   store_one(a.dweight, 0, column, total[0]);
   store_one(a.dbias, 0, column, total[1]);
   store_one(a.dbranch_bias, 0, column, total[2]);
@@ -74,18 +92,13 @@ struct Groups {
 
 __global__ void __launch_bounds__(GROUP_THREADS) add_groups(const Groups a) {
   const int64_t element = static_cast<int64_t>(blockIdx.x) * WARP + threadIdx.x % WARP;
-  const Shared<float> sums{0};
-  float total = 0.0f;
+  float total[1] = {};
   if (element < a.size)
 #pragma unroll 8
     for (int64_t group = threadIdx.x / WARP; group < a.groups; group += GROUP_WARPS)
-      total += load_one(a.partial, 0, group, element);
-  sums.write(threadIdx.x, total);
-  __syncthreads();
-  if (threadIdx.x >= WARP || element >= a.size) return;
-#pragma unroll
-  for (int warp = 1; warp < GROUP_WARPS; ++warp) total += sums.read(warp * WARP + threadIdx.x);
-  store_one(a.total, 0, element, total);
+      total[0] += load_one(a.partial, 0, group, element);
+  add_warps(total);
+  if (threadIdx.x < WARP && element < a.size) store_one(a.total, 0, element, total[0]);
 }
 
 struct VectorTensors {
@@ -120,7 +133,7 @@ inline void add_sums(
   g.norm = norm;
   launch<add_chunks, SUM_THREADS>(op, batch * g.blocks, like, g);
   if (t.dweight.has_value() || t.dbias.has_value() || t.dbranch_bias.has_value())
-    launch<add_samples, SUM_THREADS>(op, g.blocks, like, g);
+    launch<add_samples, GROUP_THREADS, TERMS * GROUP_BYTES>(op, ceil_div(width, WARP), like, g);
 }
 
 // The sum of partial sums (groups, elements) as a packed tensor in the shape and dtype of `like`.

@@ -47,6 +47,11 @@ def test_parity_of_the_wide_path(op: str, width: int) -> None:
     assert_parity(op, contiguous_inputs(op, 2, 19, width), **options)
 
 
+@pytest.mark.parametrize("op", OPS)
+def test_parity_of_more_samples_than_a_block_adds_at_a_time(op: str) -> None:
+    assert_parity(op, make_inputs(op, 19, 2, 40, F32, F32))
+
+
 @pytest.mark.parametrize(
     "op, present, forward, backward, width",
     [(*case, 100) for case in PASSES] + [(*case, 384) for case in PASSES if case[1] == ALL],

@@ -96,11 +96,16 @@ MUTANTS = {
     "scale forgotten in dweight": (SUMS, "sample, 0, column, «slope» * q", "1.0f"),
     "scale forgotten in dbias": (SUMS, "sample, 1, column, «slope» * p", "1.0f"),
     "gate forgotten in dbranch_bias": (SUMS, "«load_one(a.gate, sample, column, 1.0f)» * s", "1.0f"),
-    "one sample's terms lost": (SUMS, "for (int64_t sample = «0»; sample", "1"),
+    "one sample's terms lost": (
+        *(SUMS, "for (int64_t sample = «threadIdx.x / WARP»; sample", "1 + threadIdx.x / WARP"),
+    ),
+    "samples added twice": (SUMS, "sample < a.batch; sample += «GROUP_WARPS»", "1"),
+    "samples beyond the first round lost": (SUMS, "sample < a.batch; sample += «GROUP_WARPS»)", "a.batch"),
+    "one term for all": (SUMS, "parts.write(«i * GROUP_THREADS» + threadIdx.x", "0"),
     "one group lost": (SUMS, "for (int64_t group = «threadIdx.x / WARP»; group", "1 + threadIdx.x / WARP"),
     "groups added twice": (SUMS, "group < a.groups; group += «GROUP_WARPS»", "1"),
     "one warp's groups lost": (SUMS, "for (int warp = «1»; warp < GROUP_WARPS", "2"),
-    "one warp's groups for all": (SUMS, "sums.read(«warp * WARP» + threadIdx.x)", "0"),
+    "one warp's groups for all": (SUMS, "parts.read(i * GROUP_THREADS + «warp * WARP» + threadIdx.x)", "0"),
     # ------------------------------------------------------------------------------------------------ common
     "one lane's sums lost": (COMMON, "for (int warp = «0»; warp < warps", "1"),
     "a quarter of the summands lost": (COMMON, "for (int quarter = «0»; quarter", "1"),
@@ -459,9 +464,10 @@ def _on_cuda():
 
 
 def check_adaln() -> None:
-    """A masked tail, several chunks, rows that fill no block, every vector, an eps that matters, two samples."""
+    """A masked tail, several chunks, rows that fill no block, every vector, an eps that matters, two samples and many."""
     assert_parity("gated_residual_norm", make_inputs("gated_residual_norm", 2, 21, 23, F32, F32), eps=0.1)
     assert_parity("modulate_norm", make_inputs("modulate_norm", 2, 3, 384, F32, F32), eps=0.1)
+    assert_parity("modulate_norm", make_inputs("modulate_norm", 19, 2, 40, F32, F32), eps=0.1)
     x, branch = (torch.randn(2, 3, 96) for _ in range(2))
     x1, _, mean, _ = torch.ops.ditkernels.gated_residual_norm_cuda(
         x.to(BF16), branch, *[None] * 6, "layernorm", 1e-6, F32
