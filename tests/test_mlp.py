@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import numerics
 import pytest
 import torch
@@ -187,6 +189,24 @@ def test_under_autocast_all_is_in_its_dtype_as_in_the_linears() -> None:
     for actual, plain, wide, name in zip(got, low, exact, NAMES, strict=True):
         assert actual.dtype == F32
         numerics.assert_contract(actual, plain, wide, name)
+
+
+def test_on_meta_there_are_shapes_alone() -> None:
+    inputs = {name: v.to("meta") for name, v in make_inputs((2, 3, 8, 16, 24), F32).items()}
+    leaves = [v.requires_grad_() for v in inputs.values()]
+    for off in (nullcontext(), torch.autocast("cpu", dtype=BF16)):
+        with off:
+            y = ops.mlp(*leaves)
+        assert (y.shape, y.dtype, y.device.type) == ((2, 3, 24), F32, "meta")
+    assert [g.shape for g in torch.autograd.grad(y.sum(), leaves)] == [leaf.shape for leaf in leaves]
+
+
+def test_fp64_under_autocast_stays_as_it_is() -> None:
+    inputs = make_inputs((2, 3, 8, 16, 24), F64)
+    with torch.autocast("cpu", dtype=BF16):
+        assert ops.mlp(**inputs).dtype == F64
+        with pytest.raises(TypeError, match="fc1_weight: got dtype torch.float32, expected x's"):
+            ops.mlp(**{**make_inputs((2, 3, 8, 16, 24), F32), "x": inputs["x"]})
 
 
 def check_repeats() -> None:

@@ -62,8 +62,8 @@ def mlp(x: Tensor, fc1_weight: Tensor, fc1_bias: Tensor | None, fc2_weight: Tens
         NotImplementedError: forward-mode differentiation.
     """
     registry.refuse_forward_ad("mlp", x, fc1_weight, fc1_bias, fc2_weight)
-    dtype = registry.autocast_dtype(x) or x.dtype
-    if dtype != x.dtype or torch.is_autocast_enabled(x.device.type):
+    dtype = registry.autocast_dtype(x)
+    if dtype is not None:
         x, fc1_weight, fc2_weight = x.to(dtype), fc1_weight.to(dtype), fc2_weight.to(dtype)
         fc1_bias = None if fc1_bias is None else fc1_bias.to(dtype)
     needed = torch.is_grad_enabled() and any(
