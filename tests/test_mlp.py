@@ -205,7 +205,7 @@ def test_fp64_under_autocast_stays_as_it_is() -> None:
     inputs = make_inputs((2, 3, 8, 16, 24), F64)
     with torch.autocast("cpu", dtype=BF16):
         assert ops.mlp(**inputs).dtype == F64
-        with pytest.raises(TypeError, match="fc1_weight: got dtype torch.float32, expected x's"):
+        with pytest.raises(TypeError, match="fc1_weight: got dtype"):
             ops.mlp(**{**make_inputs((2, 3, 8, 16, 24), F32), "x": inputs["x"]})
 
 
