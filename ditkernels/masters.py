@@ -37,11 +37,9 @@ def lowered(model: Model, dtype: torch.dtype) -> tuple[Model, Copies]:
     Returns:
         The model that computes, which shares all other parameters with the given one, and the copies.
     """
-    matrices = [
-        module.weight
-        for module in model.modules()
-        if isinstance(module, (nn.Linear, nn.Conv2d)) and module.weight.requires_grad
-    ]
+    weights = [m.weight for m in model.modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
+    # One that a parametrization computes has no master: it comes anew in every step, and autocast casts it.
+    matrices = [weight for weight in weights if weight.requires_grad and weight.is_leaf]
     copies = {master: nn.Parameter(master.detach().to(dtype)) for master in matrices}
     shared = {id(weight): weight for weight in (*model.parameters(), *model.buffers())}
     for master in matrices:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from test_trainer import config, make_trainer, same_bits, small_model, some_data
 from torch import nn
+from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ditkernels import beginning, models, optimizer, reference
@@ -138,6 +139,21 @@ def test_matrices_compute_in_bf16_and_all_else_is_the_masters_own():
     refresh(copies)
     assert torch.equal(refreshed, model.blocks[0].mlp.fc1.weight.to(BF16))
     assert computing.blocks[0].mlp.fc1.weight is refreshed
+
+
+def test_a_weight_that_is_computed_and_one_that_is_frozen_have_no_copy():
+    class Doubled(nn.Module):
+        def forward(self, weight):
+            return 2 * weight
+
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4))
+    parametrize.register_parametrization(model[0], "weight", Doubled())
+    model[1].weight.requires_grad_(False)
+    computing, copies = lowered(model, BF16)
+    assert [id(master) for master in copies] == [id(model[2].weight)]
+    with torch.autocast("cpu", BF16):
+        computing(torch.ones(2, 4)).sum().backward()
+    assert model[0].parametrizations.weight.original.grad.dtype == F32
 
 
 @pytest.mark.parametrize("parts, dtype", [(1, BF16), (2, F32)])
