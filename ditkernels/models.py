@@ -101,15 +101,15 @@ def _taken_apart(linear: nn.Module, x: Tensor) -> TypeGuard[nn.Linear]:
     return pays and type(linear) is nn.Linear and not _watched(linear)
 
 
-def _watched(linear: nn.Module) -> bool:
+def _watched(module: nn.Module) -> bool:
     """Whether somebody would miss its call: by hooks of either direction, or by a forward put on the instance."""
     hooks = (
-        linear._forward_hooks,
-        linear._forward_pre_hooks,
-        linear._backward_hooks,
-        linear._backward_pre_hooks,
+        module._forward_hooks,
+        module._forward_pre_hooks,
+        module._backward_hooks,
+        module._backward_pre_hooks,
     )
-    return any(hooks) or "forward" in linear.__dict__
+    return any(hooks) or "forward" in module.__dict__
 
 
 def opened(x: Tensor, linear: nn.Module, value: Tensor, gate: Tensor | None) -> Stream:
@@ -214,13 +214,23 @@ class Fused(reference.Block):
 
     def attended(self, x: Tensor, h: Tensor, gate: Tensor | None = None) -> Stream:
         """The stream with the self-attention of h still to be added."""
+        if _watched(self.attn):
+            return Stream(x, self.attn(h), gate)
         return opened(x, self.attn.proj, self.attn.mixed(h), gate)
+
+    def crossed(self, x: Tensor, h: Tensor, context: Tensor) -> Stream:
+        """The stream with the cross-attention of h to ``context`` still to be added."""
+        if _watched(self.cross_attn):
+            return Stream(x, self.cross_attn(h, context), None)
+        return opened(x, self.cross_attn.proj, self.cross_attn.mixed(h, context), None)
 
     def transformed(self, x: Tensor, h: Tensor, gate: Tensor | None = None) -> Stream:
         """The stream with the MLP of h still to be added, also by the next block: the bias travels as a copy.
 
         FSDP2 frees a block's weights when the block is done.
         """
+        if _watched(self.mlp):
+            return Stream(x, self.mlp(h), gate)
         # As one op the MLP would be kept or recomputed as one; selective checkpointing keeps its products and recomputes GELU.
         branch, bias = product(self.mlp.fc2, self.mlp.hidden(h)) if self.selective else self.mlp.product(h)
         return Stream(x, branch, gate, None if bias is None else bias.clone())
@@ -257,8 +267,7 @@ class CrossAttentionBlock(Fused, reference.CrossAttentionBlock):  # type: ignore
         dtype = compute_dtype(self.attn.qkv.weight)
         x, h = normed(stream, self.norm1, None, None, dtype)
         x, h = normed(self.attended(x, h), self.norm_cross, None, None, dtype)
-        crossed = opened(x, self.cross_attn.proj, self.cross_attn.mixed(h, c), None)
-        x, h = normed(crossed, self.norm2, None, None, dtype)
+        x, h = normed(self.crossed(x, h, c), self.norm2, None, None, dtype)
         return self.transformed(x, h)
 
 

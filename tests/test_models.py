@@ -153,35 +153,38 @@ def test_a_linear_that_was_replaced_or_is_watched_is_called_as_it_is() -> None:
     torch.testing.assert_close(fused(*batch(fused)), changed)
 
 
-def _replace_forward(linear: torch.nn.Linear, seen: Callable[..., None]) -> None:
-    genuine = linear.forward
+def _replace_forward(module: torch.nn.Module, seen: Callable[..., None]) -> None:
+    genuine = module.forward
 
-    def forward(x: Tensor) -> Tensor:
+    def forward(*inputs: Tensor) -> Tensor:
         seen()
-        return genuine(x)
+        return genuine(*inputs)
 
-    linear.forward = forward
+    module.forward = forward
 
 
 @pytest.mark.parametrize(
     "watch",
     [
-        torch.nn.Linear.register_forward_hook,
-        torch.nn.Linear.register_forward_pre_hook,
-        torch.nn.Linear.register_full_backward_hook,
-        torch.nn.Linear.register_full_backward_pre_hook,
+        torch.nn.Module.register_forward_hook,
+        torch.nn.Module.register_forward_pre_hook,
+        torch.nn.Module.register_full_backward_hook,
+        torch.nn.Module.register_full_backward_pre_hook,
         _replace_forward,
     ],
 )
-def test_whoever_watches_a_linear_sees_its_call(watch: Callable[..., object]) -> None:
-    fused, _ = pair(**SMALL)
+@pytest.mark.parametrize("parts", [("attn.qkv", "attn.proj", "mlp.fc1"), ("attn", "cross_attn", "mlp")])
+def test_whoever_watches_a_part_sees_its_call(watch: Callable[..., object], parts: tuple[str, ...]) -> None:
+    fused, _ = pair(conditioning="cross_attention", **SMALL)
     seen: list[str] = []
-    block = fused.blocks[0]
-    for name, linear in (("qkv", block.attn.qkv), ("proj", block.attn.proj), ("fc1", block.mlp.fc1)):
-        watch(linear, lambda *_, name=name: seen.append(name))
     with ditkernels.use_backend("torch"):
-        fused(*batch(fused)).square().sum().backward()
-    assert sorted(seen) == ["fc1", "proj", "qkv"]
+        want = fused(*batch(fused))
+        for name in parts:
+            watch(fused.blocks[0].get_submodule(name), lambda *_, name=name: seen.append(name))
+        got = fused(*batch(fused))
+        got.square().sum().backward()
+    assert sorted(seen) == sorted(parts)
+    torch.testing.assert_close(got, want)
 
 
 @pytest.mark.parametrize("conditioning", ["adaln_zero", "cross_attention"])
