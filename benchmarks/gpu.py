@@ -21,6 +21,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import hashlib
+import importlib.metadata
 import importlib.util
 import json
 import os
@@ -461,13 +462,19 @@ def probe(device: str) -> dict[str, Any]:
 
 
 def fingerprint() -> str:
-    """Of all that a stage's outcome depends on in this tree; git is not asked, since a copied tree has none."""
-    key = hashlib.sha256()
+    """Of all that a stage's outcome depends on: this tree, Python, torch, Triton. Git is not asked, since a copied tree has none."""
+    key = hashlib.sha256(repr([sys.version, *map(_version, ("torch", "triton"))]).encode())
     for folder in ("ditkernels", "csrc", "tests", "benchmarks"):
         for path in sorted((ROOT / folder).rglob("*")):
             if path.suffix in {".py", ".cu", ".cuh", ".h", ".json"} and "results" not in path.parts:
                 key.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes())
     return key.hexdigest()[:16]
+
+
+def _version(package: str) -> str | None:
+    with suppress(importlib.metadata.PackageNotFoundError):
+        return importlib.metadata.version(package)
+    return None
 
 
 def folder_of(machine: dict[str, Any], code: str) -> Path:

@@ -24,6 +24,7 @@ class Passed:
     def __init__(self, journal: measure.Journal) -> None:
         self._journal = journal
         self._before = {row["unit"] for row in journal.rows}
+        self._called: dict[str, float] = {}
 
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
         for item in items:
@@ -31,8 +32,13 @@ class Passed:
                 item.add_marker(pytest.mark.skip(reason="passed before"))
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        if report.when == "call" and report.passed:
-            self._journal.add({"unit": report.nodeid, "seconds": round(report.duration, 2)})
+        if not report.passed:
+            self._called.pop(report.nodeid, None)
+        elif report.when == "call":
+            self._called[report.nodeid] = report.duration
+        elif report.when == "teardown" and report.nodeid in self._called:
+            seconds = self._called.pop(report.nodeid)
+            self._journal.add({"unit": report.nodeid, "seconds": round(seconds, 2)})
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -10,8 +10,8 @@
 // outᵀ (F, M) = op(weight) · leftᵀ, and its epilogues add the bias to, and sum the gradient over, what are columns to it.
 //
 // cuBLASLt is looked for when first asked for, among the libraries that torch has loaded: this library then also loads beside a
-// torch without it. The algorithm is its own first choice for a shape, the same each time; partial sums over the inner dimension are
-// kept in fp32. Same inputs on the same kind of GPU, same bits.
+// torch without it. The algorithm is its own first choice for a shape and the alignments of the tensors, the same each time;
+// partial sums over the inner dimension are kept in fp32. Same inputs, aligned alike, on the same kind of GPU, same bits.
 #include "common.cuh"
 
 #ifdef DITKERNELS_EMULATION

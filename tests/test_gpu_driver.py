@@ -79,7 +79,9 @@ def test_the_fingerprint_follows_the_code(tmp_path: Path, monkeypatch: pytest.Mo
     (tmp_path / "csrc/kernel.cu").write_text("1")
     between = gpu.fingerprint()
     (tmp_path / "csrc/kernel.cu").write_text("2")
-    assert len({before, between, gpu.fingerprint()}) == 3
+    after = gpu.fingerprint()
+    monkeypatch.setattr(gpu, "_version", lambda package: f"another {package}")
+    assert len({before, between, after, gpu.fingerprint()}) == 4
 
 
 def test_on_a_gpu_every_stage_has_its_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -340,6 +342,11 @@ pytestmark = pytest.mark.gpu
 def test_once(): pathlib.Path("once").touch(exist_ok=False)
 def test_later(): assert pathlib.Path("now").exists()
 def test_never(): pytest.skip("no memory")
+@pytest.fixture
+def ended():
+    yield
+    assert pathlib.Path("now").exists()
+def test_that_ends_badly_at_first(ended): pass
 """
 
 
@@ -354,7 +361,8 @@ def test_what_passed_of_a_parity_stage_is_not_run_again(
     Path("now").touch()
     assert gpu_tests.main(command) == 0
     result = json.loads(Path("rows.json").read_text())
-    assert [row["unit"] for row in result["rows"]] == ["test_some.py::test_once", "test_some.py::test_later"]
+    passed = [row["unit"].removeprefix("test_some.py::") for row in result["rows"]]
+    assert passed == ["test_once", "test_later", "test_that_ends_badly_at_first"]
     assert result["complete"]
 
 

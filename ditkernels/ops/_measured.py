@@ -1,7 +1,7 @@
 """Which backend was measured to be the fastest: what ``auto`` goes by where more than one could serve.
 
 The facts lie in measured.json beside this file, by compute capability and op: ``{"fastest": {"9.0": {"modulate_norm": "cuda"}}}``.
-A measuring script writes them, from runs whose parity was green. Where nothing is written, nothing is known, and ``auto``
+``benchmarks/fastest.py`` writes them, from runs whose parity was green. Where nothing is written, nothing is known, and ``auto``
 stays with Triton.
 """
 

@@ -1,0 +1,113 @@
+"""What was measured decides what `auto` chooses: benchmarks/fastest.py, on results made up."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import fastest
+import pytest
+import torch
+
+from ditkernels.ops import _measured
+
+
+def row(contender: str, median: float, spread: float = 0.01, **what: Any) -> dict[str, Any]:
+    return {
+        "contender": contender,
+        "median_ms": median,
+        "low_ms": median - spread,
+        "high_ms": median + spread,
+        **what,
+    }
+
+
+def write(folder: Path, name: str, rows: list[dict[str, Any]], **changes: Any) -> None:
+    environment = {"compute_capability": "9.0", "device": "NVIDIA H200"} | changes.pop("environment", {})
+    result = {"benchmark": name.partition("-")[0], "environment": environment, "complete": True, "rows": rows}
+    (folder / f"{name}.json").write_text(json.dumps(result | changes))
+
+
+@pytest.fixture
+def table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    path = tmp_path / "measured.json"
+    path.write_text(json.dumps({"fastest": {"8.0": {"patch_embed": "cuda"}}}))
+    monkeypatch.setattr(_measured, "TABLE", path)
+    return path
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """CUDA wins modulate_norm's forward, and one of two settings of its backward; the spreads of gated_residual overlap; of the MLP
+    a slower forward is outweighed by the backward."""
+    made = tmp_path / "results"
+    made.mkdir()
+    forward, backward = (
+        {"op": "modulate_norm", "pass": "forward"},
+        {"op": "modulate_norm", "pass": "backward"},
+    )
+    close = {"op": "gated_residual", "pass": "forward", "precision": "bf16"}
+    write(
+        made,
+        "ops",
+        [
+            {"op": "copy", "gbps": 4000},
+            {"op": "final_layer", "contender": "cuda", "note": "cannot serve: no"},
+            *(row(name, ms, **forward, precision="bf16") for name, ms in (("triton", 2.0), ("cuda", 1.0))),
+            *(row(name, ms, **backward, precision="bf16") for name, ms in (("triton", 2.0), ("cuda", 1.0))),
+            *(row(name, ms, **backward, precision="fp32") for name, ms in (("triton", 1.0), ("cuda", 2.0))),
+            *(row(name, ms, 0.2, **close) for name, ms in (("triton", 1.0), ("cuda", 0.9))),
+            row("eager", 0.1, **forward, precision="bf16"),
+        ],
+    )
+    write(made, "ops-384", [row(n, ms, **forward) for n, ms in (("triton", 3.0), ("cuda", 1.0))])
+    mlp = {"model": "DiT-XL/2", "precision": "bf16"}
+    times = {"forward": (("triton", 1.0), ("cuda", 1.1)), "backward": (("triton", 3.0), ("cuda", 2.0))}
+    rows = [row(n, ms, **mlp, **{"pass": phase}) for phase, found in times.items() for n, ms in found]
+    write(made, "mlp", rows)
+    state = [row(n, ms, op="adamw_ema", copied=False) for n, ms in (("triton", 1.0), ("cuda", 2.0))]
+    write(made, "optimizer", state)
+    write(made, "ops-cut", [row("triton", 1.0, **forward), row("cuda", 9.0, **forward)], complete=False)
+    write(made, "attention", [row("cuda", 1.0)])
+    (made / "stages.json").write_text("[]")
+    return made
+
+
+WINNERS = {"modulate_norm": "cuda", "mlp": "cuda", "mlp_backward": "cuda", "adamw_ema": "triton"}
+
+
+def test_a_winner_is_faster_in_every_setting_beyond_the_spread(
+    folder: Path, table: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fastest.main([str(folder), "--write"])
+    assert json.loads(table.read_text()) == {"fastest": {"8.0": {"patch_embed": "cuda"}, "9.0": WINNERS}}
+    said = capsys.readouterr().out
+    assert "compute capability 9.0" in said
+    assert "0.50 to 2.00" in said  # modulate_norm's backward
+
+
+def test_nothing_is_written_unasked(folder: Path, table: Path) -> None:
+    before = table.read_text()
+    fastest.main([str(folder)])
+    assert table.read_text() == before
+
+
+def test_auto_goes_by_the_table(folder: Path, table: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fastest.main([str(folder), "--write"])
+    _measured._table.cache_clear()
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    try:
+        assert _measured.fastest("modulate_norm", torch.device("cuda")) == "cuda"
+        assert _measured.fastest("modulate_norm_backward", torch.device("cuda")) is None
+    finally:
+        _measured._table.cache_clear()
+
+
+def test_what_says_nothing_of_a_gpu_is_refused(folder: Path, table: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"no complete result of ops, mlp, optimizer"):
+        fastest.main([str(tmp_path)])
+    write(folder, "ops", [], environment={"compute_capability": None, "device": "a CPU"})
+    with pytest.raises(ValueError, match=r"ops.json: measured on a CPU, allowed is a GPU"):
+        fastest.main([str(folder), "--write"])
+    assert json.loads(table.read_text()) == {"fastest": {"8.0": {"patch_embed": "cuda"}}}
