@@ -462,7 +462,7 @@ def probe(device: str) -> dict[str, Any]:
 
 
 def fingerprint() -> str:
-    """Of all that a stage's outcome depends on: this tree, Python, torch, Triton. Git is not asked, since a copied tree has none."""
+    """Of what a stage's outcome depends on: this tree, Python, torch, Triton. Git is not asked, since a copied tree has none."""
     key = hashlib.sha256(repr([sys.version, *map(_version, ("torch", "triton"))]).encode())
     for folder in ("ditkernels", "csrc", "tests", "benchmarks"):
         for path in sorted((ROOT / folder).rglob("*")):
