@@ -4,8 +4,8 @@
 //                   fp32: the step size lr / (1 - beta1^t) and sqrt(1 - beta2^t), taken in fp64: in fp32 1 - beta2 cancels.
 //
 //   update_chunks   a block owns a chunk of CHUNK elements of one weight, a thread eight of them at a time: reads w, gradient, m, v
-//                   and the average once, writes w, m, v, the average and the copy once. 36 bytes a parameter in fp32, 38 with a
-//                   copy.
+//                   and the average once, writes w, m, v, the average and the copy once. 36 bytes a parameter in fp32, and with
+//                   both gradient and copy in bf16.
 //
 // The tensors' addresses are among a launch's arguments, 4 KB of them: STEPS steps, WEIGHTS weights. So nothing is copied to the
 // device, nothing waits, and a CUDA graph captures the step; what it replays goes to the tensors that it was captured with.

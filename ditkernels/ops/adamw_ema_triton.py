@@ -7,7 +7,7 @@ up whose chunk of ``CHUNK`` elements it owns.
                      the step size lr / (1 − β₁ᵗ) and √(1 − β₂ᵗ), which are taken in fp64: in fp32 1 − β₂ cancels.
 
     update_chunks    a program owns one chunk of one weight: reads w, gradient, m, v and the average once, writes w, m, v, the
-                     average and the copy once. 36 bytes a parameter in fp32, 38 with a bf16 copy.
+                     average and the copy once. 36 bytes a parameter in fp32, and with both gradient and copy in bf16.
 
 Arithmetic is fp32, products, quotients and roots rounded to nearest. No element is touched by two programs: same inputs, same bits.
 Offsets and addresses are 64-bit. Weights whose tensors all begin at multiples of 16 bytes and hold a multiple of 8 elements are

@@ -197,10 +197,10 @@ registry.register_flops(MLP_BACKWARD, _flops_backward)
 # The op from what a backend makes of its two halves
 # ------------------------------------------------------------------------------------------------------------------
 
-# (x (M, D), fc1_weight, fc1_bias, keep) -> z, h of (M, F); z is nobody's where it need not be kept.
-Hidden = Callable[[Tensor, Tensor, "Tensor | None", bool], "tuple[Tensor | None, Tensor]"]
+# (x (M, D), fc1_weight, fc1_bias, keep) -> z, h of (M, F); z may be (0,) where it need not be kept.
+Hidden = Callable[[Tensor, Tensor, "Tensor | None", bool], tuple[Tensor, Tensor]]
 # (dy (M, E), fc2_weight, z, fc1_bias) -> dz (M, F), dfc1_bias
-HiddenBackward = Callable[[Tensor, Tensor, Tensor, "Tensor | None"], "tuple[Tensor, Tensor]"]
+HiddenBackward = Callable[[Tensor, Tensor, Tensor, "Tensor | None"], tuple[Tensor, Tensor]]
 
 
 def rows(tensor: Tensor) -> Tensor:
@@ -224,7 +224,7 @@ def implement(
         z, h = hidden(rows(x), fc1_weight, fc1_bias, keep)
         shape = x.shape[:2]
         y = F.linear(h, fc2_weight).unflatten(0, shape)
-        if z is None or not keep:
+        if not keep:
             return y, x.new_empty(0), x.new_empty(0)
         return y, z.unflatten(0, shape), h.unflatten(0, shape)
 

@@ -20,7 +20,7 @@ DTYPES = (torch.bfloat16, torch.float16)
 ALIGNED = 8
 
 
-def _hidden(x: Tensor, weight: Tensor, bias: Tensor | None, keep: bool) -> tuple[Tensor | None, Tensor]:
+def _hidden(x: Tensor, weight: Tensor, bias: Tensor | None, keep: bool) -> tuple[Tensor, Tensor]:
     packed = None if bias is None else bias.contiguous()
     h, z = torch.ops.ditkernels.linear_gelu_cuda(x, weight.contiguous(), packed, keep)
     return z, h
