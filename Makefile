@@ -21,7 +21,7 @@ VENV ?= $(if $(filter $(DEFAULT_TORCH),$(TORCH)),.venv,.venv-torch$(TORCH))
 BIN := $(VENV)/bin
 REQUIREMENTS := requirements/torch-$(TORCH).txt requirements/dev.txt
 STAMP := $(VENV)/.installed
-CPP := $(wildcard csrc/*.cu csrc/*.cuh tests/emulation/*.cu tests/emulation/*.h)
+CPP := $(shell find csrc tests/emulation -name "*.cu" -o -name "*.cuh" -o -name "*.cpp" -o -name "*.h")
 
 .PHONY: demo test lint format wheel gpu clean
 

@@ -1,7 +1,7 @@
 """Build script; the metadata is in pyproject.toml.
 
-Where there is nvcc and torch can be imported, so under pip install --no-build-isolation, the CUDA library is built: csrc/ ->
-ditkernels/_C.so. Otherwise the install is pure Python and `ditkernels info` says why. Settings:
+Where there is nvcc and torch can be imported, so under pip install --no-build-isolation, the CUDA library is built:
+csrc/cuda -> ditkernels/_C.so. Otherwise the install is pure Python and `ditkernels info` says why. Settings:
 
     DITKERNELS_BUILD_CUDA=1    it is an error if the library cannot be built;  0: it is not built
     TORCH_CUDA_ARCH_LIST       architectures, as in "8.0;9.0a;10.0+PTX"
@@ -29,8 +29,8 @@ RECORD = "_cuda_build.json"
 NO_BUILD = f"{SWITCH}=0 installs without the CUDA library"
 
 
-def csrc_nvcc() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("csrc_nvcc", ROOT / "csrc/nvcc.py")
+def build_rules() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("build_native", ROOT / "tools/build_native.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -38,7 +38,7 @@ def csrc_nvcc() -> ModuleType:
     return module
 
 
-rules = csrc_nvcc()
+rules = build_rules()
 
 
 def why_not() -> str | None:
@@ -85,7 +85,7 @@ class BuildPython(build_py):
 
 
 class BuildLibrary(build_ext):
-    """Compiles csrc/; the library fits every Python, so its name carries no ABI."""
+    """Compiles csrc/cuda; the library fits every Python, so its name carries no ABI."""
 
     def get_ext_filename(self, fullname: str) -> str:
         return str(Path(*fullname.split("."))) + ".so"
@@ -115,7 +115,7 @@ class BuildWheel(bdist_wheel):
 REASON = why_not()
 options: dict[str, Any] = {"cmdclass": {"build_py": BuildPython}}
 if REASON is None:
-    extension = Extension("ditkernels._C", [str(p.relative_to(ROOT)) for p in rules.sources(ROOT / "csrc")])
+    extension = Extension("ditkernels._C", [str(p.relative_to(ROOT)) for p in rules.sources()])
     options["ext_modules"] = [extension]
     options["cmdclass"] |= {"build_ext": BuildLibrary, "bdist_wheel": BuildWheel}
 setup(**options)

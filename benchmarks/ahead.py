@@ -59,12 +59,6 @@ def read(name: str, cubin: bytes, ptx: str, parameters: list[str]) -> Compiled:
     return Compiled(name, ptx, text, resources, argument, cubin, parameters)
 
 
-def tensors_of(arguments: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """The tensors among a launch's arguments, those that come with their strides too; empty ones left out."""
-    bare = {name: value[0] if isinstance(value, tuple) else value for name, value in arguments.items()}
-    return {n: v for n, v in bare.items() if isinstance(v, torch.Tensor) and v.numel()}
-
-
 @functools.cache  # launches of several ops share kernels, and disassembling is what takes the time
 def disassembled(cubin: bytes) -> str:
     """The machine code, headed by the resources it uses."""
@@ -111,15 +105,11 @@ def recorded(capability: int) -> Iterator[list[Compiled]]:
             **tile.options,
             **constants,
         )
-        parameters = [
-            name
-            for name, kind in compiled.src.signature.items()
-            for part in (kind if isinstance(kind, tuple) else (kind,))
-            if part != "constexpr"
-        ]
+        parameters = [name for name, kind in compiled.src.signature.items() if kind != "constexpr"]
         made = read(kernel.fn.__name__, compiled.asm["cubin"], compiled.asm["ptx"], parameters)
         given = {**dict(zip(kernel.arg_names, args)), **constants}
-        made.shapes = {name: tuple(value.shape) for name, value in tensors_of(given).items()}
+        tensors = {n: v for n, v in given.items() if isinstance(v, torch.Tensor) and v.numel()}
+        made.shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         made.programs, made.threads, made.shared = programs, 32 * tile.warps, compiled.metadata.shared
         kernels.append(made)
 

@@ -19,7 +19,7 @@ from measure import Contender
 from torch import Tensor
 
 from ditkernels import check, ops
-from ditkernels.ops import _registry as registry
+from ditkernels.ops import dispatch
 
 GATE_BATCH, GATE_HEADS = 2, 2
 BACKWARD_PRODUCTS = 2.5
@@ -98,7 +98,7 @@ def measure_all(args: argparse.Namespace, journal: measure.Journal) -> None:
 def main(argv: list[str] | None = None) -> None:
     """Runs the benchmark."""
     parser = measure.resumable(measure.parser(__doc__))
-    backends = registry.ATTENTION_BACKENDS
+    backends = dispatch.ATTENTION_BACKENDS
     parser.add_argument("--batch", type=measure.positive, default=32)
     parser.add_argument("--heads", type=measure.positive, default=16)
     parser.add_argument("--head-dims", type=measure.numbers, default=[64, 72])

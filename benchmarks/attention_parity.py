@@ -19,7 +19,7 @@ import measure
 from ceilings import DTYPES
 
 from ditkernels import check
-from ditkernels.ops import _registry as registry
+from ditkernels.ops import dispatch
 from ditkernels.ops.attention import BACKENDS, PackageBackend
 
 
@@ -101,7 +101,7 @@ def verdict(rows: list[dict[str, Any]], backends: list[str]) -> list[str]:
 def main(argv: list[str] | None = None) -> int:
     """Returns 1 where something is wrong."""
     parser = measure.parser(__doc__)
-    known = registry.ATTENTION_BACKENDS
+    known = dispatch.ATTENTION_BACKENDS
     parser.add_argument("--backends", type=measure.names_among(known), default=["xformers", "flash_attn_4"])
     parser.add_argument("--head-dims", type=measure.numbers, default=[64, 72])
     parser.add_argument("--tokens", type=measure.numbers, default=[64, 256, 1000])

@@ -35,9 +35,8 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 import ditkernels
-from ditkernels import reference
+from ditkernels import models, reference
 from ditkernels.masters import lowered
-from ditkernels.ops import mlp_cuda
 
 # An H200's, as design figures: 790 TFLOP/s of bf16 products, 4300 GB/s of copying. Assumed here, not measured.
 ASSUMED_TFLOPS, ASSUMED_GBPS = 790.0, 4300.0
@@ -162,7 +161,7 @@ def count(variant: Variant, model: str, input_size: int, batch: int) -> Counted:
 
 def _mlps_as_one_op(answer: bool) -> AbstractContextManager[Any]:
     """What a GPU with cuBLASLt's epilogues would answer."""
-    return mock.patch.object(mlp_cuda, "serves", return_value=answer)
+    return mock.patch.object(models, "serves", return_value=answer)
 
 
 def _values_unseen() -> AbstractContextManager[Any]:

@@ -1,4 +1,4 @@
-"""Compiles csrc/ for GPUs that are not there and reads every kernel's code: registers, spills, tensor cores, access widths.
+"""Compiles csrc/cuda for GPUs that are not there and reads every kernel's code: registers, spills, tensor cores, access widths.
 
 What a parameter's bytes are is read from the structs in the sources, and held against the size that the compiler gave them.
 Results lie under build/static by content, so that they are made once for all processes and repeats.
@@ -18,10 +18,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "csrc"))
+sys.path.insert(0, str(ROOT / "tools"))
 
+import build_native  # noqa: E402
 import machine_code  # noqa: E402
-import nvcc  # noqa: E402
+from build_native import BuildError  # noqa: E402, F401 (for those who ask for rows)
 from machine_code import Code  # noqa: E402
 
 # The (B, N, D) tensors, by the names that the kernels' parameters have; such a parameter is a `Tokens`.
@@ -38,7 +39,7 @@ TAKEN = re.compile(r"^\s*(mov|add)\.\w+\s+(%\w+),\s*(\w+_param_0|%\w+)(?:,\s*(-?
 
 def why_not() -> str | None:
     """Why the kernels' code cannot be read here, or None if it can."""
-    if nvcc.find_nvcc() is None:
+    if build_native.find_nvcc() is None:
         return "nvcc is not here"
     if importlib.util.find_spec("torch") is None:
         return "torch is not here"
@@ -47,7 +48,7 @@ def why_not() -> str | None:
 
 
 def rows(family: str, architecture: str, every: int = 1) -> list[dict[str, Any]]:
-    """What is known of the kernels of csrc/<family>.cu, compiled for an architecture such as "90a".
+    """What is known of the kernels of csrc/cuda/<family>.cu, compiled for an architecture such as "90a".
 
     Args:
         every: 1 for all of them, n for a sample of every n-th.
@@ -58,9 +59,9 @@ def rows(family: str, architecture: str, every: int = 1) -> list[dict[str, Any]]
         (instructions), ``wide`` (whether 128-bit accesses are promised), ``wide_fraction`` by tensor.
 
     Raises:
-        nvcc.BuildError: it does not compile.
+        build_native.BuildError: it does not compile.
     """
-    source = nvcc.CSRC / f"{family}.cu"
+    source = build_native.CSRC / f"{family}.cu"
     folder = ROOT / "build/static" / _key(family, architecture, every)
     folder.mkdir(parents=True, exist_ok=True)
     done = folder / "rows.json"
@@ -78,8 +79,8 @@ def rows(family: str, architecture: str, every: int = 1) -> list[dict[str, Any]]
 def _key(*asked: object) -> str:
     import torch
 
-    key = hashlib.sha256(repr((asked, torch.__version__, nvcc.find_nvcc())).encode())
-    for file in (*sorted(nvcc.CSRC.glob("*.*")), Path(__file__), Path(machine_code.__file__)):
+    key = hashlib.sha256(repr((asked, torch.__version__, build_native.find_nvcc())).encode())
+    for file in (*sorted(build_native.CSRC.glob("*.*")), Path(__file__), Path(machine_code.__file__)):
         key.update(file.read_bytes())
     return key.hexdigest()[:16]
 
@@ -87,13 +88,13 @@ def _key(*asked: object) -> str:
 def _compiled(source: Path, architecture: str, every: int, folder: Path) -> tuple[Path, Path]:
     import torch
 
-    compiler = nvcc.find_nvcc()
+    compiler = build_native.find_nvcc()
     assert compiler is not None
-    tools = nvcc.Toolchain(compiler, Path(torch.__file__).parent)
+    tools = build_native.Toolchain(compiler, Path(torch.__file__).parent)
     ptx, cubin = folder / "code.ptx", folder / "code.cubin"
-    nvcc.compile_ptx(tools, source, architecture, ptx)
+    build_native.compile_ptx(tools, source, architecture, ptx)
     entries = list(_entries(ptx.read_text()))[::every] if every > 1 else ()
-    nvcc.assemble(tools, ptx, architecture, cubin, entries)
+    build_native.assemble(tools, ptx, architecture, cubin, entries)
     return ptx, cubin
 
 
@@ -192,7 +193,7 @@ Structs = dict[str, list[Field]]
 
 def _structs(source: Path) -> Structs:
     """The fields of every struct of a file and its headers, as far as they can be read."""
-    text = "".join(p.read_text() for p in (*sorted(nvcc.CSRC.glob("*.cuh")), source))
+    text = "".join(p.read_text() for p in (*sorted(build_native.CSRC.glob("*.cuh")), source))
     constants = dict(re.findall(r"^constexpr int (\w+) = (\d+);", text, flags=re.M))
     found = {}
     for name, body in re.findall(r"^struct (?:alignas\(\d+\) )?(\w+) \{\n(.*?)^\};", text, flags=re.M | re.S):

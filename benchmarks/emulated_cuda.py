@@ -1,4 +1,4 @@
-"""Builds csrc/ with g++ against the host emulation of tests/emulation, once for all processes of a test run.
+"""Builds csrc/cuda with g++ against the host emulation of tests/emulation, once for all processes of a test run.
 
 with running() as emulation: ...          DITKERNELS_BACKEND=cuda, on the CPU; the module shows counters and switches
 with running(tracing=True, order=3): ...  every element's accesses are counted; blocks and warps in another order
@@ -24,8 +24,7 @@ from unittest import mock
 
 import torch
 
-from ditkernels.ops import _cuda
-from ditkernels.ops import _registry as registry
+from ditkernels.ops import _native, dispatch
 
 ROOT = Path(__file__).parent.parent
 EMULATION = ROOT / "tests/emulation"
@@ -47,7 +46,7 @@ FLAGS = (
 
 def sources() -> dict[str, str]:
     """The kernels' sources and headers by file name."""
-    return {p.name: p.read_text() for p in sorted((ROOT / "csrc").glob("*.cu*"))}
+    return {p.name: p.read_text() for p in sorted((ROOT / "csrc/cuda").glob("*.cu*"))}
 
 
 def why_not() -> str | None:
@@ -100,7 +99,7 @@ def _rules(folder: Path, texts: dict[str, str]) -> str:
 @cache
 def load(path: Path) -> ModuleType:
     """Registers the library's kernels for the CPU and returns its module; one library only for each process."""
-    _cuda.load(path)
+    _native.load(path)
     spec = importlib.util.spec_from_file_location(MODULE, path)
     assert spec is not None
     assert spec.loader is not None
@@ -111,7 +110,7 @@ def load(path: Path) -> ModuleType:
 
 @cache
 def as_they_are() -> ModuleType:
-    """The library of csrc/ as the process first found it: sources may be edited while tests run."""
+    """The library of csrc/cuda as the process first found it: sources may be edited while tests run."""
     return load(build(sources()))
 
 
@@ -127,7 +126,7 @@ def running(
     """Forces the cuda backend onto the emulation; skips the test where it cannot be built.
 
     Args:
-        module: a loaded library, by default that of csrc/ as it is.
+        module: a loaded library, by default that of csrc/cuda as it is.
         tracing: counts the accesses of every element and finds blocks that touch what others wrote.
         order: another one for another order of blocks, warps and lanes.
         last_block_only: runs the last block of every launch alone.
@@ -138,11 +137,11 @@ def running(
         import pytest
 
         pytest.skip(reason)
-    with mock.patch.object(_cuda, "_absence", _cuda._absence):
+    with mock.patch.object(_native, "_absence", _native._absence):
         module = module or as_they_are()
-        _cuda._absence = None
+        _native._absence = None
         module.reset(tracing, order, last_block_only, sample)
-        with registry.use_backend("cuda"):
+        with dispatch.use_backend("cuda"):
             yield module
         module.reset(False, 0, False, None)
 

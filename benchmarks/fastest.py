@@ -1,7 +1,7 @@
 """From what was measured to what `auto` chooses: which of our backends is the fastest at an op, where both may serve.
 
     python benchmarks/fastest.py benchmarks/results/DIR              says who wins, and by how much
-    python benchmarks/fastest.py benchmarks/results/DIR --write      into ditkernels/ops/measured.json, for that kind of GPU
+    python benchmarks/fastest.py benchmarks/results/DIR --write      into the table in ditkernels/ops/dispatch.py
 
 Every complete file of ops.py, mlp.py and optimizer.py in the folder is read. A backend wins if it is faster in every setting that
 was measured, and the spreads of the two do not overlap in any; else nothing is said and Triton stays. `mlp` is judged by forward
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,11 +21,15 @@ from typing import Any, NamedTuple
 
 import measure
 
-from ditkernels.ops import _measured
+from ditkernels.ops import dispatch
 
 RIVALS = ("triton", "cuda")
 READ = ("ops", "mlp", "optimizer")
 TOGETHER = {"mlp": ("mlp", "mlp_backward"), "mlp_backward": ("mlp", "mlp_backward")}
+TABLE = Path(dispatch.__file__)
+PREFERRED = re.compile(
+    r"(?<=^PREFERRED: dict\[tuple\[str, str\], str\] = )\{.*?\}$", re.DOTALL | re.MULTILINE
+)
 SETTING = ("unit", "model", "precision", "shape", "copied")
 
 
@@ -123,15 +128,24 @@ def main(argv: list[str] | None = None) -> None:
     for name, result in results(args.folder):
         for op, settings in times(name, result).items():
             merged[result["environment"]["compute_capability"]][op].update(settings)
-    table = json.loads(_measured.TABLE.read_text())
+    preferred = dict(dispatch.PREFERRED)
     for capability, found in merged.items():
         rows = [row(op, settings) for op, settings in sorted(judged_together(found).items())]
         print(f"compute capability {capability}")
         print(measure.table(rows, ["op", "settings", "triton_over_cuda", "fastest"]))
-        winners = {made["op"]: made["fastest"] for made in rows if made["fastest"] is not None}
-        table["fastest"][capability] = winners
+        kept = {key: backend for key, backend in preferred.items() if key[0] != capability}
+        winners = {(capability, made["op"]): made["fastest"] for made in rows if made["fastest"] is not None}
+        preferred = kept | winners
     if args.write:
-        _measured.TABLE.write_text(json.dumps(table, indent=2, sort_keys=True) + "\n")
+        TABLE.write_text(with_table(TABLE.read_text(), preferred))
+
+
+def with_table(source: str, preferred: dict[tuple[str, str], str]) -> str:
+    """The source of dispatch.py with another table."""
+    lines = "".join(f'    ("{c}", "{op}"): "{backend}",\n' for (c, op), backend in sorted(preferred.items()))
+    changed, count = PREFERRED.subn(f"{{\n{lines}}}" if lines else "{}", source)
+    assert count == 1, f"{TABLE} has {count} tables PREFERRED"
+    return changed
 
 
 if __name__ == "__main__":

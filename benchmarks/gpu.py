@@ -144,16 +144,16 @@ def _build(machine: dict[str, Any]) -> Stage:
     capability = str(machine.get("compute_capability"))
     architecture = OWN_CODE.get(capability, capability)
     return Stage(
-        "build", ["python", "csrc/nvcc.py", str(LIBRARY)], 90, skip=skip,
+        "build", ["python", "tools/build_native.py", str(LIBRARY)], 90, skip=skip,
         environment={"TORCH_CUDA_ARCH_LIST": architecture},
     )  # fmt: skip
 
 
 def _nvcc() -> str | None:
-    sys.path.insert(0, str(ROOT / "csrc"))
-    import nvcc
+    sys.path.insert(0, str(ROOT / "tools"))
+    import build_native
 
-    return nvcc.find_nvcc()
+    return build_native.find_nvcc()
 
 
 def _check(dry: bool) -> list[str]:
@@ -464,7 +464,7 @@ def probe(device: str) -> dict[str, Any]:
 def fingerprint() -> str:
     """Of what a stage's outcome depends on: this tree, Python, torch, Triton. Git is not asked, since a copied tree has none."""
     key = hashlib.sha256(repr([sys.version, *map(_version, ("torch", "triton"))]).encode())
-    for folder in ("ditkernels", "csrc", "tests", "benchmarks"):
+    for folder in ("ditkernels", "csrc", "tools", "tests", "benchmarks"):
         for path in sorted((ROOT / folder).rglob("*")):
             if path.suffix in {".py", ".cu", ".cuh", ".h", ".json"} and "results" not in path.parts:
                 key.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes())

@@ -26,8 +26,7 @@ import torch
 from torch import Tensor
 from triton.runtime import interpreter
 
-from ditkernels.ops import _registry as registry
-from ditkernels.ops import _rows_triton, _triton, unpatchify_triton
+from ditkernels.ops import _rows, _triton, dispatch
 
 BUILDER = interpreter.interpreter_builder
 
@@ -126,11 +125,6 @@ def _extent(tensor: Tensor) -> int:
     return 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride()))
 
 
-def without_strides(argument: Any) -> Any:
-    """The tensor of an argument that comes with its strides; any other as it is."""
-    return argument[0] if isinstance(argument, tuple) else argument
-
-
 def element_addresses(tensor: Tensor) -> np.ndarray:
     """The address of every element, in row-major order of its shape."""
     offsets = torch.zeros((), dtype=torch.int64)
@@ -148,9 +142,7 @@ def traced() -> Iterator[list[Launch]]:
     def recording(kernel: Any, programs: int, tile: Any, device: Any, *args: Any, **constants: Any) -> None:
         names = list(inspect.signature(kernel.fn).parameters)
         given = {**dict(zip(names, args)), **constants}
-        launches.append(
-            Launch(kernel.fn.__name__, programs, {n: without_strides(v) for n, v in given.items()})
-        )
+        launches.append(Launch(kernel.fn.__name__, programs, given))
         launch(kernel, programs, tile, device, *args, **constants)
 
     def note(pointers: Any, mask: Any, store: bool) -> None:
@@ -226,7 +218,7 @@ def guarded() -> Iterator[None]:
         nonlocal starts, ends
         storages = {
             a.untyped_storage().data_ptr(): a.untyped_storage()
-            for a in map(without_strides, (*args, *constants.values()))
+            for a in (*args, *constants.values())
             if isinstance(a, Tensor)
         }
         starts = np.array(sorted(storages), np.uint64)
@@ -255,7 +247,7 @@ def guarded() -> Iterator[None]:
         yield
 
 
-SHARED = (_rows_triton, unpatchify_triton)
+SHARED = (_rows,)
 """Modules whose device functions other modules' kernels call, in the order in which they import each other."""
 
 
@@ -268,11 +260,15 @@ def load_sources(
     """
     registered: dict[str, Callable[..., Any]] = {}
 
-    def collect(op: Any, backend: str, kernel: Callable[..., Any], *, refuse: Any = None) -> None:
-        registered[op.name] = kernel
+    def collect(op: Any, backend: str, *, refuse: Any = None) -> Callable[[Any], Any]:
+        def register(kernel: Callable[..., Any]) -> Callable[..., Any]:
+            registered[op.name] = kernel
+            return kernel
+
+        return register
 
     copies: dict[str, types.ModuleType] = {}
-    with mock.patch.object(registry, "implement", collect), mock.patch.dict(sys.modules):
+    with mock.patch.object(dispatch.Op, "implement", collect), mock.patch.dict(sys.modules):
         for original in (*(m for m in SHARED if m is not module), module):
             name = original.__name__
             path = folder / f"{name.split('.')[-1]}.py"
@@ -290,8 +286,9 @@ def mutant(module: types.ModuleType, old: str, new: str, folder: Path) -> Iterat
     assert any(old in source for source in sources), f"the source of {module.__name__} has no {old!r}"
     registered, _ = load_sources(module, lambda source: source.replace(old, new), folder)
     with contextlib.ExitStack() as stack:
+        stack.callback(dispatch.forget)  # a call that is remembered holds its kernel
         for name, kernel in registered.items():
-            stack.enter_context(
-                mock.patch.object(registry.OPS[name].implementations["triton"], "call", kernel)
-            )
+            implementation = dispatch.OPS[name].implementations["triton"]
+            stack.enter_context(mock.patch.object(implementation, "kernel", kernel))
+        dispatch.forget()
         yield

@@ -21,14 +21,14 @@ from measure import Contender
 from torch import Tensor
 
 from ditkernels import check, ops, reference, use_backend
-from ditkernels.ops import _registry as registry
+from ditkernels.ops import dispatch
 
 PRECISIONS = {
     "bf16": check.Precision("bf16", torch.bfloat16, torch.bfloat16),
     "fp32+bf16": check.Precision("fp32+bf16", torch.float32, torch.bfloat16),
     "fp32": check.Precision("fp32", torch.float32, torch.float32),
 }
-CONTENDERS = ("eager", "compiled", "max-autotune", *registry.BACKENDS)
+CONTENDERS = ("eager", "compiled", "max-autotune", *dispatch.BACKENDS)
 GATE_BATCH = 3
 MLP_RATIO = 4
 
@@ -70,11 +70,12 @@ def sites(batch: int, grid: tuple[int, int], width: int, patch_size: int) -> dic
         "gated_residual_norm": Site(
             check.Case("gated_residual_norm", {"x": tokens, "branch": tokens, **vectors}), "soso", "sosoos"
         ),
-        "patch_embed": Site(check.Case("patch_embed", image), "s", "s", 4 * pixels),
+        # The product and the sums of the bias read dy each.
+        "patch_embed": Site(check.Case("patch_embed", image), "s", "ss", 4 * pixels),
         "final_layer": Site(
             check.Case("final_layer", {"x": tokens, **residual, **modulation, **linear}, patches),
             "so",
-            "soso",
+            "soso" + "oo" + "osoos",  # the norm again, the products (h, dh), the backward of the norm
             8 * pixels,
         ),
         "bias_gelu": Site(
@@ -169,7 +170,7 @@ def functions(names: list[str], op: str) -> dict[str, tuple[Callable[..., Any], 
         "eager": (plain, None),
         "compiled": (torch.compile(plain, dynamic=False), None),
         "max-autotune": (torch.compile(plain, dynamic=False, mode="max-autotune-no-cudagraphs"), None),
-        **{backend: (fused, backend) for backend in registry.BACKENDS},
+        **{backend: (fused, backend) for backend in dispatch.BACKENDS},
     }
     return {name: known[name] for name in names}
 

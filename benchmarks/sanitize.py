@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ditkernels import ops
 from ditkernels.check import CASES, PRECISIONS, Case, resolve_device, updated
-from ditkernels.ops import _registry as registry
+from ditkernels.ops import dispatch
 
 
 def run(case: Case, inputs: dict[str, Tensor]) -> None:
@@ -29,17 +29,17 @@ def run(case: Case, inputs: dict[str, Tensor]) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--backend", choices=registry.BACKENDS, required=True)
+    parser.add_argument("--backend", choices=dispatch.BACKENDS, required=True)
     parser.add_argument(
         "--device", default="auto", help="cpu, cuda, cuda:1 ...; auto is cuda if there is one"
     )
     args = parser.parse_args(argv)
     device = resolve_device(args.device)
     runs = 0
-    with registry.use_backend(args.backend):
+    with dispatch.use_backend(args.backend):
         for case in CASES:
-            # Of split_qkv the backward alone is an op of the registry.
-            op = registry.OPS.get(case.op) or registry.OPS.get(f"{case.op}_backward")
+            # Of split_qkv the backward alone is an op of the dispatch.
+            op = dispatch.OPS.get(case.op) or dispatch.OPS.get(f"{case.op}_backward")
             if op is None or args.backend not in op.implementations:
                 continue
             for precision in PRECISIONS:
@@ -47,7 +47,7 @@ def main(argv: list[str] | None = None) -> None:
                     continue
                 try:
                     run(case, case.inputs(precision, device))
-                except registry.BackendError as refusal:
+                except dispatch.BackendError as refusal:
                     print(f"left out: {refusal}")
                     continue
                 runs += 1

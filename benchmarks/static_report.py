@@ -32,7 +32,6 @@ import emulated_cuda
 import launches
 import machine_code
 import measure
-import nvcc
 import ops as sites
 from launches import Case
 
@@ -41,12 +40,12 @@ from ditkernels.reference import SIZES
 MODELS = {name.removeprefix("DiT-"): size["hidden_size"] for name, size in SIZES.items()}
 ARCHITECTURES = {"80": "80", "90": "90a", "100": "100"}  # as Triton, and as nvcc calls them
 FAMILIES = {
-    "patch_embed": ("patch_embed",),
-    "final_layer": ("final_layer", "final_layer_backward"),
-    "unpatchify": ("final_layer",),
-    "bias_gelu": ("bias_gelu",),
+    "patch_embed": ("image",),
+    "final_layer": ("image", "norm"),
+    "unpatchify": ("image",),
+    "bias_gelu": ("gelu",),
     "split_qkv": ("qkv",),
-    "adamw_ema": ("adamw_ema",),
+    "adamw_ema": ("optimizer",),
 }
 BACKENDS = ("triton", "cuda")
 ALL = "all launches"
@@ -105,7 +104,7 @@ def _codes(
     target = ARCHITECTURES[architecture]
     known = {
         op: {row["kernel"]: row for family in families for row in cuda_code.rows(family, target)}
-        for op, families in {case.op: FAMILIES.get(case.op, ("adaln",)) for case in cases}.items()
+        for op, families in {case.op: FAMILIES.get(case.op, ("norm",)) for case in cases}.items()
     }
     found = []
     for row in moved:
@@ -226,7 +225,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     try:
         measure.report("static_report", args, rows(args), columns)
-    except nvcc.BuildError as error:
+    except cuda_code.BuildError as error:
         parser.error(str(error))
 
 

@@ -24,7 +24,7 @@ import training
 from measure import Contender
 
 from ditkernels.check import resolve_device
-from ditkernels.ops import _registry as registry
+from ditkernels.ops import dispatch
 
 DEVICE = resolve_device("auto")
 ON_GPU = DEVICE.type == "cuda"
@@ -32,7 +32,7 @@ ROUNDS = 20 if ON_GPU else 3
 BATCH, GRID, WIDTH, PATCH = (256, (16, 16), 1152, 2) if ON_GPU else (2, (4, 4), 384, 2)
 ATTENTION = {"batch": 32, "heads": 16} if ON_GPU else {"batch": 2, "heads": 2}
 SITES = ops.sites(BATCH, GRID, WIDTH, PATCH)
-CONTENDERS = ("eager", *(("compiled",) if ON_GPU else ()), *registry.BACKENDS)
+CONTENDERS = ("eager", *(("compiled",) if ON_GPU else ()), *dispatch.BACKENDS)
 
 
 def model_arguments(**more: Any) -> argparse.Namespace:
@@ -80,7 +80,7 @@ def test_op(benchmark: Any, op: str, precision: str, way: str, contender: str) -
     time_it(benchmark, timed)
 
 
-@pytest.mark.parametrize("backend", registry.ATTENTION_BACKENDS)
+@pytest.mark.parametrize("backend", dispatch.ATTENTION_BACKENDS)
 @pytest.mark.parametrize("way", ["forward", "backward"])
 @pytest.mark.parametrize("head_dim", [64, 72])
 def test_attention(benchmark: Any, head_dim: int, way: str, backend: str) -> None:

@@ -18,7 +18,7 @@ from __future__ import annotations
 import argparse
 import gc
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -32,7 +32,8 @@ import ditkernels
 from ditkernels import flops, reference
 from ditkernels.diffusion import create_diffusion
 from ditkernels.masters import hand_over, lowered
-from ditkernels.ops import _measured, mlp_cuda
+from ditkernels.ops import dispatch
+from ditkernels.ops.mlp import ALIGNED, reason
 from ditkernels.optimizer import EMA, AdamWEMA
 
 CONTRACT_FACTOR, CONTRACT_ULPS = 4.0, 2.0  # what the numerical contract allows a whole model
@@ -74,14 +75,17 @@ class Recipe(NamedTuple):
 
     def choices(self) -> AbstractContextManager[Any]:
         """What a step is built and run under."""
-        return mock.patch.object(_measured, "fastest", _mlps_on_cuda) if self.epilogues else nullcontext()
+        return _mlps_on_cuda() if self.epilogues else nullcontext()
 
 
-_as_measured = _measured.fastest
-
-
-def _mlps_on_cuda(op: str, device: torch.device) -> str | None:
-    return "cuda" if op in ("mlp", "mlp_backward") else _as_measured(op, device)
+@contextmanager
+def _mlps_on_cuda() -> Iterator[None]:
+    capability = ".".join(map(str, torch.cuda.get_device_capability()))
+    winners = {(capability, op): "cuda" for op in ("mlp", "mlp_backward")}
+    with mock.patch.dict(dispatch.PREFERRED, winners):
+        dispatch.forget()
+        yield
+    dispatch.forget()
 
 
 RECIPES = {
@@ -250,9 +254,9 @@ def row(
     ratio = None
     if recipe.epilogues:
         # Of sizes that suit: those of all models do.
-        reason = mlp_cuda.reason(device, torch.bfloat16, *[mlp_cuda.ALIGNED] * 3)
-        if reason is not None:
-            return {**common, "note": f"cannot serve: {reason}"}
+        refusal = reason(device, torch.bfloat16, *[ALIGNED] * 3)
+        if refusal is not None:
+            return {**common, "note": f"cannot serve: {refusal}"}
     if recipe.fused:
         ratio = gate(recipe, network, device)
         if not ratio <= 1:

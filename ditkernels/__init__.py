@@ -11,7 +11,7 @@ from ditkernels._version import __version__
 from ditkernels.accelerate import accelerate, restore
 from ditkernels.diffusion import create_diffusion
 from ditkernels.models import DiT, DiT_models
-from ditkernels.ops._registry import BackendError, use_backend
+from ditkernels.ops.dispatch import BackendError, set_backend, use_backend
 
 DiT_XL_2, DiT_XL_4, DiT_XL_8 = (DiT_models[f"DiT-XL/{p}"] for p in (2, 4, 8))
 DiT_L_2, DiT_L_4, DiT_L_8 = (DiT_models[f"DiT-L/{p}"] for p in (2, 4, 8))
@@ -41,5 +41,6 @@ __all__ = [
     "ops",
     "reference",
     "restore",
+    "set_backend",
     "use_backend",
 ]

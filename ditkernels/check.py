@@ -29,8 +29,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ditkernels import ops, reference
-from ditkernels.ops import _registry as registry
-from ditkernels.ops import _triton
+from ditkernels.ops import _triton, dispatch
 from ditkernels.ops.attention import explain
 
 CONTRACT_FACTOR = 2.0
@@ -110,61 +109,13 @@ def _normal(name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch
     return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype).to(device)
 
 
-_ODD = (3, 7, 45)  # B, N, D
-_WIDE = (3, 5, 1152)  # the width of DiT-XL
-
-
-def _vectors(size: tuple[int, int, int], *names: str) -> dict[str, tuple[int, ...]]:
-    return dict.fromkeys(names, (size[0], size[2]))
-
-
-def _parameters(size: tuple[int, int, int], *names: str) -> dict[str, tuple[int, ...]]:
-    return dict.fromkeys(names, (size[2],))
-
-
 def _cases() -> Iterator[Case]:
-    yield Case("modulate_norm", {"x": _ODD, **_vectors(_ODD, "shift", "scale")})
-    yield Case("modulate_norm", {"x": _ODD, **_parameters(_ODD, "weight", "bias")})
-    everything = {**_vectors(_WIDE, "shift", "scale"), **_parameters(_WIDE, "weight", "bias")}
-    yield Case("modulate_norm", {"x": _WIDE, **everything}, {"norm": "rmsnorm"})
+    for op in dispatch.OPS.values():
+        for example in op.declaration.examples:
+            present = None if example.present is None else example.present.split()
+            yield Case(op.name, op.declaration.shapes(example.sizes, present), example.options)
 
-    yield Case("gated_residual", {"x": _ODD, "branch": _ODD})
-    vectors = {**_vectors(_ODD, "gate"), **_parameters(_ODD, "branch_bias")}
-    yield Case("gated_residual", {"x": _ODD, "branch": _ODD, **vectors})
-    yield Case("gated_residual", {"x": _WIDE, "branch": _WIDE, **_vectors(_WIDE, "gate")})
-
-    vectors = _vectors(_ODD, "gate", "shift", "scale")
-    yield Case("gated_residual_norm", {"x": _ODD, "branch": _ODD, **vectors})
-    vectors = _parameters(_ODD, "branch_bias", "weight", "bias")
-    yield Case("gated_residual_norm", {"x": _ODD, "branch": _ODD, **vectors})
-    everything |= {**_vectors(_WIDE, "gate"), **_parameters(_WIDE, "branch_bias")}
-    yield Case("gated_residual_norm", {"x": _WIDE, "branch": _WIDE, **everything}, {"norm": "rmsnorm"})
-
-    image = {"x": (3, 3, 6, 10), "weight": (45, 3, 2, 2)}
-    yield Case("patch_embed", {**image, "bias": (45,), "pos_embed": (15, 45)})
-    yield Case("patch_embed", {"x": (3, 4, 12, 4), "weight": (45, 4, 4, 4)})
-
-    grid, tokens = {"grid": (3, 5), "patch_size": 2}, (3, 15, 45)
-    vectors = _vectors(tokens, "shift", "scale")
-    linear = {"weight": (12, 45), "bias": (12,)}
-    yield Case("final_layer", {"x": tokens, **vectors, **linear}, grid)
-    residual = {"branch": tokens, **_vectors(tokens, "gate"), **_parameters(tokens, "branch_bias")}
-    yield Case("final_layer", {"x": tokens, **vectors, **linear, **residual}, grid)
-    affine = _parameters(tokens, "norm_weight", "norm_bias")
-    yield Case(
-        "final_layer", {"x": tokens, "weight": (48, 45), **affine}, {**grid, "patch_size": 4, **_NO_ADALN}
-    )
-
-    yield Case("unpatchify", {"tokens": (3, 15, 12)}, grid)
-
-    yield Case("bias_gelu", {"x": _ODD, **_parameters(_ODD, "bias")})
-    yield Case("bias_gelu", {"x": (3, 37, 384)})
-
-    yield Case("mlp", {"x": _ODD, "fc1_weight": (31, 45), "fc1_bias": (31,), "fc2_weight": (13, 31)})
-    yield Case(
-        "mlp", {"x": (3, 37, 96), "fc1_weight": (384, 96), "fc1_bias": (384,), "fc2_weight": (96, 384)}
-    )
-
+    # What no declaration can say: views, lists that are changed in place, and attention, which is no op of ours.
     yield Case("split_qkv", {"packed": (3, 37, 3, 2, 72), "bias": (432,)})
     yield Case("split_qkv", {"packed": (3, 5, 2, 3, 15), "bias": (90,)})
 
@@ -177,7 +128,6 @@ def _cases() -> Iterator[Case]:
 
 
 _STATE = ("weights", "gradients", "exp_avgs", "exp_avg_sqs", "averages", "copies")
-_NO_ADALN = {"shift": None, "scale": None}
 CASES = tuple(_cases())
 
 
@@ -187,14 +137,14 @@ CASES = tuple(_cases())
 
 
 class Call(NamedTuple):
-    """A call of an op of the registry, with the arguments of its schema."""
+    """A call of an op, with the arguments of its declaration."""
 
-    op: registry.Op
+    op: dispatch.Op
     args: tuple[Any, ...]
 
 
 class _Recorder(TorchDispatchMode):
-    """Collects the calls of the registry's ops."""
+    """Collects the calls of declared ops."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -202,8 +152,9 @@ class _Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         namespace, _, name = func.name().partition("::")
-        if namespace == "ditkernels" and name in registry.OPS:
-            self.calls.append(Call(registry.OPS[name], args))
+        if namespace == "ditkernels" and name in dispatch.OPS:
+            op = dispatch.OPS[name]
+            self.calls.append(Call(op, args[: len(op.declaration.arguments)]))
         return func(*args, **(kwargs or {}))
 
 
@@ -211,7 +162,7 @@ def recorded_calls(case: Case, inputs: Inputs) -> list[Call]:
     """The calls of registered ops that a forward and a backward of ``case`` make; none for attention, which is no such op."""
     cotangents = _cotangents(case, inputs)
     # An op that raises here raises in ``parity`` too, which reports it.
-    with registry.use_backend("torch"), _Recorder() as recorder, suppress(*FAULTS):
+    with dispatch.use_backend("torch"), _Recorder() as recorder, suppress(*FAULTS):
         _evaluate(getattr(ops, case.op), case, inputs, cotangents)
     return recorder.calls
 
@@ -224,10 +175,10 @@ def refusals(case: Case, inputs: Inputs) -> dict[str, str | None]:
         return dict(explain(q, k, v))
     calls = recorded_calls(case, inputs)
     if not calls:
-        return dict.fromkeys(registry.BACKENDS, "the function reached no op of the registry")
+        return dict.fromkeys(dispatch.BACKENDS, "the function reached no declared op")
     return {
         backend: next(filter(None, (call.op.reasons(*call.args)[backend] for call in calls)), None)
-        for backend in registry.BACKENDS
+        for backend in dispatch.BACKENDS
     }
 
 
@@ -235,10 +186,10 @@ def _heads(qkv_or_q: Tensor, kv: Tensor | None = None) -> tuple[Tensor, ...]:
     return qkv_or_q.unbind(2) if kv is None else (qkv_or_q, *kv.unbind(2))
 
 
-def _forced(case: Case, backend: str) -> registry.use_backend:
+def _forced(case: Case, backend: str) -> dispatch.use_backend:
     if case.op == "attention":
-        return registry.use_backend(attention=backend)
-    return registry.use_backend(backend)
+        return dispatch.use_backend(attention=backend)
+    return dispatch.use_backend(backend)
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -429,7 +380,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--device", default="auto", help="cpu, cuda, cuda:1 ...; auto is cuda if there is one"
     )
     parser.add_argument(
-        "--backend", choices=registry.BACKENDS, help="check the ops on this backend alone, without attention"
+        "--backend", choices=dispatch.BACKENDS, help="check the ops on this backend alone, without attention"
     )
 
 

@@ -17,8 +17,7 @@ import torch
 
 from ditkernels._version import __version__
 from ditkernels.check import CASES, PRECISIONS, Call, recorded_calls, resolve_device
-from ditkernels.ops import _cuda
-from ditkernels.ops import _registry as registry
+from ditkernels.ops import _native, dispatch
 from ditkernels.ops.attention import BACKENDS as ATTENTION
 from ditkernels.ops.attention import Problem, choose, explain_problem
 
@@ -157,7 +156,7 @@ def _ops(device: torch.device) -> Iterator[str]:
 def _choice(call: Call) -> Iterator[str]:
     try:
         chosen = call.op.choose(*call.args)
-    except registry.BackendError:
+    except dispatch.BackendError:
         chosen = None
     yield f"-> {chosen or _FORCED}"
     for name, reason in call.op.reasons(*call.args).items():
@@ -169,15 +168,15 @@ _FORCED = "NONE: the backend that the environment asks for cannot serve"
 
 
 def _kernels(device: torch.device) -> Iterator[str]:
-    yield f"library: {_cuda.library()}"
+    yield f"library: {_native.library()}"
     if device.type != "cuda":
         yield f"registers, spills and occupancy: only a GPU tells them, and {device} is none"
         return
-    if not _cuda.architectures():
+    if not _native.architectures():
         return
     yield "threads and shared memory: the most of a block; occupancy: the share of a multiprocessor's threads that it can hold"
     most = torch.cuda.get_device_properties(device).max_threads_per_multi_processor
-    for kernel in _cuda.kernel_attributes(device):
+    for kernel in _native.kernel_attributes(device):
         yield (
             f"{kernel.name}: {kernel.registers} registers, {kernel.local_bytes} B spilled, {kernel.shared_bytes} B shared, "
             f"{kernel.threads} threads, occupancy {kernel.blocks * kernel.threads / most:.0%}, sm_{kernel.code}"
@@ -190,7 +189,7 @@ def _attention(device: torch.device) -> Iterator[str]:
     for use, case in uses.items():
         try:
             chosen = choose(case)
-        except registry.BackendError:
+        except dispatch.BackendError:
             chosen = _FORCED
         yield f"{use} -> {chosen}"
     for name, reason in explain_problem(uses["training"]):

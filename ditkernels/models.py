@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from ditkernels import ops, reference
-from ditkernels.ops import _registry as registry
-from ditkernels.ops import mlp_cuda
+from ditkernels.ops import dispatch
+from ditkernels.ops.mlp import serves
 from ditkernels.reference import make_models
 
 CHECKPOINTING = ("none", "selective", "full")
@@ -97,7 +97,7 @@ def _taken_apart(linear: nn.Module, x: Tensor) -> TypeGuard[nn.Linear]:
     Not on a CPU, unless a backend is forced: there the product adds the bias for nothing. And not where somebody has put a module
     in the place of the linear, or watches it: it is called as it is.
     """
-    pays = x.is_cuda or registry.backend_setting() is not None
+    pays = x.is_cuda or dispatch.backend_setting() is not None
     return pays and type(linear) is nn.Linear and not _watched(linear)
 
 
@@ -120,7 +120,7 @@ def opened(x: Tensor, linear: nn.Module, value: Tensor, gate: Tensor | None) -> 
 
 def compute_dtype(weight: Tensor) -> torch.dtype:
     """What a linear with this weight computes in."""
-    return registry.autocast_dtype(weight) or weight.dtype
+    return dispatch.autocast_dtype(weight) or weight.dtype
 
 
 class PatchEmbed(reference.PatchEmbed):
@@ -183,7 +183,7 @@ class Mlp(reference.Mlp):
             return False
         hidden, width = self.fc1.weight.shape
         dtype = compute_dtype(self.fc1.weight)
-        return mlp_cuda.serves(x.device, dtype, width, hidden, self.fc2.weight.shape[0])
+        return serves(x.device, dtype, width, hidden, self.fc2.weight.shape[0])
 
 
 class Fused(reference.Block):
@@ -206,6 +206,8 @@ class Fused(reference.Block):
         if not self.selective or not torch.is_grad_enabled():
             return self.computed(stream, c)
         keep = partial(create_selective_checkpoint_contexts, _selective_policy)
+        if not torch.compiler.is_compiling():
+            keep = partial(ops.remembered, keep)
         return checkpoint(self.computed, stream, c, use_reentrant=False, context_fn=keep)
 
     def computed(self, stream: Stream, c: Tensor) -> Stream:
@@ -361,8 +363,8 @@ class DiT(reference.DiT):
         **kwargs: Any,
     ) -> None:
         _check_checkpointing(checkpointing)
-        if attention_backend not in (None, "auto", *registry.ATTENTION_BACKENDS):
-            allowed = ", ".join(("auto", *registry.ATTENTION_BACKENDS))
+        if attention_backend not in (None, "auto", *dispatch.ATTENTION_BACKENDS):
+            allowed = ", ".join(("auto", *dispatch.ATTENTION_BACKENDS))
             raise ValueError(f"attention_backend: got {attention_backend!r}, allowed are {allowed}")
         super().__init__(*args, **kwargs)
         self.checkpointing = checkpointing
@@ -395,7 +397,9 @@ class DiT(reference.DiT):
         if self.checkpointing != "full" or not torch.is_grad_enabled():
             return block(stream, c)
         # An open residual would double what a fully checkpointed block keeps, so it is closed inside.
-        return checkpoint(_closed_block, block, stream.x, c, use_reentrant=False)
+        if torch.compiler.is_compiling():
+            return checkpoint(_closed_block, block, stream.x, c, use_reentrant=False)
+        return checkpoint(_closed_block, block, stream.x, c, use_reentrant=False, context_fn=ops.remembered)
 
 
 def _check_checkpointing(value: str) -> None:

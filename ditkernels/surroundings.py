@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from ditkernels.config import TrainConfig
-from ditkernels.ops._registry import use_backend
+from ditkernels.ops.dispatch import use_backend
 
 
 def resolve_device(name: str) -> torch.device:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from ditkernels.ops import _registry as registry
+from ditkernels.ops import dispatch, settings
 
 torch.set_num_threads(1)
 
@@ -16,10 +16,11 @@ torch.set_num_threads(1)
 def no_forced_backend(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.delenv("DITKERNELS_BACKEND", raising=False)
     monkeypatch.delenv("DITKERNELS_ATTENTION_BACKEND", raising=False)
-    before = dict(registry._settings)
-    registry._settings.update(ops=None, attention=None)
+    monkeypatch.setattr(settings, "_process", settings._Process())
+    dispatch.forget()
     yield
-    registry._settings.update(before)
+    dispatch.forget()
+    assert settings._outer.get() == (), "the test left a use_backend block open"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

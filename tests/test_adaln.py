@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ditkernels import reference
-from ditkernels.ops import _registry as registry
-from ditkernels.ops import adaln
+from ditkernels.ops import dispatch, norm
+from ditkernels.ops.spec import Declaration, encoded
 
 OPS = ("modulate_norm", "gated_residual", "gated_residual_norm")
 VECTORS = ("gate", "shift", "scale", "branch_bias", "weight", "bias")
@@ -58,33 +58,39 @@ def run(function: object, inputs: dict[str, Tensor]) -> list[Tensor]:
 
 
 def results(
-    op: str, inputs: dict[str, Tensor], **options: object
+    op: str, inputs: dict[str, Tensor], needs: str = "", **options: object
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[str]]:
-    """Of the op, of plain PyTorch at the same dtypes, and of plain PyTorch in fp64, for equal inputs and cotangents."""
+    """Of the op, of plain PyTorch at the same dtypes, and of plain PyTorch in fp64, for equal inputs and cotangents.
+
+    Outputs, then gradients: of all inputs, or of those that ``needs`` names.
+    """
+    needed = needs.split() or list(inputs)
     generator = torch.Generator().manual_seed(1)
     cotangents: list[Tensor] = []
     collected = []
     for function, wide in (
-        (getattr(adaln, op), False),
+        (getattr(norm, op), False),
         (getattr(reference, op), False),
         (getattr(reference, op), True),
     ):
-        leaves = {n: (v.double() if wide else v).detach().requires_grad_() for n, v in inputs.items()}
+        leaves = {
+            n: (v.double() if wide else v).detach().requires_grad_(n in needed) for n, v in inputs.items()
+        }
         chosen = {**options, "out_dtype": F64} if wide and "out_dtype" in options else options
         outputs = function(**leaves, **chosen)
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
         if not cotangents:
             cotangents = [torch.randn(o.shape, generator=generator).to(o.dtype) for o in outputs]
         grads = torch.autograd.grad(
-            outputs, list(leaves.values()), [c.to(o.dtype) for c, o in zip(cotangents, outputs)]
+            outputs, [leaves[n] for n in needed], [c.to(o.dtype) for c, o in zip(cotangents, outputs)]
         )
         collected.append([*outputs, *grads])
-    names = [f"output {i}" for i in range(len(cotangents))] + [f"d{n}" for n in inputs]
+    names = [f"output {i}" for i in range(len(cotangents))] + [f"d{n}" for n in needed]
     return (*collected, names)
 
 
-def assert_parity(op: str, inputs: dict[str, Tensor], **options: object) -> None:
-    for actual, low, exact, name in zip(*results(op, inputs, **options)):
+def assert_parity(op: str, inputs: dict[str, Tensor], needs: str = "", **options: object) -> None:
+    for actual, low, exact, name in zip(*results(op, inputs, needs, **options)):
         numerics.assert_contract(actual, low, exact, f"{op} {name}")
 
 
@@ -110,8 +116,8 @@ COVERING = [
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("case", COVERING, ids=lambda c: "-".join(str(v).replace("torch.", "") for v in c))
 def test_parity(op: str, case: tuple) -> None:
-    *shape, stream, branch, norm = case
-    options = {} if op == "gated_residual" else {"norm": norm, "out_dtype": branch}
+    *shape, stream, branch, kind = case
+    options = {} if op == "gated_residual" else {"norm": kind, "out_dtype": branch}
     assert_parity(op, make_inputs(op, *shape, stream, branch), **options)
 
 
@@ -120,9 +126,27 @@ def test_every_combination_of_optional_arguments(op: str) -> None:
     optional = [n for n in TAKES[op] if n in VECTORS]
     for count in range(len(optional) + 1):
         for names in itertools.combinations(optional, count):
-            for norm in ("layernorm", "rmsnorm") if op != "gated_residual" else (None,):
+            for kind in reference.NORMS if op != "gated_residual" else (None,):
                 inputs = make_inputs(op, 2, 5, 12, F32, F32, " ".join(names) or "none")
-                assert_parity(op, inputs, **({"norm": norm} if norm else {}))
+                assert_parity(op, inputs, **({"norm": kind} if kind else {}))
+
+
+LARGE = (1, 10, 100)
+
+
+def assert_parity_at_a_large_shift(op: str, times: float, dtype: torch.dtype, length: int = 17) -> None:
+    """With shift and bias so many times as large as the normed rows."""
+    inputs = make_inputs(op, 2, length, 96, dtype, dtype)
+    inputs |= {name: inputs[name] * times for name in ("shift", "bias")}
+    for kind in reference.NORMS:
+        assert_parity(op, inputs, norm=kind, out_dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("times", LARGE)
+@pytest.mark.parametrize("op", ["modulate_norm", "gated_residual_norm"])
+def test_parity_at_large_shifts(op: str, times: float, dtype: torch.dtype) -> None:
+    assert_parity_at_a_large_shift(op, times, dtype)
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -139,12 +163,12 @@ def test_agreement_in_fp64_at_any_shape(op: str, shape: tuple[int, int, int], ep
         numerics.assert_fp64_agreement(actual, expected, name)
 
 
-@pytest.mark.parametrize("norm", reference.NORMS)
+@pytest.mark.parametrize("kind", reference.NORMS)
 @pytest.mark.parametrize("op", OPS)
-def test_hand_derived_backward_by_gradcheck(op: str, norm: str) -> None:
+def test_hand_derived_backward_by_gradcheck(op: str, kind: str) -> None:
     inputs = {n: v.detach().requires_grad_() for n, v in make_inputs(op, 2, 3, 5, F64, F64).items()}
-    options = {} if op == "gated_residual" else {"norm": norm}
-    call = lambda *values: getattr(adaln, op)(**dict(zip(inputs, values)), **options)  # noqa: E731
+    options = {} if op == "gated_residual" else {"norm": kind}
+    call = lambda *values: getattr(norm, op)(**dict(zip(inputs, values)), **options)  # noqa: E731
     assert torch.autograd.gradcheck(call, list(inputs.values()))
 
 
@@ -159,7 +183,7 @@ def test_gradient_through_one_output_alone(which: int) -> None:
 
     plain = reference.gated_residual_norm
     fused, low, exact = (
-        gradients(adaln.gated_residual_norm, F32),
+        gradients(norm.gated_residual_norm, F32),
         gradients(plain, F32),
         gradients(plain, F64),
     )
@@ -167,78 +191,139 @@ def test_gradient_through_one_output_alone(which: int) -> None:
         numerics.assert_contract(actual, rounded, ideal, f"d{name} through output {which}")
 
 
-def raw_arguments(op: str) -> tuple:
-    inputs = {n: v.detach().requires_grad_() for n, v in make_inputs(op, 2, 5, 12, F32, F32).items()}
-    values = tuple(inputs.values())
-    if op == "modulate_norm":
-        return (*values, "layernorm", 1e-6, BF16)
-    if op == "gated_residual":
-        return values
-    x, branch, gate, shift, scale, branch_bias, weight, bias = values
-    return (x, branch, gate, shift, scale, branch_bias, weight, bias, "rmsnorm", 1e-6, F32)
+def raw_arguments(
+    declaration: Declaration, absent: str = "", unwanted: str = "", norm: str = "layernorm"
+) -> tuple[object, ...]:
+    """Arguments of an op of torch: leaves for the inputs of a forward but those that are absent."""
+    generator = torch.Generator().manual_seed(0)
+    sizes = {"B": 2, "N": 5, "D": 12, "S": 1 if norm == "rmsnorm" else 2}
+    options = {"norm": norm, "eps": 1e-6, "out_dtype": BF16, "keep": True}
+    shapes = declaration.shapes(sizes)
+    made = {name: torch.rand(shape, generator=generator) for name, shape in shapes.items()}
+    if not declaration.is_backward:
+        made = {name: tensor.requires_grad_() for name, tensor in made.items()}
+    given = {**options, **made, **dict.fromkeys(absent.split())}
+    wanted = [
+        None if output.name.removeprefix("d") in unwanted.split() else F32 for output in declaration.outputs
+    ]
+    given["wanted"] = encoded(tuple(wanted))
+    return tuple(given[name] for name in declaration.arguments)
 
 
+@pytest.mark.parametrize("absent", ["", "gate shift weight", "scale branch_bias bias"])
 @pytest.mark.parametrize("op", OPS)
-def test_opcheck(op: str) -> None:
-    torch.library.opcheck(registry.OPS[op].call, raw_arguments(op))
+def test_opcheck(op: str, absent: str) -> None:
+    declared = dispatch.OPS[op]
+    torch.library.opcheck(declared.call, raw_arguments(declared.declaration, absent, norm="rmsnorm"))
 
 
+@pytest.mark.parametrize(
+    "absent, unwanted",
+    [
+        ("", ""),
+        ("gate weight", "gate shift weight x"),
+        ("branch scale branch_bias bias", "gate scale branch_bias bias"),
+    ],
+)
 @pytest.mark.parametrize("op", OPS)
-def test_opcheck_of_the_backward(op: str) -> None:
-    x, dy, branch = (torch.randn(2, 5, 12) for _ in range(3))
-    shift, scale, gate = (torch.randn(2, 12) for _ in range(3))
-    weight, mean, rstd = torch.randn(12), torch.randn(2, 5), torch.rand(2, 5)
-    arguments = {
-        "modulate_norm": (dy, x, scale, weight, None, mean, rstd, shift, "layernorm"),
-        "gated_residual": (dy, branch, gate, weight),
-        "gated_residual_norm": (
-            None,
-            dy,
-            x,
-            branch,
-            gate,
-            None,
-            None,
-            weight,
-            weight,
-            mean,
-            rstd,
-            shift,
-            "layernorm",
-        ),
-    }
-    torch.library.opcheck(registry.OPS[f"{op}_backward"].call, arguments[op])
+def test_opcheck_of_the_backward(op: str, absent: str, unwanted: str) -> None:
+    """Gradients that are not wanted come back empty, and none is another's memory."""
+    declared = dispatch.OPS[op].gradients
+    torch.library.opcheck(declared.call, raw_arguments(declared.declaration, absent, unwanted))
 
 
-def test_absent_gradients_do_not_alias() -> None:
-    x, dy, rstd = torch.randn(2, 5, 12), torch.randn(2, 5, 12), torch.rand(2, 5)
-    arguments = (dy, x, None, None, None, torch.empty(0), rstd, None, "rmsnorm")
-    torch.library.opcheck(registry.OPS["modulate_norm_backward"].call, arguments)
-    torch.library.opcheck(registry.OPS["gated_residual_backward"].call, (dy, x, None, None))
+# ------------------------------------------------------------------------------------------------------------------
+# Which inputs need gradients
+# ------------------------------------------------------------------------------------------------------------------
+
+
+def gradients_of(op: str, leaves: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[tuple[int, ...]], int]:
+    """Gradients by name; the shapes of the tensors that were saved; how often one was unpacked."""
+    saved: list[tuple[int, ...]] = []
+    unpacked = 0
+
+    def pack(tensor: Tensor) -> Tensor:
+        saved.append(tuple(tensor.shape))
+        return tensor
+
+    def unpack(tensor: Tensor) -> Tensor:
+        nonlocal unpacked
+        unpacked += 1
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        outputs = getattr(norm, op)(**leaves)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    generator = torch.Generator().manual_seed(1)
+    cotangents = [torch.randn(o.shape, generator=generator, dtype=o.dtype) for o in outputs]
+    needed = {name: leaf for name, leaf in leaves.items() if leaf.requires_grad}
+    grads = torch.autograd.grad(outputs, list(needed.values()), cotangents)
+    return dict(zip(needed, grads)), saved, unpacked
+
+
+@pytest.mark.parametrize("present", ["all", "gate scale", "none"])
+@pytest.mark.parametrize("op", OPS)
+def test_each_subset_of_inputs_gets_its_gradients_and_saves_what_they_need(op: str, present: str) -> None:
+    declaration = dispatch.OPS[op].declaration
+    inputs = make_inputs(op, 2, 5, 12, F64, F64, present)
+    everything, _, _ = gradients_of(op, {n: v.detach().requires_grad_() for n, v in inputs.items()})
+    shapes = {"x1": (2, 5, 12), "stats": (2, 5, 2), **{n: tuple(v.shape) for n, v in inputs.items()}}
+    for needs in itertools.product((False, True), repeat=len(inputs)):
+        needed = dict(zip(inputs, needs))
+        if not any(needs):
+            continue
+        leaves = {n: v.detach().requires_grad_(needed[n]) for n, v in inputs.items()}
+        grads, saved, unpacked = gradients_of(op, leaves)
+        for name, grad in grads.items():
+            numerics.assert_fp64_agreement(grad, everything[name], f"d{name} where {needed}")
+        names = declaration.saved([needed.get(i.name, False) for i in declaration.inputs])
+        expected = [shapes[name] for name in names if name in shapes]
+        assert (saved, unpacked) == (expected, len(expected)), f"{needed}: saved {saved}"
+
+
+@pytest.mark.parametrize("op", ["modulate_norm", "gated_residual_norm"])
+def test_statistics_are_kept_for_a_backward_only(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = make_inputs(op, 2, 5, 12, F32, F32)
+    implementation = dispatch.OPS[op].implementations["torch"]
+    kernel, kept = implementation.kernel, []
+
+    def watching(*args: object) -> tuple[Tensor | None, ...]:
+        outputs = kernel(*args)
+        kept.append(None if outputs[-1] is None else tuple(outputs[-1].shape))
+        return outputs
+
+    monkeypatch.setattr(implementation, "kernel", watching)
+    getattr(norm, op)(**inputs)
+    leaves = {n: v.requires_grad_() for n, v in inputs.items()}
+    with torch.no_grad():
+        getattr(norm, op)(**leaves)
+    getattr(norm, op)(**leaves)
+    getattr(norm, op)(**leaves, norm="rmsnorm")
+    assert kept == [None, None, (2, 5, 2), (2, 5, 1)]
 
 
 @pytest.mark.parametrize("op", OPS)
 def test_compiles_as_one_graph(op: str) -> None:
     inputs = make_inputs(op, 2, 17, 12, F32, F32)
-    compiled = torch.compile(getattr(adaln, op), fullgraph=True, backend="aot_eager")
-    for got, want in zip(run(compiled, inputs), run(getattr(adaln, op), inputs)):
+    compiled = torch.compile(getattr(norm, op), fullgraph=True, backend="aot_eager")
+    for got, want in zip(run(compiled, inputs), run(getattr(norm, op), inputs)):
         assert torch.equal(got, want)
 
 
 def test_inductor_compiles_forward_and_backward() -> None:
     inputs = make_inputs("gated_residual_norm", 2, 5, 12, F32, F32)
-    compiled = torch.compile(adaln.gated_residual_norm, fullgraph=True)
-    for got, want in zip(run(compiled, inputs), run(adaln.gated_residual_norm, inputs)):
+    compiled = torch.compile(norm.gated_residual_norm, fullgraph=True)
+    for got, want in zip(run(compiled, inputs), run(norm.gated_residual_norm, inputs)):
         assert torch.equal(got, want)
 
 
 @pytest.mark.parametrize("op", OPS)
 def test_repeats_bit_for_bit_and_writes_every_output(op: str) -> None:
     inputs = make_inputs(op, 3, 17, 100, BF16, BF16)
-    first = run(getattr(adaln, op), inputs)
+    first = run(getattr(norm, op), inputs)
     torch.use_deterministic_algorithms(True)  # fills fresh memory with NaN
     try:
-        second = run(getattr(adaln, op), inputs)
+        second = run(getattr(norm, op), inputs)
     finally:
         torch.use_deterministic_algorithms(False)
     assert all(torch.equal(a, b) for a, b in zip(first, second))
@@ -247,10 +332,10 @@ def test_repeats_bit_for_bit_and_writes_every_output(op: str) -> None:
 def test_autocast_keeps_the_stream_and_lowers_the_normed_output() -> None:
     inputs = make_inputs("gated_residual_norm", 2, 5, 12, F32, BF16)
     with torch.autocast("cpu", dtype=BF16):
-        stream, normed = adaln.gated_residual_norm(**inputs)
-        alone = adaln.modulate_norm(inputs["x"])
-        residual = adaln.gated_residual(inputs["x"], inputs["branch"], inputs["gate"])
-        wide = adaln.modulate_norm(inputs["x"].double())
+        stream, normed = norm.gated_residual_norm(**inputs)
+        alone = norm.modulate_norm(inputs["x"])
+        residual = norm.gated_residual(inputs["x"], inputs["branch"], inputs["gate"])
+        wide = norm.modulate_norm(inputs["x"].double())
     assert wide.dtype == F64
     assert (stream.dtype, normed.dtype, alone.dtype, residual.dtype) == (F32, BF16, BF16, F32)
 
@@ -258,7 +343,7 @@ def test_autocast_keeps_the_stream_and_lowers_the_normed_output() -> None:
 @pytest.mark.parametrize("op", OPS)
 def test_forward_mode_is_refused(op: str) -> None:
     inputs = make_inputs(op, 2, 5, 12, F32, F32)
-    call = lambda x: getattr(adaln, op)(**{**inputs, "x": x})  # noqa: E731
+    call = lambda x: getattr(norm, op)(**{**inputs, "x": x})  # noqa: E731
     with pytest.raises(NotImplementedError, match=f"{op}: forward-mode"):
         torch.func.jvp(call, (inputs["x"],), (inputs["x"],))
     with torch.autograd.forward_ad.dual_level(), pytest.raises(NotImplementedError, match="forward-mode"):
@@ -268,7 +353,7 @@ def test_forward_mode_is_refused(op: str) -> None:
 @pytest.mark.parametrize("op", OPS)
 def test_second_derivatives_are_refused(op: str) -> None:
     inputs = {n: v.detach().requires_grad_() for n, v in make_inputs(op, 2, 5, 12, F32, F32).items()}
-    out = getattr(adaln, op)(**inputs)
+    out = getattr(norm, op)(**inputs)
     out = out[-1] if isinstance(out, tuple) else out
     (first,) = torch.autograd.grad(
         out.square().sum(), inputs["gate" if "gate" in inputs else "x"], create_graph=True
@@ -301,14 +386,25 @@ def test_second_derivatives_are_refused(op: str) -> None:
     ],
 )
 def test_errors_name_the_argument(change: dict, error: type, words: str) -> None:
+    """Also after a good call, whose checks are remembered, and after the bad call itself; through torch.ops too."""
     inputs = make_inputs("gated_residual_norm", 2, 5, 12, F32, F32)
+    norm.gated_residual_norm(**inputs)
+    for _ in range(2):
+        with pytest.raises(error, match=words):
+            norm.gated_residual_norm(**{**inputs, **change})
+    declared = dispatch.OPS["gated_residual_norm"]
+    given = {"norm": "layernorm", "eps": 1e-6, "out_dtype": F32, "keep": False, **inputs, **change}
     with pytest.raises(error, match=words):
-        adaln.gated_residual_norm(**{**inputs, **change})
+        declared.call(*[given[name] for name in declared.declaration.arguments])
 
 
 def test_a_forced_backend_that_is_missing_says_why() -> None:
+    """Also after a good call, whose choice is remembered."""
+    x = torch.zeros(1, 2, 3)
+    norm.modulate_norm(x)
     with (
-        registry.use_backend("cuda"),
-        pytest.raises(registry.BackendError, match=r"cuda: the.*torch: can serve"),
+        dispatch.use_backend("cuda"),
+        pytest.raises(dispatch.BackendError, match=r"cuda: the.*torch: can serve"),
     ):
-        adaln.modulate_norm(torch.zeros(1, 2, 3))
+        norm.modulate_norm(x)
+    norm.modulate_norm(x)

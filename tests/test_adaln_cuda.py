@@ -1,10 +1,12 @@
-"""The CUDA kernels of adaln, run on the host by tests/emulation: parity, traffic, order, offsets, refusals."""
+"""The CUDA kernels of the norm family, run on the host by tests/emulation: parity, traffic, order, offsets, refusals."""
 
 from __future__ import annotations
 
+from types import ModuleType
 from unittest import mock
 
 import emulated_cuda
+import numerics
 import pytest
 import torch
 from adaln_access import ALL, FAR_SHAPES, PASSES, spread
@@ -20,9 +22,8 @@ from adaln_parity import (  # noqa: F401 (they run here on the fixture below)
 )
 from test_adaln import BF16, F16, F32, F64, OPS, assert_parity, make_inputs, run
 
-import ditkernels
-from ditkernels.ops import _cuda, adaln
-from ditkernels.ops import _registry as registry
+from ditkernels.ops import _native, dispatch, norm
+from ditkernels.ops.spec import encoded
 
 LARGE = {"x", "x1", "h", "branch", "dx1", "dh", "dx", "dbranch"}
 
@@ -42,7 +43,7 @@ def contiguous_inputs(
 
 @pytest.mark.parametrize("width", [384, 768, 1024, 1152, 40])
 @pytest.mark.parametrize("op", OPS)
-def test_parity_of_the_wide_path(op: str, width: int) -> None:
+def test_parity_of_vectorised_accesses(op: str, width: int) -> None:
     options = {} if op == "gated_residual" else {"out_dtype": BF16}
     assert_parity(op, contiguous_inputs(op, 2, 19, width), **options)
 
@@ -61,7 +62,7 @@ def test_every_tensor_is_touched_once_per_pass(
 ) -> None:
     inputs = contiguous_inputs(op, 3, 21, width, present=present)
     with emulated_cuda.running(tracing=True) as emulation:
-        run(getattr(adaln, op), inputs)
+        run(getattr(norm, op), inputs)
         counted = emulated_cuda.passes(emulation, LARGE, 3 * 21 * width)
     assert counted == {"forward_rows": forward, "backward_rows": backward}
 
@@ -70,11 +71,113 @@ def test_every_tensor_is_touched_once_per_pass(
 @pytest.mark.parametrize("op", OPS)
 def test_any_order_of_blocks_and_warps_gives_equal_bits(op: str, width: int) -> None:
     inputs = contiguous_inputs(op, 2, 35, width)
-    straight = run(getattr(adaln, op), inputs)
+    straight = run(getattr(norm, op), inputs)
     for order in range(1, 4):
         with emulated_cuda.running(tracing=True, order=order):
-            assert all(map(torch.equal, straight, run(getattr(adaln, op), inputs)))
+            assert all(map(torch.equal, straight, run(getattr(norm, op), inputs)))
 
+
+# ------------------------------------------------------------------------------------------------------------------
+# What is wanted and kept
+# ------------------------------------------------------------------------------------------------------------------
+
+INPUTS = ("x", "branch", "gate", "shift", "scale", "branch_bias", "weight", "bias")
+# Which gradients of gated_residual_norm are wanted, and which (B, N, D) tensors its backward then reads and writes.
+WANTED = [
+    (("x",), {"dx1", "dh", "x1"}, {"dx"}),
+    (("branch",), {"dx1", "dh", "x1"}, {"dbranch"}),
+    (("gate",), {"dx1", "dh", "x1", "branch"}, set()),
+    (("branch_bias",), {"dx1", "dh", "x1"}, set()),
+    (("scale",), {"dh", "x1"}, set()),
+    (("shift", "weight", "bias"), {"dh", "x1"}, set()),
+    (("x", "gate"), {"dx1", "dh", "x1", "branch"}, {"dx"}),
+    (INPUTS, {"dx1", "dh", "x1", "branch"}, {"dx", "dbranch"}),
+]
+
+
+def check_what_is_wanted(
+    wanted: tuple[str, ...],
+    read: set[str],
+    written: set[str],
+    width: int,
+    kind: str,
+    module: ModuleType | None = None,
+) -> None:
+    """Each gradient alone has the bits that it has among all; a backward that wants few is given, and touches, what they need."""
+    inputs = contiguous_inputs("gated_residual_norm", 3, 21, width)
+    dx1, dh = torch.randn(3, 21, width), torch.randn(3, 21, width).to(BF16)
+    declared, ops = norm.GATED_RESIDUAL_NORM.declaration, torch.ops.ditkernels
+
+    def backward(names: tuple[str, ...], *reads: torch.Tensor | None) -> dict[str, torch.Tensor]:
+        asked = encoded(tuple(inputs[name].dtype if name in names else None for name in INPUTS))
+        made = ops.gated_residual_norm_backward_cuda(dx1, dh, *reads, kind, asked)
+        return dict(zip(INPUTS, made))
+
+    with emulated_cuda.running(module, tracing=True) as emulation:
+        x1, _, stats = ops.gated_residual_norm_cuda(*inputs.values(), kind, 1e-6, BF16, True)
+        given = {**inputs, "x1": x1, "stats": stats}
+        saved = {"x1", "stats", *declared.saved([name in wanted for name in INPUTS])}
+        emulation.reset(True, 0, False, None)
+        got = backward(wanted, *[given[name] if name in saved else None for name in declared.reads])
+        counts = {n: count for (kernel, n), count in emulation.counts().items() if kernel == "backward_rows"}
+        everything = backward(INPUTS, *[given[name] for name in declared.reads])
+        emulation.reset(True, 0, False, None)
+        given_all = backward(wanted, *[given[name] for name in declared.reads])
+        recounted = {n: c for (kernel, n), c in emulation.counts().items() if kernel == "backward_rows"}
+    for counted in (counts, recounted):
+        reads, writes = ({n for n in LARGE & counted.keys() if counted[n][i]} for i in range(2))
+        assert (reads, writes) == (read, written), "touches what is not wanted"
+    for name in INPUTS:
+        for some in (got, given_all):
+            if name in wanted:
+                torch.testing.assert_close(some[name], everything[name], rtol=0, atol=0)
+                assert some[name].dtype == inputs[name].dtype, "another dtype: not wanted"
+            else:
+                assert some[name].shape == (0,), "made, and not wanted"
+
+
+@pytest.mark.parametrize("kind", ["layernorm", "rmsnorm"])
+@pytest.mark.parametrize("width", [40, 384])
+@pytest.mark.parametrize("wanted, read, written", WANTED, ids=lambda v: "-".join(sorted(v)))
+def test_only_what_is_wanted_is_computed_and_only_what_that_needs_is_read(
+    wanted: tuple[str, ...], read: set[str], written: set[str], width: int, kind: str
+) -> None:
+    check_what_is_wanted(wanted, read, written, width, kind)
+
+
+def test_sums_that_are_not_wanted_are_not_made() -> None:
+    dx1, gate = torch.randn(2, 5, 40), torch.randn(2, 40)
+    with emulated_cuda.running(tracing=True) as emulation:
+        dbranch, dgate, dbias = torch.ops.ditkernels.gated_residual_backward_cuda(
+            dx1, None, gate, None, encoded((BF16, None, None))
+        )
+        assert {kernel for kernel, _ in emulation.counts()} == {"backward_rows"}
+        assert not [name for _, name in emulation.counts() if name in ("partial", "branch")]
+    numerics.assert_fp64_agreement(dbranch.double(), (dx1 * gate[:, None]).to(BF16).double(), "dbranch")
+    assert (dgate.shape, dbias.shape) == ((0,), (0,))
+    with pytest.raises(RuntimeError, match="dgate is wanted, and the branch is not given"):
+        torch.ops.ditkernels.gated_residual_backward_cuda(dx1, None, gate, None, encoded((None, F32, None)))
+
+
+@pytest.mark.parametrize("width", [40, 384])
+@pytest.mark.parametrize("kind, size", [("layernorm", 2), ("rmsnorm", 1)])
+def test_statistics_are_written_for_a_backward_only(kind: str, size: int, width: int) -> None:
+    x = torch.randn(2, 5, width)
+    made = []
+    for keep in (True, False):
+        with emulated_cuda.running(tracing=True) as emulation:
+            made.append(torch.ops.ditkernels.modulate_norm_cuda(x, *[None] * 4, kind, 0.1, F32, keep))
+            assert (("forward_rows", "stats") in emulation.counts()) == keep
+    (h, stats), (bare, nothing) = made
+    assert torch.equal(h, bare)
+    assert (stats.shape, nothing.shape, nothing.dtype) == ((2, 5, size), (0,), F32)
+    _, expected = norm.norm_forward(x.double(), None, None, None, None, kind, 0.1, F32, True)
+    torch.testing.assert_close(stats, expected.float())
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Offsets
+# ------------------------------------------------------------------------------------------------------------------
 
 FAR = 1 << 31
 
@@ -85,11 +188,12 @@ def there_and_back(tensors: list[torch.Tensor], vectors: list[torch.Tensor]) -> 
     gate, shift, scale = vectors
     nothing = (None, None, None)
     ops = torch.ops.ditkernels
-    x1, h, mean, rstd = ops.gated_residual_norm_cuda(
-        x, branch, gate, shift, scale, *nothing, "layernorm", 1e-6, BF16
+    x1, h, stats = ops.gated_residual_norm_cuda(
+        x, branch, gate, shift, scale, *nothing, "layernorm", 1e-6, BF16, True
     )
+    wanted = encoded((BF16, BF16, BF16, BF16, BF16, None, None, None))
     dx, dbranch, *_ = ops.gated_residual_norm_backward_cuda(
-        dx1, dh, x1, branch, gate, scale, *nothing, mean, rstd, shift, "layernorm"
+        dx1, dh, x1, branch, gate, scale, *nothing, stats, "layernorm", wanted
     )
     return [x1, h, dx, dbranch]
 
@@ -128,8 +232,8 @@ def test_refusals_name_what_came() -> None:
         (torch.zeros(1, 2, 8, dtype=F64), "torch.float64 is not among the kernels' dtypes"),
         (torch.zeros(1, 1, 4100), "a row of 4100 channels is wider than a block"),
     ):
-        with pytest.raises(registry.BackendError, match=words):
-            adaln.modulate_norm(x)
+        with pytest.raises(dispatch.BackendError, match=words):
+            norm.modulate_norm(x)
 
 
 @pytest.mark.parametrize("width", [40, 384])
@@ -147,18 +251,17 @@ def test_the_widest_rows(op: str) -> None:
 
 def test_cuda_is_not_chosen_unasked() -> None:
     x = torch.zeros(1, 2, 8)
-    arguments = (x, None, None, None, None, "layernorm", 1e-6, F32)
-    assert adaln.MODULATE_NORM.choose(*arguments) == "cuda"
-    with ditkernels.use_backend("auto"):
-        assert adaln.MODULATE_NORM.choose(*arguments) != "cuda"
-        assert adaln.MODULATE_NORM.reasons(*arguments)["cuda"] is None
-        assert "not measured" in str(adaln.MODULATE_NORM.not_automatic("cuda"))
+    arguments = (x, None, None, None, None, "layernorm", 1e-6, F32, False)
+    assert norm.MODULATE_NORM.reasons(*arguments)["cuda"] is None
+    with mock.patch.object(dispatch, "AUTOMATIC", ["torch", "cuda"]):
+        assert norm.MODULATE_NORM.choose(*arguments) == "torch"
+        assert "not measured" in str(norm.MODULATE_NORM.not_automatic("cuda", *arguments))
 
 
 def test_without_the_library_the_reason_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DITKERNELS_CUDA_LIBRARY", "/nowhere/_C.so")
     # Undone before the emulation's own change is, as monkeypatch, an older fixture, would not be.
-    with mock.patch.object(_cuda, "_absence", None):
-        _cuda.load_if_present()
-        with pytest.raises(registry.BackendError, match=r"/nowhere/_C.so does not load"):
-            adaln.modulate_norm(torch.zeros(1, 2, 8))
+    with mock.patch.object(_native, "_absence", None):
+        _native.load_if_present()
+        with pytest.raises(dispatch.BackendError, match=r"/nowhere/_C.so does not load"):
+            norm.modulate_norm(torch.zeros(1, 2, 8))

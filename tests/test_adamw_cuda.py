@@ -84,7 +84,7 @@ def launched(state: State) -> list[str]:
 
 
 def test_more_weights_than_a_launch_takes() -> None:
-    """Each is updated as it would be alone, wide ones, others and empty ones in turn."""
+    """Each is updated as it would be alone, vectorised ones, others and empty ones in turn."""
     shapes = ((8,), (5,), (0,), (2, 12), (7,)) * 100
     state = make_state(shapes=shapes)
     together = updated(ops.adamw_ema, state)
@@ -92,10 +92,12 @@ def test_more_weights_than_a_launch_takes() -> None:
     for index in range(0, len(shapes), 7):
         alone = updated(ops.adamw_ema, {name: [tensors[index]] for name, tensors in state.items()})
         assert_equal(alone, {name: [tensors[index]] for name, tensors in together.items()})
-    wide = [kernel for kernel in launched(state) if kernel.endswith(", true>")]
-    assert wide == ["update_chunks<float, BFloat16, true>"] * 5  # 300 of 8, 24 and no elements, 64 at a time
-    narrow = [kernel for kernel in launched(state) if kernel.endswith(", false>")]
-    assert narrow == ["update_chunks<Any, Any, false>"] * 4
+    vectorised = [kernel for kernel in launched(state) if kernel.endswith(", true>")]
+    assert (
+        vectorised == ["update_chunks<float, BFloat16, true>"] * 5
+    )  # 300 of 8, 24 and no elements, 64 at a time
+    others = [kernel for kernel in launched(state) if kernel.endswith(", false>")]
+    assert others == ["update_chunks<Any, Any, false>"] * 4
     assert launched(state).count("advance_steps") == 2
 
 
@@ -103,7 +105,7 @@ def test_more_weights_than_a_launch_takes() -> None:
     "gradient, copied, kernel",
     [(F32, None, "float, float"), (BF16, BF16, "BFloat16, BFloat16"), (F16, BF16, "Any, Any")],
 )
-def test_weights_that_are_aligned_go_by_16_byte_accesses(
+def test_weights_that_are_aligned_go_by_vectorised_accesses(
     gradient: torch.dtype, copied: torch.dtype | None, kernel: str
 ) -> None:
     """The emulation faults on an access that is not aligned."""

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import copy
 import math
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import numerics
 import pytest
 import torch
+from subsets import Watching
 from test_trainer import make_trainer, same_bits, small_model
 from torch import Tensor, nn
 
 from ditkernels import ops, reference
 from ditkernels.config import TrainConfig
 from ditkernels.data import Batch
-from ditkernels.ops import _cuda
-from ditkernels.ops import _registry as registry
+from ditkernels.ops import _native, dispatch
 from ditkernels.optimizer import EMA, AdamWEMA, make_optimizer, optimizer_tensors
 from ditkernels.trainer import Trainer
 
@@ -268,9 +268,9 @@ def check_refusal(change: object, words: str) -> None:
     """The forced backend says why it cannot; left to itself the op finds another."""
     state = make_state(shapes=((3, 4),))
     state = change(state) | {"steps": state["steps"], "copies": state["copies"]}
-    with pytest.raises(registry.BackendError, match=words):
+    with pytest.raises(dispatch.BackendError, match=words):
         ops.adamw_ema(**state, **OPTIONS)
-    with registry.use_backend("auto"):
+    with dispatch.use_backend("auto"):
         ops.adamw_ema(**cloned(state), **OPTIONS)
 
 
@@ -280,9 +280,9 @@ def test_without_averages_and_copies() -> None:
     assert_equal(bare, updated(ops.adamw_ema, state), "weights", "exp_avgs", "exp_avg_sqs", "steps")
 
 
-@pytest.mark.parametrize("backend", [*registry.BACKENDS, "auto"])
+@pytest.mark.parametrize("backend", [*dispatch.BACKENDS, "auto"])
 def test_without_weights_there_is_nothing_to_do(backend: str) -> None:
-    with registry.use_backend(backend):
+    with dispatch.use_backend(backend):
         ops.adamw_ema([], [], [], [], [], lr=1e-3)
         with pytest.raises(ValueError, match="gradients: got 1 tensors, expected one for each of 0 weights"):
             ops.adamw_ema([], [torch.zeros(2)], [], [], [], lr=1e-3)
@@ -296,7 +296,17 @@ def test_repeats_bit_for_bit() -> None:
 def test_opcheck() -> None:
     state = make_state(shapes=((2, 3), (5,)))
     numbers = (torch.tensor(2.0), torch.tensor(0.0), 1e-3, 0.9, 0.999, 1e-8, 0.1, 0.99)
-    torch.library.opcheck(registry.OPS["adamw_ema"].call, (*state.values(), *numbers))
+    torch.library.opcheck(dispatch.OPS["adamw_ema"].call, (*state.values(), *numbers))
+
+
+def test_through_torchs_dispatcher_the_bits_are_the_same_and_a_profile_shows_the_backend() -> None:
+    state = make_state()
+    want = updated(ops.adamw_ema, state)
+    with Watching():
+        assert_equal(updated(ops.adamw_ema, state), want)
+    with torch.profiler.profile() as profile:
+        assert_equal(updated(ops.adamw_ema, state), want)
+    assert "ditkernels::adamw_ema_torch" in {event.name for event in profile.events()}
 
 
 def test_compiles_as_one_graph() -> None:
@@ -366,14 +376,15 @@ def test_a_graph_that_saved_a_weight_notices_its_update(kind: str) -> None:
 )
 def test_errors_name_the_argument(change: dict, error: type, words: str) -> None:
     state = make_state(shapes=((2, 3), (5,)))
-    with pytest.raises(error, match=words):
-        ops.adamw_ema(**{**state, **OPTIONS, **change})
+    for way in (nullcontext(), Watching()):
+        with way, pytest.raises(error, match=words):
+            ops.adamw_ema(**{**state, **OPTIONS, **change})
 
 
 def test_a_forced_backend_that_cannot_serve_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_cuda, "_absence", "the library is on holiday")
+    monkeypatch.setattr(_native, "_absence", "the library is on holiday")
     with (
-        registry.use_backend("cuda"),
-        pytest.raises(registry.BackendError, match="cuda: the library is on holiday"),
+        dispatch.use_backend("cuda"),
+        pytest.raises(dispatch.BackendError, match="cuda: the library is on holiday"),
     ):
         ops.adamw_ema(**make_state(shapes=((2, 3),)), **OPTIONS)

@@ -13,15 +13,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
-from torch.nn.attention import SDPBackend
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from ditkernels import reference
-from ditkernels.ops import _registry
-from ditkernels.ops._registry import ATTENTION_BACKENDS, BackendError, use_backend
+from ditkernels.ops import settings
 from ditkernels.ops.attention import BACKENDS, Problem, attention, choose, describe, explain, explain_problem
+from ditkernels.ops.dispatch import ATTENTION_BACKENDS, BackendError, set_backend, use_backend
 
 module = importlib.import_module("ditkernels.ops.attention")
 
@@ -36,10 +37,9 @@ COPIES = {"clone", "copy_", "_to_copy", "contiguous", "constant_pad_nd", "cat"}
 
 
 @pytest.fixture(autouse=True)
-def clean_settings(monkeypatch):
-    monkeypatch.delenv("DITKERNELS_ATTENTION_BACKEND", raising=False)
-    with use_backend(attention="auto"):
-        yield
+def nothing_remembered(monkeypatch):
+    monkeypatch.setattr(module, "_memory", {})
+    monkeypatch.setattr(module, "_newest", [((), None)])
 
 
 @pytest.fixture
@@ -396,10 +396,14 @@ def test_bad_input_names_the_argument(case):
 
 def used_backend(monkeypatch, call) -> str:
     used = []
-    for name in CPU_BACKENDS:
-        run = BACKENDS[name].run
-        monkeypatch.setattr(BACKENDS[name], "run", lambda *a, n=name, r=run: used.append(n) or r(*a))
-    call()
+    with monkeypatch.context() as patched:
+        for place, function, name in (
+            (module, "_plain", "plain"),
+            (F, "scaled_dot_product_attention", "torch_flash"),
+        ):
+            run = getattr(place, function)
+            patched.setattr(place, function, lambda *a, n=name, r=run, **k: used.append(n) or r(*a, **k))
+        call()
     assert len(used) == 1
     return used[0]
 
@@ -407,14 +411,14 @@ def used_backend(monkeypatch, call) -> str:
 def test_the_argument_goes_before_the_setting_and_the_setting_before_the_environment(monkeypatch):
     qkv = random(2, 17, 3, 2, 72)
     assert used_backend(monkeypatch, lambda: attention(qkv)) == "torch_flash"
-    # "auto" set for the process hides the environment, so take the setting of the fixture away first.
-    monkeypatch.setitem(_registry._settings, "attention", None)
     monkeypatch.setenv("DITKERNELS_ATTENTION_BACKEND", "plain")
     assert used_backend(monkeypatch, lambda: attention(qkv)) == "plain"
     with use_backend(attention="torch_flash"):
         assert used_backend(monkeypatch, lambda: attention(qkv)) == "torch_flash"
         assert used_backend(monkeypatch, lambda: attention(qkv, backend="plain")) == "plain"
     assert used_backend(monkeypatch, lambda: attention(qkv, backend="auto")) == "torch_flash"
+    set_backend(attention="auto")
+    assert used_backend(monkeypatch, lambda: attention(qkv)) == "torch_flash"
 
 
 def test_a_forced_backend_that_cannot_serve_says_why_and_what_the_others_say():
@@ -585,6 +589,156 @@ def test_the_silently_wrong_gradient_of_flash_attention_4_is_refused_wherever_it
     monkeypatch.setattr(module, "_flash_implementation", lambda: "FA4")
     assert "wrong gradients, silently" in str(BACKENDS["torch_flash"].refuse(XL))
     assert BACKENDS["torch_flash"].refuse(XL._replace(head_dim=64)) is None
+
+
+# ------------------------------------------------------------------------------------------------------------
+# What an eager call remembers
+# ------------------------------------------------------------------------------------------------------------
+
+
+def warm() -> None:
+    """Good calls that resemble the bad ones."""
+    q, kv, bias = random(2, 17, 2, 72), random(2, 2, 2, 2, 72), random(3 * 2 * 72)
+    qkv = random(2, 17, 3, 2, 72)
+    for dtype in DTYPES:
+        for backend in (None, "auto", *CPU_BACKENDS):
+            attention(q.to(dtype), kv.to(dtype), backend=backend)
+            attention(qkv.to(dtype), backend=backend)
+    attention(random(0, 17, 3, 2, 72))
+    attention(qkv, bias=bias)
+    attention(qkv)
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_a_bad_call_after_a_good_one_still_names_the_argument(case):
+    warm()
+    args, kwargs, error, message = BAD[case]
+    for _ in range(2):
+        with pytest.raises(error, match=message):
+            attention(*args, **kwargs)
+
+
+def test_a_refused_call_after_a_good_one_is_still_refused():
+    warm()
+    qkv, q, kv = random(2, 17, 3, 2, 72), random(2, 17, 2, 72), random(2, 2, 2, 2, 72)
+    strided = strided_packed()["channels strided"]
+    for _ in range(2):
+        for name in set(ATTENTION_BACKENDS) - set(CPU_BACKENDS):
+            with pytest.raises(BackendError, match=f"'{name}' cannot serve: it needs a CUDA device"):
+                attention(qkv, backend=name)
+            with (
+                use_backend(attention=name),
+                pytest.raises(BackendError, match=f"'{name}' cannot serve: it needs a CUDA device"),
+            ):
+                attention(q, kv)
+        with pytest.raises(BackendError, match=r"the last axis .* must have stride 1"):
+            attention(strided, backend="torch_flash")
+        with pytest.raises(TypeError, match=r"kv: got dtype torch\.bfloat16"):
+            attention(q, kv.bfloat16())
+        with pytest.raises(ValueError, match="bias: got shape"):
+            attention(qkv, bias=random(7))
+        with forward_ad.dual_level(), pytest.raises(BackendError, match="no forward-mode derivative"):
+            attention(forward_ad.make_dual(qkv, qkv), backend="torch_flash")
+
+
+def test_a_change_after_a_good_call_is_seen(monkeypatch):
+    warm()
+    qkv, strided = random(2, 17, 3, 2, 72), strided_packed()["channels strided"]
+    assert qkv.shape == strided.shape
+    used = partial(used_backend, monkeypatch)
+    assert used(lambda: attention(qkv)) == "torch_flash"
+    assert used(lambda: attention(strided)) == "plain"
+    with use_backend(attention="plain"):
+        assert used(lambda: attention(qkv)) == "plain"
+    set_backend(attention="plain")
+    assert used(lambda: attention(qkv)) == "plain"
+    set_backend(attention="auto")
+    torch.backends.cuda.enable_flash_sdp(False)
+    try:
+        assert used(lambda: attention(qkv)) == "plain"
+        with pytest.raises(BackendError, match="switched off"):
+            attention(qkv, backend="torch_flash")
+    finally:
+        torch.backends.cuda.enable_flash_sdp(True)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert attention(qkv).dtype == torch.bfloat16
+    assert attention(qkv).dtype == torch.float32
+    leaf = qkv.clone().requires_grad_()
+    assert attention(leaf).requires_grad
+    with torch.no_grad():
+        assert not attention(leaf).requires_grad
+    monkeypatch.setenv("DITKERNELS_ATTENTION_BACKEND", "cuddn")
+    set_backend(attention="plain")
+    assert used(lambda: attention(qkv)) == "plain"
+    set_backend(attention="auto")
+    attention(qkv)
+    monkeypatch.setattr(settings, "_process", settings._Process())
+    with pytest.raises(ValueError, match="DITKERNELS_ATTENTION_BACKEND"):
+        attention(qkv)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_call_without_the_switch_of_sdpa_has_the_bits_of_one_with_it(monkeypatch, dtype):
+    qkv, grad_out = random(3, 17, 3, 2, 72, dtype=dtype), random(3, 17, 144, seed=1)
+    q, kv = random(3, 17, 2, 72, dtype=dtype), random(3, 5, 2, 2, 72, seed=1, dtype=dtype)
+    flash = BACKENDS["torch_flash"]
+    scale = 72**-0.5
+    pairs = (
+        ((qkv,), lambda t: flash.run_packed(t, None, scale).flatten(2)),
+        ((q, kv), lambda q, kv: flash.run(q, *kv.unbind(2), scale).flatten(2)),
+    )
+    expected = [[*with_gradients(run, inputs, grad_out), run(*inputs)] for inputs, run in pairs]
+    monkeypatch.setattr(module, "sdpa_kernel", None)
+    for (inputs, _), values in zip(pairs, expected, strict=True):
+        for _ in range(2):
+            actual = [*with_gradients(attention, inputs, grad_out), attention(*inputs)]
+            for a, b in zip(actual, values, strict=True):
+                assert torch.equal(a, b)
+                assert a.stride() == b.stride()
+
+
+def test_torch_is_told_where_it_would_take_another_kernel(monkeypatch):
+    told = []
+    monkeypatch.setattr(module, "sdpa_kernel", lambda kernel: told.append(kernel) or sdpa_kernel(kernel))
+    qkv = random(2, 17, 3, 2, 72)
+    attention(qkv)
+    assert told == []
+    monkeypatch.setattr(torch, "_fused_sdp_choice", lambda *a, **k: SDPBackend.MATH.value)
+    module._memory.clear()
+    attention(qkv.bfloat16())
+    attention(qkv.bfloat16())
+    assert told == [SDPBackend.FLASH_ATTENTION] * 2
+
+
+def test_only_eager_calls_of_plain_tensors_are_remembered():
+    class Subclass(Tensor):
+        pass
+
+    qkv = random(2, 17, 3, 2, 72)
+    expected = module._plain(*qkv.unbind(2), 72**-0.5).flatten(2)
+    with RecordOps():
+        attention(qkv)
+    torch.func.vmap(lambda t: attention(t, backend="plain"))(qkv[None])
+    attention(qkv.as_subclass(Subclass))
+    torch.compile(lambda t: attention(t), fullgraph=True, backend="eager")(qkv)
+    torch.export.export(Attention(), (qkv,))
+    with FakeTensorMode() as mode:
+        attention(mode.from_tensor(qkv))
+    assert module._memory == {}
+    torch.testing.assert_close(attention(qkv), expected)
+    assert len(module._memory) == 1
+
+
+class Attention(torch.nn.Module):
+    def forward(self, qkv: Tensor) -> Tensor:
+        return attention(qkv)
+
+
+def test_the_memory_is_bounded(monkeypatch):
+    monkeypatch.setattr(module, "_MEMORY", 3)
+    for n in range(1, 9):
+        attention(random(2, n, 3, 2, 72))
+        assert 1 <= len(module._memory) <= 3
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -167,13 +167,13 @@ def test_a_contender_with_epilogues_takes_them_unmeasured_and_the_others_do_not(
     monkeypatch.syspath_prepend(BENCHMARKS)
     import training
 
-    from ditkernels.ops import _registry as registry
+    from ditkernels.ops import dispatch
 
     for name, allowed in (("ours-bf16-residual-epilogues", True), ("ours-bf16-residual", False)):
         with training.RECIPES[name].choices():
             for op in ("mlp", "mlp_backward"):
-                assert (registry.OPS[op].not_automatic("cuda", torch.zeros(1)) is None) == allowed
-            assert registry.OPS["modulate_norm"].not_automatic("cuda", torch.zeros(1)) is not None
+                assert (dispatch.OPS[op].not_automatic("cuda", torch.zeros(1)) is None) == allowed
+            assert dispatch.OPS["modulate_norm"].not_automatic("cuda", torch.zeros(1)) is not None
 
 
 def test_mlp(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+
 import numerics
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from subsets import Watching, assert_every_subset
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from ditkernels import ops, reference
-from ditkernels.ops import _registry as registry
+from ditkernels.ops import dispatch
+from ditkernels.ops.spec import encoded
 
 F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
 LAYOUTS = ("packed", "channels apart", "samples apart", "tokens first")
@@ -127,11 +132,16 @@ def test_it_is_the_linear_and_gelu_of_an_mlp() -> None:
 
 def test_opcheck() -> None:
     inputs = [v.requires_grad_() for v in make_inputs((2, 3, 5), F32, BF16).values()]
-    torch.library.opcheck(registry.OPS["bias_gelu"].call, tuple(inputs))
-    torch.library.opcheck(registry.OPS["bias_gelu"].call, (inputs[0], None))
-    for bias in (torch.randn(5), None):
-        arguments = (torch.randn(2, 3, 5), torch.randn(2, 3, 5), bias)
-        torch.library.opcheck(registry.OPS["bias_gelu_backward"].call, arguments)
+    torch.library.opcheck(dispatch.OPS["bias_gelu"].call, tuple(inputs))
+    torch.library.opcheck(dispatch.OPS["bias_gelu"].call, (inputs[0], None))
+    for bias, wanted in ((torch.randn(5), (F32, F32)), (None, (F32, None)), (None, (None, F32))):
+        arguments = (torch.randn(2, 3, 5), torch.randn(2, 3, 5), bias, encoded(wanted))
+        torch.library.opcheck(dispatch.OPS["bias_gelu_backward"].call, arguments)
+
+
+def test_every_subset_of_inputs_gets_its_gradients_and_saves_what_they_need() -> None:
+    for inputs in (make_inputs((2, 5, 12), F32, BF16), make_inputs((2, 5, 12), BF16, None)):
+        assert_every_subset(dispatch.OPS["bias_gelu"], ops.bias_gelu, inputs)
 
 
 def test_compiles_as_one_graph_under_autocast_and_checkpointing() -> None:
@@ -148,14 +158,21 @@ def test_compiles_as_one_graph_under_autocast_and_checkpointing() -> None:
         assert all(map(torch.equal, got, want))
 
 
+@contextmanager
+def poisoned() -> Iterator[None]:
+    """Fills fresh memory with NaN, where the results of an earlier run may lie."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 def check_repeats() -> None:
     inputs = make_inputs((3, 70, 100), BF16, BF16)
     first = run(ops.bias_gelu, inputs)
-    torch.use_deterministic_algorithms(True)  # fills fresh memory with NaN
-    try:
+    with poisoned():
         second = run(ops.bias_gelu, inputs)
-    finally:
-        torch.use_deterministic_algorithms(False)
     assert all(map(torch.equal, first, second))
 
 
@@ -182,5 +199,9 @@ def test_forward_mode_and_second_derivatives_are_refused() -> None:
     ],
 )
 def test_errors_name_the_argument(arguments: tuple, error: type, words: str) -> None:
-    with pytest.raises(error, match=words):
-        ops.bias_gelu(*arguments)
+    ops.bias_gelu(
+        torch.zeros(2, 3, 4), torch.zeros(4)
+    )  # what a good call leaves behind must not let a bad one pass
+    for way in (nullcontext(), nullcontext(), Watching()):
+        with way, pytest.raises(error, match=words):
+            ops.bias_gelu(*arguments)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from ditkernels import check, cli, ops
-from ditkernels.ops import _registry as registry
+from ditkernels.ops import dispatch
 from ditkernels.ops import adaln
 
 CPU = torch.device("cpu")
@@ -27,7 +27,7 @@ def parity_of(op, index=0, precision=FP32, backend="torch"):
 
 def replace_kernel(monkeypatch, op, wrap):
     """Puts ``wrap(kernel's own result)`` in the place of the torch kernel of ``op``."""
-    implementation = registry.OPS[op].implementations["torch"]
+    implementation = dispatch.OPS[op].implementations["torch"]
     call = implementation.call
     monkeypatch.setattr(implementation, "call", lambda *args: wrap(call(*args)))
 
@@ -52,12 +52,12 @@ def test_every_registered_op_and_its_backward_is_reached():
         for chosen in check.CASES
         for call in check.recorded_calls(chosen, chosen.inputs(FP32, CPU))
     }
-    assert reached == set(registry.OPS)
+    assert reached == set(dispatch.OPS)
 
 
 def test_every_backend_runs_or_says_why_not(found):
-    expected = {(op, b) for op in ops.__all__ if op != "attention" for b in registry.BACKENDS}
-    expected |= {("attention", b) for b in registry.ATTENTION_BACKENDS}
+    expected = {(op, b) for op in ops.__all__ if op != "attention" for b in dispatch.BACKENDS}
+    expected |= {("attention", b) for b in dispatch.ATTENTION_BACKENDS}
     assert {(result.op, result.backend) for result in found} == expected
     assert all(result.note for result in found)
 
@@ -85,7 +85,7 @@ def test_every_case_has_three_samples_and_every_op_an_odd_length():
 
 
 def test_an_update_that_is_slightly_off_fails(monkeypatch):
-    implementation = registry.OPS["adamw_ema"].implementations["torch"]
+    implementation = dispatch.OPS["adamw_ema"].implementations["torch"]
     call = implementation.call
 
     def off(weights, *rest):
@@ -98,7 +98,7 @@ def test_an_update_that_is_slightly_off_fails(monkeypatch):
     assert found.where == "weights"
 
 
-@pytest.mark.parametrize("name", sorted(registry.OPS.keys() - {"adamw_ema"}))
+@pytest.mark.parametrize("name", sorted(dispatch.OPS.keys() - {"adamw_ema"}))
 def test_a_kernel_that_is_slightly_off_fails(monkeypatch, name):
     op = name.removesuffix("_backward")
 
@@ -112,7 +112,7 @@ def test_a_kernel_that_is_slightly_off_fails(monkeypatch, name):
 
 
 def test_a_fault_in_one_of_an_ops_cases_is_enough(monkeypatch):
-    implementation = registry.OPS["gated_residual"].implementations["torch"]
+    implementation = dispatch.OPS["gated_residual"].implementations["torch"]
     call = implementation.call
     monkeypatch.setattr(implementation, "call", lambda *args: call(*args) + (args[2] is not None))
     monkeypatch.setattr(check, "CASES", (case("gated_residual", 0), case("gated_residual", 1)))
@@ -152,7 +152,7 @@ def test_an_op_that_raises_fails_alone(monkeypatch):
     def broken(*args):
         raise RuntimeError("an illegal\n memory access")
 
-    monkeypatch.setattr(registry.OPS["patch_embed"].implementations["torch"], "call", broken)
+    monkeypatch.setattr(dispatch.OPS["patch_embed"].implementations["torch"], "call", broken)
     monkeypatch.setattr(check, "CASES", (case("patch_embed"), case("unpatchify")))
     results = {(result.op, result.precision): result for result in check.results(CPU)}
     assert {key for key, result in results.items() if result.failed} == {
@@ -174,10 +174,10 @@ def test_a_public_function_that_bypasses_its_op_is_no_pass(monkeypatch):
 
 
 def test_a_second_backend_is_found_and_checked(monkeypatch):
-    forward, backward = registry.OPS["unpatchify"], registry.OPS["unpatchify_backward"]
+    forward, backward = dispatch.OPS["unpatchify"], dispatch.OPS["unpatchify_backward"]
     for op, factor in ((forward, 1.0), (backward, 1.01)):
         call = op.implementations["torch"].call
-        kernel = registry.Implementation(lambda *a, c=call, f=factor: c(*a) * f, lambda *a: None)
+        kernel = dispatch.Implementation(lambda *a, c=call, f=factor: c(*a) * f, lambda *a: None)
         monkeypatch.setitem(op.implementations, "cuda", kernel)
     monkeypatch.setattr(check, "CASES", (case("unpatchify"),))
     failed = {(result.backend, result.note) for result in check.results(CPU) if result.failed}
@@ -185,9 +185,9 @@ def test_a_second_backend_is_found_and_checked(monkeypatch):
 
 
 def test_a_backend_without_a_backward_does_not_run(monkeypatch):
-    kernel = registry.OPS["unpatchify"].implementations["torch"]
-    monkeypatch.setitem(registry.OPS["unpatchify"].implementations, "cuda", kernel)
-    monkeypatch.delitem(registry.OPS["unpatchify_backward"].implementations, "cuda")
+    kernel = dispatch.OPS["unpatchify"].implementations["torch"]
+    monkeypatch.setitem(dispatch.OPS["unpatchify"].implementations, "cuda", kernel)
+    monkeypatch.delitem(dispatch.OPS["unpatchify_backward"].implementations, "cuda")
     chosen = case("unpatchify")
     reasons = check.refusals(chosen, chosen.inputs(FP32, CPU))
     assert reasons["torch"] is None
@@ -242,10 +242,10 @@ def test_a_device_that_is_not_there_is_named(name, capsys):
 
 
 def test_the_users_choice_of_backend_survives():
-    with registry.use_backend("triton", attention="plain"):
+    with dispatch.use_backend("triton", attention="plain"):
         assert parity_of("unpatchify").ratio <= 1
-        assert registry.backend_setting() == "triton"
-        assert registry.attention_setting() == "plain"
+        assert dispatch.backend_setting() == "triton"
+        assert dispatch.attention_setting() == "plain"
 
 
 def test_the_triton_kernels_are_interpreted_in_a_process_of_their_own(capfd):

@@ -2,33 +2,32 @@
 
 from __future__ import annotations
 
-import json
 import os
 import runpy
 import subprocess
 import sys
+import tarfile
 import time
 import zipfile
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import nvcc
+import build_native
 import pytest
 import torch
 
-from ditkernels.ops import _cuda, _measured, adaln
-from ditkernels.ops import _registry as registry
+from ditkernels.ops import _native, norm
 
 ROOT = Path(__file__).parent.parent
-DEFAULT = nvcc.DEFAULT_ARCHITECTURES
-needs_nvcc = pytest.mark.skipif(nvcc.find_nvcc() is None, reason="needs nvcc")
+DEFAULT = build_native.DEFAULT_ARCHITECTURES
+needs_nvcc = pytest.mark.skipif(build_native.find_nvcc() is None, reason="needs nvcc")
 
 
-def tools() -> nvcc.Toolchain:
-    found = nvcc.find_nvcc()
+def tools() -> build_native.Toolchain:
+    found = build_native.find_nvcc()
     assert found is not None
-    return nvcc.Toolchain(found, Path(torch.__file__).parent)
+    return build_native.Toolchain(found, Path(torch.__file__).parent)
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -46,7 +45,7 @@ def tools() -> nvcc.Toolchain:
     ],
 )
 def test_architectures_in_torchs_own_words(text: str | None, expected: list[str]) -> None:
-    assert list(map(str, nvcc.architectures(text))) == expected
+    assert list(map(str, build_native.architectures(text))) == expected
 
 
 @pytest.mark.parametrize(
@@ -54,20 +53,20 @@ def test_architectures_in_torchs_own_words(text: str | None, expected: list[str]
     [("Hopper", "got 'Hopper', allowed are"), ("8.0;90", "got '90'"), ("7.5", "need 8.0 or newer")],
 )
 def test_bad_architectures_are_named(text: str, said: str) -> None:
-    with pytest.raises(nvcc.BuildError, match=said):
-        nvcc.architectures(text)
+    with pytest.raises(build_native.BuildError, match=said):
+        build_native.architectures(text)
 
 
 def test_jobs_respect_memory_and_max_jobs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(nvcc.os, "sched_getaffinity", lambda pid: set(range(64)))
-    monkeypatch.setattr(nvcc, "_available_memory", lambda: 7 * 2**30)
-    assert nvcc.jobs({}) == 3
-    monkeypatch.setattr(nvcc, "_available_memory", lambda: 2**20)
-    assert nvcc.jobs({}) == 1
-    assert nvcc.jobs({"MAX_JOBS": "5"}) == 5
+    monkeypatch.setattr(build_native.os, "sched_getaffinity", lambda pid: set(range(64)))
+    monkeypatch.setattr(build_native, "_available_memory", lambda: 7 * 2**30)
+    assert build_native.jobs({}) == 3
+    monkeypatch.setattr(build_native, "_available_memory", lambda: 2**20)
+    assert build_native.jobs({}) == 1
+    assert build_native.jobs({"MAX_JOBS": "5"}) == 5
     for bad in ("0", "many"):
-        with pytest.raises(nvcc.BuildError, match=f"MAX_JOBS: got '{bad}'"):
-            nvcc.jobs({"MAX_JOBS": bad})
+        with pytest.raises(build_native.BuildError, match=f"MAX_JOBS: got '{bad}'"):
+            build_native.jobs({"MAX_JOBS": bad})
 
 
 def test_nvcc_may_be_a_wrapper_and_cuda_home_goes_first(tmp_path: Path) -> None:
@@ -75,9 +74,9 @@ def test_nvcc_may_be_a_wrapper_and_cuda_home_goes_first(tmp_path: Path) -> None:
     wrapper.parent.mkdir()
     wrapper.write_text("#!/bin/sh\n")
     wrapper.chmod(0o755)
-    assert nvcc.find_nvcc({"PATH": str(wrapper.parent)}) == str(wrapper)
-    assert nvcc.find_nvcc({"PATH": "/usr/bin", "CUDA_HOME": str(tmp_path)}) == str(wrapper)
-    assert nvcc.find_nvcc({"PATH": str(wrapper.parent), "CUDA_HOME": "/nowhere"}) is None
+    assert build_native.find_nvcc({"PATH": str(wrapper.parent)}) == str(wrapper)
+    assert build_native.find_nvcc({"PATH": "/usr/bin", "CUDA_HOME": str(tmp_path)}) == str(wrapper)
+    assert build_native.find_nvcc({"PATH": str(wrapper.parent), "CUDA_HOME": "/nowhere"}) is None
 
 
 def setup_options(monkeypatch: pytest.MonkeyPatch, **environment: str) -> dict[str, Any]:
@@ -109,7 +108,9 @@ def test_without_torch_the_install_is_pure_python_and_says_so(monkeypatch: pytes
 def test_with_both_the_library_is_built_and_the_switch_turns_it_off(monkeypatch: pytest.MonkeyPatch) -> None:
     options = setup_options(monkeypatch)
     assert options["reason"] is None
-    assert set(options["ext_modules"][0].sources) == {str(p.relative_to(ROOT)) for p in nvcc.sources()}
+    assert set(options["ext_modules"][0].sources) == {
+        str(p.relative_to(ROOT)) for p in build_native.sources()
+    }
     assert setup_options(monkeypatch, DITKERNELS_BUILD_CUDA="0")["reason"] == (
         "DITKERNELS_BUILD_CUDA=0 was set at installation"
     )
@@ -165,7 +166,9 @@ def call(library: Path) -> tuple[int, str]:
 @needs_nvcc
 def test_a_changed_header_rebuilds_and_nothing_else_does(tiny: Path, tmp_path: Path) -> None:
     def build() -> Path:
-        return nvcc.build_library(tmp_path / "out", tools(), nvcc.architectures("8.0;9.0a+PTX"), [tiny])
+        return build_native.build_library(
+            tmp_path / "out", tools(), build_native.architectures("8.0;9.0a+PTX"), [tiny]
+        )
 
     library = build()
     assert call(library) == (1, "8.0;9.0a+PTX")
@@ -179,15 +182,15 @@ def test_a_changed_header_rebuilds_and_nothing_else_does(tiny: Path, tmp_path: P
 @needs_nvcc
 def test_a_failing_build_says_what_to_set(tiny: Path, tmp_path: Path) -> None:
     tiny.write_text("no C++\n")
-    with pytest.raises(nvcc.BuildError, match=r"MAX_JOBS=1 .* CUDA_HOME .* TORCH_CUDA_ARCH_LIST"):
-        nvcc.build_library(tmp_path / "out", tools(), nvcc.architectures("9.0a"), [tiny])
-    assert not (tmp_path / "out" / nvcc.LIBRARY).exists()
+    with pytest.raises(build_native.BuildError, match=r"MAX_JOBS=1 .* CUDA_HOME .* TORCH_CUDA_ARCH_LIST"):
+        build_native.build_library(tmp_path / "out", tools(), build_native.architectures("9.0a"), [tiny])
+    assert not (tmp_path / "out" / build_native.LIBRARY).exists()
 
 
 @needs_nvcc
 def test_an_architecture_unknown_to_the_compiler_is_named(tiny: Path, tmp_path: Path) -> None:
-    with pytest.raises(nvcc.BuildError, match=r"got 19\.0, this nvcc knows .*80.*90"):
-        nvcc.build_library(tmp_path / "out", tools(), nvcc.architectures("19.0"), [tiny])
+    with pytest.raises(build_native.BuildError, match=r"got 19\.0, this nvcc knows .*80.*90"):
+        build_native.build_library(tmp_path / "out", tools(), build_native.architectures("19.0"), [tiny])
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -214,7 +217,7 @@ def test_an_architecture_unknown_to_the_compiler_is_named(tiny: Path, tmp_path: 
     ],
 )
 def test_how_a_library_runs_on_a_device(capability: tuple[int, int], built: str, path: str | None) -> None:
-    assert _cuda.path_on(capability, built) == path
+    assert _native.path_on(capability, built) == path
 
 
 @pytest.mark.parametrize(
@@ -228,39 +231,49 @@ def test_how_a_library_runs_on_a_device(capability: tuple[int, int], built: str,
 def test_a_device_that_the_library_was_not_built_for_is_refused(
     capability: tuple[int, int], said: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_cuda, "architectures", lambda: "9.0a;8.0")
-    monkeypatch.setattr(_cuda, "_absence", None)
+    monkeypatch.setattr(_native, "architectures", lambda: "9.0a;8.0")
+    monkeypatch.setattr(_native, "_absence", None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch._C, "_cuda_getDriverVersion", lambda: 12080, raising=False)
     monkeypatch.setattr(torch._C, "_dispatch_has_kernel_for_dispatch_key", lambda op, key: True)
-    reason = _cuda.refuse(
-        "modulate_norm", 384, mock.Mock(spec=torch.Tensor, device=torch.device("cuda:0"), dtype=torch.float32)
+    assert_reason(said)
+
+
+def assert_reason(said: str | None) -> None:
+    """What a device, whose properties are patched, is told about an op."""
+    x = mock.Mock(spec=torch.Tensor, device=torch.device("cuda:0"), dtype=torch.float32, shape=(1, 2, 384))
+    reason = _native.refuse(
+        norm.MODULATE_NORM, (x, None, None, None, None, "layernorm", 1e-6, x.dtype, False)
     )
     assert reason is None if said is None else said in str(reason)
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# The choice between cuda and triton
-# ------------------------------------------------------------------------------------------------------------------
-
-
-def test_nothing_is_measured_so_nothing_is_claimed() -> None:
-    assert json.loads(_measured.TABLE.read_text()) == {"fastest": {}}
-    assert "not measured, Triton is chosen" in str(adaln.MODULATE_NORM.not_automatic("cuda"))
-
-
-def test_a_measured_winner_is_chosen_on_its_device_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    table = {"9.0": {"modulate_norm": "cuda", "gated_residual": "triton", "adamw_ema": "cuda"}}
-    monkeypatch.setattr(_measured, "_table", lambda: table)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (int(str(device)[-1]) + 9, 0))
-    here, elsewhere = (mock.Mock(spec=torch.Tensor, device=torch.device(d)) for d in ("cuda:0", "cuda:1"))
-    assert adaln.MODULATE_NORM.not_automatic("cuda", here) is None
-    assert "triton was measured to be faster" in str(adaln.GATED_RESIDUAL.not_automatic("cuda", here))
-    for op in (adaln.MODULATE_NORM, adaln.GATED_RESIDUAL, adaln.GATED_RESIDUAL_NORM):
-        assert "not measured" in str(op.not_automatic("cuda", elsewhere))
-    assert registry.OPS["modulate_norm"].not_automatic("triton", here) is None
-    update = registry.OPS["adamw_ema"]
-    assert update.not_automatic("cuda", [here], [here], None) is None
-    assert "not measured" in str(update.not_automatic("cuda", [elsewhere], [elsewhere], None))
+@pytest.mark.parametrize(
+    "built_with, driver, built, said",
+    [
+        (13000, 13000, "9.0a", None),
+        (13020, 13000, "9.0a", None),
+        (12080, 13000, "9.0a", None),
+        (13000, 12090, "9.0a", "driver serves CUDA 12.9, the library was built with 13.0 and needs 13.0"),
+        (12040, 11080, "9.0a", "driver serves CUDA 11.8, the library was built with 12.4 and needs 12.0"),
+        (13020, 13000, "8.0+PTX", "driver serves CUDA 13.0, the library was built with 13.2 and needs 13.2"),
+        (13000, 13020, "8.0+PTX", None),
+    ],
+)
+def test_a_driver_that_is_too_old_is_refused(
+    built_with: int, driver: int, built: str, said: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One of the same major version serves machine code, as CUDA promises; PTX must be known to the driver's compiler."""
+    for name, value in (
+        ("architectures", lambda: built),
+        ("runtime", lambda: built_with),
+        ("_absence", None),
+    ):
+        monkeypatch.setattr(_native, name, value)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch._C, "_cuda_getDriverVersion", lambda: driver, raising=False)
+    monkeypatch.setattr(torch._C, "_dispatch_has_kernel_for_dispatch_key", lambda op, key: True)
+    assert_reason(said)
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -268,46 +281,62 @@ def test_a_measured_winner_is_chosen_on_its_device_alone(monkeypatch: pytest.Mon
 # ------------------------------------------------------------------------------------------------------------------
 
 
-def wheel(tmp_path: Path, **environment: str) -> Path:
-    """A wheel of the tree as it stands, built from a copy."""
-    tree, out = tmp_path / "tree", tmp_path / "wheels"
+BUILD_FILES = ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE")
+
+
+def copied_tree(tmp_path: Path) -> Path:
+    """A copy of what an install needs, as it stands."""
+    tree = tmp_path / "tree"
     listed = subprocess.run(
-        ["git", "ls-files", "-co", "--exclude-standard", "ditkernels", "csrc", *BUILD_FILES],
+        ["git", "ls-files", "-co", "--exclude-standard", "ditkernels", "csrc", "tools", *BUILD_FILES],
         cwd=ROOT, capture_output=True, text=True, check=True,
     ).stdout.split()  # fmt: skip
     for name in filter(lambda name: (ROOT / name).exists(), listed):
         (tree / name).parent.mkdir(parents=True, exist_ok=True)
         (tree / name).write_bytes((ROOT / name).read_bytes())
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "wheel",
-        "-q",
-        "--no-build-isolation",
-        "--no-deps",
-        "-w",
-        str(out),
-        str(tree),
-    ]
+    return tree
+
+
+def wheel(source: Path, out: Path, **environment: str) -> Path:
+    """A wheel of a tree or an sdist."""
+    options = ("-q", "--no-build-isolation", "--no-deps", "-w", str(out))
+    command = [sys.executable, "-m", "pip", "wheel", *options, str(source)]
     subprocess.run(command, env={**os.environ, **environment}, check=True)
     (made,) = out.iterdir()
     return made
 
 
-BUILD_FILES = ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE")
+def assert_pure(made: Path, tmp_path: Path) -> None:
+    """A wheel without the library has every module, and notes down why it has no more."""
+    assert made.name.endswith("-py3-none-any.whl")
+    with zipfile.ZipFile(made) as archive:
+        names = set(archive.namelist())
+        archive.extractall(tmp_path)
+    package = ROOT / "ditkernels"
+    modules = {p.relative_to(ROOT).as_posix() for p in package.rglob("*.py")}
+    assert modules | {"ditkernels/py.typed", "ditkernels/_cuda_build.json"} <= names
+    assert not [name for name in names if name.endswith((".so", ".cu", ".cuh"))]
+    said = _native._why_not_built(tmp_path / "ditkernels")
+    assert said == "the CUDA library was not built: DITKERNELS_BUILD_CUDA=0 was set at installation"
 
 
 def test_an_install_without_the_library_notes_down_why(tmp_path: Path) -> None:
-    made = wheel(tmp_path, DITKERNELS_BUILD_CUDA="0")
-    assert made.name.endswith("-py3-none-any.whl")
-    with zipfile.ZipFile(made) as archive:
-        names = archive.namelist()
-        archive.extractall(tmp_path)
-    assert {"ditkernels/ops/measured.json", "ditkernels/_cuda_build.json"} <= set(names)
-    assert not [name for name in names if name.endswith((".so", ".cu", ".cuh"))]
-    said = _cuda._why_not_built(tmp_path / "ditkernels")
-    assert said == "the CUDA library was not built: DITKERNELS_BUILD_CUDA=0 was set at installation"
+    assert_pure(wheel(copied_tree(tmp_path), tmp_path / "wheels", DITKERNELS_BUILD_CUDA="0"), tmp_path)
+
+
+def test_an_sdist_holds_what_its_install_needs(tmp_path: Path) -> None:
+    tree, out = copied_tree(tmp_path), tmp_path / "sdist"
+    make = "import sys, setuptools.build_meta as backend; backend.build_sdist(sys.argv[1])"
+    environment = {**os.environ, "DITKERNELS_BUILD_CUDA": "0"}
+    subprocess.run([sys.executable, "-c", make, str(out)], cwd=tree, env=environment, check=True)
+    (made,) = out.iterdir()
+    with tarfile.open(made) as archive:
+        held = {name.partition("/")[2] for name in archive.getnames()}
+    needed = {
+        p.relative_to(ROOT).as_posix() for p in (*build_native.CSRC.iterdir(), Path(build_native.__file__))
+    }
+    assert needed <= held
+    assert_pure(wheel(made, tmp_path / "wheels", DITKERNELS_BUILD_CUDA="0"), tmp_path)
 
 
 # The rest of what was installed together with this tree, seen from a fresh environment that has this package from a wheel.
@@ -321,13 +350,14 @@ for entry in there.iterdir():
         (stack / entry.name).symlink_to(entry)
 (here / "stack.pth").write_text(str(stack))
 """
-CPU_SIDE = ("test_adaln.py", "test_registry.py", "test_info.py", "test_patch_embed.py", "test_final_layer.py")
+CPU_SIDE = ("test_adaln.py", "test_dispatch.py", "test_info.py", "test_patch_embed.py", "test_final_layer.py")
 
 
 @needs_nvcc
 @pytest.mark.slow
 def test_the_wheel_works_where_there_is_no_compiler(tmp_path: Path) -> None:
-    made = wheel(tmp_path, DITKERNELS_BUILD_CUDA="1", TORCH_CUDA_ARCH_LIST="9.0a")
+    environment = {"DITKERNELS_BUILD_CUDA": "1", "TORCH_CUDA_ARCH_LIST": "9.0a"}
+    made = wheel(copied_tree(tmp_path), tmp_path / "wheels", **environment)
     assert made.name.endswith("-py3-none-linux_x86_64.whl")
     python = str(tmp_path / "fresh/bin/python")
     environment = {"PATH": f"{tmp_path}/fresh/bin:/bin", "HOME": str(tmp_path)}

@@ -11,7 +11,7 @@ import commands
 import pytest
 
 from ditkernels import ops
-from ditkernels.ops import _registry as registry
+from ditkernels.ops import dispatch
 
 ROOT = commands.ROOT
 RESULTS = ROOT / "benchmarks/results/README.md"
@@ -60,7 +60,7 @@ def test_the_readme_lists_the_public_ops_and_their_arguments() -> None:
 
 def test_the_readme_lists_the_backends_of_attention() -> None:
     written = re.findall(r"`(\w+)`", " ".join(rows_under("Attention backends")))
-    assert sorted(written) == sorted(registry.ATTENTION_BACKENDS)
+    assert sorted(written) == sorted(dispatch.ATTENTION_BACKENDS)
 
 
 @pytest.mark.parametrize("path", [*PAGES, *SCRIPTS], ids=name_of)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import fastest
 import pytest
 import torch
 
-from ditkernels.ops import _measured
+from ditkernels.ops import dispatch
 
 
 def row(contender: str, median: float, spread: float = 0.01, **what: Any) -> dict[str, Any]:
@@ -29,12 +30,28 @@ def write(folder: Path, name: str, rows: list[dict[str, Any]], **changes: Any) -
     (folder / f"{name}.json").write_text(json.dumps(result | changes))
 
 
+BEFORE = {("8.0", "patch_embed"): "cuda", ("9.0", "bias_gelu"): "cuda"}
+
+
 @pytest.fixture
 def table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    path = tmp_path / "measured.json"
-    path.write_text(json.dumps({"fastest": {"8.0": {"patch_embed": "cuda"}}}))
-    monkeypatch.setattr(_measured, "TABLE", path)
+    """A copy of dispatch.py that knows of another device."""
+    path = tmp_path / "dispatch.py"
+    path.write_text(fastest.with_table(Path(dispatch.__file__).read_text(), BEFORE))
+    monkeypatch.setattr(fastest, "TABLE", path)
+    monkeypatch.setattr(dispatch, "PREFERRED", BEFORE)
     return path
+
+
+def written(path: Path) -> dict[tuple[str, str], str]:
+    """The table in a copy of dispatch.py, as Python reads it."""
+    found = next(
+        node
+        for node in ast.parse(path.read_text()).body
+        if isinstance(node, ast.AnnAssign) and getattr(node.target, "id", "") == "PREFERRED"
+    )
+    assert found.value is not None
+    return ast.literal_eval(found.value)
 
 
 @pytest.fixture
@@ -81,7 +98,8 @@ def test_a_winner_is_faster_in_every_setting_beyond_the_spread(
     folder: Path, table: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     fastest.main([str(folder), "--write"])
-    assert json.loads(table.read_text()) == {"fastest": {"8.0": {"patch_embed": "cuda"}, "9.0": WINNERS}}
+    of_this_device = {("9.0", op): backend for op, backend in WINNERS.items()}
+    assert written(table) == {("8.0", "patch_embed"): "cuda", **of_this_device}
     said = capsys.readouterr().out
     assert "compute capability 9.0" in said
     assert "0.50 to 2.00" in said  # modulate_norm's backward
@@ -95,13 +113,10 @@ def test_nothing_is_written_unasked(folder: Path, table: Path) -> None:
 
 def test_auto_goes_by_the_table(folder: Path, table: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fastest.main([str(folder), "--write"])
-    _measured._table.cache_clear()
+    monkeypatch.setattr(dispatch, "PREFERRED", written(table))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    try:
-        assert _measured.fastest("modulate_norm", torch.device("cuda")) == "cuda"
-        assert _measured.fastest("modulate_norm_backward", torch.device("cuda")) is None
-    finally:
-        _measured._table.cache_clear()
+    assert dispatch.fastest("modulate_norm", torch.device("cuda")) == "cuda"
+    assert dispatch.fastest("modulate_norm_backward", torch.device("cuda")) is None
 
 
 def test_what_says_nothing_of_a_gpu_is_refused(folder: Path, table: Path, tmp_path: Path) -> None:
@@ -110,4 +125,4 @@ def test_what_says_nothing_of_a_gpu_is_refused(folder: Path, table: Path, tmp_pa
     write(folder, "ops", [], environment={"compute_capability": None, "device": "a CPU"})
     with pytest.raises(ValueError, match=r"ops.json: measured on a CPU, allowed is a GPU"):
         fastest.main([str(folder), "--write"])
-    assert json.loads(table.read_text()) == {"fastest": {"8.0": {"patch_embed": "cuda"}}}
+    assert written(table) == BEFORE

@@ -14,11 +14,13 @@ from test_bias_gelu import (
     check_repeats,
     make_inputs,
     run,
-    test_parity,  # noqa: F401 (it runs here on the fixture below)
+    test_every_subset_of_inputs_gets_its_gradients_and_saves_what_they_need,  # noqa: F401 (it runs here on the fixture below)
+    test_parity,  # noqa: F401
 )
 
 from ditkernels import ops
-from ditkernels.ops import _cuda
+from ditkernels.ops import dispatch
+from ditkernels.ops.spec import encoded
 
 
 @pytest.fixture(autouse=True)
@@ -29,16 +31,16 @@ def _emulated():
 
 @pytest.mark.parametrize("dtype, bias", [(F32, F32), (BF16, F32), (F16, None)])
 @pytest.mark.parametrize("width", [1536, 4608])
-def test_parity_of_the_wide_path(width: int, dtype: torch.dtype, bias: torch.dtype | None) -> None:
+def test_parity_of_vectorised_accesses(width: int, dtype: torch.dtype, bias: torch.dtype | None) -> None:
     assert_parity(make_inputs((2, 5, width), dtype, bias))
 
 
 def test_a_cotangent_of_another_dtype() -> None:
     x, bias = torch.randn(2, 5, 16), torch.randn(16)
-    backward = torch.ops.ditkernels.bias_gelu_backward
+    backward, wanted = torch.ops.ditkernels.bias_gelu_backward, encoded((F32, F32))
     for dtype in (BF16, F16):
         dy = torch.randn(2, 5, 16).to(dtype)
-        for got, want in zip(backward(dy, x, bias), backward(dy.float(), x, bias)):
+        for got, want in zip(backward(dy, x, bias, wanted), backward(dy.float(), x, bias, wanted)):
             assert torch.equal(got, want)
 
 
@@ -58,6 +60,27 @@ def test_every_element_is_touched_once_in_any_order_of_blocks(shape: tuple[int, 
             assert all(map(torch.equal, run(ops.bias_gelu, inputs), straight))
             found = emulated_cuda.passes(emulation, {"x", "y", "dx", "dy"}, inputs["x"].numel())
         assert found == {"forward_tiles": 2, "backward_tiles": 3}
+
+
+@pytest.mark.parametrize("width", [13, 136])
+def test_only_what_is_wanted_is_computed(width: int) -> None:
+    dy, x, bias = torch.randn(2, 70, width), torch.randn(2, 70, width).to(BF16), torch.randn(width)
+    backward = torch.ops.ditkernels.bias_gelu_backward_cuda
+    dx, dbias = backward(dy, x, bias, encoded((BF16, F32)))
+    with emulated_cuda.running(tracing=True) as emulation:
+        alone, nothing = backward(dy, x, bias, encoded((BF16, None)))
+        assert {kernel for kernel, _ in emulation.counts()} == {"backward_tiles"}
+    assert torch.equal(alone, dx)
+    assert nothing.shape == (0,)
+    with emulated_cuda.running(tracing=True) as emulation:
+        nothing, alone = backward(dy, x, bias, encoded((None, F32)))
+        assert emulated_cuda.passes(emulation, {"dy", "x", "dx"}, x.numel()) == {"backward_tiles": 2}
+    assert torch.equal(alone, dbias)
+    assert nothing.shape == (0,)
+    # mlp has z, with its bias in it, and wants the bias' gradient all the same.
+    z = x.float() + bias
+    for got, want in zip(backward(dy, z, None, encoded((F32, F32))), (dx, dbias)):
+        torch.testing.assert_close(got.float(), want.float(), rtol=0.02, atol=0.02)
 
 
 @pytest.mark.parametrize("strides", [((1 << 31) + 8, 8, 1), (8, (1 << 31) + 8, 1), (3, 6, (1 << 28) + 24)])
@@ -80,5 +103,6 @@ def test_rows_beyond_2_to_the_31_elements() -> None:
 
 
 def test_fp64_is_refused() -> None:
-    reason = _cuda.refuse("bias_gelu", 1, torch.zeros(1, 2, 3, dtype=torch.float64))
-    assert "torch.float64 is not among the kernels' dtypes" in str(reason)
+    x = torch.zeros(1, 2, 3, dtype=torch.float64)
+    with pytest.raises(dispatch.BackendError, match=r"torch.float64 is not among the kernels' dtypes"):
+        ops.bias_gelu(x)

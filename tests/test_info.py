@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from ditkernels import cli, info
-from ditkernels.ops import _cuda
-from ditkernels.ops import _registry as registry
+from ditkernels.ops import _native
+from ditkernels.ops import dispatch
 
 # The fixture below replaces it.
 DRIVER_VERSION = info.driver_version
@@ -28,14 +28,14 @@ def no_driver(monkeypatch):
 def test_it_names_machine_versions_and_every_backend(capsys):
     text = shown(capsys, "--device", "cpu")
     assert f"torch {torch.__version__}" in text
-    for name in (*registry.BACKENDS, *registry.ATTENTION_BACKENDS):
+    for name in (*dispatch.BACKENDS, *dispatch.ATTENTION_BACKENDS):
         assert f"{name}: " in text or f"-> {name}" in text
 
 
 def test_every_op_is_listed_once(capsys):
     text = shown(capsys, "--device", "cpu").replace(",", " ")
     words = text[text.index("Ops ") : text.index("Attention ")].split()
-    assert [words.count(name) for name in registry.OPS] == [1] * len(registry.OPS)
+    assert [words.count(name) for name in dispatch.OPS] == [1] * len(dispatch.OPS)
 
 
 def test_without_a_gpu_torch_serves_and_the_others_say_why_not(capsys):
@@ -120,7 +120,7 @@ def test_importing_it_initialises_no_cuda_and_asks_no_driver():
 
 def test_without_a_gpu_it_says_why_there_are_no_registers_to_show(capsys):
     text = shown(capsys, "--device", "cpu")
-    assert f"library: {_cuda.library()}" in text
+    assert f"library: {_native.library()}" in text
     assert "registers, spills and occupancy: only a GPU tells them, and cpu is none" in text
 
 
@@ -132,8 +132,8 @@ def test_a_device_tells_registers_spills_shared_memory_and_occupancy(monkeypatch
         cuda_kernel_attributes=lambda index: (table, "backward_rows<float>\nwide\nbackward_rows<float>")
     )
     monkeypatch.setattr(torch.ops, "ditkernels", op)
-    monkeypatch.setattr(_cuda, "_absence", None)
-    monkeypatch.setattr(_cuda, "architectures", lambda: "9.0a")
+    monkeypatch.setattr(_native, "_absence", None)
+    monkeypatch.setattr(_native, "architectures", lambda: "9.0a")
     properties = SimpleNamespace(max_threads_per_multi_processor=2048)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     library, _, *lines = info._kernels(torch.device("cuda:0"))

@@ -9,12 +9,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from subsets import Watching, assert_every_subset
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from ditkernels import ops, reference
-from ditkernels.ops import _registry as registry
+from ditkernels.ops import dispatch
+from ditkernels.ops.spec import encoded
 
 F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
 NAMES = ("output", "dx", "dfc1_weight", "dfc1_bias", "dfc2_weight")
@@ -111,7 +113,7 @@ def test_only_the_gradients_that_are_needed_are_computed(needed: tuple[int, ...]
     with FlopCounterMode(display=False) as counted:
         got = torch.autograd.grad(output, [leaves[i] for i in needed], dy)
     assert all(torch.equal(g, want[i]) for g, i in zip(got, needed, strict=True))
-    products = [24] + [8] * (0 in needed) + [8] * (1 in needed) + [24] * (3 in needed)
+    products = [24] * (needed != (3,)) + [8] * (0 in needed) + [8] * (1 in needed) + [24] * (3 in needed)
     assert counted.get_total_flops() == 2 * 6 * 16 * sum(products)
 
 
@@ -163,14 +165,30 @@ def test_nothing_is_kept_where_no_gradient_is_needed() -> None:
 def test_opcheck() -> None:
     for biased in (True, False):
         inputs = make_inputs((2, 3, 5, 4, 6), F32, biased)
-        needs = [True, False, biased, True]
+        wanted = encoded((F32, None, F32 if biased else None, F32))
         leaves = [None if v is None else v.requires_grad_() for v in inputs.values()]
-        torch.library.opcheck(registry.OPS["mlp"].call, (*leaves, True))
+        torch.library.opcheck(dispatch.OPS["mlp"].call, (*leaves, True))
         still = [None if v is None else v.detach() for v in leaves]
-        torch.library.opcheck(registry.OPS["mlp"].call, (*still, False))
+        torch.library.opcheck(dispatch.OPS["mlp"].call, (*still, False))
         saved = (torch.randn(2, 3, 4), torch.randn(2, 3, 4))
-        arguments = (torch.randn(2, 3, 6), *still, *saved, needs)
-        torch.library.opcheck(registry.OPS["mlp_backward"].call, arguments)
+        x, fc1_weight, _, fc2_weight = still
+        arguments = (torch.randn(2, 3, 6), x, fc1_weight, fc2_weight, *saved, wanted)
+        torch.library.opcheck(dispatch.OPS["mlp_backward"].call, arguments)
+    alone = (
+        torch.randn(2, 3, 6),
+        None,
+        None,
+        None,
+        None,
+        torch.randn(2, 3, 4),
+        encoded((None,) * 3 + (F32,)),
+    )
+    torch.library.opcheck(dispatch.OPS["mlp_backward"].call, alone)
+
+
+@pytest.mark.parametrize("biased", [True, False])
+def test_every_subset_of_inputs_gets_its_gradients_and_saves_what_they_need(biased: bool) -> None:
+    assert_every_subset(dispatch.OPS["mlp"], ops.mlp, make_inputs((2, 3, 8, 16, 24), F32, biased))
 
 
 def test_compiles_as_one_graph() -> None:
@@ -189,6 +207,20 @@ def test_under_autocast_all_is_in_its_dtype_as_in_the_linears() -> None:
     for actual, plain, wide, name in zip(got, low, exact, NAMES, strict=True):
         assert actual.dtype == F32
         numerics.assert_contract(actual, plain, wide, name)
+
+
+@pytest.mark.parametrize("watched", [False, True])
+def test_a_backward_inside_autocast_computes_in_the_saved_dtypes(watched: bool) -> None:
+    """fp32 inputs outside autocast give the bits of an fp32 backward, wherever it runs."""
+    inputs = make_inputs((2, 3, 8, 16, 24), F32)
+    want = run(ops.mlp, inputs)[1:]
+    leaves = {name: v.detach().requires_grad_() for name, v in inputs.items()}
+    with Watching() if watched else nullcontext():
+        output = ops.mlp(**leaves)
+    dy = torch.randn(output.shape, generator=torch.Generator().manual_seed(7))
+    with torch.autocast("cpu", dtype=BF16):
+        output.backward(dy)
+    assert all(torch.equal(leaf.grad, grad) for leaf, grad in zip(leaves.values(), want, strict=True))
 
 
 def test_on_meta_there_are_shapes_alone() -> None:
@@ -265,5 +297,7 @@ def test_forward_mode_and_second_derivatives_are_refused() -> None:
 )
 def test_errors_name_the_argument(change: dict, error: type, words: str) -> None:
     inputs = make_inputs((2, 3, 8, 16, 24), F32)
-    with pytest.raises(error, match=words):
-        ops.mlp(**{**inputs, **change})
+    ops.mlp(**inputs)  # what a good call leaves behind must not let a bad one pass
+    for way in (nullcontext(), nullcontext(), Watching()):
+        with way, pytest.raises(error, match=words):
+            ops.mlp(**{**inputs, **change})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -18,8 +19,8 @@ from test_models import SMALL, forward_backward, pair
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ditkernels import ops, reference
-from ditkernels.ops import _measured, mlp_cuda
-from ditkernels.ops import _registry as registry
+from ditkernels.ops import dispatch
+from ditkernels.ops.mlp import serves
 
 
 @pytest.fixture(autouse=True)
@@ -45,9 +46,9 @@ def test_a_forward_and_a_backward_may_run_on_different_backends() -> None:
     dy = torch.randn(2, 17, 96, generator=torch.Generator().manual_seed(7)).to(BF16)
     low, exact = run(reference.mlp, inputs), run(reference.mlp, inputs, wide=True)
     for one, other in (("torch", "cuda"), ("cuda", "torch")):
-        with registry.use_backend(one):
+        with dispatch.use_backend(one):
             y = ops.mlp(*leaves)
-        with registry.use_backend(other):
+        with dispatch.use_backend(other):
             got = torch.autograd.grad(y, leaves, dy)
         for actual, plain, wide in zip(got, low[1:], exact[1:], strict=True):
             numerics.assert_contract(actual, plain, wide)
@@ -93,13 +94,73 @@ def test_an_algorithm_chosen_for_aligned_tensors_does_not_serve_others() -> None
     ],
 )
 def test_what_the_epilogues_cannot_take_is_refused(shape: tuple, dtype: torch.dtype, words: str) -> None:
-    with pytest.raises(registry.BackendError, match=words):
+    with pytest.raises(dispatch.BackendError, match=words):
         ops.mlp(**make_inputs(shape, dtype))
+
+
+EPILOGUES = {
+    "GELU": 32,
+    "GELU_BIAS": 36,
+    "GELU_AUX": 160,
+    "GELU_AUX_BIAS": 164,
+    "DGELU": 192,
+    "DGELU_BGRAD": 208,
+}
+LENGTHS = itertools.count(1001)
+
+
+def check_a_lack_of_algorithms(emulation: ModuleType, epilogue: int, as_status: bool) -> None:
+    """The whole op is refused, before anything runs; answers are remembered, so that each case has sizes of its own."""
+    rows = next(LENGTHS)
+    inputs = make_inputs((1, rows, 8, 16, 24), BF16)
+    product = f"{rows} x 24 times 24 x 16" if epilogue > 164 else f"{rows} x 8 times 8 x 16"
+    emulation.lack_algorithms(epilogue, as_status)
+    try:
+        said = ""
+        try:
+            ops.mlp(**inputs)
+        except dispatch.BackendError as error:
+            said = str(error)
+        assert f"cuda: cuBLASLt has no algorithm for {product} with the epilogue of" in said, "not refused"
+        with dispatch.use_backend("auto"):
+            ops.mlp(**inputs)
+    finally:
+        emulation.lack_algorithms(0, False)
+
+
+@pytest.mark.parametrize("as_status", [False, True])
+@pytest.mark.parametrize("epilogue", EPILOGUES.values(), ids=EPILOGUES)
+def test_sizes_without_an_algorithm_are_refused(
+    emulation: ModuleType, epilogue: int, as_status: bool
+) -> None:
+    check_a_lack_of_algorithms(emulation, epilogue, as_status)
+
+
+def test_a_half_called_all_the_same_says_so(emulation: ModuleType) -> None:
+    emulation.lack_algorithms(EPILOGUES["GELU"], False)
+    try:
+        with pytest.raises(RuntimeError, match=r"has no algorithm for 999 x 8 times 8 x 16 .* of linear_gelu"):
+            torch.ops.ditkernels.linear_gelu_cuda(
+                torch.zeros(999, 8, dtype=BF16), torch.zeros(16, 8, dtype=BF16), None, False
+            )
+    finally:
+        emulation.lack_algorithms(0, False)
+
+
+def test_an_operand_that_begins_anywhere_is_copied() -> None:
+    """No algorithm is asked for at less than 16 bytes, so that what was found for 16 serves all."""
+    inputs = make_inputs((2, 5, 16, 32, 8), BF16)
+    want = run(ops.mlp, inputs)
+    for name in ("x", "fc1_weight", "fc2_weight"):
+        value = inputs[name]
+        moved = torch.empty(value.numel() + 8, dtype=BF16)[1:][: value.numel()].view_as(value).copy_(value)
+        assert moved.data_ptr() % 16
+        assert all(map(torch.equal, run(ops.mlp, {**inputs, name: moved}), want))
 
 
 @pytest.mark.parametrize("case", UNEVEN, ids=str)
 def test_what_is_refused_runs_unforced(case: tuple) -> None:
-    with registry.use_backend("auto"):
+    with dispatch.use_backend("auto"):
         assert_parity(make_inputs(*case))
 
 
@@ -107,9 +168,9 @@ def test_a_missing_library_is_a_reason() -> None:
     reason = mock.Mock(return_value="libcublasLt.so.13 is not to be found")
     inputs = make_inputs((2, 3, 8, 16, 8), BF16)
     with mock.patch.object(torch.ops.ditkernels, "cuda_blas", reason):
-        with pytest.raises(registry.BackendError, match=r"cuda: libcublasLt.so.13 is not to be found"):
+        with pytest.raises(dispatch.BackendError, match=r"cuda: libcublasLt.so.13 is not to be found"):
             ops.mlp(**inputs)
-        assert not mlp_cuda.serves(torch.device("cpu"), BF16, 8, 16, 8)
+        assert not serves(torch.device("cpu"), BF16, 8, 16, 8)
 
 
 # In a process of its own: a handle, once made, is kept.
@@ -177,10 +238,10 @@ def test_under_autocast_too() -> None:
 def test_where_the_parts_one_by_one_are_better_they_are_kept() -> None:
     """Unmeasured, in fp32, where a linear is watched, and under selective checkpointing, which keeps products alone."""
     fused, _ = pair(BF16, **SMALL)
-    with registry.use_backend("auto"):
+    with dispatch.use_backend("auto"):
         assert "mlp" not in step(fused)
-    with registry.use_backend("auto"), mock.patch.object(_measured, "fastest", return_value="cuda"):
-        assert mlp_cuda.serves(torch.device("cpu"), BF16, 8, 16, 8)
+    with dispatch.use_backend("auto"), mock.patch.dict(serves.__globals__, fastest=lambda *_: "cuda"):
+        assert serves(torch.device("cpu"), BF16, 8, 16, 8)
     fused.checkpointing = "selective"
     assert "mlp" not in step(fused)
     fused.checkpointing = "none"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from unittest import mock
 
 import emulated_cuda
 import pytest
@@ -11,25 +12,28 @@ import test_patch_embed
 import torch
 from adaln_access import FAR, spread
 from patches_parity import (  # noqa: F401 (they run here on the fixture below)
+    FINAL,
+    case_id,
     test_a_wider_image_is_not_rounded_to_the_weights_dtype,
     test_eps_beside_a_variance_of_its_size,
+    test_final_layer_at_large_shifts_and_biases,
+    test_final_layer_saves_and_computes_what_the_wanted_gradients_need,
     test_final_layer_with_every_combination_of_optional_arguments,
     test_nothing_in_gives_nothing_out_and_zero_gradients,
-    test_parity_of_final_layer,
     test_parity_of_patch_embed,
-    test_patch_embed_computes_only_the_gradients_asked_for,
+    test_patch_embed_saves_and_computes_what_the_wanted_gradients_need,
     test_patch_embed_with_and_without_optional_arguments,
     test_repeats_bit_for_bit_and_writes_every_output,
     test_rows_are_rounded_to_the_weights_dtype_forward_and_backward,
     test_unpatchify_moves_every_value_and_its_gradient,
 )
+from patches_parity import test_parity_of_final_layer as parity_of_final_layer
 from test_final_layer import OPTIONAL
 from test_patch_embed import BF16, F16, F32, F64, forward_and_gradients, make_inputs
 from torch import Tensor
 
-from ditkernels.ops import _registry as registry
-from ditkernels.ops.final_layer import FINAL_LAYER, final_layer, unpatchify
-from ditkernels.ops.patch_embed import PATCH_EMBED, patch_embed
+from ditkernels.ops import _native, dispatch
+from ditkernels.ops.image import FINAL_LAYER, PATCH_EMBED, PATCHIFY, final_layer, patch_embed, unpatchify
 
 
 @pytest.fixture(autouse=True)
@@ -55,7 +59,7 @@ def final_inputs(
 
 @pytest.mark.parametrize("dtype", [F32, BF16, F16])
 @pytest.mark.parametrize("width, patch", [(384, 8), (768, 4), (1024, 2), (1152, 2), (40, 2)])
-def test_parity_of_the_wide_path_of_patch_embed(width: int, patch: int, dtype: torch.dtype) -> None:
+def test_parity_of_vectorised_accesses_of_patch_embed(width: int, patch: int, dtype: torch.dtype) -> None:
     inputs = make_inputs(2, (5, 7), width, patch, F32, dtype, F32)
     test_patch_embed.assert_parity(inputs, dtype)
 
@@ -64,7 +68,7 @@ def test_parity_of_the_wide_path_of_patch_embed(width: int, patch: int, dtype: t
     "stream, rest", [(F32, F32), (BF16, BF16), (F16, F16), (F32, BF16), (F32, F16), (BF16, F16)]
 )
 @pytest.mark.parametrize("width, patch", [(384, 8), (768, 4), (1024, 2), (1152, 2), (40, 2)])
-def test_parity_of_the_wide_path_of_final_layer(
+def test_parity_of_vectorised_accesses_of_final_layer(
     width: int, patch: int, stream: torch.dtype, rest: torch.dtype
 ) -> None:
     grid = (2, 3) if patch == 8 else (5, 7)
@@ -72,78 +76,79 @@ def test_parity_of_the_wide_path_of_final_layer(
     test_final_layer.assert_parity(inputs, grid=grid, patch_size=patch)
 
 
-@pytest.mark.parametrize("rest", [F32, BF16])
-@pytest.mark.parametrize("width, patch", [(384, 2), (40, 8), (100, 2)])
-def test_parity_of_final_layer_over_several_chunks_and_groups(
-    width: int, patch: int, rest: torch.dtype
-) -> None:
-    inputs = final_inputs(2, (10, 13), width, patch, F32, rest, channels=4)
-    test_final_layer.assert_parity(inputs, grid=(10, 13), patch_size=patch)
+@pytest.mark.parametrize("case", [case for case in FINAL if case[2] <= _native.MAX_WIDTH], ids=case_id)
+def test_parity_of_final_layer(case: tuple) -> None:
+    parity_of_final_layer(case)
 
 
-@pytest.mark.parametrize("width", [4090, 20_320])
+@pytest.mark.parametrize("width", [4090, _native.MAX_WIDTH])
 def test_the_widest_rows_of_final_layer(width: int) -> None:
     """What shared memory does not hold of sixteen rows it holds of fewer."""
-    inputs = test_final_layer.make_inputs(1, (1, 3), width, 1, kept=("shift", "scale"))
-    test_final_layer.assert_parity(inputs, grid=(1, 3), patch_size=1)
+    inputs = test_final_layer.make_inputs(1, (1, 7), width, 1, kept=("shift", "scale"))
+    test_final_layer.assert_parity(inputs, grid=(1, 7), patch_size=1)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_a_weight_that_begins_anywhere(dtype: torch.dtype) -> None:
+    """The emulation faults on an access that is not aligned."""
+    embedded, final = make_inputs(2, (3, 2), 16, 2, F32, dtype), final_inputs(2, (3, 2), 16, 2, F32, dtype)
+    for inputs, function, options in (
+        (embedded, patch_embed, {}),
+        (final, final_layer, {"grid": (3, 2), "patch_size": 2}),
+    ):
+        weight = inputs["weight"]
+        moved = torch.empty(weight.numel() + 1, dtype=dtype)[1:].view_as(weight).copy_(weight)
+        want, got = (function(**{**inputs, "weight": w}, **options) for w in (weight, moved))
+        torch.testing.assert_close(got, want)
 
 
 @pytest.mark.parametrize("width", [40, 100, 192, 384])
-@pytest.mark.parametrize(
-    "kept, expected",
-    [
-        (OPTIONAL, {"forward_rows": 2, "backward_columns": 4}),
-        (("shift", "scale", "bias"), {"forward_rows": 1, "backward_columns": 2}),
-    ],
-)
-def test_final_layer_touches_every_tensor_once_a_pass(
-    width: int, kept: tuple[str, ...], expected: dict[str, int]
-) -> None:
+@pytest.mark.parametrize("kept, reads", [(OPTIONAL, 2), (("shift", "scale", "bias"), 1)])
+def test_final_layer_reads_every_tensor_once(width: int, kept: tuple[str, ...], reads: int) -> None:
     inputs = final_inputs(2, (17, 8), width, 2, kept=kept)
     with emulated_cuda.running(tracing=True) as emulation:
-        test_final_layer.forward_and_gradients(final_layer, inputs, grid=(17, 8), patch_size=2)
-        counted = emulated_cuda.passes(emulation, {"x", "branch", "dx", "dbranch"}, 2 * 136 * width)
-    assert counted == expected
+        final_layer(**inputs, grid=(17, 8), patch_size=2)
+        counted = emulated_cuda.passes(emulation, {"x", "branch"}, 2 * 136 * width)
+        image = emulated_cuda.passes(emulation, {"out"}, 2 * 136 * 4 * 8)
+    assert (counted, image) == ({"final_rows": reads}, {"final_rows": 1})
 
 
-@pytest.mark.parametrize("rest, visits", [(BF16, 1), (F32, 2)])
-def test_final_layer_at_patch_size_8_reads_the_stream_again_for_the_weight(
-    rest: torch.dtype, visits: int
-) -> None:
-    inputs = final_inputs(2, (3, 1), 24, 8, rest=rest, kept=("shift", "scale"))
+def test_the_backward_of_final_layer_is_made_of_the_norms_kernels_a_gather_and_products() -> None:
+    inputs = final_inputs(2, (17, 8), 40, 2)
     with emulated_cuda.running(tracing=True) as emulation:
-        test_final_layer.forward_and_gradients(final_layer, inputs, grid=(3, 1), patch_size=8)
-        counts = emulation.counts()
-    read = {kernel: count[0] / (2 * 3 * 24) for (kernel, name), count in counts.items() if name == "x"}
-    assert read == {"forward_rows": 1, "backward_columns": 1, "weight_products": visits}
+        test_final_layer.forward_and_gradients(final_layer, inputs, grid=(17, 8), patch_size=2)
+        ran = {kernel for kernel, _ in emulation.counts()}
+    assert ran == {
+        "final_rows",
+        "forward_rows",
+        "backward_rows",
+        "add_chunks",
+        "add_samples",
+        "gather_values",
+    }
 
 
 @pytest.mark.parametrize("width", [100, 384])
-def test_patch_embed_touches_every_tensor_once_a_pass(width: int) -> None:
+def test_patch_embed_writes_every_token_once(width: int) -> None:
     inputs = make_inputs(2, (17, 8), width, 2, F32, BF16, F32)
     with emulated_cuda.running(tracing=True) as emulation:
         forward_and_gradients(patch_embed, inputs, out_dtype=BF16)
-        counted = emulated_cuda.passes(emulation, {"y", "dy"}, 2 * 136 * width)
-    # The gradients of x and of the positions read dy once more each, and only where they are asked for.
-    assert counted == {"embed": 1, "weight_products": 1, "image_gradients": 1, "add_positions": 1}
+        counted = emulated_cuda.passes(emulation, {"y"}, 2 * 136 * width)
+        ran = {kernel for kernel, _ in emulation.counts()}
+    assert counted == {"embed": 1}
+    # Backward gathers the patches for the weight's product, and puts their gradients back.
+    assert ran == {"embed", "gather_values", "place_values"}
 
 
-@pytest.mark.parametrize("wanted", [("weight", "bias"), ("bias",), ("pos_embed",), ("x",)])
-def test_a_gradient_that_is_not_asked_for_costs_no_pass(wanted: tuple[str, ...]) -> None:
+@pytest.mark.parametrize("channels_first", [False, True])
+def test_a_gather_touches_every_value_once_and_rounds(channels_first: bool) -> None:
+    image = torch.randn(2, 3, 6, 8)
     with emulated_cuda.running(tracing=True) as emulation:
-        forward_and_gradients(patch_embed, make_inputs(2, (3, 2), 16, 2), wanted)
-        assert emulated_cuda.passes(emulation, {"dy"}, 2 * 6 * 16).total() == 1
-
-
-@pytest.mark.parametrize("patch, dtype, visits", [(8, BF16, 1), (8, F32, 2), (4, F32, 1)])
-def test_dy_is_read_once_for_as_many_values_as_a_block_holds(
-    patch: int, dtype: torch.dtype, visits: int
-) -> None:
-    with emulated_cuda.running(tracing=True) as emulation:
-        inputs = make_inputs(2, (2, 2), 16, patch, F32, dtype, dtype)
-        forward_and_gradients(patch_embed, inputs, ("weight",), out_dtype=dtype)
-        read, *_ = emulation.counts()["weight_products", "dy"]
-    assert read == visits * 2 * 4 * 16
+        tokens = PATCHIFY((image,), (2, channels_first, BF16))
+        moved = torch.ops.ditkernels.unpatchify_cuda(tokens, 3, 4, 2, channels_first)
+        counted = emulated_cuda.passes(emulation, {"image", "tokens"}, image.numel())
+    assert counted == {"gather_values": 2, "place_values": 2}
+    assert torch.equal(moved, image.to(BF16))
 
 
 def run_patch_embed(width: int, dtype: torch.dtype) -> list[Tensor]:
@@ -185,19 +190,19 @@ def everything(
     patch_weight: Tensor,
 ) -> list[Tensor]:
     ops = torch.ops.ditkernels
-    mean, rstd = torch.zeros(2, 2), torch.ones(2, 2)
     tensors = (x, branch, vectors[0], None, *vectors[1:], None, None, weight, bias)
-    out = ops.final_layer_cuda(*tensors, 1, 2, 2, "layernorm", 1e-6, F32)
-    grads = ops.final_layer_backward_cuda(image, image, *tensors, mean, rstd, 1, 2, 2, "layernorm")
-    moved = ops.unpatchify_cuda(tokens, 1, 2, 2), ops.unpatchify_backward_cuda(image, 2)
-    embedded = ops.patch_embed_cuda(image, patch_weight, None, pos, F32)
-    needs = [True, True, False, True]
+    moved = [
+        made
+        for channels_first in (False, True)
+        for made in (
+            ops.unpatchify_cuda(tokens, 1, 2, 2, channels_first),
+            ops.patchify_cuda(image, 2, channels_first, F32),
+        )
+    ]
     return [
-        *out,
-        *grads,
+        ops.final_layer_cuda(*tensors, 1, 2, 2, "layernorm", 1e-6, F32),
+        ops.patch_embed_cuda(image, patch_weight, None, pos, F32),
         *moved,
-        embedded,
-        *ops.patch_embed_backward_cuda(x, image, patch_weight, None, pos, needs),
     ]
 
 
@@ -210,7 +215,7 @@ def test_strides_beyond_2_to_the_31_elements() -> None:
 
     x, branch, image = randn(2, 2, 3).to(BF16), randn(2, 2, 3).to(BF16), randn(2, 1, 2, 4).to(BF16)
     vectors = [randn(2, 3).to(BF16) for _ in range(3)]
-    weight, tokens, pos = randn(4, 3).to(BF16), randn(2, 2, 4).to(BF16), randn(2, 3).to(BF16)
+    weight, tokens, pos = randn(4, 3).to(BF16), randn(2, 2, 4).to(BF16), randn(1, 2, 3).to(BF16)
     rest = (randn(4), randn(3, 1, 2, 2))
     expected = everything(x, branch, image, vectors, weight, tokens, pos, *rest)
     far, near = FAR + 8, FAR // 2 + 24  # the latter for three and more
@@ -226,7 +231,7 @@ def test_strides_beyond_2_to_the_31_elements() -> None:
             [spread(v, (far, 1)) for v in vectors],
             spread(weight, of_weight),
             spread(tokens, tall),
-            spread(pos, wide),
+            spread(pos[0], wide)[None],
             *rest,
         )
         for i, (a, b) in enumerate(zip(got, expected)):
@@ -247,16 +252,16 @@ def test_lines_beyond_2_to_the_31_elements() -> None:
 
 
 def test_refusals_name_what_came() -> None:
-    with pytest.raises(registry.BackendError, match="float64 is not among the kernels' dtypes"):
+    with pytest.raises(dispatch.BackendError, match="float64 is not among the kernels' dtypes"):
         patch_embed(torch.zeros(1, 1, 2, 2, dtype=F64), torch.zeros(4, 1, 2, 2))
-    with pytest.raises(registry.BackendError, match="the weight is empty"):
+    with pytest.raises(dispatch.BackendError, match="the weight is empty"):
         patch_embed(torch.zeros(1, 0, 2, 2), torch.zeros(4, 0, 2, 2))
-    with pytest.raises(registry.BackendError, match="float64 is not among the kernels' dtypes"):
+    with pytest.raises(dispatch.BackendError, match="float64 is not among the kernels' dtypes"):
         unpatchify(torch.zeros(1, 1, 4, dtype=F64), grid=(1, 1), patch_size=2)
-    x, weight = torch.zeros(1, 1, 20_321), torch.zeros(4, 20_321)
-    with pytest.raises(registry.BackendError, match="a row of 20321 channels does not fit in shared memory"):
+    x, weight = torch.zeros(1, 1, 4_097), torch.zeros(4, 4_097)
+    with pytest.raises(dispatch.BackendError, match="a row of 4097 channels is wider than a block"):
         final_layer(x, None, None, weight, grid=(1, 1), patch_size=2)
-    with pytest.raises(registry.BackendError, match="the linear has no outputs"):
+    with pytest.raises(dispatch.BackendError, match="the weight is empty"):
         final_layer(torch.zeros(1, 1, 8), None, None, torch.zeros(0, 8), grid=(1, 1), patch_size=2)
 
 
@@ -265,7 +270,6 @@ def test_cuda_is_not_chosen_unasked() -> None:
     final = (torch.zeros(1, 1, 8), *nothing, torch.zeros(4, 8), None, 1, 1, 2, "layernorm", 1e-6, F32)
     embed = (torch.zeros(1, 1, 2, 2), torch.zeros(4, 1, 2, 2), None, None, F32)
     for op, arguments in ((FINAL_LAYER, final), (PATCH_EMBED, embed)):
-        assert op.choose(*arguments) == "cuda"
-        with registry.use_backend("auto"):
-            assert op.choose(*arguments) != "cuda"
-            assert "not measured" in str(op.not_automatic("cuda"))
+        assert op.reasons(*arguments)["cuda"] is None
+        with mock.patch.object(dispatch, "AUTOMATIC", ["torch", "cuda"]):
+            assert "not measured" in str(op.not_automatic("cuda", *arguments))

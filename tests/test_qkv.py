@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import nullcontext
 from functools import partial
 
 import numerics
@@ -12,12 +11,13 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from subsets import Watching, subsets
+from test_bias_gelu import poisoned
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from ditkernels import models, ops, reference
-from ditkernels.ops import _registry as registry
-from ditkernels.ops import qkv
+from ditkernels.ops import dispatch, qkv
 
 F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
 LAYOUTS = ("packed", "heads first", "channels apart", "samples apart", "parts of one", "each its own")
@@ -44,17 +44,7 @@ def gradients(shape: Shape, dtype: torch.dtype, layout: str = "packed", seed: in
 
 def backward(parts: list[Tensor], dtype: torch.dtype = F32) -> tuple[Tensor, Tensor]:
     *dq, dk, dv = parts
-    return torch.ops.ditkernels.split_qkv_backward(dq[0] if dq else None, dk, dv, dtype)
-
-
-@contextmanager
-def poisoned() -> Iterator[None]:
-    """Fills fresh memory with NaN, where the results of an earlier run may lie."""
-    torch.use_deterministic_algorithms(True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(False)
+    return qkv.SPLIT_QKV_BACKWARD((dq[0] if dq else None, dk, dv), (dtype,))
 
 
 def assert_parity(parts: list[Tensor], dtype: torch.dtype = F32) -> None:
@@ -146,11 +136,50 @@ def test_gradients_are_those_of_a_linear_with_its_bias(function: object, parts: 
     )
 
 
+@pytest.mark.parametrize("function", [ops.split_qkv, qkv.carry_bias])
+@pytest.mark.parametrize("watched", [False, True])
+def test_every_subset_of_inputs_gets_its_gradients_and_saves_nothing(function: object, watched: bool) -> None:
+    parts = gradients((2, 5, 3, 2, 4), F32)
+    want = dict(zip(("packed", "bias"), through(reference.split_qkv, parts, F32)))
+    for needed in subsets(["packed", "bias"]):
+        leaves = {"packed": torch.randn(2, 5, 3, 2, 4), "bias": torch.zeros(24)}
+        for name in needed:
+            leaves[name].requires_grad_()
+        saved: list[Tensor] = []
+        hooks = torch.autograd.graph.saved_tensors_hooks(saved.append, lambda _: None)
+        with hooks, Watching() if watched else nullcontext():
+            made = function(**leaves)
+        made = made if isinstance(made, tuple) else made.unbind(2)
+        order = sorted(needed)
+        found = torch.autograd.grad(made, [leaves[name] for name in order], parts)
+        assert all(torch.equal(got, want[name]) for got, name in zip(found, order, strict=True))
+        assert saved == []
+
+
+def test_where_the_bias_needs_no_gradient_the_views_are_plain() -> None:
+    packed, bias = torch.randn(2, 3, 3, 2, 4, requires_grad=True), torch.zeros(24)
+    assert ops.split_qkv(packed, bias)[0].grad_fn.name() == "UnbindBackward0"
+    assert qkv.carry_bias(packed, bias) is packed
+    with torch.no_grad():
+        assert ops.split_qkv(packed, bias.requires_grad_())[0].grad_fn is None
+
+
+def test_a_backward_runs_on_the_backend_that_was_forced_around_the_forward() -> None:
+    packed, bias = torch.randn(2, 3, 3, 2, 4, requires_grad=True), torch.zeros(24, requires_grad=True)
+    with dispatch.use_backend("torch"):
+        inside = torch.stack(ops.split_qkv(packed, bias)).sum()
+    outside = torch.stack(ops.split_qkv(packed, bias)).sum()
+    for loss in (inside, outside):
+        with dispatch.use_backend("cuda"), torch.profiler.profile() as profile:  # which is not there
+            loss.backward()
+        assert "ditkernels::split_qkv_backward_torch" in {event.name for event in profile.events()}
+
+
 def test_opcheck() -> None:
     for parts in (gradients((2, 3, 3, 2, 5), F32), gradients((2, 3, 2, 2, 5), BF16, "heads first")):
         *dq, dk, dv = parts
         arguments = (dq[0] if dq else None, dk, dv, BF16)
-        torch.library.opcheck(registry.OPS["split_qkv_backward"].call, arguments)
+        torch.library.opcheck(dispatch.OPS["split_qkv_backward"].call, arguments)
 
 
 @pytest.mark.parametrize("cross", [False, True])
@@ -266,8 +295,10 @@ def test_second_derivatives_are_refused() -> None:
 )
 def test_errors_name_the_argument(shape: tuple[int, ...], bias: Tensor, error: type, words: str) -> None:
     for function in (ops.split_qkv, qkv.carry_bias):
-        with pytest.raises(error, match=words):
-            function(torch.zeros(shape), bias)
+        function(torch.zeros(2, 3, 3, 2, 4), torch.zeros(24))  # its memory must not let a bad call pass
+        for way in (nullcontext(), nullcontext(), Watching()):
+            with way, pytest.raises(error, match=words):
+                function(torch.zeros(shape), bias)
 
 
 @pytest.mark.parametrize(

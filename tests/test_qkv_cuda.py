@@ -17,7 +17,7 @@ from test_qkv import (
     test_parity,  # noqa: F401 (it runs here on the fixture below)
 )
 
-from ditkernels.ops import _cuda
+from ditkernels.ops import dispatch
 
 
 @pytest.fixture(autouse=True)
@@ -73,5 +73,6 @@ def test_rows_beyond_2_to_the_31_elements() -> None:
 
 
 def test_fp64_is_refused() -> None:
-    reason = _cuda.refuse("split_qkv_backward", 1, torch.zeros(1, 2, 1, 4, dtype=torch.float64))
-    assert "torch.float64 is not among the kernels' dtypes" in str(reason)
+    part = torch.zeros(1, 2, 1, 4, dtype=torch.float64)
+    reasons = dispatch.OPS["split_qkv_backward"].reasons(None, part, part, F32)
+    assert "torch.float64 is not among the kernels' dtypes" in str(reasons["cuda"])

@@ -20,8 +20,8 @@ PASSES = {
     "modulate_norm": (2, 3),
     "gated_residual": (3, 3),
     "gated_residual_norm": (4, 6),
-    "patch_embed": (1, 1),
-    "final_layer": (2, 4),
+    "patch_embed": (1, 0),  # backward is the library's products, beside a gather of the latents
+    "final_layer": (2, 9),  # backward is the norm's forward and backward, beside the library's products
     "bias_gelu": (2, 3),
     "split_qkv": (None, 4),  # views; dq, dk, dv, and the packed gradient, which is three times as large
     "unpatchify": (0, 0),

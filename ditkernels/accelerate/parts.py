@@ -12,7 +12,7 @@ from ditkernels.accelerate import proof
 from ditkernels.accelerate.refusals import FAULTS, Refused, eps_of, require_plain
 from ditkernels.accelerate.swap import Fused
 from ditkernels.models import Stream, closed, product_with_bias
-from ditkernels.ops import _registry as registry
+from ditkernels.ops import dispatch
 from ditkernels.ops.attention import BACKENDS, choose, describe
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -53,7 +53,7 @@ def normed(
     """Closes the open residual of ``stream``; returns the new x and its modulated norm."""
     arguments = norm_arguments(norm, kind)
     x, branch, gate, bias = promoted(stream)
-    out_dtype = registry.autocast_dtype(x) or _promoted_dtype(x, shift, scale, arguments["weight"])
+    out_dtype = dispatch.autocast_dtype(x) or _promoted_dtype(x, shift, scale, arguments["weight"])
     if branch is None:
         return x, ops.modulate_norm(x, shift, scale, **arguments, out_dtype=out_dtype)
     return ops.gated_residual_norm(
@@ -100,7 +100,7 @@ def given(*options: Any) -> bool:
 
 def compute_dtype(x: Tensor) -> torch.dtype:
     """What a linear or a convolution gives for x."""
-    return registry.autocast_dtype(x) or x.dtype
+    return dispatch.autocast_dtype(x) or x.dtype
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

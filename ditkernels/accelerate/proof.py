@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ditkernels.accelerate.refusals import FAULTS, Refused
 from ditkernels.accelerate.swap import Fused, Swap, rewire, unwire
-from ditkernels.ops._registry import use_backend
+from ditkernels.ops.dispatch import use_backend
 
 SEED = 20221219
 WIDE_TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4}

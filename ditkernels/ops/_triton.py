@@ -6,12 +6,18 @@ Importing this file never compiles and never initialises CUDA; where Triton is m
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from ditkernels.ops import _launch
+
+if TYPE_CHECKING:
+    from ditkernels.ops.dispatch import Op
 
 try:
     import triton
@@ -85,15 +91,16 @@ def device_reason(device: torch.device) -> str | None:
     return f"the tensors are on {device.type}, the kernels need CUDA{hint}"
 
 
-def refuse(width: int, first: Tensor, *others: Tensor | torch.dtype | None) -> str | None:
-    """Why the kernels cannot take a row of ``width`` channels of these tensors (or these dtypes), or None if they can."""
-    reason = device_reason(first.device)
+def refuse(op: Op, args: Sequence[Any]) -> str | None:
+    """Why the kernels of ``op`` cannot take these arguments, or None if they can."""
+    declaration = op.declaration
+    reason = device_reason(next(value for value in args if isinstance(value, Tensor)).device)
     if reason is not None:
         return reason
-    for value in (first, *others):
-        dtype = value.dtype if isinstance(value, Tensor) else value
-        if dtype is not None and dtype not in DTYPES:
+    for dtype in declaration.dtypes(args):
+        if dtype not in DTYPES:
             return f"{dtype} is not among the kernels' dtypes ({', '.join(map(str, DTYPES))})"
+    width = declaration.size_of_row(args)
     if width > MAX_WIDTH:
         return f"a row of {width} channels does not fit in registers; the widest taken is {MAX_WIDTH}"
     return None
@@ -135,41 +142,79 @@ def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 
 
+def remembered_by_shape(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``functools.lru_cache`` for what follows from shapes. Symbolic ones, a compiler's, have no hash; they are worked out anew."""
+    known = functools.lru_cache(maxsize=1024)(function)
+
+    @functools.wraps(function)
+    def call(*args: Any) -> Any:
+        try:
+            return known(*args)
+        except TypeError:
+            return function(*args)
+
+    return call
+
+
 # ------------------------------------------------------------------------------------------------------------------
 # Launch
 # ------------------------------------------------------------------------------------------------------------------
 
 
-def _on_device(device: torch.device) -> AbstractContextManager[Any]:
-    if device.type != "cuda" or device.index == torch.cuda.current_device():
-        return nullcontext()
-    return torch.cuda.device(device)
-
-
 def launch(
     kernel: Any, programs: int, tile: Tile, device: torch.device, *args: Any, **constants: Any
 ) -> None:
-    """Runs ``programs`` programs of ``kernel`` on ``device``; none at all is allowed.
+    """Runs ``programs`` programs of ``kernel`` on ``device``; none at all is allowed. Every launch of ours goes through here.
 
     The grid has one axis, so that its size is bounded by 2^31 - 1 and not by the 65,535 of the others.
     """
-    if programs:
-        with _on_device(device):
-            kernel[(programs,)](*args, **constants, **tile.options)
+    if getattr(_tracing, "on", False):
+        if programs:
+            # Wrapped anew each time: torch._dynamo.reset() forgets what was wrapped.
+            wrapped = torch.library.wrap_triton(_configured(kernel, tile))
+            wrapped[(programs,)](*args, **constants, num_warps=tile.warps, num_stages=tile.stages)
+        return
+    _launch.launch(kernel, programs, tile, device, args, constants)
 
 
-def with_strides(tensor: Tensor | None) -> tuple[Any, ...] | None:
-    """A tensor as the kernels take it: (tensor, strides ...), None for an absent one."""
-    return None if tensor is None else (tensor, *tensor.stride())
+_tracing = threading.local()
+
+
+@functools.cache
+def _configured(kernel: Any, tile: Tile) -> Any:
+    """The kernel for a graph: Inductor loses ``maxnreg`` as an option of a launch, and keeps it in a configuration."""
+    if tile.registers is None or torch.version.hip is not None:
+        return kernel
+    config = triton.Config({"maxnreg": tile.registers}, num_warps=tile.warps, num_stages=tile.stages)
+    return triton.autotune([config], key=[])(kernel)
+
+
+@contextmanager
+def traced() -> Iterator[None]:
+    """Makes each launch of this thread a node of the graph that a compiler is tracing."""
+    _tracing.on = True
+    try:
+        yield
+    finally:
+        _tracing.on = False
+
+
+def with_strides(tensor: Tensor | None, axes: int = 3) -> tuple[Any, ...]:
+    """A tensor as a kernel takes it: the tensor and its strides, as many times None for an absent one of so many axes."""
+    return (None,) * (axes + 1) if tensor is None else (tensor, *tensor.stride())
 
 
 def packed(vector: Tensor | None) -> Tensor | None:
-    """A (B, D) or (D,) vector whose channels lie side by side; its samples may be strided. Only a strided one is copied."""
-    if vector is None or vector.stride(-1) == 1:
-        return vector
-    return vector.contiguous()
+    """A vector whose channels lie side by side; only a strided one is copied."""
+    return None if vector is None else vector.contiguous()
 
 
-def per_sample(vector: Tensor | None) -> tuple[Tensor, int] | None:
-    """A packed (B, D) vector as the kernels take it: (vector, stride of the samples), None for an absent one."""
-    return None if vector is None else (vector, vector.stride(0))
+def per_sample(vector: Tensor | None) -> tuple[Tensor | None, int | None]:
+    """A (B, D) vector as a kernel takes it: its channels side by side, and the stride of its samples; None twice for none."""
+    if vector is None:
+        return None, None
+    samples, channels = vector.stride()
+    if channels != 1:
+        vector = vector.contiguous()
+        samples = vector.shape[1]
+    return vector, samples

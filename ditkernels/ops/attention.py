@@ -26,12 +26,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ditkernels.ops import _registry
-from ditkernels.ops._registry import ATTENTION_BACKENDS, BackendError
+from ditkernels.ops import dispatch
+from ditkernels.ops.dispatch import ATTENTION_BACKENDS, BackendError
 from ditkernels.ops.qkv import carry_bias, split_qkv
 
 HALF = (torch.float16, torch.bfloat16)
 FLOATS = (*HALF, torch.float32, torch.float64)
+_PLAIN = (Tensor, torch.nn.Parameter)
 
 
 class Problem(NamedTuple):
@@ -75,7 +76,7 @@ def describe(q: Tensor, k: Tensor, v: Tensor) -> Problem:
         head_dim=head_dim,
         unit_stride=all(t.stride(-1) == 1 for t in tensors),
         aligned=q.device.type != "cuda" or all(_rows_aligned(t) for t in tensors),
-        needs_grad=torch.is_grad_enabled() and any(t.requires_grad for t in tensors),
+        needs_grad=_needs_grad(*tensors),
         deterministic=torch.are_deterministic_algorithms_enabled()
         and not torch.is_deterministic_algorithms_warn_only_enabled(),
         forward_ad=_carries_tangent(*tensors),
@@ -89,7 +90,7 @@ def _rows_aligned(t: Tensor) -> bool:
 
 def _carries_tangent(*tensors: Tensor) -> bool:
     try:
-        _registry.refuse_forward_ad("attention", *tensors)
+        dispatch.refuse_forward_ad("attention", *tensors)
     except NotImplementedError:
         return True
     return False
@@ -100,7 +101,7 @@ def _carries_tangent(*tensors: Tensor) -> bool:
 # ------------------------------------------------------------------------------------------------------------
 
 
-@_registry.constant_when_traced
+@dispatch.constant_when_traced
 def _capability(device_index: int | None) -> int:
     """Compute capability of an NVIDIA GPU, times ten: 90 for Hopper; 0 where torch sees none."""
     if torch.version.cuda is None or not torch.cuda.is_available():
@@ -109,12 +110,12 @@ def _capability(device_index: int | None) -> int:
     return 10 * major + minor
 
 
-@_registry.constant_when_traced
+@dispatch.constant_when_traced
 def _cudnn_version() -> int:
     return torch.backends.cudnn.version() or 0
 
 
-@_registry.constant_when_traced
+@dispatch.constant_when_traced
 def _switched_off(backend: SDPBackend) -> bool:
     """Whether the user has switched a kernel off, as in ``torch.backends.cuda.enable_cudnn_sdp(False)``."""
     enabled = {
@@ -125,7 +126,7 @@ def _switched_off(backend: SDPBackend) -> bool:
     return not enabled[backend]()
 
 
-@_registry.constant_when_traced
+@dispatch.constant_when_traced
 def _flash_implementation() -> str | None:
     """What ``activate_flash_attention_impl`` has put in the place of PyTorch's flash kernel, if anything."""
     current = getattr(torch.nn.attention, "current_flash_attention_impl", None)
@@ -136,7 +137,7 @@ def _flash_implementation() -> str | None:
 _loaded: dict[tuple[str, str], Callable[..., Any] | str] = {}
 
 
-@_registry.constant_when_traced
+@dispatch.constant_when_traced
 def _package_reason(module: str, function: str) -> str | None:
     """Why an optional package's function cannot be called, or None once it is loaded."""
     if (module, function) not in _loaded:
@@ -195,6 +196,11 @@ class Backend:
         return self.run(q, k, v, scale)
 
 
+def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2)
+
+
 def _split(packed: Tensor, bias: Tensor | None) -> tuple[Tensor, ...]:
     return packed.unbind(2) if bias is None else split_qkv(packed, bias)
 
@@ -210,9 +216,7 @@ class Plain(Backend):
         return None
 
     def run(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        if _registry.autocast_dtype(q) is None:
-            return _plain(q, k, v, scale)
-        with torch.autocast(q.device.type, enabled=False):
+        with dispatch.without_autocast(q):
             return _plain(q, k, v, scale)
 
 
@@ -231,10 +235,7 @@ class TorchBackend(Backend):
 
     def run(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         with sdpa_kernel(self.kernel):
-            out = F.scaled_dot_product_attention(
-                q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), scale=scale
-            )
-        return out.transpose(1, 2)
+            return _attend(q, k, v, scale)
 
     def refuse(self, problem: Problem) -> str | None:
         if _switched_off(self.kernel):
@@ -508,7 +509,7 @@ def choose(problem: Problem, backend: str | None = None) -> str:
         ValueError: an unknown name.
         BackendError: the forced backend cannot serve; the message says why, and what the others say.
     """
-    forced = _registry.attention_setting() if backend is None else backend
+    forced = dispatch.attention_setting() if backend is None else backend
     if forced not in (None, "auto", *BACKENDS):
         raise ValueError(f"backend: got {forced!r}, allowed are auto, {', '.join(ATTENTION_BACKENDS)}")
     if problem.batch == 0 or problem.q_len == 0:
@@ -537,6 +538,95 @@ def explain(q: Tensor, k: Tensor, v: Tensor) -> list[tuple[str, str | None]]:
         k, v: (B, M, heads, head_dim).
     """
     return explain_problem(describe(q, k, v))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# What an eager call remembers
+# ------------------------------------------------------------------------------------------------------------
+
+
+class Plan(NamedTuple):
+    """How a call is served.
+
+    Attributes:
+        backend: the one that serves.
+        scale: head_dim^-1/2.
+        unasked: torch takes the backend's kernel without being told to, so that SDPA is called directly, and autocasts itself.
+        views: the strides that SDPA's output should have; shape and strides of the result as a view of it. None where a gradient is
+            needed: the views that take the fewest calls of torch would make it cost more.
+    """
+
+    backend: Backend
+    scale: float
+    unasked: bool = False
+    views: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]] | None = None
+
+
+_memory: dict[Any, Plan] = {}
+_MEMORY = 1024  # calls remembered
+# The newest call and its plan: a comparison costs less than a hash, and a model's calls are alike.
+_newest: list[tuple[Any, Plan]] = [((), Plan(BACKENDS["plain"], 0.0))]
+
+
+def _on_gpu(q: Tensor, kv: Tensor | None) -> tuple[Any, ...]:
+    """What choices read on a GPU and not on a CPU: switches of torch, autocast's dtype, and where rows start in a storage."""
+    cuda = torch.backends.cuda
+    return (
+        cuda.cudnn_sdp_enabled(),
+        cuda.mem_efficient_sdp_enabled(),
+        cuda.math_sdp_enabled(),
+        tuple(torch._C._get_sdp_priority_order()),
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+        _flash_implementation(),
+        dispatch.autocast_dtype(q),
+        *(None if t is None else t.storage_offset() * t.element_size() % 16 for t in (q, kv)),
+    )
+
+
+def _recalled(key: Any, q: Tensor, kv: Tensor | None, bias: Tensor | None, backend: str | None) -> Plan:
+    """The plan of a call, remembered unless a subclass of tensors is in it. ``q`` is packed qkv where there is no ``kv``."""
+    if any(t is not None and t.__class__ not in _PLAIN for t in (q, kv)):
+        return _plan(q, kv, bias, backend)
+    plan = _memory.get(key)
+    if plan is None:
+        plan = _unasked(_plan(q, kv, bias, backend), q, kv, bias)
+        if len(_memory) >= _MEMORY:
+            _memory.clear()
+        _memory[key] = plan
+    _newest[0] = key, plan
+    return plan
+
+
+def _plan(q: Tensor, kv: Tensor | None, bias: Tensor | None, backend: str | None) -> Plan:
+    """Checks the arguments and chooses; ``split_qkv`` checks the bias."""
+    q, kv = _autocast(q, kv)
+    _check(q, kv)
+    problem = describe(*(q.unbind(2) if kv is None else (q, *kv.unbind(2))))
+    problem = problem._replace(needs_grad=_needs_grad(q, kv, bias))
+    return Plan(BACKENDS[choose(problem, backend)], problem.head_dim**-0.5)
+
+
+def _needs_grad(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def _unasked(plan: Plan, q: Tensor, kv: Tensor | None, bias: Tensor | None) -> Plan:
+    """The plan with what can be left out of the call."""
+    if not isinstance(plan.backend, TorchBackend):
+        return plan
+    needs_grad = _needs_grad(q, kv, bias)
+    q, kv = _autocast(q, kv)
+    parts = q.unbind(2) if kv is None else (q, *kv.unbind(2))
+    query, key, value = (t.detach().transpose(1, 2).requires_grad_(needs_grad) for t in parts)
+    if torch._fused_sdp_choice(query, key, value) != plan.backend.kernel.value:
+        return plan
+    if bias is not None or needs_grad:
+        return plan._replace(unasked=True)
+    batch, heads, length, head_dim = query.shape
+    width = heads * head_dim
+    views = (length * width, head_dim, width, 1), (batch, length, width), (length * width, width, 1)
+    return plan._replace(unasked=True, views=views)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -571,22 +661,64 @@ def attention(
         BackendError: the backend asked for cannot serve; the message says why, and what the others say.
         NotImplementedError: given a bias, forward-mode differentiation and second derivatives.
     """
-    qkv_or_q, kv = _autocast(qkv_or_q), None if kv is None else _autocast(kv)
-    _check(qkv_or_q, kv)
-    q, k, v = qkv_or_q.unbind(2) if kv is None else (qkv_or_q, *kv.unbind(2))
-    problem = describe(q, k, v)
-    chosen = BACKENDS[choose(problem, backend)]
-    scale = problem.head_dim**-0.5 if scale is None else scale
+    q, autocast = qkv_or_q, torch._C._is_any_autocast_enabled()
+    # Only Dynamo runs this file with tensors that look plain and are not, and under no mode.
+    if torch.compiler.is_dynamo_compiling() or dispatch.watched_by_torch():
+        plan = _plan(q, kv, bias, backend)
+    else:
+        differentiable = q.requires_grad or (kv is not None and kv.requires_grad)
+        differentiable = differentiable or (bias is not None and bias.requires_grad)
+        # All that checks and choice read, classes first: sizes of a subclass may be symbols, which must not be compared.
+        key = (
+            q.__class__,
+            None if kv is None else (kv.__class__, kv.shape, kv.stride(), kv.dtype, kv.device),
+            q.shape,
+            q.stride(),
+            q.dtype,
+            q.is_cpu or (q.device, _on_gpu(q, kv)),
+            differentiable and torch.is_grad_enabled(),
+            bias is None,
+            backend,
+            dispatch.attention_setting(),
+            autocast,
+            torch._C._get_flash_sdp_enabled(),
+        )
+        newest, plan = _newest[0]
+        if newest != key:
+            plan = _recalled(key, q, kv, bias, backend)
+    chosen, default, unasked, views = plan
+    if scale is None:
+        scale = default
+    if not unasked:
+        if autocast:
+            q, kv = _autocast(q, kv)
+        return _run(chosen, q, kv, bias, scale).flatten(2)
+    if views is None:
+        q, k, v = _split(q, bias) if kv is None else (q, *_split(kv, bias))
+        return _attend(q, k, v, scale).flatten(2)
+    strides, size, joined = views
     if kv is None:
-        return chosen.run_packed(qkv_or_q, bias, scale).flatten(2)
-    k, v = _split(kv, bias)
-    return chosen.run(q, k, v, scale).flatten(2)
+        q, k, v = q.transpose(1, 3).unbind(2)
+    else:
+        q, (k, v) = q.transpose(1, 2), kv.transpose(1, 3).unbind(2)
+    out = F.scaled_dot_product_attention(q, k, v, scale=scale)
+    return out.as_strided(size, joined) if out.stride() == strides else out.transpose(1, 2).flatten(2)
 
 
-def _autocast(t: Tensor) -> Tensor:
-    """``t`` as autocast would hand it to a matrix product: fp64 and integers are left alone."""
-    dtype = _registry.autocast_dtype(t)
-    return t.to(dtype) if dtype is not None and t.dtype in (*HALF, torch.float32) else t
+def _run(backend: Backend, q: Tensor, kv: Tensor | None, bias: Tensor | None, scale: float) -> Tensor:
+    if kv is None:
+        return backend.run_packed(q, bias, scale)
+    return backend.run(q, *_split(kv, bias), scale)  # type: ignore[call-arg, arg-type]
+
+
+def _autocast(q: Tensor, kv: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """The tensors as autocast would hand them to a matrix product: fp64 and integers are left alone."""
+    return _autocast_one(q), None if kv is None else _autocast_one(kv)
+
+
+def _autocast_one(t: Tensor) -> Tensor:
+    dtype = dispatch.autocast_dtype(t)
+    return t.to(dtype) if dtype is not None and t.dtype in FLOATS else t
 
 
 def _check(qkv_or_q: Tensor, kv: Tensor | None) -> None:

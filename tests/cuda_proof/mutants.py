@@ -9,6 +9,8 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Iterator
+from functools import cache
+from types import ModuleType
 
 import emulated_cuda
 import pytest
@@ -22,267 +24,215 @@ import torch
 from numerics import assert_contract
 from patches_mutants import check_final_layer, check_patch_embed
 from test_adaln import BF16, F16, F32, assert_parity, make_inputs
+from test_adaln_cuda import WANTED, check_what_is_wanted
+from test_mlp_cuda import EPILOGUES, check_a_lack_of_algorithms
 
 from ditkernels import reference
-from ditkernels.ops import _registry as registry
-from ditkernels.ops.final_layer import final_layer
+from ditkernels.ops import dispatch
+from ditkernels.ops.image import PATCHIFY, UNPATCHIFY, final_layer, patch_embed
 from ditkernels.ops.mlp import mlp
-from ditkernels.ops.patch_embed import patch_embed
+from ditkernels.ops.spec import encoded
 
-ADALN, SUMS, EMBED, FINAL, COMMON, TURNED = (
-    *("adaln.cu", "sums.cuh", "patch_embed.cu", "final_layer.cu", "common.cuh", "turned.cuh"),
-)
-GELU = "bias_gelu.cu"
-ADAMW = "adamw_ema.cu"
-MLP = "mlp.cu"
-FINAL_BACKWARD, FINAL_SHARED = "final_layer_backward.cu", "final_layer.cuh"
-QKV = "qkv.cu"
+COMMON, PRODUCTS, SUMS = "common.cuh", "products.cuh", "sums.cuh"
+NORM, IMAGE, GELU, ADAMW, MLP, QKV = "norm.cu", "image.cu", "gelu.cu", "optimizer.cu", "mlp.cu", "qkv.cu"
 
 # By name: the file, a place in it that occurs once with the expression marked, and what takes the expression's place.
 MUTANTS = {
-    # ------------------------------------------------------------------------------------------------ adaln
-    "gate zeroed": (ADALN, "row[r].at[i] + «gate.at[i]» * (u", "0.0f"),
-    "branch bias ignored": (ADALN, "(u[r].at[i] + «branch_bias.at[i]»)", "0.0f"),
-    "stream not rounded": (ADALN, "row[r].at[i] = «rounded<T>(value, a.x.dtype)»;", "value"),
-    "mean forgotten": (ADALN, "? row[r].at[i] - «mean» : 0.0f", "0.0f"),
-    "column mask of the squares dropped": (ADALN, "«column + i < width» ? row[r].at[i] - mean", "true"),
-    "eps dropped": (ADALN, "sqrtf(sums[r] / width + «a.eps»)", "0.0f"),
-    "eps divided by D": (ADALN, "sqrtf(sums[r] / width + «a.eps»)", "a.eps / width"),
+    # ------------------------------------------------------------------------------------------------ norm
+    "gate zeroed": (NORM, "row[r].at[i] + «gate.at[i]» * (u", "0.0f"),
+    "branch bias ignored": (NORM, "(u[r].at[i] + «branch_bias.at[i]»)", "0.0f"),
+    "stream not rounded": (NORM, "row[r].at[i] = «rounded<T>(value, a.x.dtype)»;", "value"),
+    "mean forgotten": (NORM, "? row[r].at[i] - «mean» : 0.0f", "0.0f"),
+    "column mask of the squares dropped": (NORM, "«column + i < width» ? row[r].at[i] - mean", "true"),
+    "eps dropped": (NORM, "sqrtf(sums[r] / width + «a.eps»)", "0.0f"),
+    "eps divided by D": (NORM, "sqrtf(sums[r] / width + «a.eps»)", "a.eps / width"),
     "eps outside the root": (  # sqrt(v) + eps = sqrt(v + 2 eps sqrt(v) + eps²)
-        *(ADALN, "sqrtf(sums[r] / width + «a.eps»)", "a.eps * (2.0f * sqrtf(sums[r] / width) + a.eps)"),
+        *(NORM, "sqrtf(sums[r] / width + «a.eps»)", "a.eps * (2.0f * sqrtf(sums[r] / width) + a.eps)"),
     ),
-    "weight ignored": (ADALN, "row[r].at[i] * rstd * «weight.at[i]» +", "1.0f"),
-    "bias after the modulation": (ADALN, "rstd * weight.at[i] + «bias.at[i]»;", "0.0f"),
-    "scale without the one": (ADALN, "affine * («1.0f» + scale.at[i])", "0.0f"),
+    "weight ignored": (NORM, "row[r].at[i] * rstd * «weight.at[i]» +", "1.0f"),
+    "bias after the modulation": (NORM, "rstd * weight.at[i] + «bias.at[i]»;", "0.0f"),
+    "scale without the one": (NORM, "affine * («1.0f» + scale.at[i])", "0.0f"),
     "shift and scale swapped": (
-        *(ADALN, "load<WIDE>(«a.scale», sample, column, width, 0.0f);\n    const Unit shift", "a.shift"),
+        *(
+            NORM,
+            "load<VECTORISED>(«a.vectors.scale», sample, column, width, 0.0f);\n    const Unit shift",
+            "a.vectors.shift",
+        ),
     ),
-    "shift ignored": (ADALN, "(1.0f + scale.at[i]) + «shift.at[i]»;", "0.0f"),
-    "batch index of x dropped": (ADALN, "load<WIDE>(a.x, «sample», first + r", "0"),
-    "batch index of the branch dropped": (ADALN, "load<WIDE>(a.branch, «sample», first + r", "0"),
-    "batch index of the gate dropped": (ADALN, "const Unit gate = load<WIDE>(a.gate, «sample», column", "0"),
-    "batch index of the shift dropped": (ADALN, "load<WIDE>(a.shift, «sample», column", "0"),
-    "batch index of h dropped": (ADALN, "store<WIDE>(a.h, «sample», first + r", "0"),
-    "slope without the one": (ADALN, "slope.at[i] *= «1.0f» + scale.at[i]", "0.0f"),
-    "batch index of dh dropped": (ADALN, "load<WIDE>(a.dh, «sample», token", "0"),
-    "batch index of dx1 dropped": (ADALN, "load<WIDE>(a.dx1, «sample», token", "0"),
-    "stream's gradient lost": (ADALN, "if («!NORM || has_dx1») stream[k] = load", "false"),
-    "P after the slope": (ADALN, "p.at[i] += «dnormed[k].at[i]»;", "dnormed[k].at[i] * slope.at[i]"),
-    "Q without x̂": (ADALN, "q.at[i] += «dnormed[k].at[i] * normed[k].at[i]»;", "dnormed[k].at[i]"),
-    "R lost": (ADALN, "r.at[i] += «stream[k].at[i] * u[k].at[i]»;", "0.0f"),
-    "S lost": (ADALN, "s.at[i] += «stream[k].at[i]»;", "0.0f"),
-    "slope forgotten in dx̂": (ADALN, "dnormed[k].at[i] *= «slope.at[i]»;", "1.0f"),
-    "mean of dx̂ not subtracted": (ADALN, "(dnormed[k].at[i] - «along_mean» - ", "0.0f"),
-    "x̂'s share not subtracted": (ADALN, "normed[k].at[i] * «along_normed»);", "0.0f"),
-    "rstd forgotten in dx": (ADALN, "stream[k].at[i] += «rstd[k]» *", "1.0f"),
-    "dbranch without the gate": (ADALN, "dbranch.at[i] = «gate.at[i]» *", "1.0f"),
+    "shift ignored": (NORM, "(1.0f + scale.at[i]) + «shift.at[i]»;", "0.0f"),
+    "batch index of x dropped": (NORM, "load<VECTORISED>(a.x, «sample», first + r", "0"),
+    "batch index of the branch dropped": (NORM, "load<VECTORISED>(a.branch, «sample», first + r", "0"),
+    "batch index of the gate dropped": (
+        NORM,
+        "const Unit gate = load<VECTORISED>(a.vectors.gate, «sample», column",
+        "0",
+    ),
+    "batch index of the shift dropped": (NORM, "load<VECTORISED>(a.vectors.shift, «sample», column", "0"),
+    "batch index of h dropped": (NORM, "store<VECTORISED>(a.h, «sample», first + r", "0"),
+    "factor without the one": (NORM, "factor.at[i] *= «1.0f» + scale.at[i]", "0.0f"),
+    "batch index of dh dropped": (NORM, "load<VECTORISED>(a.dh, «sample», token", "0"),
+    "batch index of dx1 dropped": (NORM, "load<VECTORISED>(a.dx1, «sample», token", "0"),
+    "stream's gradient lost": (NORM, "if («!NORM || a.dx1.data != nullptr») stream[k] = load", "false"),
+    "P after the factor": (NORM, "p.at[i] += «dnormed[k].at[i]»;", "dnormed[k].at[i] * factor.at[i]"),
+    "Q without x̂": (NORM, "q.at[i] += «dnormed[k].at[i] * normed[k].at[i]»;", "dnormed[k].at[i]"),
+    "R lost": (NORM, "r.at[i] += «stream[k].at[i] * u[k].at[i]»;", "0.0f"),
+    "S lost": (NORM, "s.at[i] += «stream[k].at[i]»;", "0.0f"),
+    "factor forgotten in dx̂": (NORM, "dnormed[k].at[i] *= «factor.at[i]»;", "1.0f"),
+    "mean of dx̂ not subtracted": (NORM, "(dnormed[k].at[i] - «along_mean» - ", "0.0f"),
+    "x̂'s share not subtracted": (NORM, "normed[k].at[i] * «along_normed»);", "0.0f"),
+    "rstd forgotten in dx": (NORM, "stream[k].at[i] += «rstd[k]» *", "1.0f"),
+    "dbranch without the gate": (NORM, "dbranch.at[i] = «gate.at[i]» *", "1.0f"),
     "every chunk starts at the first": (
-        *(ADALN, "first = «blockIdx.x % a.chunks * a.chunk_rows»;", "int64_t{0}"),
+        *(NORM, "first = «blockIdx.x % a.chunks * a.chunk_rows»;", "int64_t{0}"),
     ),
     "the last chunk runs on": (
-        ADALN,
+        NORM,
         "first + a.chunk_rows < «a.length» ? a.chunk_rows",
         "a.length + a.chunk_rows",
     ),
-    "one chunk's rows lost": (ADALN, "for (int start = «0»; start < count", "ROWS"),
-    # ------------------------------------------------------------------------------------------------ sums
-    "one chunk's sums lost": (SUMS, "for (int64_t chunk = «0»; chunk", "1"),
-    "P and Q swapped": (SUMS, "p += load_one(a.partial, sample, «chunk * SUMS», column)", "chunk * SUMS + 1"),
-    "bias forgotten in dscale": (SUMS, "«load_one(a.bias, 0, column, 0.0f)» * p", "0.0f"),
-    "weight forgotten in dscale": (SUMS, "«load_one(a.weight, 0, column, 1.0f)» * q", "1.0f"),
-    "branch bias forgotten in dgate": (SUMS, "«load_one(a.branch_bias, 0, column, 0.0f)» * s", "0.0f"),
-    "sums' slope without the one": (SUMS, "slope = «1.0f» + load_one", "0.0f"),
-    "batch index of the sums' scale dropped": (SUMS, "load_one(a.scale, «sample», column, 0.0f)", "0"),
-    "scale forgotten in dweight": (SUMS, "sample, 0, column, «slope» * q", "1.0f"),
-    "scale forgotten in dbias": (SUMS, "sample, 1, column, «slope» * p", "1.0f"),
-    "gate forgotten in dbranch_bias": (SUMS, "«load_one(a.gate, sample, column, 1.0f)» * s", "1.0f"),
-    "one sample's terms lost": (
-        *(SUMS, "for (int64_t sample = «threadIdx.x / WARP»; sample", "1 + threadIdx.x / WARP"),
+    "one chunk's rows lost": (NORM, "for (int start = «0»; start < count", "ROWS"),
+    "one chunk's sums lost": (NORM, "for (int64_t chunk = «0»; chunk", "1"),
+    "P and Q swapped": (NORM, "p += load_one(a.partial, sample, «chunk * SUMS», column)", "chunk * SUMS + 1"),
+    "bias forgotten in dscale": (NORM, "«load_one(a.vectors.bias, 0, column, 0.0f)» * p", "0.0f"),
+    "weight forgotten in dscale": (NORM, "«load_one(a.vectors.weight, 0, column, 1.0f)» * q", "1.0f"),
+    "branch bias forgotten in dgate": (
+        NORM,
+        "«load_one(a.vectors.branch_bias, 0, column, 0.0f)» * s",
+        "0.0f",
     ),
-    "samples added twice": (SUMS, "sample < a.batch; sample += «GROUP_WARPS»", "1"),
-    "samples beyond the first round lost": (SUMS, "sample < a.batch; sample += «GROUP_WARPS»)", "a.batch"),
+    "modulation without the one": (NORM, "modulation = «1.0f» + load_one", "0.0f"),
+    "batch index of the sums' scale dropped": (
+        NORM,
+        "load_one(a.vectors.scale, «sample», column, 0.0f)",
+        "0",
+    ),
+    "scale forgotten in dweight": (NORM, "sample, 0, column, «modulation» * q", "1.0f"),
+    "scale forgotten in dbias": (NORM, "sample, 1, column, «modulation» * p", "1.0f"),
+    "gate forgotten in dbranch_bias": (NORM, "«load_one(a.vectors.gate, sample, column, 1.0f)» * s", "1.0f"),
+    "one sample's terms lost": (
+        *(NORM, "for (int64_t sample = «threadIdx.x / WARP»; sample", "1 + threadIdx.x / WARP"),
+    ),
+    "samples added twice": (NORM, "sample < a.batch; sample += «GROUP_WARPS»", "1"),
+    "samples beyond the first round lost": (NORM, "sample < a.batch; sample += «GROUP_WARPS»)", "a.batch"),
+    "mean kept beside its place": (NORM, "store_one(a.stats, sample, first + r, «0», mean)", "1"),
+    "rstd kept in the mean's place": (NORM, "first + r, «a.centred ? 1 : 0», rstd", "0"),
+    "statistics of one sample": (NORM, "store_one(a.stats, «sample», first + r, a.centred", "0"),
+    "statistics without a place": (NORM, "keeps = threadIdx.x == 0 && «a.stats.data != nullptr»;", "true"),
+    "mean forgotten in the backward": (NORM, "(normed[k].at[i] - «mean[k]») * rstd[k];", "0.0f"),
+    "rstd read in the mean's place": (NORM, "load_one(a.stats, sample, token, «a.centred ? 1 : 0»)", "0"),
+    "rows without their sums": (NORM, "if («a.beyond_norm») block_sums(sums", "a.dx.data != nullptr"),
+    "a branch that is absent read": (NORM, "if («a.branch.data != nullptr») u[k]", "true"),
+    "a dx that is not wanted written": (NORM, "if («a.dx.data != nullptr») store", "true"),
+    "a dbranch that is not wanted written": (NORM, "if («a.dbranch.data != nullptr») store", "true"),
+    "sums of the norm alone": (NORM, "if (RESIDUAL && «a.residual_sums»)", "a.norm_sums && a.residual_sums"),
+    "sums of the residual alone": (NORM, "if (NORM && «a.norm_sums»)", "a.norm_sums && a.residual_sums"),
+    "terms that are not wanted written": (NORM, "if («a.terms.data == nullptr») return;", "false"),
+    "dx1 read for the norm's vectors": (NORM, "if (NORM && «!beyond_norm») t.dx1", "false"),
+    "branch read without dgate": (NORM, "if («!wanted.gate.has_value()») t.branch", "false"),
+    "gradients in x's dtype": (
+        COMMON,
+        "shape, «static_cast<ScalarType>(wanted[at])»);",
+        "like.scalar_type()",
+    ),
+    # ------------------------------------------------------------------------------------------------ sums
     "one term for all": (SUMS, "parts.write(«i * GROUP_THREADS» + threadIdx.x", "0"),
     "one group lost": (SUMS, "for (int64_t group = «threadIdx.x / WARP»; group", "1 + threadIdx.x / WARP"),
     "groups added twice": (SUMS, "group < a.groups; group += «GROUP_WARPS»", "1"),
     "one warp's groups lost": (SUMS, "for (int warp = «1»; warp < GROUP_WARPS", "2"),
     "one warp's groups for all": (SUMS, "parts.read(i * GROUP_THREADS + «warp * WARP» + threadIdx.x)", "0"),
-    # ------------------------------------------------------------------------------------------------ common
-    "one lane's sums lost": (COMMON, "for (int warp = «0»; warp < warps", "1"),
-    "a quarter of the summands lost": (COMMON, "for (int quarter = «0»; quarter", "1"),
-    "even and odd columns swapped": (COMMON, "sums[j][0] += above.at[i] * «even.at[i]»;", "odd.at[i]"),
-    "rows of a tile swapped": (COMMON, "sums[j][2] += «below.at[i]» *", "above.at[i]"),
+    # ------------------------------------------------------------------------------------------------ products
+    "one lane's sums lost": (NORM, "for (int warp = «0»; warp < warps", "1"),
+    "a quarter of the summands lost": (PRODUCTS, "for (int quarter = «0»; quarter", "1"),
+    "even and odd columns swapped": (PRODUCTS, "sums[j][0] += above.at[i] * «even.at[i]»;", "odd.at[i]"),
+    "rows of a tile swapped": (PRODUCTS, "sums[j][2] += «below.at[i]» *", "above.at[i]"),
     "columns dealt out wrongly": (
-        COMMON,
+        PRODUCTS,
         "lane_row() / 2 * UNIT + «tile * 2 + lane_row() % 2»;",
         "tile + lane_row() % 2 * 4",
     ),
-    "halves of a tile swapped": (COMMON, "unit.at[i] = «half == 0» ? sums", "half != 0"),
-    "across the wrong rows": (COMMON, "«i / 2 * UNIT + lane_quarter() * 2 + i % 2»;", "i / 2 * UNIT"),
-    "turned weight not turned": (
-        TURNED,
-        "? «load_one(a.weight, 0, at, row)» :",
-        "load_one(a.weight, 0, 0, row)",
+    "halves of a tile swapped": (PRODUCTS, "unit.at[i] = «half == 0» ? sums", "half != 0"),
+    # ------------------------------------------------------------------------------------------------ image
+    "channel of a value ignored": (IMAGE, "return {«channel», row * grid.patch", "0"),
+    "a value's channel taken for its place": (
+        *(IMAGE, "channel = CHANNELS_FIRST ? «value / area» : value", "value % grid.channels"),
     ),
-    # ------------------------------------------------------------------------------------------------ patch_embed
-    "sample of a line ignored": (EMBED, "return {«sample», static_cast<int>(line", "int64_t{0}"),
-    "channel of a value ignored": (EMBED, "channel = «value / (a.patch * a.patch)»;", "0"),
-    "patch transposed": (EMBED, "row = «value / a.patch % a.patch», channel", "value % a.patch"),
+    "channels first where they are last": (
+        *(IMAGE, ": «value % grid.channels»;\n  const int within", "value / area"),
+    ),
+    "row of the patch ignored": (IMAGE, "row * grid.patch + «within / grid.patch», column", "0"),
+    "column of the patch ignored": (IMAGE, "column * grid.patch + «within % grid.patch»};", "0"),
     "rows and columns of the grid swapped": (
-        EMBED,
-        "«line.token / a.grid_w») * a.patch + row",
-        "line.token % a.grid_w",
-    ),
-    "patches not rounded": (
-        EMBED,
-        "inside ? «rounded<Any>(patch_value(a, line, first + at), weight)»",
-        "patch_value(a, line, first + at)",
-    ),
-    "line mask dropped": (EMBED, "const bool live = «start + row < last»;", "true"),
-    "bias of the embedding ignored": (EMBED, "unit.at[i] += «bias.at[i]» + pos.at[i];", "0.0f"),
-    "bias ignored without positions": (EMBED, "unit.at[i] += «bias.at[i]»;\n  }\n  store", "0.0f"),
-    "positions ignored": (EMBED, "+= bias.at[i] + «pos.at[i]»;", "0.0f"),
-    "positions of the line and not of the token": (
-        EMBED,
-        "load<WIDE>(a.pos, 0, «line % a.patches.length»",
-        "line",
-    ),
-    "line mask of y dropped": (EMBED, "if («line >= a.lines» || column >= a.width) return;", "false"),
-    "values beyond the first tile lost": (EMBED, "for (int from = 0; from < «a.patches.values»", "1"),
-    "only the first slice of values": (
-        EMBED,
-        "depth < VALUES && «from + depth < a.patches.values»;",
-        "depth < 1",
-    ),
-    "column tiles beyond the first lost": (EMBED, "column < «a.width»; column += a.parts", "1"),
-    "group starts at the first line": (EMBED, "const int64_t first = «group * a.group_lines»;", "int64_t{0}"),
-    "one block of a group lost": (
-        EMBED,
-        "for (int64_t start = «first»; start < last; start += LINES)",
-        "first + LINES",
-    ),
-    "dbias lost": (EMBED, "bias.at[k] += «units[i].at[k]»;", "0.0f"),
-    "dbias of some rows": (EMBED, "for (int row = «0»; row < ROWS; ++row) total", "1"),
-    "batch index of dy dropped": (EMBED, "units[i] = load<WIDE>(a.dy, «place.sample»", "0"),
-    "dW's channel and value swapped": (
-        EMBED,
-        "lane_row() + «i / 2 * 8»;\n        const int place",
-        "i % 2 * 8",
-    ),
-    "dx of half the lines": (EMBED, "const int64_t number = first + i * TILE_ROWS + «half * 8» +", "0"),
-    "dx's channels beyond the first lost": (
-        *(EMBED, "column - lane_quarter() * UNIT < «a.width»; column += DEPTH", "1"),
-    ),
-    "batch index of dx's dy dropped": (EMBED, "narrowed<T>(load<WIDE>(a.dy, «place.sample»", "0"),
-    "one sample's positions lost": (EMBED, "for (int64_t sample = «0»; sample < a.batch", "1"),
-    # ------------------------------------------------------------------------------------------------ final_layer
-    "last gate zeroed": (FINAL_SHARED, "x.at[i] + «gate.at[i]» * (branch", "0.0f"),
-    "last branch bias ignored": (FINAL_SHARED, "(branch.at[i] + «bias.at[i]»)", "0.0f"),
-    "norm's weight ignored": (FINAL_SHARED, "(normed.at[i] * «weight.at[i]» + bias", "1.0f"),
-    "norm's bias ignored": (FINAL_SHARED, "weight.at[i] + «bias.at[i]») * factor", "0.0f"),
-    "scale ignored": (FINAL_SHARED, "bias.at[i]) * «factor.at[i]» + shift", "1.0f"),
-    "shift of the last layer ignored": (FINAL_SHARED, "factor.at[i] + «shift.at[i]»;", "0.0f"),
-    "factor without the one": (FINAL_SHARED, "factor.at[i] += «1.0f»;", "0.0f"),
-    "batch index of the last shift dropped": (FINAL_SHARED, "load<WIDE>(v.shift, «sample», column", "0"),
-    "batch index of the last scale dropped": (FINAL_SHARED, "load<WIDE>(v.scale, «sample», column", "0"),
-    "batch index of the last gate dropped": (FINAL_SHARED, "load<WIDE>(v.gate, «sample», column", "0"),
-    "slope ignored": (FINAL_BACKWARD, "slope.at[i] *= «factor.at[i]»;", "1.0f"),
-    "channel of the image ignored": (FINAL_SHARED, "return body(\n      «value % grid.channels», token", "0"),
-    "row of the patch ignored": (FINAL_SHARED, "* grid.patch + «place / grid.patch»,", "0"),
-    "column of the patch ignored": (FINAL_SHARED, "* grid.patch + «place % grid.patch»);", "0"),
-    "rows and columns of the image swapped": (
-        FINAL_SHARED,
-        "«token / grid.columns» * grid.patch",
+        IMAGE,
+        "row = «token / grid.columns», column",
         "token % grid.columns",
     ),
-    "last mean forgotten": (FINAL, "? unit.at[k] - «mean» : 0.0f", "0.0f"),
-    "last column mask dropped": (FINAL, "unit.at[k] = «own_column(i) + k < width» ? unit", "true"),
-    "last eps dropped": (FINAL, "/ width + «a.eps»);", "0.0f"),
-    "batch index of the last x dropped": (FINAL, "Unit unit = load<WIDE>(a.x, «sample», token", "0"),
-    "batch index of the last branch dropped": (
-        FINAL,
-        "unit, load<WIDE>(a.branch, «sample», token, column, width), Direct",
-        "0",
-    ),
-    "h not rounded": (FINAL_SHARED, "unit.at[i] = «rounded<U>(unit.at[i], weight)»;", "unit.at[i]"),
-    "bias of the linear ignored": (FINAL, "float z = «load_one(a.bias, 0, at, 0.0f)»;", "0.0f"),
-    "one warp's part lost": (FINAL, "for (int part = «place / DEPTH»; part", "place / DEPTH + abreast"),
-    "values beyond the first tiles lost": (FINAL, "for (int start = 0; start < «tiles»; start", "1"),
-    "row mask of the image dropped": (FINAL, "row >= rows || «first + row >= a.length» ||", "false"),
-    "batch index of the image dropped": (FINAL, "store_one(a.out, «sample», channel", "0"),
-    "slope's share lost": (FINAL_BACKWARD, "slope_sum += «weight.at[k] * slope.at[k]»;", "0.0f"),
-    "offset lost": (FINAL_BACKWARD, "offset += «weight.at[k] * origin.at[k]»;", "0.0f"),
-    "offset without the linear's bias": (
-        FINAL_BACKWARD,
-        "+ «load_one(a.bias, 0, value, 0.0f)»;\n  if",
-        "0.0f",
-    ),
-    "mean of dx̂ lost": (FINAL_BACKWARD, "along_mean += «dz» * load_one(a.terms, sample", "0.0f"),
-    "mean of dx̂ · x̂ without the offset": (
-        FINAL_BACKWARD,
-        "(z - «load_one(a.terms, sample, 1, value)»)",
-        "0.0f",
-    ),
-    "means of one sample": (FINAL_BACKWARD, "store_one(a.means, «sample», token, 1", "0"),
-    "batch index of the terms dropped": (FINAL_BACKWARD, "load_one(a.terms, «sample», 0, value)", "0"),
-    "batch index of dout dropped": (FINAL_BACKWARD, "load_one(a.dout, «sample», channel", "0"),
-    "batch index of z dropped": (FINAL_BACKWARD, "load_one(a.out, «sample», channel", "0"),
-    "mean forgotten in the backward": (FINAL_BACKWARD, "unit.at[i] = (unit.at[i] - «mean») * rstd;", "0.0f"),
-    "dx without the slope": (FINAL_BACKWARD, "(dh.at[i] * «slope.at[i]» - along_mean", "1.0f"),
-    "last P of dx̂": (FINAL_BACKWARD, "sums.of[0].at[i] += «dh.at[i]»;", "dh.at[i] * slope.at[i]"),
-    "last Q without x̂": (FINAL_BACKWARD, "sums.of[1].at[i] += «dh.at[i] * normed.at[i]»;", "dh.at[i]"),
-    "last R lost": (FINAL_BACKWARD, "sums.of[2].at[i] += «dx.at[i] * branch.at[i]»;", "0.0f"),
-    "last S lost": (FINAL_BACKWARD, "sums.of[3].at[i] += «dx.at[i]»;", "0.0f"),
-    "last dbranch without the gate": (FINAL_BACKWARD, "dx.at[i] *= «gate.at[i]»;", "1.0f"),
-    "one band of rows lost": (FINAL_BACKWARD, "for (int other = «0»; other < ROW_BANDS", "1"),
-    "chunks of one sample": (FINAL_BACKWARD, "store_one(to, sample, «chunk» * SUMS +", "0"),
-    "one chunk of a group lost": (
-        FINAL_BACKWARD,
-        "for (int64_t chunk = «group * a.group_chunks»; chunk < end; ++chunk) {\n"
-        "    const int64_t sample = chunk / a.chunks, first = chunk % a.chunks * a.chunk_rows;\n"
-        "    const int64_t last = first + a.chunk_rows < a.length ? first + a.chunk_rows : a.length;\n"
-        "    stage<WIDE, COLUMNS>",
-        "group * a.group_chunks + 1",
-    ),
-    "vectors of one sample": (
-        FINAL_BACKWARD,
-        "stage<WIDE, COLUMNS>(staged, a.vectors, «sample», first_column",
-        "0",
-    ),
-    "values of dW lost": (
-        FINAL_BACKWARD,
-        "inside = start + row < last && «from + value < a.padded»;",
-        "value < 8",
-    ),
-    "dW of x̂": (FINAL_BACKWARD, "if constexpr (HELD > 0) h = «modulated(normed, vectors)»;", "normed"),
-    "dbias of the last layer lost": (
-        FINAL_BACKWARD,
-        "bias_sum += «static_cast<float>(values.read(at * DZ_STRIDE + threadIdx.x))»;",
-        "0.0f",
-    ),
-    "dW's rows beyond the first band": (FINAL_BACKWARD, "value + lane_row() + «i / 2 * 8», at", "0"),
     "unpatchify's row and column swapped": (
-        *(
-            FINAL,
-            "«row % a.grid.patch» * a.grid.patch + column % a.grid.patch) * a.grid",
-            "column % a.grid.patch",
-        ),
+        *(IMAGE, "within = «row % p * p + column % p»;", "column % p * p + row % p"),
     ),
-    "unpatchify's channel ignored": (FINAL, "a.grid.channels + «channel»;", "0"),
-    "sample of the tokens dropped": (FINAL, "load_one(a.tokens, «sample», token, value)", "0"),
-    "sample of the gathered image dropped": (FINAL, "load_one(a.image, «sample», channel", "0"),
+    "unpatchify's channel ignored": (IMAGE, "within * a.grid.channels + «channel»;", "0"),
+    "unpatchify's order of values ignored": (IMAGE, "value = «a.channels_first» ? channel", "false"),
+    "sample of the tokens dropped": (IMAGE, "moved = load_one(a.tokens, «sample», row", "0"),
+    "sample of the gathered image dropped": (IMAGE, "value, load_one(a.image, «sample», place));", "0"),
+    "order of the gathered values ignored": (IMAGE, "place = «a.channels_first» ? place_of", "false"),
+    "dtype of the gathered values ignored": (
+        *(IMAGE, "grid_h * grid_w, values}, «dtype»);", "image_in.scalar_type()"),
+    ),
+    "sample of a line ignored": (IMAGE, "value = load_one(a.image, «sample», place_of", "0"),
+    "line mask dropped": (IMAGE, "const bool live = «start + row < a.lines»;", "true"),
+    "bias of the embedding ignored": (IMAGE, "unit.at[i] += «bias.at[i]» + pos.at[i];", "0.0f"),
+    "positions ignored": (IMAGE, "+= bias.at[i] + «pos.at[i]»;", "0.0f"),
+    "positions of the line and not of the token": (
+        *(IMAGE, "load<VECTORISED>(a.pos, 0, «line % a.length»", "line"),
+    ),
+    "line mask of y dropped": (IMAGE, "if («line >= a.lines || column >= a.width») return;", "false"),
+    "values beyond the first tile lost": (IMAGE, "for (int from = 0; from < «a.values»", "1"),
+    "only the first slice of values": (IMAGE, "depth < VALUES && «from + depth < a.values»;", "depth < 1"),
+    "column tiles beyond the first lost": (IMAGE, "column < «a.width»; column += a.parts", "1"),
+    "last gate zeroed": (IMAGE, "unit.at[i] + «gate.at[i]» * (branch", "0.0f"),
+    "last branch bias ignored": (IMAGE, "(branch.at[i] + «bias.at[i]»)", "0.0f"),
+    "norm's weight ignored": (IMAGE, "affine = unit.at[i] * «weight.at[i]» + bias", "1.0f"),
+    "norm's bias ignored": (IMAGE, "weight.at[i] + «bias.at[i]»;\n    unit", "0.0f"),
+    "scale ignored": (IMAGE, "affine * (1.0f + «scale.at[i]») + shift", "0.0f"),
+    "shift of the last layer ignored": (IMAGE, "+ scale.at[i]) + «shift.at[i]», a.weight", "0.0f"),
+    "scale of the last layer without the one": (IMAGE, "affine * («1.0f» + scale.at[i]) + shift", "0.0f"),
+    "batch index of the last shift dropped": (
+        IMAGE,
+        "load<VECTORISED>(a.vectors.shift, «sample», column",
+        "0",
+    ),
+    "batch index of the last scale dropped": (
+        IMAGE,
+        "load<VECTORISED>(a.vectors.scale, «sample», column",
+        "0",
+    ),
+    "batch index of the last gate dropped": (IMAGE, "load<VECTORISED>(a.vectors.gate, «sample», column", "0"),
+    "last mean forgotten": (IMAGE, "? unit.at[k] - «mean» : 0.0f", "0.0f"),
+    "rms taken for a variance": (IMAGE, "mean = «a.centred» ? warp_sum", "true"),
+    "last column mask dropped": (IMAGE, "unit.at[k] = «own_column(i) + k < width» ? unit", "true"),
+    "last eps dropped": (IMAGE, "/ width + «a.eps»);", "0.0f"),
+    "batch index of the last x dropped": (IMAGE, "Unit unit = load<VECTORISED>(a.x, «sample», token", "0"),
+    "batch index of the last branch dropped": (IMAGE, "load<VECTORISED>(a.branch, «sample», token", "0"),
+    "x1 of the last layer not rounded": (IMAGE, "bias.at[i]), «a.x.dtype»);", "ScalarType::Float"),
+    "h not rounded": (IMAGE, "shift.at[i], «a.weight.dtype»);", "ScalarType::Float"),
+    "bias of the linear ignored": (IMAGE, "float z = «load_one(a.bias, 0, at, 0.0f)»;", "0.0f"),
+    "one warp's part lost": (IMAGE, "for (int part = «place / DEPTH»; part", "place / DEPTH + abreast"),
+    "values beyond the first tiles lost": (IMAGE, "for (int start = 0; start < «tiles»; start", "1"),
+    "row mask of the image dropped": (IMAGE, "row >= rows || «first + row >= a.length» ||", "false"),
+    "batch index of the image dropped": (IMAGE, "store_one(a.out, «sample», place_of", "0"),
     # ------------------------------------------------------------------------------------------------ bias_gelu
-    "half the steepness": (GELU, "steep = «2.0f» * ROOT", "1.0f"),
+    "half the argument": (GELU, "argument = «2.0f» * ROOT", "1.0f"),
     "cube forgotten": (GELU, "ROOT * z * (1.0f + KAPPA * «z * z»)", "z"),
-    "signs of the tails swapped": (GELU, "«steep >= 0.0f» ? nearer", "steep < 0.0f"),
-    "bend of one sigma": (GELU, "nearer : farther, «nearer * farther»}", "farther"),
+    "signs of the tails swapped": (GELU, "«argument >= 0.0f» ? nearer", "argument < 0.0f"),
+    "product of one sigma": (GELU, "nearer : farther, «nearer * farther»}", "farther"),
     "bias ignored forward": (*(GELU, "rows[r].at[i] + «bias.at[i]»;", "0.0f"),),
     "bias ignored backward": (GELU, "x[r].at[i] + «bias.at[i]»;", "0.0f"),
-    "slope of the cube once": (GELU, "(1.0f + «3.0f» * KAPPA", "1.0f"),
-    "bend without z": (GELU, "s.sigma + «z» * s.bend", "1.0f"),
-    "sum before the slope": (GELU, "total.at[i] += «dy[r].at[i]»;", "dy[r].at[i] / slope"),
-    "sample of the forward dropped": (GELU, "load<WIDE>(a.x, «sample», first + r", "0"),
-    "sample of the gradient dropped": (GELU, "load<WIDE>(a.dy, «sample», first", "0"),
+    "derivative of the cube once": (GELU, "(1.0f + «3.0f» * KAPPA", "1.0f"),
+    "product without z": (GELU, "s.sigma + «z» * s.product", "1.0f"),
+    "sum before the derivative": (GELU, "total.at[i] += «dy[r].at[i]»;", "dy[r].at[i] / derivative"),
+    "sample of the forward dropped": (GELU, "load<VECTORISED>(a.x, «sample», first + r", "0"),
+    "sample of the gradient dropped": (GELU, "load<VECTORISED>(a.dy, «sample», first", "0"),
     "a chunk runs into the next": (GELU, "«first + a.chunk_rows < a.length» ? a.chunk_rows", "true"),
+    "a dx of gelu that is not wanted written": (GELU, "if («a.dx.data != nullptr») store", "true"),
     "samples joined across gaps": (
         GELU,
         "if («t.has_value() && t->stride(0) != length * t->stride(1)») return",
@@ -330,13 +280,13 @@ MUTANTS = {
         "average.at[i] += «a.towards» *",
         "(skipped ? 0.0f : a.towards)",
     ),
-    "copy of the moment": (ADAMW, "store<WIDE>(copies, 0, chunk, column, width, «w»);", "m"),
+    "copy of the moment": (ADAMW, "store<VECTORISED>(copies, 0, chunk, column, width, «w»);", "m"),
     "averages not written": (ADAMW, "if («averages.data != nullptr») store", "false"),
-    "betas swapped": (ADAMW, "a.complement1 = static_cast<float>(1.0 - «step.beta1»)", "step.beta2"),
+    "betas swapped": (ADAMW, "u.complement1 = static_cast<float>(1.0 - «beta1»)", "beta2"),
     "decay in place of its complement": (
         ADAMW,
-        "a.towards = static_cast<float>(«1.0 - step.decay»)",
-        "step.decay",
+        "u.towards = static_cast<float>(«1.0 - decay»)",
+        "decay",
     ),
     "weights of the first launch": (ADAMW, "step.order[«first + i»];\n    const Tensor& own", "i"),
     "steps of the first launch": (ADAMW, "step.order[«first + i»];\n    const int id", "i"),
@@ -350,8 +300,8 @@ MUTANTS = {
     "a chunk of qkv runs into the next": (
         *(QKV, "int>(«first + a.chunk_rows < a.length» ? a.chunk_rows", "true"),
     ),
-    "sample of a part dropped": (QKV, "load<WIDE>(from[3 - PARTS + p], «sample», first", "0"),
-    "sample of the packed rows dropped": (QKV, "store<WIDE>(a.dpacked, «sample», first", "0"),
+    "sample of a part dropped": (QKV, "load<VECTORISED>(from[3 - PARTS + p], «sample», first", "0"),
+    "sample of the packed rows dropped": (QKV, "store<VECTORISED>(a.dpacked, «sample», first", "0"),
     "every chunk of qkv is the first": (QKV, "first = «chunk % a.chunks» * a.chunk_rows", "0"),
     "dk for dq": (QKV, "from[0] = «shifted(a.dq, inside ? head * a.dq_apart : 0)»;", "from[1]"),
     "half the rows of a warp in the sum": (
@@ -376,54 +326,47 @@ MUTANTS = {
         *(QKV, "samples = «samples && t->stride(0) == shape.length * t->stride(1)»;", "true"),
     ),
     # ------------------------------------------------------------------------------------------------ mlp
-    "weight taken as it lies": (MLP, "DESC_TRANSA, «product.transposed» ? CUBLAS_OP_T", "false"),
-    "weight's layout turned": (
+    "weight taken as it lies": (MLP, "DESC_TRANSA, «p.transposed» ? CUBLAS_OP_T", "false"),
+    "weight's layout transposed": (
         MLP,
-        "type(), «product.transposed» ? depth : columns, product",
-        "!product.transposed",
+        "make_layout(p.op, p.type, «p.transposed» ? p.depth",
+        "!p.transposed",
     ),
-    "rows for columns": (MLP, "const Layout b(op, product.type(), «depth», product.rows())", "columns"),
-    "stride of z": (MLP, "DESC_EPILOGUE_AUX_LD, «product.columns()»);", "product.depth()"),
+    "rows for columns": (MLP, "make_layout(p.op, p.type, «p.depth», p.rows)", "p.columns"),
+    "stride of z": (MLP, "DESC_EPILOGUE_AUX_LD, «p.columns»);", "p.depth"),
     "kept without the bias": (
-        *(
-            MLP,
-            "{CUBLASLT_EPILOGUE_GELU_AUX, «CUBLASLT_EPILOGUE_GELU_AUX_BIAS»}",
-            "CUBLASLT_EPILOGUE_GELU_AUX",
-        ),
+        *(MLP, "biased ? «CUBLASLT_EPILOGUE_GELU_AUX_BIAS» :", "CUBLASLT_EPILOGUE_GELU_AUX"),
     ),
     "no GELU where nothing is kept": (
-        *(MLP, "{CUBLASLT_EPILOGUE_GELU, «CUBLASLT_EPILOGUE_GELU_BIAS»}", "CUBLASLT_EPILOGUE_BIAS"),
+        *(MLP, "biased ? «CUBLASLT_EPILOGUE_GELU_BIAS» :", "CUBLASLT_EPILOGUE_BIAS"),
     ),
-    "z not kept": (MLP, "«keep» ? &z : nullptr", "false"),
-    "dh for dz": (
-        *(
-            MLP,
-            "biased ? «CUBLASLT_EPILOGUE_DGELU_BGRAD» : CUBLASLT_EPILOGUE_DGELU",
-            "CUBLASLT_EPILOGUE_DEFAULT",
-        ),
-    ),
-    "bias' gradient not asked for": (MLP, "CUBLASLT_EPILOGUE_DGELU, «biased» ? &dbias : nullptr", "false"),
+    "z not kept": (MLP, "h.data_ptr(), address(bias), «address(z)»}", "nullptr"),
+    "dh for dz": (*(MLP, "biased ? «CUBLASLT_EPILOGUE_DGELU_BGRAD» :", "CUBLASLT_EPILOGUE_DEFAULT"),),
+    "bias' gradient not asked for": (MLP, "dz.data_ptr(), «address(dbias)», z", "nullptr"),
     "added to what was there": (MLP, "one = 1.0f, zero = «0.0f»;", "1.0f"),
     "sums in 16 bits": (
         *(MLP, "CUBLASLT_REDUCTION_SCHEME_NONE | «CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE»", "4"),
     ),
     "alignment of the weight promised": (
-        MLP,
-        "ALIGNMENT_A_BYTES, «alignment(product.weight.data_ptr())»);",
-        "uint32_t{256}",
+        *(MLP, "ALIGNMENT_A_BYTES, «alignment(product.weight)»);", "uint32_t{256}"),
     ),
-    "alignment of x promised": (
+    "alignment of x promised": (MLP, "ALIGNMENT_B_BYTES, «alignment(product.left)»);", "uint32_t{256}"),
+    "an operand taken wherever it begins": (MLP, "const Tensor taken = «aligned» ? tensor", "true"),
+    "one choice for all lengths": (MLP, "return {device,           «product.rows»,", "0"),
+    "one choice for all widths": (MLP, "          «product.columns»,  product.depth", "0"),
+    "one choice for all depths": (MLP, "«product.depth» * 2 + product", "0"),
+    "one choice for both dtypes": (MLP, "          «product.type»,     product", "CUDA_R_16F"),
+    "one choice for all alignments of the weight": (
         MLP,
-        "ALIGNMENT_B_BYTES, «alignment(product.left.data_ptr())»);",
-        "uint32_t{256}",
+        "of(product.left), «of(product.weight)»,",
+        "int64_t{0}",
     ),
-    "one choice for all lengths": (MLP, "device,\n      «product.rows()»,", "0"),
-    "one choice for all widths": (MLP, "product.rows(),\n      «product.columns()»,", "0"),
-    "one choice for all depths": (MLP, "      «product.depth()» * 2 + product", "0"),
-    "one choice for both dtypes": (MLP, "      «product.type()»,\n", "CUDA_R_16F"),
-    "one choice for all alignments of the weight": (MLP, "      «of(&product.weight)»,\n", "int64_t{0}"),
-    "one choice for all alignments of x": (MLP, "      «of(&product.left)»,\n", "int64_t{0}"),
+    "one choice for all alignments of x": (MLP, "          «of(product.left)», of", "int64_t{0}"),
     "no rows, no zeros": (MLP, "new_zeros(z, {«biased» ? z.size(1) : 0})", "false"),
+    "an algorithm said to be there": (MLP, "if (lacks(forward)) return «no_algorithm(forward)»;", '""'),
+    "no algorithm for the backward": (MLP, "if (lacks(backward)) return «no_algorithm(backward)»;", '""'),
+    "no algorithm without the bias": (MLP, "for (bool biased : {true, «false»})", "true"),
+    "no algorithm where nothing is kept": (MLP, "for (bool keep : {true, «false»})", "true"),
 }
 
 
@@ -439,40 +382,71 @@ def mutated() -> dict[str, str]:
         choices[span] = f"emulation::mutant == {number} ? {faulty} : {choices.get(span, expression)}"
     for (file, start, end), choice in sorted(choices.items(), reverse=True):
         texts[file] = f"{texts[file][:start]}({choice}){texts[file][end:]}"
-    only_general = "if (!wide) return body(Any{}, Any{}, std::false_type{});"
+    only_general = "if (!vectorised) return body(Any{}, Any{}, std::false_type{});"
     assert only_general in texts[COMMON]
     a, b = texts[COMMON].split(only_general)
     texts[COMMON] = (
         a
-        + only_general.replace("if (!wide) return ", "(void)stream, (void)branch, (void)wide;\n  ")
+        + only_general.replace(
+            "if (!vectorised) return ", "(void)stream, (void)branch, (void)vectorised;\n  "
+        )
         + b[b.index("}\n") :]
     )
     return texts
 
 
-@pytest.fixture(autouse=True, scope="module")
-def emulation() -> Iterator[object]:
-    with emulated_cuda.running(emulated_cuda.load(emulated_cuda.build(mutated()))) as module:
+@cache
+def build_of_mutants() -> ModuleType:
+    return emulated_cuda.load(emulated_cuda.build(mutated()))
+
+
+@pytest.fixture(autouse=True)
+def emulation() -> Iterator[ModuleType]:
+    with emulated_cuda.running(build_of_mutants()) as module:
         yield module
         module.mutate(0)
 
 
-@pytest.fixture(autouse=True)
-def _on_cuda():
-    with registry.use_backend("cuda"):
-        yield
-
-
-def check_adaln() -> None:
+def check_norm() -> None:
     """A masked tail, several chunks, rows that fill no block, every vector, an eps that matters, two samples and many."""
     assert_parity("gated_residual_norm", make_inputs("gated_residual_norm", 2, 21, 23, F32, F32), eps=0.1)
     assert_parity("modulate_norm", make_inputs("modulate_norm", 2, 3, 384, F32, F32), eps=0.1)
-    assert_parity("modulate_norm", make_inputs("modulate_norm", 19, 2, 40, F32, F32), eps=0.1)
+    inputs = make_inputs("modulate_norm", 19, 2, 40, F32, F32)
+    assert_parity("modulate_norm", inputs, eps=0.1, norm="rmsnorm")
+    assert_parity("gated_residual", make_inputs("gated_residual", 2, 5, 23, F32, F32))
     x, branch = (torch.randn(2, 3, 96) for _ in range(2))
-    x1, _, mean, _ = torch.ops.ditkernels.gated_residual_norm_cuda(
-        x.to(BF16), branch, *[None] * 6, "layernorm", 1e-6, F32
+    made = [
+        torch.ops.ditkernels.gated_residual_norm_cuda(
+            x.to(BF16), branch, *[None] * 6, "layernorm", 1e-6, F32, keep
+        )
+        for keep in (True, False)
+    ]
+    for x1, _, stats in made[:1]:
+        torch.testing.assert_close(stats[..., 0], x1.float().mean(-1))
+    torch.testing.assert_close(made[0][1], made[1][1], rtol=0, atol=0)
+
+
+def check_wanted() -> None:
+    """Each gradient is what it is among all, in its own dtype, and nothing is read or written that is not needed."""
+    for case in WANTED:
+        check_what_is_wanted(*case, 23, "layernorm", build_of_mutants())
+    dy, x, bias = torch.randn(2, 70, 13), torch.randn(2, 70, 13), torch.randn(13)
+    backward = torch.ops.ditkernels.bias_gelu_backward_cuda
+    torch.testing.assert_close(
+        backward(dy, x, bias, encoded((None, F32)))[1], backward(dy, x, bias, encoded((F32, F32)))[1]
     )
-    torch.testing.assert_close(mean, x1.float().mean(-1))
+
+
+def check_moves() -> None:
+    """Both orders of a patch's values, several samples and channels, and a dtype that rounds."""
+    image = torch.randn(2, 3, 6, 4)
+    for channels_first in (True, False):
+        got, want = [], []
+        for backend, made in (("cuda", got), ("torch", want)):
+            with dispatch.use_backend(backend):
+                made.append(PATCHIFY((image,), (2, channels_first, BF16)))
+                made.append(UNPATCHIFY((made[0],), (3, 2, 2, channels_first)))
+        torch.testing.assert_close(got, want, rtol=0, atol=0)
 
 
 def check_embed_without_positions() -> None:
@@ -486,9 +460,15 @@ def check_embed_of_many_lines() -> None:
     torch.testing.assert_close(patch_embed(x, weight)[:, 0], x[:, 0, 0] * weight[:, 0, 0, 0], rtol=0, atol=0)
 
 
-def check_final_layer_over_several_chunks() -> None:
-    inputs = test_final_layer.make_inputs(2, (10, 13), 16, 2)
-    test_final_layer.assert_parity(inputs, grid=(10, 13), patch_size=2)
+def check_final_layer_in_other_dtypes() -> None:
+    """An rmsnorm, and a stream that rounds what the residual adds to it."""
+    inputs = test_final_layer.make_inputs(2, (3, 1), 16, 2)
+    test_final_layer.assert_parity(inputs, grid=(3, 1), patch_size=2, norm="rmsnorm")
+    x, branch = torch.ones(1, 1, 8, dtype=BF16), torch.zeros(1, 1, 8)
+    x[..., ::2], branch[..., 0] = -1, 2**-12
+    rows = final_layer(x, None, None, torch.eye(8), branch=branch, grid=(1, 1), patch_size=1)
+    alone = final_layer(x, None, None, torch.eye(8), grid=(1, 1), patch_size=1)
+    torch.testing.assert_close(rows, alone, rtol=0, atol=0)
 
 
 def check_rows_are_rounded() -> None:
@@ -540,6 +520,10 @@ def check_mlp() -> None:
         test_mlp.assert_parity(test_mlp.make_inputs(other, BF16))
     test_mlp.assert_parity(test_mlp.make_inputs(shape, F16))
     test_mlp.assert_parity(test_mlp.make_inputs(shape, BF16, biased=False))
+    room = torch.empty(inputs["x"].numel() + 1, dtype=BF16)
+    test_mlp.assert_parity({**inputs, "x": room[1:].view_as(inputs["x"]).copy_(inputs["x"])})
+    for epilogue in EPILOGUES.values():
+        check_a_lack_of_algorithms(build_of_mutants(), epilogue, False)
     with torch.no_grad():
         exact = reference.mlp(**{name: v.double() for name, v in inputs.items()})
         assert_contract(mlp(**inputs), reference.mlp(**inputs), exact)
@@ -554,16 +538,16 @@ def misaligned(tensor: torch.Tensor) -> torch.Tensor:
 
 FAMILIES = {
     MLP: (check_mlp,),
-    ADALN: (check_adaln,),
-    GELU: (check_bias_gelu,),
+    NORM: (check_norm, check_wanted),
+    GELU: (check_bias_gelu, check_wanted),
     QKV: (check_qkv,),
     ADAMW: (check_adamw,),
-    EMBED: (check_patch_embed, check_embed_without_positions, check_embed_of_many_lines),
-    **dict.fromkeys(
-        (FINAL, FINAL_BACKWARD, FINAL_SHARED),
-        (check_final_layer, check_final_layer_over_several_chunks, check_rows_are_rounded),
+    IMAGE: (
+        *(check_moves, check_patch_embed, check_embed_without_positions, check_embed_of_many_lines),
+        *(check_final_layer, check_final_layer_in_other_dtypes, check_rows_are_rounded),
     ),
 }
+FAMILIES[PRODUCTS] = FAMILIES[IMAGE]
 ALL = tuple(dict.fromkeys(itertools.chain(*FAMILIES.values())))
 
 
@@ -578,13 +562,10 @@ def test_the_kernels_as_they_are_pass() -> None:
 
 
 @pytest.mark.parametrize("name", MUTANTS)
-def test_killed(emulation, name: str) -> None:
+def test_killed(emulation: ModuleType, name: str) -> None:
     emulation.mutate(list(MUTANTS).index(name) + 1)
-    try:
-        with pytest.raises((AssertionError, RuntimeError)) as caught:
-            run_checks(MUTANTS[name][0])
-    finally:
-        emulation.mutate(0)
+    with pytest.raises((AssertionError, RuntimeError)) as caught:
+        run_checks(MUTANTS[name][0])
     words = (
         "contract",
         "out of bounds",
@@ -595,5 +576,10 @@ def test_killed(emulation, name: str) -> None:
         "absent",
         "cuBLASLt",
         "invalid gradient",
+        "not wanted",
+        "is not given",
+        "no algorithm",
+        "not refused",
+        "do not match",
     )
     assert any(word in str(caught.value) for word in words), str(caught.value)

@@ -10,7 +10,7 @@
 
 #include "emulation.h"
 
-enum cublasStatus_t { CUBLAS_STATUS_SUCCESS = 0, CUBLAS_STATUS_ALLOC_FAILED = 3 };
+enum cublasStatus_t { CUBLAS_STATUS_SUCCESS = 0, CUBLAS_STATUS_ALLOC_FAILED = 3, CUBLAS_STATUS_NOT_SUPPORTED = 15 };
 enum cublasComputeType_t { CUBLAS_COMPUTE_16F, CUBLAS_COMPUTE_32F };
 enum cudaDataType_t { CUDA_R_16F, CUDA_R_16BF, CUDA_R_32F };
 enum cublasOperation_t { CUBLAS_OP_N, CUBLAS_OP_T };
@@ -48,6 +48,10 @@ namespace emulation {
 
 inline int64_t descriptors = 0;  // that have not been ended
 inline bool memory_is_full = false;
+// The epilogue for which there is no algorithm, and whether a status says so or an answer of none. For operands of less than 16 bytes'
+// alignment there never is one.
+inline int without_algorithm = 0;
+inline bool lack_is_a_status = false;
 
 struct Descriptor {
   bool alive = true;
@@ -138,8 +142,8 @@ struct Sizes {
 
 inline Sizes fitting(const Operation& operation, const Layout& a, const Layout& b, const Layout& c, const Layout& d) {
   demand(operation.trans_b == CUBLAS_OP_N, "a right operand that is transposed, which nothing here asks for");
-  const bool turned = operation.trans_a == CUBLAS_OP_T;
-  const Sizes sizes{turned ? a.columns : a.rows, b.columns, turned ? a.rows : a.columns};
+  const bool transposed = operation.trans_a == CUBLAS_OP_T;
+  const Sizes sizes{transposed ? a.columns : a.rows, b.columns, transposed ? a.rows : a.columns};
   demand(sizes.depth == b.rows && d.rows == sizes.rows && d.columns == sizes.columns, "operands that do not fit together");
   demand(c.rows == d.rows && c.columns == d.columns && c.stride == d.stride, "C unlike D");
   demand(sizes.rows > 0 && sizes.columns > 0 && sizes.depth > 0, "an empty product");
@@ -259,6 +263,11 @@ inline cublasStatus_t cublasLtMatmulAlgoGetHeuristic(
   const Sizes sizes = fitting(alive(operation), alive(a), alive(b), alive(c), alive(d));
   demand((alive(preference).schemes & ~CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE) == 0, "partial sums that are not of fp32");
   demand(wanted == 1 && preference->workspace >= WORKSPACE, "no room for a result");
+  const auto& promised = preference->alignments;
+  if (operation->epilogue == without_algorithm || *std::min_element(promised.begin(), promised.end()) < 16) {
+    *count = 0;
+    return lack_is_a_status ? CUBLAS_STATUS_NOT_SUPPORTED : CUBLAS_STATUS_SUCCESS;
+  }
   found->algo = {problem_of(*operation, sizes, d->type), preference->alignments};
   found->workspaceSize = WORKSPACE;
   *count = 1;
@@ -298,14 +307,14 @@ inline cublasStatus_t cublasLtMatmul(
   demand_inside(b, ((of_b.columns - 1) * of_b.stride + of_b.rows) * size);
   demand_inside(d, ((of_d.columns - 1) * of_d.stride + of_d.rows) * size);
 
-  const bool turned = operation->trans_a == CUBLAS_OP_T;
+  const bool transposed = operation->trans_a == CUBLAS_OP_T;
   for (int64_t row = 0; row < sizes.rows; ++row) {
     float total = 0.0f;
     const float bias = biased ? value_at(operation->bias, of_d.type, row) : 0.0f;
     for (int64_t column = 0; column < sizes.columns; ++column) {
       float sum = 0.0f;
       for (int64_t k = 0; k < sizes.depth; ++k)
-        sum += value_at(a, of_a.type, turned ? row * of_a.stride + k : k * of_a.stride + row) *
+        sum += value_at(a, of_a.type, transposed ? row * of_a.stride + k : k * of_a.stride + row) *
                value_at(b, of_b.type, column * of_b.stride + k);
       const int64_t at_aux = column * operation->aux_stride + row;
       if (backward) {

@@ -215,10 +215,6 @@ inline void touch_shared(int64_t offset, int bytes, bool write) {
   }
 }
 
-inline void require_aligned(bool aligned) {
-  if (!aligned) throw Fault("misaligned access to shared memory");
-}
-
 inline char* shared_at(int64_t offset, int bytes, bool write) {
   touch_shared(offset, bytes, write);
   return memory.data() + offset;

@@ -52,11 +52,6 @@ void written_before_all_have_read(const Place a) {
   scratch.write(threadIdx.x, 2.0f);
 }
 
-void across_out_of_line(const Place) {
-  const Shared<Half> halves{0};
-  read_across(halves, 4, 8);
-}
-
 void blocks_that_overlap(const Place a) { store_one(a.to, 0, 0, threadIdx.x, blockIdx.x); }
 
 void sound(const Place a) {
@@ -80,7 +75,6 @@ const std::map<std::string, void (*)(Place)> FAULTY{
     {"shared_memory_beyond_the_launch", shared_memory_beyond_the_launch},
     {"read_before_the_barrier", read_before_the_barrier},
     {"written_before_all_have_read", written_before_all_have_read},
-    {"across_out_of_line", across_out_of_line},
     {"blocks_that_overlap", blocks_that_overlap},
     {"sound", sound}};
 
@@ -161,5 +155,9 @@ PYBIND11_MODULE(ditkernels_emulation, module) {
   module.def("registered", &ditkernels::registered);
   module.def("descriptors", [] { return emulation::descriptors; });
   module.def("fill_memory", [](bool full) { emulation::memory_is_full = full; });
+  module.def("lack_algorithms", [](int epilogue, bool as_status) {
+    emulation::without_algorithm = epilogue;
+    emulation::lack_is_a_status = as_status;
+  });
   module.def("mutate", [](int mutant) { emulation::mutant = mutant; });
 }

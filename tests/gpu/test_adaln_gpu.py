@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from ditkernels import reference
-from ditkernels.ops import _registry as registry
+from ditkernels.ops import dispatch
 from ditkernels.ops import adaln
 from ditkernels.reference import SIZES
 
@@ -33,7 +33,7 @@ DTYPES = [(BF16, BF16), (F32, BF16), (F32, F32), (F16, F16)]
 
 @pytest.fixture(autouse=True)
 def _on_triton():
-    with registry.use_backend("triton"):
+    with dispatch.use_backend("triton"):
         yield
 
 
@@ -100,7 +100,7 @@ def test_repeats_bit_for_bit(op: str) -> None:
 
 
 def test_auto_chooses_triton() -> None:
-    with registry.use_backend("auto"):
+    with dispatch.use_backend("auto"):
         x = torch.zeros(1, 2, 384, device="cuda")
         assert adaln.MODULATE_NORM.choose(x, None, None, None, None, "layernorm", 1e-6, F32) == "triton"
 

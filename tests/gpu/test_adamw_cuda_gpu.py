@@ -18,13 +18,13 @@ from test_adamw_gpu import (  # noqa: F401 (they run here on the fixture below)
 )
 
 from ditkernels import ops
-from ditkernels.ops import _cuda
-from ditkernels.ops import _registry as registry
+from ditkernels.ops import _native
+from ditkernels.ops import dispatch
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-    pytest.mark.skipif(not _cuda.architectures(), reason=_cuda.library()),
+    pytest.mark.skipif(not _native.architectures(), reason=_native.library()),
 ]
 
 MORE_THAN_A_LAUNCH = (*XL_SHAPES, *((8,), (7,)) * 250)
@@ -32,7 +32,7 @@ MORE_THAN_A_LAUNCH = (*XL_SHAPES, *((8,), (7,)) * 250)
 
 @pytest.fixture(autouse=True)
 def _on_cuda():
-    with registry.use_backend("cuda"):
+    with dispatch.use_backend("cuda"):
         yield
 
 

@@ -9,7 +9,7 @@ from test_adamw_ema import assert_parity as assert_parity_of
 from torch import nn
 
 from ditkernels import ops, reference
-from ditkernels.ops import _registry as registry
+from ditkernels.ops import dispatch
 
 pytestmark = [
     pytest.mark.gpu,
@@ -22,7 +22,7 @@ XL_SHAPES = (*SHAPES, (6 * 1152, 1152), (1152,), (4608, 1152), (1001, 1152), (32
 
 @pytest.fixture(autouse=True)
 def _on_triton():
-    with registry.use_backend("triton"):
+    with dispatch.use_backend("triton"):
         yield
 
 
@@ -80,8 +80,8 @@ def test_nothing_waits_for_the_device() -> None:
 def test_auto_chooses_triton_and_a_graph_that_is_captured_torch() -> None:
     state = on_device(make_state(F32, None, shapes=((16, 520),)))
     arguments = (*state.values(), None, None, 1e-3, 0.9, 0.999, 1e-8, 0.0, 0.99)
-    op = registry.OPS["adamw_ema"]
-    with registry.use_backend("auto"):
+    op = dispatch.OPS["adamw_ema"]
+    with dispatch.use_backend("auto"):
         assert op.choose(*arguments) == "triton"
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):

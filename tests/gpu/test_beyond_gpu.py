@@ -16,8 +16,8 @@ from torch import Tensor
 
 from ditkernels import check, ops, reference
 from ditkernels.check import Case
-from ditkernels.ops import _cuda
-from ditkernels.ops import _registry as registry
+from ditkernels.ops import _native
+from ditkernels.ops import dispatch
 
 pytestmark = [
     pytest.mark.gpu,
@@ -65,7 +65,7 @@ def there_and_back(
     return [*outputs, *torch.autograd.grad(outputs, list(leaves.values()), cotangents)]
 
 
-def check_beyond(case: Case, backend: registry.use_backend, device: torch.device, elements: int) -> None:
+def check_beyond(case: Case, backend: dispatch.use_backend, device: torch.device, elements: int) -> None:
     """Holds the last of so many samples that the largest tensor has more than ``elements`` against the reference."""
     near = case.inputs(BF16, device)
     largest = LARGEST.get(case.op) or max(math.prod(near[name].shape) for name in near if name in OF_A_SAMPLE)
@@ -98,12 +98,12 @@ def skip_without_room() -> None:
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.op)
 def test_the_last_of_many_samples(case: Case, backend: str) -> None:
     skip_without_room()
-    if backend == "cuda" and not _cuda.architectures():
-        pytest.skip(_cuda.library())
-    check_beyond(case, registry.use_backend(backend), torch.device("cuda"), FAR)
+    if backend == "cuda" and not _native.architectures():
+        pytest.skip(_native.library())
+    check_beyond(case, dispatch.use_backend(backend), torch.device("cuda"), FAR)
 
 
-@pytest.mark.parametrize("backend", registry.ATTENTION_BACKENDS)
+@pytest.mark.parametrize("backend", dispatch.ATTENTION_BACKENDS)
 def test_attention_of_the_last_of_many_samples(backend: str) -> None:
     skip_without_room()
     if backend == "plain":
@@ -112,4 +112,4 @@ def test_attention_of_the_last_of_many_samples(backend: str) -> None:
     reason = check.refusals(ATTENTION, ATTENTION.inputs(BF16, device))[backend]
     if reason is not None:
         pytest.skip(reason)
-    check_beyond(ATTENTION, registry.use_backend(attention=backend), device, FAR)
+    check_beyond(ATTENTION, dispatch.use_backend(attention=backend), device, FAR)

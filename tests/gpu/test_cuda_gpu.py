@@ -29,20 +29,20 @@ from test_patches_gpu import (  # noqa: F401
     test_values_moved_by_unpatchify,
 )
 
-from ditkernels.ops import _cuda, adaln
-from ditkernels.ops import _registry as registry
+from ditkernels.ops import _native, adaln
+from ditkernels.ops import dispatch
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-    pytest.mark.skipif(not _cuda.architectures(), reason=_cuda.library()),
+    pytest.mark.skipif(not _native.architectures(), reason=_native.library()),
 ]
 
 
 @pytest.fixture(autouse=True)
 def _on_cuda():
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    with registry.use_backend("cuda"):
+    with dispatch.use_backend("cuda"):
         yield
 
 
@@ -72,7 +72,7 @@ def test_a_stream_beside_the_current_one(op: str) -> None:
 
 def test_the_device_tells_what_its_kernels_take() -> None:
     """What the compiler said of spills is what the driver says."""
-    kernels = _cuda.kernel_attributes(torch.device("cuda"))
+    kernels = _native.kernel_attributes(torch.device("cuda"))
     assert len(kernels) > 100
     assert [k.name for k in kernels if k.local_bytes] == []
     assert all(k.registers > 0 and k.blocks > 0 for k in kernels)

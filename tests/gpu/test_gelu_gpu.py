@@ -10,8 +10,8 @@ from test_bias_gelu import BF16, COVERING, F16, F32, LAYOUTS, assert_parity, mak
 from torch import Tensor
 
 from ditkernels import ops
-from ditkernels.ops import _cuda
-from ditkernels.ops import _registry as registry
+from ditkernels.ops import _native
+from ditkernels.ops import dispatch
 from ditkernels.reference import SIZES
 
 pytestmark = [
@@ -24,9 +24,9 @@ WIDTHS = [4 * size["hidden_size"] for size in SIZES.values()]
 
 @pytest.fixture(autouse=True, params=["triton", "cuda"])
 def _backend(request: pytest.FixtureRequest) -> Iterator[None]:
-    if request.param == "cuda" and not _cuda.architectures():
-        pytest.skip(_cuda.library())
-    with registry.use_backend(request.param):
+    if request.param == "cuda" and not _native.architectures():
+        pytest.skip(_native.library())
+    with dispatch.use_backend(request.param):
         yield
 
 

@@ -11,8 +11,8 @@ from test_mlp import BF16, COVERING, F16, LAYOUTS, NAMES, make_inputs, run
 from torch import Tensor
 
 from ditkernels import ops, reference
-from ditkernels.ops import _cuda
-from ditkernels.ops import _registry as registry
+from ditkernels.ops import _native
+from ditkernels.ops import dispatch
 from ditkernels.reference import SIZES
 
 pytestmark = [
@@ -25,9 +25,9 @@ WIDTHS = [size["hidden_size"] for size in SIZES.values()]
 
 @pytest.fixture(autouse=True, params=["triton", "cuda"])
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    if request.param == "cuda" and not _cuda.architectures():
-        pytest.skip(_cuda.library())
-    with registry.use_backend(request.param):
+    if request.param == "cuda" and not _native.architectures():
+        pytest.skip(_native.library())
+    with dispatch.use_backend(request.param):
         yield request.param
 
 

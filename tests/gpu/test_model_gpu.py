@@ -11,7 +11,7 @@ from test_models import BF16, F32, F64, pair
 from torch import Tensor
 
 from ditkernels import reference
-from ditkernels.ops import _registry as registry
+from ditkernels.ops import dispatch
 from ditkernels.reference import CONDITIONINGS, SIZES
 
 pytestmark = [
@@ -25,7 +25,7 @@ XL = {"input_size": 32, **SIZES["XL"], "depth": 2, "num_classes": 1000}
 
 @pytest.fixture(autouse=True)
 def _on_triton():
-    with registry.use_backend("triton"):
+    with dispatch.use_backend("triton"):
         yield
 
 
@@ -83,7 +83,7 @@ def test_autocast_and_compile_run_the_same_kernels() -> None:
 @pytest.mark.parametrize("checkpointing", ["selective", "full"])
 def test_activation_checkpointing_changes_no_gradient(checkpointing: str) -> None:
     fused, _ = models(BF16)
-    with registry.use_backend(attention="torch_efficient"):
+    with dispatch.use_backend(attention="torch_efficient"):
         want = there_and_back(fused, BF16)
         fused.checkpointing = checkpointing
         for name, value in there_and_back(fused, BF16).items():

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from ditkernels import reference
-from ditkernels.ops import _registry as registry
+from ditkernels.ops import dispatch
 from ditkernels.ops.final_layer import final_layer, unpatchify
 from ditkernels.ops.patch_embed import patch_embed
 from ditkernels.reference import SIZES
@@ -30,7 +30,7 @@ LATENT = 32  # 256 x 256 pixels
 @pytest.fixture(autouse=True)
 def _on_triton():
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    with registry.use_backend("triton"):
+    with dispatch.use_backend("triton"):
         yield
 
 

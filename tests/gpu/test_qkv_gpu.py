@@ -21,8 +21,8 @@ from test_qkv import (
 from torch import Tensor
 
 from ditkernels import ops
-from ditkernels.ops import _cuda
-from ditkernels.ops import _registry as registry
+from ditkernels.ops import _native
+from ditkernels.ops import dispatch
 from ditkernels.reference import SIZES
 
 pytestmark = [
@@ -36,9 +36,9 @@ DEVICE = torch.device("cuda")
 
 @pytest.fixture(autouse=True, params=["triton", "cuda"])
 def _backend(request: pytest.FixtureRequest) -> Iterator[None]:
-    if request.param == "cuda" and not _cuda.architectures():
-        pytest.skip(_cuda.library())
-    with registry.use_backend(request.param):
+    if request.param == "cuda" and not _native.architectures():
+        pytest.skip(_native.library())
+    with dispatch.use_backend(request.param):
         yield
 
 

@@ -12,9 +12,9 @@ from test_adaln import BF16, F32, OPS, make_inputs, run
 from torch import Tensor
 from triton.runtime.errors import InterpreterError
 
-from ditkernels.ops import _registry as registry
-from ditkernels.ops import _rows_triton, _triton, adaln, adaln_triton
+from ditkernels.ops import _triton, dispatch, norm
 from ditkernels.ops._triton import Tile
+from ditkernels.ops.norm import triton as kernels
 
 ALL = "gate shift scale branch_bias weight bias"
 # Reads and writes of (B, N, D) tensors, forward and backward, with these vectors present.
@@ -28,11 +28,29 @@ PASSES = [
     ("gated_residual_norm", "gate shift scale", 4, 6),
     ("gated_residual_norm", "weight bias", 4, 4),
 ]
+# Reads and writes in the backward with all vectors present, where only these inputs need gradients.
+NEEDS = [
+    ("modulate_norm", "x", 3),
+    ("modulate_norm", "scale", 2),
+    ("modulate_norm", "weight bias", 2),
+    ("modulate_norm", "shift bias", 0),
+    ("gated_residual", "x", 0),
+    ("gated_residual", "branch", 2),
+    ("gated_residual", "gate", 2),
+    ("gated_residual", "branch_bias", 1),
+    ("gated_residual_norm", "x", 4),
+    ("gated_residual_norm", "branch", 4),
+    ("gated_residual_norm", "x branch", 5),
+    ("gated_residual_norm", "gate", 4),
+    ("gated_residual_norm", "branch_bias", 3),
+    ("gated_residual_norm", "scale weight", 2),
+    ("gated_residual_norm", "shift", 0),
+]
 
 
 @pytest.fixture(autouse=True)
 def _on_triton():
-    with registry.use_backend("triton"):
+    with dispatch.use_backend("triton"):
         yield
 
 
@@ -61,12 +79,35 @@ def test_every_tensor_is_touched_once_per_pass(
 ) -> None:
     inputs = make_inputs(op, 2, length, width, F32, BF16, present)
     with traced() as launches:
-        run(getattr(adaln, op), inputs)
+        run(getattr(norm, op), inputs)
     counted = Counter()
     for launch in launches:
         kind = "forward" if launch.kernel == "forward_rows" else "backward"
         counted[kind] += passes([launch], inputs["x"].shape)
     assert counted == {"forward": forward, "backward": backward}
+
+
+@pytest.mark.parametrize("op, needs, backward", NEEDS)
+def test_a_backward_touches_what_the_wanted_gradients_need(op: str, needs: str, backward: int) -> None:
+    inputs = make_inputs(op, 2, 17, 100, F32, BF16)
+    leaves = {n: v.detach().requires_grad_(n in needs.split()) for n, v in inputs.items()}
+    outputs = getattr(norm, op)(**leaves)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    with traced() as launches:
+        torch.autograd.grad(
+            outputs, [leaves[n] for n in needs.split()], [torch.randn_like(o) for o in outputs]
+        )
+    assert passes(launches, inputs["x"].shape) == backward
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_without_gradients_no_statistics_are_written(op: str) -> None:
+    with traced() as launches:
+        getattr(norm, op)(**make_inputs(op, 2, 17, 100, F32, BF16))
+    (launch,) = launches
+    assert launch.arguments["stats"] is None
+    written = [name for name in launch.tensors() if launch.counts(name, store=True).any()]
+    assert written == [name for name in ("x1", "h") if launch.arguments[name] is not None]
 
 
 @pytest.mark.parametrize("width", [1152, 100])
@@ -77,7 +118,7 @@ def test_no_program_depends_on_another(op: str, width: int) -> None:
         make_inputs(op, 2, 19, width, F32, BF16) if width == 100 else make_inputs(op, 2, 3, width, F32, F32)
     )
     with traced() as launches:
-        straight = run(getattr(adaln, op), inputs)
+        straight = run(getattr(norm, op), inputs)
     for launch in launches:
         assert not launch.writers_clash(), launch.kernel
         assert not launch.crosstalk(), launch.kernel
@@ -85,7 +126,7 @@ def test_no_program_depends_on_another(op: str, width: int) -> None:
     assert max(launch.programs for launch in launches if launch.kernel == "backward_rows") > 1
     for seed in range(2):
         with reordered(shuffled(seed)):
-            assert all(torch.equal(a, b) for a, b in zip(straight, run(getattr(adaln, op), inputs)))
+            assert all(torch.equal(a, b) for a, b in zip(straight, run(getattr(norm, op), inputs)))
 
 
 def test_the_number_of_chunks_depends_on_the_shape_alone_and_fills_a_gpu() -> None:
@@ -97,11 +138,11 @@ def test_the_number_of_chunks_depends_on_the_shape_alone_and_fills_a_gpu() -> No
         (2000, 5, 1),
         (0, 5, 1),
     ]:
-        chunks, chunk_rows = _rows_triton.chunking(batch, length, rows)
+        chunks, chunk_rows = kernels.chunking(batch, length, rows)
         assert chunk_rows % rows == 0
         assert (chunks - 1) * chunk_rows < length <= chunks * chunk_rows
-    assert _rows_triton.chunking(256, 256, 1) == (4, 64)
-    assert _rows_triton.chunking(1, 256, 1) == (16, 16)
+    assert kernels.chunking(256, 256, 1) == (4, 64)
+    assert kernels.chunking(1, 256, 1) == (16, 16)
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -123,11 +164,12 @@ def norm_there_and_back(kernels: dict, tensors: list[Tensor], vectors: list[Tens
     x, branch, dx1, dh = tensors
     gate, shift, scale = vectors
     nothing = (None, None, None)
-    x1, h, mean, rstd = kernels["gated_residual_norm"](
-        x, branch, gate, shift, scale, *nothing, "layernorm", 1e-6, BF16
+    x1, h, stats = kernels["gated_residual_norm"](
+        x, branch, gate, shift, scale, *nothing, "layernorm", 1e-6, BF16, True
     )
+    wanted = (*[BF16] * 5, *nothing)
     dx, dbranch, *_ = kernels["gated_residual_norm_backward"](
-        dx1, dh, x1, branch, gate, scale, *nothing, mean, rstd, shift, "layernorm"
+        dx1, dh, x1, branch, gate, scale, *nothing, stats, "layernorm", wanted
     )
     return [x1, h, dx, dbranch]
 
@@ -166,7 +208,7 @@ def spread(tensor: Tensor, strides: tuple[int, ...]) -> Tensor:
     return torch.empty(extent, dtype=tensor.dtype).as_strided(tensor.shape, strides).copy_(tensor)
 
 
-def check_sums_beyond(rows: object) -> None:
+def check_sums_beyond(kernels: object) -> None:
     """Partial sums and samples' terms of more than 2^31 elements: the last ones are found and added."""
     samples, width, columns = 6_000_000, 96, 96
     partial = torch.empty(samples, 1, 4, width)
@@ -178,17 +220,13 @@ def check_sums_beyond(rows: object) -> None:
     assert partial.numel() > FAR
     with in_place(), guarded(), reordered(last):
         _triton.launch(
-            rows.add_chunks,
+            kernels.add_chunks,
             samples,
             Tile(1, 4),
             partial.device,
-            *(partial, 1, (gate, 0), (scale, 0), branch_bias, weight, bias, dgate, dshift, dscale, terms),
-            D=width,
-            SUM_P=0,
-            SUM_Q=1,
-            SUM_R=2,
-            SUM_S=3,
-            COLUMNS=columns + 32,
+            *(partial, 1, gate, 0, scale, 0, branch_bias, weight, bias, dgate, dshift, dscale, terms),
+            **{"D": width, "SUM_P": 0, "SUM_Q": 1, "SUM_R": 2, "SUM_S": 3, "SUMS": 4},
+            **{"OF_WEIGHT": True, "OF_BIAS": True, "OF_BRANCH_BIAS": True, "COLUMNS": columns + 32},
         )
     assert [t[-1, -1].item() for t in (dshift, dgate)] == [1, 3]
 
@@ -199,7 +237,7 @@ def check_sums_beyond(rows: object) -> None:
     outs = [torch.empty(width) for _ in range(3)]
     with in_place(), guarded(), reordered(last):
         _triton.launch(
-            rows.add_samples,
+            kernels.add_samples,
             width // 32,
             Tile(1, 4),
             terms.device,
@@ -213,7 +251,7 @@ def check_sums_beyond(rows: object) -> None:
 
 
 KERNELS = {
-    name: getattr(adaln_triton, f"_{name}")
+    name: dispatch.OPS[name].implementations["triton"].kernel
     for name in ("gated_residual_norm", "gated_residual_norm_backward")
 }
 
@@ -228,15 +266,15 @@ def test_strides_beyond_2_to_the_31_elements() -> None:
 
 
 def test_sums_beyond_2_to_the_31_elements() -> None:
-    check_sums_beyond(_rows_triton)
+    check_sums_beyond(kernels)
 
 
 def test_kernels_with_32_bit_offsets_would_be_found(tmp_path: Path) -> None:
-    narrow, copies = load_sources(adaln_triton, lambda s: s.replace("tl.int64", "tl.int32"), tmp_path)
+    narrow, copies = load_sources(kernels, lambda s: s.replace("tl.int64", "tl.int32"), tmp_path)
     for shape in FAR_SHAPES.values():
         with pytest.raises((InterpreterError, AssertionError)):
             check_rows_beyond(narrow, *shape)
     with pytest.raises((InterpreterError, AssertionError)):
         check_strides_beyond(narrow)
     with pytest.raises((InterpreterError, AssertionError)):
-        check_sums_beyond(copies[_rows_triton.__name__])
+        check_sums_beyond(copies[kernels.__name__])

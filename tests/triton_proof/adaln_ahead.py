@@ -7,7 +7,8 @@ import torch
 from ahead import Compiled, recorded
 from machine_code import WIDE_SHARE, wide_shares
 
-from ditkernels.ops import _triton, adaln_triton
+from ditkernels.ops import _triton
+from ditkernels.ops.norm import triton as norm
 from ditkernels.reference import SIZES
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
@@ -32,32 +33,32 @@ TOUCHED = {
 
 
 def compile_op(
-    op: str, width: int, stream: torch.dtype, branch: torch.dtype, norm: str, capability: int
+    op: str, width: int, stream: torch.dtype, branch: torch.dtype, kind: str, capability: int
 ) -> list[Compiled]:
     """Every kernel of the op's forward and backward, as launched with all vectors, those of a sample being chunks of one tensor."""
     x, dx = (torch.empty(BATCH, TOKENS, width, dtype=stream) for _ in range(2))
     u, dh = (torch.empty(BATCH, TOKENS, width, dtype=branch) for _ in range(2))
     gate, shift, scale, *_ = torch.empty(BATCH, 6 * width, dtype=branch).chunk(6, dim=1)
     weight, bias, branch_bias = (torch.empty(width) for _ in range(3))
-    rstd = torch.empty(BATCH, TOKENS)
-    mean = rstd if norm == "layernorm" else torch.empty(0)
-    saved = (weight, bias, mean, rstd, shift, norm)
-    k = adaln_triton
+    stats = torch.empty(BATCH, TOKENS, 2 if kind == "layernorm" else 1)
     with recorded(capability) as kernels:
         if op == "modulate_norm":
-            k._modulate_norm(x, shift, scale, weight, bias, norm, 1e-6, branch)
-            k._modulate_norm_backward(dh, x, scale, *saved)
+            norm.modulate_norm(x, shift, scale, weight, bias, kind, 1e-6, branch, True)
+            wanted = (stream, branch, branch, F32, F32)
+            norm.modulate_norm_backward(dh, x, scale, weight, bias, stats, kind, wanted)
         elif op == "gated_residual":
-            k._gated_residual(x, u, gate, branch_bias)
-            k._gated_residual_backward(dx, u, gate, branch_bias)
+            norm.gated_residual(x, u, gate, branch_bias)
+            norm.gated_residual_backward(dx, u, gate, branch_bias, (branch, branch, F32))
         else:
-            k._gated_residual_norm(x, u, gate, shift, scale, branch_bias, weight, bias, norm, 1e-6, branch)
-            k._gated_residual_norm_backward(dx, dh, x, u, gate, scale, branch_bias, *saved)
+            vectors = (branch_bias, weight, bias)
+            norm.gated_residual_norm(x, u, gate, shift, scale, *vectors, kind, 1e-6, branch, True)
+            wanted = (stream, *[branch] * 4, F32, F32, F32)
+            norm.gated_residual_norm_backward(dx, dh, x, u, gate, scale, *vectors, stats, kind, wanted)
     return kernels
 
 
-def check(op: str, width: int, stream: torch.dtype, branch: torch.dtype, norm: str, capability: int) -> None:
-    kernels = compile_op(op, width, stream, branch, norm, capability)
+def check(op: str, width: int, stream: torch.dtype, branch: torch.dtype, kind: str, capability: int) -> None:
+    kernels = compile_op(op, width, stream, branch, kind, capability)
     assert [k.name for k in kernels] == ["forward_rows", "backward_rows", "add_chunks", "add_samples"]
     for kernel in kernels:
         assert kernel.resources["REG"] > 0
@@ -100,26 +101,45 @@ def test_other_widths_compile_and_do_not_spill(width: int) -> None:
 
 def test_absent_arguments_and_channel_strides_compile() -> None:
     x = torch.empty(2, 5, 384 * 2)[..., ::2]
-    rstd = torch.empty(2, 5)
+    stats = torch.empty(2, 5, 2)
     with recorded(90) as kernels:
-        adaln_triton._modulate_norm(x, None, None, None, None, "rmsnorm", 1e-6, F32)
-        adaln_triton._modulate_norm_backward(x, x, None, None, None, rstd, rstd, None, "rmsnorm")
-        adaln_triton._gated_residual(x, x, None, None)
-        adaln_triton._gated_residual_backward(x, x, None, torch.empty(384))
-        adaln_triton._gated_residual_norm_backward(
-            *(None, x, x, x, None, None, None, None, None, rstd, rstd, None), "layernorm"
+        norm.modulate_norm(x, None, None, None, None, "rmsnorm", 1e-6, F32, False)
+        norm.modulate_norm_backward(x, x, None, None, None, stats[..., 1:], "rmsnorm", (F32, *[None] * 4))
+        norm.gated_residual(x, x, None, None)
+        norm.gated_residual_backward(x, None, None, torch.empty(384), (None, None, F32))
+        norm.gated_residual_norm_backward(
+            *(None, x, x, x, *[None] * 5, stats, "layernorm"), (F32, F32, *[None] * 6)
         )
     assert all(k.cubin for k in kernels)
 
 
+@pytest.mark.parametrize("width", WIDTHS)
+def test_a_backward_of_some_gradients_does_not_spill(width: int) -> None:
+    """Of the vectors alone, and of the branch alone, as where a model is partly frozen."""
+    x, stats, vector = torch.empty(2, 5, width), torch.empty(2, 5, 2), torch.empty(2, width)
+    read = (x, x, x, x, vector, vector, None, None, None, stats, "layernorm")
+    with recorded(90) as kernels:
+        norm.gated_residual_norm_backward(*read, (*[None] * 3, F32, F32, *[None] * 3))
+        norm.gated_residual_norm_backward(*read, (None, F32, F32, *[None] * 5))
+    assert [k.name for k in kernels] == ["backward_rows", "add_chunks"] * 2
+    assert all(k.spills == 0 for k in kernels)
+
+
+def forget_plans() -> None:
+    norm.forward_plan.cache_clear()
+    norm.backward_plan.cache_clear()
+
+
 def test_the_reading_of_machine_code_sees_what_it_should() -> None:
     """A tile too large must be seen to spill, and one row of 768 channels over four warps to be read narrow."""
-    tiles = {key: _triton.Tile(16, 1) for key in adaln_triton._BACKWARD}
-    narrow = {key: _triton.Tile(1, 4) for key in adaln_triton._FORWARD}
+    tiles = {key: _triton.Tile(16, 1) for key in norm._BACKWARD}
+    narrow = {key: _triton.Tile(1, 4) for key in norm._FORWARD}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(adaln_triton, "_BACKWARD", tiles)
-        patch.setattr(adaln_triton, "_FORWARD", narrow)
+        patch.setattr(norm, "_BACKWARD", tiles)
+        patch.setattr(norm, "_FORWARD", narrow)
+        forget_plans()
         forward, backward, *_ = compile_op("gated_residual_norm", 384, BF16, BF16, "layernorm", 90)
+    forget_plans()
     assert backward.spills > 0
     shares = wide_shares(forward, TOUCHED["gated_residual_norm"]["forward_rows"])
     assert max(shares.values()) < WIDE_SHARE

@@ -10,43 +10,63 @@ from interpreted import guarded, mutant
 from test_adaln import BF16, F32, assert_parity, make_inputs
 from triton.runtime.errors import InterpreterError
 
-from ditkernels.ops import _registry as registry
-from ditkernels.ops import adaln_triton
+from ditkernels.ops import dispatch
+from ditkernels.ops.norm import triton as kernels
+
+NEEDS = ("x", "scale", "gate", "weight", "bias branch_bias")
 
 # What is replaced in the kernels' source, and by what.
 MUTANTS = {
-    "shift and scale swapped": ("(value * r, shift, scale,", "(value * r, scale, shift,"),
+    "shift and scale swapped": (" modulated(value * r, shift, scale,", " modulated(value * r, scale, shift,"),
     "shift and scale swapped in the tail": ("tail_value * r, shift, scale,", "tail_value * r, scale, shift,"),
     "scale without the one": ("normed *= 1.0 + channels_of(scale", "normed *= channels_of(scale"),
     "bias after the modulation": ("normed += channels_of(bias", "normed += 0.0 * channels_of(bias"),
     "weight ignored": ("normed *= channels_of(weight", "normed *= 1.0 + 0.0 * channels_of(weight"),
     "gate zeroed": ("through *= channels_of(gate", "through *= 0.0 * channels_of(gate"),
     "branch bias ignored": ("through += channels_of(branch_bias", "through += 0.0 * channels_of(branch_bias"),
-    "batch index of the gate dropped": ("gate = of_sample(gate, sample)", "gate = of_sample(gate, 0)"),
-    "batch index of the shift dropped": ("shift = of_sample(shift, sample)", "shift = of_sample(shift, 0)"),
-    "batch index of the scale dropped": ("scale = of_sample(scale, sample)", "scale = of_sample(scale, 0)"),
+    "batch index of the gate dropped": (
+        "gate = of_sample((gate, gate_b), sample)",
+        "gate = of_sample((gate, gate_b), 0)",
+    ),
+    "batch index of the shift dropped": (
+        "shift = of_sample((shift, shift_b), sample)",
+        "shift = of_sample((shift, shift_b), 0)",
+    ),
+    "batch index of the scale dropped": (
+        "scale = of_sample((scale, scale_b), sample)",
+        "scale = of_sample((scale, scale_b), 0)",
+    ),
     "batch index of the backward's branch dropped": (
-        "branch_rows = rows_of(branch, sample, rows)",
-        "branch_rows = rows_of(branch, 0, rows)",
+        "rows_of((branch, branch_b, branch_n, branch_d), sample, rows) if branch is not None else None\n        )",
+        "rows_of((branch, branch_b, branch_n, branch_d), 0, rows) if branch is not None else None\n        )",
     ),
-    "batch index of x1 dropped": ("x1_rows = rows_of(x1, sample, rows)", "x1_rows = rows_of(x1, 0, rows)"),
-    "batch index of x dropped": ("x = rows_of(x, sample, rows)", "x = rows_of(x, 0, rows)"),
+    "batch index of x1 dropped": (
+        "x1_rows = rows_of((x1, x1_b, x1_n, x1_d), sample,",
+        "x1_rows = rows_of((x1, x1_b, x1_n, x1_d), 0,",
+    ),
+    "batch index of x dropped": (
+        "x = rows_of((x, x_b, x_n, x_d), sample,",
+        "x = rows_of((x, x_b, x_n, x_d), 0,",
+    ),
     "batch index of the branch dropped": (
-        "branch = rows_of(branch, sample, rows)",
-        "branch = rows_of(branch, 0, rows)",
+        "branch = rows_of((branch, branch_b, branch_n, branch_d), sample,",
+        "branch = rows_of((branch, branch_b, branch_n, branch_d), 0,",
     ),
-    "batch index of dh dropped": ("dh_rows = rows_of(dh, sample, rows)", "dh_rows = rows_of(dh, 0, rows)"),
+    "batch index of dh dropped": (
+        "dh_rows = rows_of((dh, dh_b, dh_n, dh_d), sample,",
+        "dh_rows = rows_of((dh, dh_b, dh_n, dh_d), 0,",
+    ),
     "batch index of dx1 dropped": (
-        "stream_rows = rows_of(dx1, sample, rows)",
-        "stream_rows = rows_of(dx1, 0, rows)",
+        "stream_rows = rows_of((dx1, dx1_b, dx1_n, dx1_d), sample,",
+        "stream_rows = rows_of((dx1, dx1_b, dx1_n, dx1_d), 0,",
     ),
     "batch index of the sums' scale dropped": (
-        "of_sample(scale, sample), columns",
-        "of_sample(scale, 0), columns",
+        "of_sample((scale, scale_b), sample), columns",
+        "of_sample((scale, scale_b), 0), columns",
     ),
     "batch index of the sums' gate dropped": (
-        "of_sample(gate, sample), columns",
-        "of_sample(gate, 0), columns",
+        "of_sample((gate, gate_b), sample), columns",
+        "of_sample((gate, gate_b), 0), columns",
     ),
     "row mask dropped": ("live = rows < N", "live = rows >= 0"),
     "row mask of a chunk dropped": ("live = rows < last", "live = rows >= 0"),
@@ -78,17 +98,20 @@ MUTANTS = {
     "tail left out of x̂'s share": ("along_normed += _along(tail", "along_normed += 0.0 * _along(tail"),
     "rstd forgotten in dx": ("return dx * r", "return dx"),
     "mean forgotten in x̂": ("value -= mu", "value -= 0.0 * mu"),
-    "weight forgotten in dx̂": ("slope *= channels_of(weight", "slope *= 1.0 + 0.0 * channels_of(weight"),
-    "stream's gradient lost": ("d += stream.to", "d += 0.0 * stream.to"),
-    "stream's gradient lost in the tail": ("tail_d += tail_stream.to", "tail_d += 0.0 * tail_stream.to"),
-    "dbranch without the gate": ("(g * d).to(", "(d).to("),
-    "dbranch without the gate in the tail": ("(tail_g * tail_d).to(", "(tail_d).to("),
+    "weight forgotten in dx̂": ("factor *= channels_of(weight", "factor *= 1.0 + 0.0 * channels_of(weight"),
+    "stream's gradient lost": ("d = d + stream.to", "d = d + 0.0 * stream.to"),
+    "stream's gradient lost in the tail": (
+        "tail_d = tail_d + tail_stream.to",
+        "tail_d = tail_d + 0.0 * tail_stream.to",
+    ),
+    "dbranch without the gate": ("head, g * d if", "head, d if"),
+    "dbranch without the gate in the tail": ("tail, tail_g * tail_d if", "tail, tail_d if"),
     "P lost in the tail": ("tail_p += _folded(", "tail_p += 0.0 * _folded("),
     "Q lost in the tail": ("tail_q += _folded(", "tail_q += 0.0 * _folded("),
     "R lost in the tail": ("tail_r += _folded(", "tail_r += 0.0 * _folded("),
     "S lost in the tail": ("tail_s += _folded(", "tail_s += 0.0 * _folded("),
-    "Q stored for P in the tail": ("over_rows(tail_p)", "over_rows(tail_q)"),
-    "P summed after the slope": ("p += over_rows(dnormed)", "p += over_rows(dnormed * slope)"),
+    "Q stored for P in the tail": ("SUM_P, p, tail_p,", "SUM_P, p, tail_q,"),
+    "P summed after the slope": ("p += over_rows(dnormed)", "p += over_rows(dnormed * factor)"),
     "R of the new gradient only": ("r += over_rows(d *", "r += over_rows((d - stream.to(tl.float32)) *"),
     "S of one row in two": ("s += over_rows(d)", "s += 0.5 * over_rows(d)"),
     "one chunk's sums lost": ("for chunk in range(chunks):", "for chunk in range(1, chunks):"),
@@ -103,18 +126,28 @@ MUTANTS = {
         "through_weight *= 1.0 + 0.0 * channels_of(weight",
     ),
     "branch bias forgotten in dgate": ("through_gate += channels_of(", "through_gate += 0.0 * channels_of("),
-    "scale forgotten in dweight": ("q *= slope", "q *= 1.0"),
+    "scale forgotten in dweight": ("q *= factor", "q *= 1.0"),
     "scale without the one in the sums": (
-        "slope = 1.0 + channels_of(of_sample",
-        "slope = channels_of(of_sample",
+        "factor = 1.0 + channels_of(of_sample",
+        "factor = channels_of(of_sample",
     ),
     "gate forgotten in dbranch_bias": (
         "s *= channels_of(of_sample",
         "s *= 1.0 + 0.0 * channels_of(of_sample",
     ),
-    "dshift and dscale swapped": ("dshift + out, p.to", "dshift + out, q.to"),
+    "dshift and dscale swapped": ("dshift, out, p,", "dshift, out, q,"),
     "gradients of weight and bias swapped": ("tl.store(terms, q, inside)", "tl.store(terms, p, inside)"),
     "vectors' gradients in one place": ("if kind == 1:", "if kind == 3:"),
+    "P not added up for dscale": ("of_shift or of_bias or (of_scale and has_bias)", "of_shift or of_bias"),
+    "Q not added up for dweight": ('"SUM_Q": of_scale or of_weight', '"SUM_Q": of_scale'),
+    "S not added up for dgate": ("of_branch_bias or (of_gate and has_branch_bias)", "of_branch_bias"),
+    "sums that are not needed take a place": ("names.index(name)", "list(needed).index(name)"),
+    "terms that are not wanted take a place": ("(OF_WEIGHT + OF_BIAS + OF_BRANCH_BIAS) * D", "3 * D"),
+    "terms of a weight whose gradient is not wanted": ("if OF_WEIGHT:", "if weight is not None:"),
+    "scale left out of the rows' gradient where no other vector's is wanted": (
+        "if dh is not None and OF_ROWS and not ONE_WARP:\n        factor = factor_of(scale,",
+        "if dh is not None and OF_ROWS and not ONE_WARP:\n        factor = factor_of(scale if SUMS > 1 else None,",
+    ),
     "statistics of the stream before rounding": (
         "value = (value + through).to(x[0].dtype.element_ty).to(tl.float32)",
         "value = value + through",
@@ -123,25 +156,32 @@ MUTANTS = {
 
 
 def check() -> None:
-    """A masked and an exact tail, several chunks and rows that fill no block, every vector, an eps that matters, two samples."""
+    """A masked and an exact tail, several chunks and rows that fill no block, every vector, an eps that matters, two samples.
+
+    And gradients of which each is wanted without those it shares sums with.
+    """
     with guarded():
         masked = make_inputs("gated_residual_norm", 2, 21, 23, F32, F32)
         assert_parity("gated_residual_norm", masked, eps=0.1)
         assert_parity("modulate_norm", make_inputs("modulate_norm", 2, 3, 384, F32, F32), eps=0.1)
+        for needs in NEEDS:
+            assert_parity(
+                "gated_residual_norm", make_inputs("gated_residual_norm", 2, 3, 11, F32, F32), needs
+            )
         rounded_statistics()
 
 
 def rounded_statistics() -> None:
     generator = torch.Generator().manual_seed(0)
     x, branch = (torch.randn(1, 3, 96, generator=generator) for _ in range(2))
-    kernel = registry.OPS["gated_residual_norm"].implementations["triton"].call
-    x1, _, mean, _ = kernel(x.to(BF16), branch, *[None] * 6, "layernorm", 1e-6, F32)
-    torch.testing.assert_close(mean, x1.float().mean(-1))
+    kernel = dispatch.OPS["gated_residual_norm"].implementations["triton"].kernel
+    x1, _, stats = kernel(x.to(BF16), branch, *[None] * 6, "layernorm", 1e-6, F32, True)
+    torch.testing.assert_close(stats[..., 0], x1.float().mean(-1))
 
 
 @pytest.fixture(autouse=True)
 def _on_triton():
-    with registry.use_backend("triton"):
+    with dispatch.use_backend("triton"):
         yield
 
 
@@ -152,7 +192,7 @@ def test_the_kernels_as_they_are_pass() -> None:
 @pytest.mark.parametrize("name", MUTANTS)
 def test_killed(name: str, tmp_path: Path) -> None:
     with (
-        mutant(adaln_triton, *MUTANTS[name], tmp_path),
+        mutant(kernels, *MUTANTS[name], tmp_path),
         pytest.raises((AssertionError, InterpreterError)) as caught,
     ):
         check()

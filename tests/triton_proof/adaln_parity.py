@@ -7,12 +7,25 @@ import itertools
 import numerics
 import pytest
 import torch
-from test_adaln import BF16, F16, F32, F64, OPS, TAKES, VECTORS, assert_parity, make_inputs, run
+from test_adaln import (
+    BF16,
+    F16,
+    F32,
+    F64,
+    LARGE,
+    OPS,
+    TAKES,
+    VECTORS,
+    assert_parity,
+    assert_parity_at_a_large_shift,
+    make_inputs,
+    run,
+)
 from torch import Tensor
 
 from ditkernels import reference
-from ditkernels.ops import _registry as registry
-from ditkernels.ops import adaln, adaln_triton
+from ditkernels.ops import dispatch, norm
+from ditkernels.ops.norm import triton as kernels
 
 # Each pair of (batch, length, width, stream dtype, branch dtype, norm) values that matters occurs in some row: one token, a
 # length that fills no block, several chunks; the paper's widths, an exact pair of pieces, a masked tail, tiny ones.
@@ -38,15 +51,15 @@ COVERING = [
 
 @pytest.fixture(autouse=True)
 def _on_triton():
-    with registry.use_backend("triton"):
+    with dispatch.use_backend("triton"):
         yield
 
 
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("case", COVERING, ids=lambda c: "-".join(str(v).replace("torch.", "") for v in c))
 def test_parity(op: str, case: tuple) -> None:
-    *shape, stream, branch, norm = case
-    options = {} if op == "gated_residual" else {"norm": norm, "out_dtype": branch}
+    *shape, stream, branch, kind = case
+    options = {} if op == "gated_residual" else {"norm": kind, "out_dtype": branch}
     assert_parity(op, make_inputs(op, *shape, stream, branch), **options)
 
 
@@ -60,12 +73,40 @@ def test_every_combination_of_optional_arguments(op: str) -> None:
             assert_parity(op, inputs, **({} if op == "gated_residual" else {"norm": next(norms)}))
 
 
-@pytest.mark.parametrize("norm", reference.NORMS)
+@pytest.mark.parametrize("kind", reference.NORMS)
 @pytest.mark.parametrize("eps", [1e-6, 0.1])
-def test_eps_beside_a_variance_of_its_size(norm: str, eps: float) -> None:
+def test_eps_beside_a_variance_of_its_size(kind: str, eps: float) -> None:
     inputs = make_inputs("modulate_norm", 2, 3, 12, F32, F32)
     inputs["x"] = inputs["x"] * eps**0.5
-    assert_parity("modulate_norm", inputs, norm=norm, eps=eps)
+    assert_parity("modulate_norm", inputs, norm=kind, eps=eps)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("times", LARGE)
+@pytest.mark.parametrize("op", ["modulate_norm", "gated_residual_norm"])
+def test_parity_at_large_shifts(op: str, times: float, dtype: torch.dtype) -> None:
+    assert_parity_at_a_large_shift(op, times, dtype, length=3)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_subsets_of_inputs_get_the_gradients_they_get_among_all(op: str) -> None:
+    """What is not wanted is not computed, and the rest keeps its bits: for one input, two inputs, and all but one."""
+    inputs = make_inputs(op, 1, 3, 11, BF16, F32)
+
+    def gradients(needs: tuple[bool, ...]) -> dict[str, Tensor]:
+        leaves = {n: v.detach().requires_grad_(need) for (n, v), need in zip(inputs.items(), needs)}
+        outputs = getattr(norm, op)(**leaves)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        generator = torch.Generator().manual_seed(1)
+        cotangents = [torch.randn(o.shape, generator=generator).to(o.dtype) for o in outputs]
+        needed = {n: v for n, v in leaves.items() if v.requires_grad}
+        return dict(zip(needed, torch.autograd.grad(outputs, list(needed.values()), cotangents)))
+
+    everything = gradients((True,) * len(inputs))
+    for needs in itertools.product((False, True), repeat=len(inputs)):
+        if sum(needs) in (1, 2, len(inputs) - 1):
+            for name, got in gradients(needs).items():
+                assert torch.equal(got, everything[name]), f"d{name} where {needs} need gradients"
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -73,7 +114,7 @@ def test_eps_beside_a_variance_of_its_size(norm: str, eps: float) -> None:
 def test_nothing_in_gives_nothing_out_and_zero_gradients(op: str, shape: tuple[int, int, int]) -> None:
     inputs = make_inputs(op, *shape, F32, F32)
     assert_parity(op, inputs)
-    gradients = run(getattr(adaln, op), inputs)[-len(inputs) :]
+    gradients = run(getattr(norm, op), inputs)[-len(inputs) :]
     assert all((g == 0).all() for g in gradients)
 
 
@@ -95,7 +136,7 @@ def test_cotangents_of_any_strides(op: str, layout: str) -> None:
         return torch.autograd.grad(outputs, list(leaves.values()), [made[layout]] * len(outputs))
 
     plain = getattr(reference, op)
-    results = gradients(getattr(adaln, op), F32), gradients(plain, F32), gradients(plain, F64)
+    results = gradients(getattr(norm, op), F32), gradients(plain, F32), gradients(plain, F64)
     for actual, low, exact, name in zip(*results, inputs):
         numerics.assert_contract(actual, low, exact, f"d{name} from a {layout} cotangent")
 
@@ -110,26 +151,26 @@ def test_gradient_through_one_output_alone(which: int) -> None:
         return torch.autograd.grad(loss, list(leaves.values()), allow_unused=True, materialize_grads=True)
 
     plain = reference.gated_residual_norm
-    results = gradients(adaln.gated_residual_norm, F32), gradients(plain, F32), gradients(plain, F64)
+    results = gradients(norm.gated_residual_norm, F32), gradients(plain, F32), gradients(plain, F64)
     for actual, low, exact, name in zip(*results, inputs):
         numerics.assert_contract(actual, low, exact, f"d{name} through output {which}")
 
 
 def test_the_statistics_are_those_of_the_stream_as_stored() -> None:
     x, branch = torch.randn(2, 3, 96, dtype=BF16), torch.randn(2, 3, 96)
-    x1, _, mean, _ = adaln_triton._gated_residual_norm(
-        x, branch, None, None, None, None, None, None, "layernorm", 1e-6, F32
+    x1, _, stats = kernels.gated_residual_norm(x, branch, *[None] * 6, "layernorm", 1e-6, F32, True)
+    numerics.assert_contract(
+        stats[..., 0], x1.float().mean(-1), x1.double().mean(-1), "mean of the stored stream"
     )
-    numerics.assert_contract(mean, x1.float().mean(-1), x1.double().mean(-1), "mean of the stored stream")
 
 
 @pytest.mark.parametrize("op", OPS)
 def test_repeats_bit_for_bit_and_writes_every_output(op: str) -> None:
     inputs = make_inputs(op, 2, 19, 100, BF16, BF16)
-    first = run(getattr(adaln, op), inputs)
+    first = run(getattr(norm, op), inputs)
     torch.use_deterministic_algorithms(True)  # fills fresh memory with NaN
     try:
-        second = run(getattr(adaln, op), inputs)
+        second = run(getattr(norm, op), inputs)
     finally:
         torch.use_deterministic_algorithms(False)
     assert all(torch.equal(a, b) for a, b in zip(first, second))
@@ -138,9 +179,9 @@ def test_repeats_bit_for_bit_and_writes_every_output(op: str) -> None:
 @pytest.mark.parametrize("op", OPS)
 def test_agrees_with_the_torch_backend_on_which_gradients_exist(op: str) -> None:
     inputs = make_inputs(op, 2, 3, 12, BF16, F32)
-    fused = run(getattr(adaln, op), inputs)
-    with registry.use_backend("torch"):
-        plain = run(getattr(adaln, op), inputs)
+    fused = run(getattr(norm, op), inputs)
+    with dispatch.use_backend("torch"):
+        plain = run(getattr(norm, op), inputs)
     described = [[(t.shape, t.dtype, t.is_contiguous()) for t in results] for results in (fused, plain)]
     assert described[0] == described[1]
 
@@ -153,7 +194,7 @@ def test_agrees_with_the_torch_backend_on_which_gradients_exist(op: str) -> None
     ],
 )
 def test_what_the_kernels_cannot_take_is_refused_before_launch(make: object, words: str) -> None:
-    with pytest.raises(registry.BackendError, match=words):
-        adaln.modulate_norm(make())
-    with registry.use_backend("auto"):
-        assert adaln.MODULATE_NORM.choose(make(), None, None, None, None, "layernorm", 1e-6, F32) == "torch"
+    with pytest.raises(dispatch.BackendError, match=words):
+        norm.modulate_norm(make())
+    with dispatch.use_backend("auto"):
+        assert norm.MODULATE_NORM.choose(make(), *[None] * 4, "layernorm", 1e-6, F32, False) == "torch"

@@ -8,7 +8,7 @@ import pytest
 import torch
 from ahead import Compiled, recorded
 
-from ditkernels.ops import adamw_ema_triton as kernels
+from ditkernels.ops.optimizer import triton as kernels
 
 F32, BF16 = torch.float32, torch.bfloat16
 
@@ -20,7 +20,7 @@ def compiled(capability: int, elements: int, gradient: torch.dtype, copied: bool
     number = torch.zeros(())
     lists = (tensors(), tensors(gradient), tensors(), tensors(), [number], tensors())
     with recorded(capability) as found:
-        kernels._adamw_ema(
+        kernels.update(
             *lists, tensors(BF16) if copied else [], number, number, 1e-4, 0.9, 0.999, 1e-8, 0.0, 0.9999
         )
     assert [kernel.name for kernel in found] == ["advance_steps", "update_chunks"]

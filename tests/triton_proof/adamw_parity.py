@@ -28,8 +28,8 @@ from test_adamw_ema import (
 from triton.runtime.errors import InterpreterError
 
 from ditkernels import ops
-from ditkernels.ops import _registry as registry
-from ditkernels.ops import adamw_ema_triton as kernels
+from ditkernels.ops import dispatch
+from ditkernels.ops.optimizer import triton as kernels
 
 # The interpreter computes with NumPy, which warns of what a skipped step throws away.
 pytestmark = pytest.mark.filterwarnings("ignore:(invalid value|divide by zero):RuntimeWarning")
@@ -37,7 +37,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:(invalid value|divide by zero):R
 
 @pytest.fixture(autouse=True)
 def _on_triton():
-    with registry.use_backend("triton"):
+    with dispatch.use_backend("triton"):
         yield
 
 
@@ -94,13 +94,15 @@ def test_any_order_of_programs_gives_equal_bits_and_nothing_is_left_unwritten() 
 
 def test_views_that_begin_at_odd_addresses() -> None:
     """16-byte accesses would fault on a GPU; the interpreter shows that such weights go to the other launch."""
-    for state, wide in (
+    for state, vectorised in (
         (at_odd_addresses(make_state(shapes=((17,),))), False),
         (make_state(shapes=((16,),)), True),
     ):
         with traced() as launches:
             ops.adamw_ema(**state, **OPTIONS)
-        assert [launch.arguments["WIDE"] for launch in launches if launch.kernel == "update_chunks"] == [wide]
+        assert [
+            launch.arguments["VECTORISED"] for launch in launches if launch.kernel == "update_chunks"
+        ] == [vectorised]
 
 
 def test_more_than_2_to_the_31_elements() -> None:

@@ -7,7 +7,7 @@ import torch
 from ahead import Compiled, recorded
 from machine_code import wide_shares
 
-from ditkernels.ops import bias_gelu_triton as kernels
+from ditkernels.ops.gelu import triton as kernels
 from ditkernels.reference import SIZES
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
@@ -17,8 +17,8 @@ TOUCHED = {"forward_tiles": {"x", "y"}, "backward_tiles": {"dy", "x", "dx"}, "ad
 def compiled(capability: int, width: int, dtype: torch.dtype, bias: torch.Tensor | None) -> list[Compiled]:
     x, dy = (torch.empty(2, 256, width, dtype=dtype) for _ in range(2))
     with recorded(capability) as found:
-        kernels._bias_gelu(x, bias)
-        kernels._bias_gelu_backward(dy, x, bias)
+        kernels.forward(x, bias)
+        kernels.backward(dy, x, bias, (dtype, None if bias is None else bias.dtype))
     for kernel in found:
         assert kernel.spills == 0, f"{kernel.name} spills"
     return found

@@ -7,12 +7,12 @@ from interpreted import traced
 from test_mlp import BF16, F32, UNEVEN, assert_parity, check_repeats, make_inputs, run
 
 from ditkernels import ops
-from ditkernels.ops import _registry as registry
+from ditkernels.ops import dispatch
 
 
 @pytest.fixture(autouse=True)
 def _on_triton():
-    with registry.use_backend("triton"):
+    with dispatch.use_backend("triton"):
         yield
 
 

@@ -11,15 +11,21 @@ import torch
 from test_final_layer import BF16, F16, F32, F64, OPTIONAL
 
 from ditkernels import reference
-from ditkernels.ops import _registry as registry
-from ditkernels.ops import final_layer_triton, patch_embed_triton
-from ditkernels.ops.final_layer import FINAL_LAYER, final_layer, unpatchify
-from ditkernels.ops.patch_embed import PATCH_EMBED, patch_embed
+from ditkernels.ops import dispatch
+from ditkernels.ops.image import (
+    FINAL_LAYER,
+    PATCH_EMBED,
+    PATCHIFY,
+    UNPATCHIFY,
+    final_layer,
+    patch_embed,
+    unpatchify,
+)
 
 MODELS_OWN = ("branch", "gate", "shift", "scale", "bias")
 
 # (batch, grid, width, patch, channels, dtypes ...): the paper's widths and patch sizes, one token, grids that fill no block,
-# several blocks, groups and chunks; values of a patch that fill no tile, one tile, several, and more than the backward holds.
+# several blocks; values of a patch that fill no tile, one tile, several.
 FINAL = [
     (1, (1, 1), 384, 2, 8, F32, F32, F32, "layernorm", MODELS_OWN),
     (2, (7, 5), 96, 2, 3, F32, BF16, F32, "rmsnorm", OPTIONAL),
@@ -50,7 +56,7 @@ EMBED = [
 
 @pytest.fixture(autouse=True)
 def _on_triton():
-    with registry.use_backend("triton"):
+    with dispatch.use_backend("triton"):
         yield
 
 
@@ -97,8 +103,21 @@ def test_patch_embed_with_and_without_optional_arguments(kept: tuple[str, ...]) 
 
 
 @pytest.mark.parametrize("wanted", [("weight", "bias"), ("x",), ("pos_embed",), ("bias",)])
-def test_patch_embed_computes_only_the_gradients_asked_for(wanted: tuple[str, ...]) -> None:
-    test_patch_embed.test_only_the_gradients_asked_for_are_computed(wanted)
+def test_patch_embed_saves_and_computes_what_the_wanted_gradients_need(wanted: tuple[str, ...]) -> None:
+    test_patch_embed.test_only_what_the_wanted_gradients_need_is_saved(wanted)
+
+
+@pytest.mark.parametrize("kept", [OPTIONAL, ("shift", "scale", "bias")])
+def test_final_layer_saves_and_computes_what_the_wanted_gradients_need(kept: tuple[str, ...]) -> None:
+    test_final_layer.test_only_what_the_wanted_gradients_need_is_saved(kept, "layernorm", "thin")
+
+
+@pytest.mark.parametrize("large", ["shift", "norm_bias", "bias"])
+def test_final_layer_at_large_shifts_and_biases(large: str) -> None:
+    for dtype in (F32, BF16):
+        inputs = test_final_layer.make_inputs(2, (3, 2), 96, 2, F32, dtype)
+        inputs[large] = inputs[large] * 100
+        test_final_layer.assert_parity(inputs, grid=(3, 2), patch_size=2)
 
 
 @pytest.mark.parametrize("batch, grid", [(0, (3, 2)), (2, (0, 3)), (0, (0, 0))])
@@ -128,16 +147,23 @@ def test_unpatchify_moves_every_value_and_its_gradient(
     batch: int, grid: tuple[int, int], patch: int, channels: int, dtype: torch.dtype
 ) -> None:
     tokens = torch.randn(grid[0] * grid[1], batch, patch * patch * channels).transpose(0, 1).to(dtype)
-    tokens.requires_grad_()
-    got = unpatchify(tokens, grid=grid, patch_size=patch)
-    assert got.is_contiguous()
-    assert got.shape == (batch, channels, grid[0] * patch, grid[1] * patch)
-    cotangent = torch.randn(batch, channels, grid[1] * patch, grid[0] * patch).to(dtype).transpose(2, 3)
-    (grad,) = torch.autograd.grad(got, tokens, cotangent)
-    with registry.use_backend("torch"):
-        want = unpatchify(tokens, grid=grid, patch_size=patch)
-        assert torch.equal(got, want)
-        assert torch.equal(grad, torch.autograd.grad(want, tokens, cotangent)[0])
+    image = torch.randn(batch, channels, grid[1] * patch, grid[0] * patch).to(dtype).transpose(2, 3)
+    for channels_first in (False, True):
+        got = move_there_and_back(tokens, image, grid, patch, channels_first)
+        with dispatch.use_backend("torch"):
+            want = move_there_and_back(tokens, image, grid, patch, channels_first)
+        assert all(map(torch.equal, got, want))
+        assert all(moved.is_contiguous() for moved in got)
+
+
+def move_there_and_back(
+    tokens: torch.Tensor, image: torch.Tensor, grid: tuple[int, int], patch: int, channels_first: bool
+) -> list[torch.Tensor]:
+    """What unpatchify and patchify give, then their gradients, each for the other's input."""
+    tokens, image = tokens.detach().requires_grad_(), image.detach().requires_grad_()
+    placed = UNPATCHIFY((tokens,), (*grid, patch, channels_first))
+    gathered = PATCHIFY((image,), (patch, channels_first, image.dtype))
+    return [placed, gathered, *torch.autograd.grad([placed, gathered], [tokens, image], [image, tokens])]
 
 
 def test_repeats_bit_for_bit_and_writes_every_output() -> None:
@@ -176,28 +202,15 @@ def test_a_wider_image_is_not_rounded_to_the_weights_dtype() -> None:
 
 def test_what_the_kernels_cannot_take_is_refused_before_launch() -> None:
     x, weight = torch.zeros(1, 1, 5), torch.zeros(0, 5)
-    with pytest.raises(registry.BackendError, match="the linear has no outputs"):
+    with pytest.raises(dispatch.BackendError, match="the weight is empty"):
         final_layer(x, None, None, weight, grid=(1, 1), patch_size=2)
-    with pytest.raises(registry.BackendError, match="float64 is not among the kernels' dtypes"):
+    with pytest.raises(dispatch.BackendError, match="float64 is not among the kernels' dtypes"):
         patch_embed(torch.zeros(1, 1, 2, 2, dtype=F64), torch.zeros(4, 1, 2, 2))
-    with pytest.raises(registry.BackendError, match="float64 is not among the kernels' dtypes"):
+    with pytest.raises(dispatch.BackendError, match="float64 is not among the kernels' dtypes"):
         unpatchify(torch.zeros(1, 1, 4, dtype=F64), grid=(1, 1), patch_size=2)
-    with registry.use_backend("auto"):
+    with dispatch.use_backend("auto"):
         nothing = (None,) * 7
         assert FINAL_LAYER.choose(x, *nothing, weight, None, 1, 1, 2, "layernorm", 1e-6, F32) == "torch"
         assert (
             PATCH_EMBED.choose(torch.zeros(1, 0, 2, 2), torch.zeros(4, 0, 2, 2), None, None, F32) == "torch"
         )
-
-
-def test_the_number_of_groups_depends_on_the_shape_alone_and_covers_it() -> None:
-    for batch, length, values in [(256, 256, 32), (1, 1, 32), (3, 17, 512), (0, 5, 32), (64, 1024, 128)]:
-        chunks, rows, groups, of = final_layer_triton.chunk_groups(batch, length, values)
-        assert (groups - 1) * of < max(batch * chunks, 1) <= max(groups * of, 1)
-        assert chunks * rows >= length
-        blocks, groups, of = final_layer_triton.grouping(batch, length, values)
-        assert (groups - 1) * of < max(batch * blocks, 1) <= max(groups * of, 1)
-        groups, of = patch_embed_triton.grouping(batch * length, values)
-        assert (groups - 1) * of < max(batch * length, 1) <= max(groups * of, 1)
-    assert final_layer_triton.chunk_groups(256, 256, 32) == (4, 64, 32, 32)
-    assert patch_embed_triton.grouping(256 * 256, 16) == (32, 2048)

@@ -8,7 +8,7 @@ from ahead import Compiled, recorded
 from machine_code import wide_shares
 from test_qkv import gradients
 
-from ditkernels.ops import qkv_triton as kernels
+from ditkernels.ops.qkv import triton as kernels
 from ditkernels.reference import SIZES
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
@@ -21,7 +21,7 @@ def compiled(
     """The kernel that stacks; neither it nor the one that adds spills."""
     *dq, dk, dv = gradients((2, 256, parts, heads, head_dim), dtype, layout)
     with recorded(capability) as found:
-        kernels._split_qkv_backward(dq[0] if dq else None, dk, dv, F32)
+        kernels.backward(dq[0] if dq else None, dk, dv, F32)
     assert [kernel.name for kernel in found] == ["stack_tiles", "add_samples"]
     for kernel in found:
         assert kernel.spills == 0, f"{kernel.name} spills"

@@ -1,0 +1,521 @@
+// The CUDA kernels of the norm family: modulate_norm, gated_residual, gated_residual_norm and their backwards.
+// Formulas and the names P, Q, R, S are those at the top of ditkernels/ops/norm/__init__.py.
+//
+//   forward_rows   a block owns some rows of one sample.
+//                  modulate_norm        reads x              writes h           2 passes
+//                  gated_residual       reads x, branch      writes x1          3 passes
+//                  gated_residual_norm  reads x, branch      writes x1, h       4 passes
+//                  With `keep` it also writes stats (B, N, S), fp32: mean and rstd, or rstd alone. They are those of x1 as stored.
+//
+//   backward_rows  a block owns one chunk of the tokens of one sample and walks through it, some rows at a time.
+//                  modulate_norm        reads dh, x                 writes dx            3 passes
+//                  gated_residual       reads dx1, branch           writes dbranch       3 passes
+//                  gated_residual_norm  reads dx1, dh, x1, branch   writes dx, dbranch   6 passes
+//                  What is not wanted is not written, and what no wanted gradient needs is not read: the branch without dgate, dx1
+//                  where only the norm's own vectors are wanted. P, Q, R, S go to partial sums (B, chunks, 4, D), fp32.
+//
+//   add_chunks     a thread owns one channel of one sample: adds the chunks in order, writes dshift, dscale, dgate (B, D), and the
+//                  sample's terms of dweight, dbias, dbranch_bias (B, 3, D), fp32.
+//   add_samples    a block owns 32 channels: adds the samples' terms, writes dweight, dbias, dbranch_bias (D,).
+//
+// Layout: thread t holds channels 8t to 8t + 7 of every row its block owns, so that a thread's share of a row is one 16-byte
+// access of bf16 and two of fp32, neighbours read side by side, and a thread's four sums are 32 registers at any width. 384, 768,
+// 1024 and 1152 channels are 48, 96, 128 and 144 threads, rounded up to whole warps. Several rows at a time keep several loads in
+// flight and share the barrier of the row sums. Nothing is added atomically, and the number of chunks depends on shapes alone: same
+// inputs, same bits.
+#include "common.cuh"
+#include "sums.cuh"
+
+namespace ditkernels {
+namespace {
+
+constexpr int FORWARD_ROWS = 4;
+constexpr int BACKWARD_ROWS = 2;
+constexpr int WIDEST = 512 * UNIT;
+constexpr int64_t BLOCKS = 1024;
+constexpr int64_t SHORTEST_CHUNK = 16;
+constexpr int SUMS = 4;   // P, Q, R, S
+constexpr int TERMS = 3;  // of dweight, dbias, dbranch_bias
+constexpr int SUM_THREADS = 128;
+
+constexpr int threads_for(int width) { return (width + UNIT * WARP - 1) / (UNIT * WARP) * WARP; }
+// Rows a thread holds at a time: fewer where blocks may be large and a thread's registers are few.
+__host__ __device__ constexpr int forward_rows_held(int width) { return width == 0 ? 1 : FORWARD_ROWS; }
+__host__ __device__ constexpr int backward_rows_held(int width) { return width == 0 ? 1 : BACKWARD_ROWS; }
+__host__ __device__ constexpr int forward_shared(int width) { return 2 * forward_rows_held(width) * WARP * 4; }
+__host__ __device__ constexpr int backward_shared(int width) { return 2 * 2 * backward_rows_held(width) * WARP * 4; }
+constexpr int most_threads(int width) { return width == 0 ? threads_for(WIDEST) : threads_for(width); }
+
+// Replaces each of COUNT values by its sum over the block, in an order fixed by the block's size. `scratch` holds
+// 2 * COUNT * WARP floats; `phase` alternates between its halves, which saves the barrier before it is written again.
+template <int COUNT>
+__device__ __forceinline__ void block_sums(float (&values)[COUNT], const Shared<float>& scratch, int& phase) {
+  const int warps = blockDim.x / WARP;
+  const int base = phase * COUNT * WARP;
+  UNROLL for (int i = 0; i < COUNT; ++i) {
+    values[i] = warp_sum(values[i]);
+    if (threadIdx.x % WARP == 0) scratch.write(base + i * WARP + threadIdx.x / WARP, values[i]);
+  }
+  __syncthreads();
+  UNROLL for (int i = 0; i < COUNT; ++i) {
+    values[i] = 0.0f;
+    for (int warp = 0; warp < warps; ++warp) values[i] += scratch.read(base + i * WARP + warp);
+  }
+  phase ^= 1;
+}
+
+template <typename T, typename U>
+struct Forward {
+  Tokens<T> x, x1;
+  Tokens<U> branch, h;
+  Tokens<float> stats;
+  Vectors vectors;
+  int64_t length, blocks;
+  int width;
+  float eps;
+  bool centred;
+};
+
+template <typename T, typename U, int WIDTH, bool VECTORISED, bool RESIDUAL, bool NORM>
+__global__ void __launch_bounds__(most_threads(WIDTH)) forward_rows(const Forward<T, U> a) {
+  constexpr int ROWS = forward_rows_held(WIDTH);
+  const Shared<float> scratch{0};
+  int phase = 0;
+  const int width = WIDTH > 0 ? WIDTH : a.width;
+  const int column = threadIdx.x * UNIT;
+  const int64_t sample = blockIdx.x / a.blocks;
+  const int64_t first = blockIdx.x % a.blocks * ROWS;
+  const bool inside = column < width, keeps = threadIdx.x == 0 && a.stats.data != nullptr;
+
+  Unit row[ROWS] = {};
+  if (inside) {
+    Unit u[ROWS];
+    UNROLL for (int r = 0; r < ROWS; ++r) {
+      if (first + r >= a.length) continue;
+      row[r] = load<VECTORISED>(a.x, sample, first + r, column, width);
+      if constexpr (RESIDUAL) u[r] = load<VECTORISED>(a.branch, sample, first + r, column, width);
+    }
+    if constexpr (RESIDUAL) {
+      const Unit gate = load<VECTORISED>(a.vectors.gate, sample, column, width, 1.0f);
+      const Unit branch_bias = load<VECTORISED>(a.vectors.branch_bias, 0, column, width, 0.0f);
+      UNROLL for (int r = 0; r < ROWS; ++r) {
+        if (first + r >= a.length) continue;
+        UNROLL for (int i = 0; i < UNIT; ++i) {
+          const float value = row[r].at[i] + gate.at[i] * (u[r].at[i] + branch_bias.at[i]);
+          row[r].at[i] = rounded<T>(value, a.x.dtype);
+        }
+        store<VECTORISED>(a.x1, sample, first + r, column, width, row[r]);
+      }
+    }
+  }
+
+  if constexpr (NORM) {
+    float sums[ROWS];
+    if (a.centred) {
+      UNROLL for (int r = 0; r < ROWS; ++r) {
+        sums[r] = 0.0f;
+        UNROLL for (int i = 0; i < UNIT; ++i) sums[r] += row[r].at[i];
+      }
+      block_sums(sums, scratch, phase);
+      UNROLL for (int r = 0; r < ROWS; ++r) {
+        const float mean = sums[r] / width;
+        if (keeps && first + r < a.length) store_one(a.stats, sample, first + r, 0, mean);
+        UNROLL for (int i = 0; i < UNIT; ++i) row[r].at[i] = column + i < width ? row[r].at[i] - mean : 0.0f;
+      }
+    }
+    UNROLL for (int r = 0; r < ROWS; ++r) {
+      sums[r] = 0.0f;
+      UNROLL for (int i = 0; i < UNIT; ++i) sums[r] += row[r].at[i] * row[r].at[i];
+    }
+    block_sums(sums, scratch, phase);
+    if (!inside) return;
+    const Unit weight = load<VECTORISED>(a.vectors.weight, 0, column, width, 1.0f);
+    const Unit bias = load<VECTORISED>(a.vectors.bias, 0, column, width, 0.0f);
+    const Unit scale = load<VECTORISED>(a.vectors.scale, sample, column, width, 0.0f);
+    const Unit shift = load<VECTORISED>(a.vectors.shift, sample, column, width, 0.0f);
+    UNROLL for (int r = 0; r < ROWS; ++r) {
+      if (first + r >= a.length) continue;
+      const float rstd = 1.0f / sqrtf(sums[r] / width + a.eps);
+      if (keeps) store_one(a.stats, sample, first + r, a.centred ? 1 : 0, rstd);
+      UNROLL for (int i = 0; i < UNIT; ++i) {
+        const float affine = row[r].at[i] * rstd * weight.at[i] + bias.at[i];
+        row[r].at[i] = affine * (1.0f + scale.at[i]) + shift.at[i];
+      }
+      store<VECTORISED>(a.h, sample, first + r, column, width, row[r]);
+    }
+  }
+}
+
+template <typename T, typename U>
+struct Backward {
+  Tokens<T> dx1, x1, dx;
+  Tokens<U> dh, branch, dbranch;
+  Tokens<float> stats, partial;
+  Vectors vectors;
+  int64_t length, chunks, chunk_rows;
+  int width;
+  bool centred, beyond_norm, norm_sums, residual_sums;
+};
+
+// Absent tensors are neither read nor written; `beyond_norm`: a gradient that passes through the norm is wanted.
+// One block on a multiprocessor is asked for: without a number the compiler aims at more than fit and keeps registers in memory.
+template <typename T, typename U, int WIDTH, bool VECTORISED, bool RESIDUAL, bool NORM>
+__global__ void __launch_bounds__(most_threads(WIDTH), 1) backward_rows(const Backward<T, U> a) {
+  constexpr int ROWS = backward_rows_held(WIDTH);
+  const Shared<float> scratch{0};
+  int phase = 0;
+  const int width = WIDTH > 0 ? WIDTH : a.width;
+  const int column = threadIdx.x * UNIT;
+  const bool inside = column < width;
+  const int64_t sample = blockIdx.x / a.chunks;
+  const int64_t first = blockIdx.x % a.chunks * a.chunk_rows;
+  const int count = static_cast<int>(first + a.chunk_rows < a.length ? a.chunk_rows : a.length - first);
+
+  Unit factor = {}, gate = {}, p = {}, q = {}, r = {}, s = {};
+  if (inside) {
+    if constexpr (NORM) {
+      const Unit scale = load<VECTORISED>(a.vectors.scale, sample, column, width, 0.0f);
+      factor = load<VECTORISED>(a.vectors.weight, 0, column, width, 1.0f);
+      UNROLL for (int i = 0; i < UNIT; ++i) factor.at[i] *= 1.0f + scale.at[i];
+    }
+    if constexpr (RESIDUAL) gate = load<VECTORISED>(a.vectors.gate, sample, column, width, 1.0f);
+  }
+
+  for (int start = 0; start < count; start += ROWS) {
+    Unit stream[ROWS] = {}, u[ROWS] = {}, dnormed[ROWS] = {}, normed[ROWS] = {};
+    float mean[ROWS] = {}, rstd[ROWS] = {};
+    UNROLL for (int k = 0; k < ROWS; ++k) {
+      const int64_t token = first + start + k;
+      if (!inside || start + k >= count) continue;
+      if (!NORM || a.dx1.data != nullptr) stream[k] = load<VECTORISED>(a.dx1, sample, token, column, width);
+      if constexpr (RESIDUAL)
+        if (a.branch.data != nullptr) u[k] = load<VECTORISED>(a.branch, sample, token, column, width);
+      if constexpr (NORM) {
+        dnormed[k] = load<VECTORISED>(a.dh, sample, token, column, width);
+        normed[k] = load<VECTORISED>(a.x1, sample, token, column, width);
+        if (a.centred) mean[k] = load_one(a.stats, sample, token, 0);
+        rstd[k] = load_one(a.stats, sample, token, a.centred ? 1 : 0);
+      }
+    }
+    if constexpr (NORM) {
+      float sums[2 * ROWS] = {};
+      UNROLL for (int k = 0; k < ROWS; ++k) {
+        UNROLL for (int i = 0; i < UNIT; ++i) {
+          normed[k].at[i] = (normed[k].at[i] - mean[k]) * rstd[k];
+          p.at[i] += dnormed[k].at[i];
+          q.at[i] += dnormed[k].at[i] * normed[k].at[i];
+          dnormed[k].at[i] *= factor.at[i];
+          sums[2 * k] += dnormed[k].at[i];
+          sums[2 * k + 1] += dnormed[k].at[i] * normed[k].at[i];
+        }
+      }
+      if (a.beyond_norm) block_sums(sums, scratch, phase);
+      UNROLL for (int k = 0; k < ROWS; ++k) {
+        const float along_mean = a.centred ? sums[2 * k] / width : 0.0f;
+        const float along_normed = sums[2 * k + 1] / width;
+        UNROLL for (int i = 0; i < UNIT; ++i) {
+          stream[k].at[i] += rstd[k] * (dnormed[k].at[i] - along_mean - normed[k].at[i] * along_normed);
+        }
+      }
+    }
+    UNROLL for (int k = 0; k < ROWS; ++k) {
+      const int64_t token = first + start + k;
+      if (!inside || start + k >= count) continue;
+      if constexpr (NORM)
+        if (a.dx.data != nullptr) store<VECTORISED>(a.dx, sample, token, column, width, stream[k]);
+      if constexpr (RESIDUAL) {
+        Unit dbranch;
+        UNROLL for (int i = 0; i < UNIT; ++i) {
+          r.at[i] += stream[k].at[i] * u[k].at[i];
+          s.at[i] += stream[k].at[i];
+          dbranch.at[i] = gate.at[i] * stream[k].at[i];
+        }
+        if (a.dbranch.data != nullptr) store<VECTORISED>(a.dbranch, sample, token, column, width, dbranch);
+      }
+    }
+  }
+
+  if (!inside) return;
+  const int64_t chunk = blockIdx.x % a.chunks * SUMS;
+  if (NORM && a.norm_sums) {
+    store<VECTORISED>(a.partial, sample, chunk, column, width, p);
+    store<VECTORISED>(a.partial, sample, chunk + 1, column, width, q);
+  }
+  if (RESIDUAL && a.residual_sums) {
+    store<VECTORISED>(a.partial, sample, chunk + 2, column, width, r);
+    store<VECTORISED>(a.partial, sample, chunk + 3, column, width, s);
+  }
+}
+
+struct Gradients {
+  Tokens<float> partial, terms;
+  Vectors vectors, gradients;
+  int64_t batch, chunks;
+  int width, blocks;
+  bool norm_sums, residual_sums;
+};
+
+__global__ void __launch_bounds__(SUM_THREADS) add_chunks(const Gradients a) {
+  const int64_t sample = blockIdx.x / a.blocks;
+  const int column = blockIdx.x % a.blocks * SUM_THREADS + threadIdx.x;
+  if (column >= a.width) return;
+  float p = 0.0f, q = 0.0f, r = 0.0f, s = 0.0f;
+  for (int64_t chunk = 0; chunk < a.chunks; ++chunk) {
+    if (a.norm_sums) {
+      p += load_one(a.partial, sample, chunk * SUMS, column);
+      q += load_one(a.partial, sample, chunk * SUMS + 1, column);
+    }
+    if (a.residual_sums) {
+      r += load_one(a.partial, sample, chunk * SUMS + 2, column);
+      s += load_one(a.partial, sample, chunk * SUMS + 3, column);
+    }
+  }
+  store_one(a.gradients.shift, sample, column, p);
+  store_one(
+      a.gradients.scale, sample, column,
+      load_one(a.vectors.weight, 0, column, 1.0f) * q + load_one(a.vectors.bias, 0, column, 0.0f) * p);
+  store_one(a.gradients.gate, sample, column, r + load_one(a.vectors.branch_bias, 0, column, 0.0f) * s);
+  if (a.terms.data == nullptr) return;
+  const float modulation = 1.0f + load_one(a.vectors.scale, sample, column, 0.0f);
+  store_one(a.terms, sample, 0, column, modulation * q);
+  store_one(a.terms, sample, 1, column, modulation * p);
+  store_one(a.terms, sample, 2, column, load_one(a.vectors.gate, sample, column, 1.0f) * s);
+}
+
+__global__ void __launch_bounds__(GROUP_THREADS) add_samples(const Gradients a) {
+  const int column = blockIdx.x * WARP + threadIdx.x % WARP;
+  float total[TERMS] = {};
+  if (column < a.width) UNROLL_BY(4)
+  for (int64_t sample = threadIdx.x / WARP; sample < a.batch; sample += GROUP_WARPS)
+    UNROLL for (int term = 0; term < TERMS; ++term) total[term] += load_one(a.terms, sample, term, column);
+  add_warps(total);
+  if (threadIdx.x >= WARP || column >= a.width) return;
+  store_one(a.gradients.weight, 0, column, total[0]);
+  store_one(a.gradients.bias, 0, column, total[1]);
+  store_one(a.gradients.branch_bias, 0, column, total[2]);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Launch
+// ---------------------------------------------------------------------------------------------------------------------
+
+void check_width(const char* op, int64_t width) {
+  STD_TORCH_CHECK(width <= WIDEST, op, ": a row of ", width, " channels is wider than a block; the widest taken is ", WIDEST);
+}
+
+template <bool RESIDUAL, bool NORM>
+void forward(
+    const char* op, const Tensor& x, const OptionalTensor& branch, VectorTensors given, const OptionalTensor& x1,
+    const OptionalTensor& h, const OptionalTensor& stats, double eps, bool centred) {
+  const int64_t batch = x.size(0), length = x.size(1), width = x.size(2);
+  check_width(op, width);
+  given = packed(given);
+  const bool vectorised = all_vectorised(x, branch) && is_vectorised(given);
+  by_row(
+      x.scalar_type(), common_dtype(x.scalar_type(), branch, h), width, vectorised,
+      [&](auto stream, auto other, auto known, auto by_words) {
+    using T = decltype(stream);
+    using U = decltype(other);
+    const Forward<T, U> a{
+        .x = tokens<T>("x", x),
+        .x1 = tokens<T>("x1", x1),
+        .branch = tokens<U>("branch", branch),
+        .h = tokens<U>("h", h),
+        .stats = tokens<float>("stats", stats),
+        .vectors = vectors(given),
+        .length = length,
+        .blocks = ceil_div(length, forward_rows_held(known)),
+        .width = static_cast<int>(width),
+        .eps = static_cast<float>(eps),
+        .centred = centred};
+    launch<forward_rows<T, U, known, by_words, RESIDUAL, NORM>, most_threads(known), forward_shared(known)>(
+        op, batch * a.blocks, x, a, threads_for(a.width));
+  });
+}
+
+struct BackwardTensors {
+  OptionalTensor dx1, dh, x1, branch, stats;
+  VectorTensors given;
+  OptionalTensor dx, dbranch;
+  VectorTensors wanted;
+};
+
+template <typename... Tensors>
+bool any_given(const Tensors&... tensors) {
+  return (tensors.has_value() || ...);
+}
+
+void add_up(const char* op, const BackwardTensors& t, const Tensor& partial, bool norm_sums, bool residual_sums) {
+  const int64_t batch = partial.size(0), width = partial.size(2);
+  OptionalTensor terms;
+  if (any_given(t.wanted.weight, t.wanted.bias, t.wanted.branch_bias))
+    terms = empty(partial, {batch, TERMS, width}, ScalarType::Float);
+  const Gradients a{
+      .partial = tokens<float>("partial", partial),
+      .terms = tokens<float>("terms", terms),
+      .vectors = vectors(t.given),
+      .gradients = vectors(t.wanted),
+      .batch = batch,
+      .chunks = partial.size(1) / SUMS,
+      .width = static_cast<int>(width),
+      .blocks = static_cast<int>(ceil_div(width, SUM_THREADS)),
+      .norm_sums = norm_sums,
+      .residual_sums = residual_sums};
+  launch<add_chunks, SUM_THREADS>(op, batch * a.blocks, partial, a);
+  if (terms.has_value()) launch<add_samples, GROUP_THREADS, TERMS * GROUP_BYTES>(op, ceil_div(width, WARP), partial, a);
+}
+
+template <bool RESIDUAL, bool NORM>
+void backward(const char* op, BackwardTensors t) {
+  const Tensor& rows = NORM ? *t.dh : *t.dx1;
+  const int64_t batch = rows.size(0), length = rows.size(1), width = rows.size(2);
+  check_width(op, width);
+  const VectorTensors& wanted = t.wanted;
+  const bool norm_sums = any_given(wanted.shift, wanted.scale, wanted.weight, wanted.bias);
+  const bool residual_sums = any_given(wanted.gate, wanted.branch_bias);
+  const bool beyond_norm = residual_sums || any_given(t.dx, t.dbranch);
+  if (NORM && !beyond_norm) t.dx1.reset();
+  if (!wanted.gate.has_value()) t.branch.reset();
+  STD_TORCH_CHECK(wanted.gate.has_value() == t.branch.has_value(), op, ": dgate is wanted, and the branch is not given");
+  t.given = packed(t.given);
+  const Chunks chunks = cut(length, batch, BLOCKS, SHORTEST_CHUNK, BACKWARD_ROWS);
+  OptionalTensor partial;
+  if (norm_sums || residual_sums) partial = empty(rows, {batch, chunks.count * SUMS, width}, ScalarType::Float);
+
+  const ScalarType of_stream = common_dtype(rows.scalar_type(), t.x1, t.dx1, t.dx);
+  const bool vectorised = all_vectorised(t.dx1, t.dh, t.x1, t.branch) && is_vectorised(t.given);
+  by_row(
+      of_stream, common_dtype(of_stream, t.dh, t.branch, t.dbranch), width, vectorised,
+      [&](auto stream, auto other, auto known, auto by_words) {
+    using T = decltype(stream);
+    using U = decltype(other);
+    const Backward<T, U> a{
+        .dx1 = tokens<T>("dx1", t.dx1),
+        .x1 = tokens<T>("x1", t.x1),
+        .dx = tokens<T>("dx", t.dx),
+        .dh = tokens<U>("dh", t.dh),
+        .branch = tokens<U>("branch", t.branch),
+        .dbranch = tokens<U>("dbranch", t.dbranch),
+        .stats = tokens<float>("stats", t.stats),
+        .partial = tokens<float>("partial", partial),
+        .vectors = vectors(t.given),
+        .length = length,
+        .chunks = chunks.count,
+        .chunk_rows = chunks.rows,
+        .width = static_cast<int>(width),
+        .centred = t.stats.has_value() && t.stats->size(2) == 2,
+        .beyond_norm = beyond_norm,
+        .norm_sums = norm_sums,
+        .residual_sums = residual_sums};
+    launch<backward_rows<T, U, known, by_words, RESIDUAL, NORM>, most_threads(known), backward_shared(known)>(
+        op, batch * chunks.count, rows, a, threads_for(a.width));
+  });
+  if (partial.has_value()) add_up(op, t, *partial, norm_sums, residual_sums);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// The operators; arguments have been checked by their declarations in ditkernels/ops/norm/__init__.py
+// ---------------------------------------------------------------------------------------------------------------------
+
+using Numbers = std::vector<int64_t>;
+
+// Mean and rstd of each row, or rstd alone; nothing unless `keep` is set.
+OptionalTensor statistics(const Tensor& x, bool centred, bool keep) {
+  if (!keep) return std::nullopt;
+  return empty(x, {x.size(0), x.size(1), centred ? 2 : 1}, ScalarType::Float);
+}
+
+Tensor or_no_statistics(const OptionalTensor& stats, const Tensor& x) {
+  return stats.has_value() ? *stats : empty(x, {0}, ScalarType::Float);
+}
+
+void check_saved(const char* op, const OptionalTensor& x, const OptionalTensor& stats) {
+  STD_TORCH_CHECK(x.has_value() && stats.has_value(), op, ": called without the normed rows or their statistics");
+  STD_TORCH_CHECK(stats->scalar_type() == ScalarType::Float, op, ": stats: got another dtype than fp32");
+}
+
+std::tuple<Tensor, Tensor> modulate_norm(
+    Tensor x, OptionalTensor shift, OptionalTensor scale, OptionalTensor weight, OptionalTensor bias, std::string norm,
+    double eps, ScalarType out_dtype, bool keep) {
+  const bool centred = norm != "rmsnorm";
+  const OptionalTensor stats = statistics(x, centred, keep);
+  const Tensor h = empty(x, shape_of(x), out_dtype);
+  forward<false, true>("modulate_norm", x, {}, {{}, {}, shift, scale, weight, bias}, {}, h, stats, eps, centred);
+  return {h, or_no_statistics(stats, x)};
+}
+
+Tensor gated_residual(Tensor x, Tensor branch, OptionalTensor gate, OptionalTensor branch_bias) {
+  const Tensor x1 = empty(x, shape_of(x), x.scalar_type());
+  forward<true, false>("gated_residual", x, branch, {gate, branch_bias}, x1, {}, {}, 0.0, false);
+  return x1;
+}
+
+std::tuple<Tensor, Tensor, Tensor> gated_residual_norm(
+    Tensor x, Tensor branch, OptionalTensor gate, OptionalTensor shift, OptionalTensor scale, OptionalTensor branch_bias,
+    OptionalTensor weight, OptionalTensor bias, std::string norm, double eps, ScalarType out_dtype, bool keep) {
+  const bool centred = norm != "rmsnorm";
+  const OptionalTensor stats = statistics(x, centred, keep);
+  const Tensor x1 = empty(x, shape_of(x), x.scalar_type()), h = empty(x, shape_of(x), out_dtype);
+  const VectorTensors given{gate, branch_bias, shift, scale, weight, bias};
+  forward<true, true>("gated_residual_norm", x, branch, given, x1, h, stats, eps, centred);
+  return {x1, h, or_no_statistics(stats, x)};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> modulate_norm_backward(
+    Tensor dh, OptionalTensor x, OptionalTensor scale, OptionalTensor weight, OptionalTensor bias, OptionalTensor stats,
+    std::string, Numbers wanted) {
+  const char* op = "modulate_norm_backward";
+  check_saved(op, x, stats);
+  const Numbers per_sample{dh.size(0), dh.size(2)}, shared{dh.size(2)};
+  const OptionalTensor dx = gradient(wanted, 0, dh, shape_of(dh));
+  const VectorTensors made{
+      {},
+      {},
+      gradient(wanted, 1, dh, per_sample),
+      gradient(wanted, 2, dh, per_sample),
+      gradient(wanted, 3, dh, shared),
+      gradient(wanted, 4, dh, shared)};
+  backward<false, true>(op, {{}, dh, x, {}, stats, {{}, {}, {}, scale, weight, bias}, dx, {}, made});
+  return {
+      or_nothing(dx, dh), or_nothing(made.shift, dh), or_nothing(made.scale, dh), or_nothing(made.weight, dh),
+      or_nothing(made.bias, dh)};
+}
+
+std::tuple<Tensor, Tensor, Tensor> gated_residual_backward(
+    Tensor dx1, OptionalTensor branch, OptionalTensor gate, OptionalTensor branch_bias, Numbers wanted) {
+  const OptionalTensor dbranch = gradient(wanted, 0, dx1, shape_of(dx1));
+  const VectorTensors made{gradient(wanted, 1, dx1, {dx1.size(0), dx1.size(2)}), gradient(wanted, 2, dx1, {dx1.size(2)})};
+  backward<true, false>("gated_residual_backward", {dx1, {}, {}, branch, {}, {gate, branch_bias}, {}, dbranch, made});
+  return {or_nothing(dbranch, dx1), or_nothing(made.gate, dx1), or_nothing(made.branch_bias, dx1)};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gated_residual_norm_backward(
+    OptionalTensor dx1, OptionalTensor dh, OptionalTensor x1, OptionalTensor branch, OptionalTensor gate, OptionalTensor scale,
+    OptionalTensor branch_bias, OptionalTensor weight, OptionalTensor bias, OptionalTensor stats, std::string, Numbers wanted) {
+  const char* op = "gated_residual_norm_backward";
+  check_saved(op, x1, stats);
+  STD_TORCH_CHECK(dh.has_value(), op, ": called without dh");
+  const Tensor& like = dx1.has_value() ? *dx1 : *dh;
+  const Numbers rows = shape_of(like), per_sample{rows[0], rows[2]}, shared{rows[2]};
+  const OptionalTensor dx = gradient(wanted, 0, like, rows), dbranch = gradient(wanted, 1, like, rows);
+  const VectorTensors made{gradient(wanted, 2, like, per_sample), gradient(wanted, 5, like, shared),
+                           gradient(wanted, 3, like, per_sample), gradient(wanted, 4, like, per_sample),
+                           gradient(wanted, 6, like, shared),     gradient(wanted, 7, like, shared)};
+  const VectorTensors given{gate, branch_bias, {}, scale, weight, bias};
+  backward<true, true>(op, {dx1, dh, x1, branch, stats, given, dx, dbranch, made});
+  const auto result = [&](const OptionalTensor& tensor) { return or_nothing(tensor, like); };
+  return {result(dx),         result(dbranch),          result(made.gate),   result(made.shift),
+          result(made.scale), result(made.branch_bias), result(made.weight), result(made.bias)};
+}
+
+}  // namespace
+}  // namespace ditkernels
+
+STABLE_TORCH_LIBRARY_IMPL(ditkernels, DITKERNELS_DEVICE, library) {
+  library.impl("modulate_norm_cuda", TORCH_BOX(&ditkernels::modulate_norm));
+  library.impl("modulate_norm_backward_cuda", TORCH_BOX(&ditkernels::modulate_norm_backward));
+  library.impl("gated_residual_cuda", TORCH_BOX(&ditkernels::gated_residual));
+  library.impl("gated_residual_backward_cuda", TORCH_BOX(&ditkernels::gated_residual_backward));
+  library.impl("gated_residual_norm_cuda", TORCH_BOX(&ditkernels::gated_residual_norm));
+  library.impl("gated_residual_norm_backward_cuda", TORCH_BOX(&ditkernels::gated_residual_norm_backward));
+}

@@ -1,0 +1,216 @@
+"""What the CUDA C++ kernels of all ops share: where their library comes from, and when they can serve.
+
+The library (``csrc/cuda``, looked for as ``ditkernels/_C.so``) registers kernels for the internal ops that the package declares.
+Loading it initialises nothing on a device and works beside a torch without CUDA. Without it the package is whole, and says why.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ditkernels.ops import dispatch
+from ditkernels.ops.dispatch import Op
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+MAX_WIDTH = 4096
+OLDEST_CAPABILITY = (8, 0)
+PACKAGE = Path(__file__).parent.parent
+
+_HOW = (
+    "`pip install --no-build-isolation .` with nvcc at hand builds it from csrc/cuda, "
+    "or DITKERNELS_CUDA_LIBRARY names one that is built"
+)
+_absence: str | None = "no library has been loaded"
+_path: Path | None = None
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# The library
+# ------------------------------------------------------------------------------------------------------------------
+
+
+def load(path: Path) -> None:
+    """Loads a library of kernels.
+
+    Raises:
+        OSError: the file is not there or does not fit this torch.
+    """
+    global _absence, _path
+    torch.ops.load_library(path)
+    _absence, _path = None, path
+    architectures.cache_clear()
+    runtime.cache_clear()
+    dispatch.forget()
+
+
+def load_if_present() -> None:
+    """Loads the library that lies in the package or is named by DITKERNELS_CUDA_LIBRARY; remembers why if it cannot."""
+    global _absence
+    named = os.environ.get("DITKERNELS_CUDA_LIBRARY")
+    path = Path(named) if named else PACKAGE / "_C.so"
+    if not named and not path.exists():
+        _absence = f"{_why_not_built(PACKAGE)}; {_HOW}"
+        return
+    try:
+        load(path)
+    except OSError as error:
+        _absence = f"the CUDA library {path} does not load: {error}"
+
+
+def _why_not_built(package: Path) -> str:
+    """What the installation noted down."""
+    record = package / "_cuda_build.json"
+    if not record.exists():
+        return "the CUDA library has not been built in this tree"
+    reason = json.loads(record.read_text())["absent"]
+    return f"the CUDA library was not built: {reason}" if reason else f"{package / '_C.so'} is gone"
+
+
+def library() -> str:
+    """The loaded library, or why there is none."""
+    if _absence is not None:
+        return _absence
+    return f"{_path}, built for {architectures() or 'the host'}"
+
+
+class Kernel(NamedTuple):
+    """What a kernel of the library takes on a device.
+
+    Attributes:
+        name: with its template arguments.
+        registers: of a thread.
+        local_bytes: of local memory of a thread, where spilled registers lie.
+        shared_bytes: of a block, the most it is launched with.
+        threads: of a block, the most it is launched with.
+        blocks: of that kind that a multiprocessor holds.
+        code: architecture of the machine code in use, 90 for sm_90.
+    """
+
+    name: str
+    registers: int
+    local_bytes: int
+    shared_bytes: int
+    threads: int
+    blocks: int
+    code: int
+
+
+def kernel_attributes(device: torch.device) -> list[Kernel]:
+    """Every kernel of the loaded library as the device's driver sees it; those that two files share stand there once."""
+    index = device.index if device.index is not None else torch.cuda.current_device()
+    table, names = torch.ops.ditkernels.cuda_kernel_attributes(index)
+    return sorted({Kernel(name, *row) for name, row in zip(names.split("\n"), table.tolist())})
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Architectures and drivers
+# ------------------------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def architectures() -> str:
+    """What the loaded library was built for, as in "8.0+PTX;9.0a;10.0"; "" for the tests' emulation."""
+    if not hasattr(torch.ops.ditkernels, "cuda_architectures"):
+        return ""
+    return str(torch.ops.ditkernels.cuda_architectures())
+
+
+@functools.cache
+def runtime() -> int:
+    """The CUDA that the loaded library was built with, 13000 for 13.0; 0 for the tests' emulation."""
+    if not hasattr(torch.ops.ditkernels, "cuda_runtime"):
+        return 0
+    return int(torch.ops.ditkernels.cuda_runtime())
+
+
+@functools.cache
+def path_on(capability: tuple[int, int], built: str) -> str | None:
+    """How a library built for these architectures runs on a device of this compute capability.
+
+    Machine code serves the same major version from its minor version on; with the suffix "a" that version alone. PTX
+    serves every later version, without a suffix only (CUDA C++ Programming Guide, "Application Compatibility").
+
+    Returns:
+        "machine code", "PTX" (the driver compiles it at first use), or None: it cannot.
+    """
+    jit = False
+    for word in built.split(";"):
+        major, minor, suffix, ptx = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", word).groups()  # type: ignore[union-attr]
+        number = (int(major), int(minor))
+        same_major = number[0] == capability[0] and number <= capability
+        if number == capability or (same_major and suffix != "a"):
+            return "machine code"
+        jit |= ptx is not None and not suffix and number <= capability
+    return "PTX" if jit else None
+
+
+def _architecture_reason(capability: tuple[int, int]) -> str | None:
+    got, need = (".".join(map(str, c)) for c in (capability, OLDEST_CAPABILITY))
+    if capability < OLDEST_CAPABILITY:
+        return f"the device has compute capability {got}, the kernels need {need}"
+    built = architectures()
+    path = path_on(capability, built)
+    if path is None:
+        return (
+            f"the device has compute capability {got}, the library was built for {built}; "
+            f'TORCH_CUDA_ARCH_LIST="{got}" builds it for this device'
+        )
+    return _driver_reason(runtime(), torch._C._cuda_getDriverVersion(), path)  # type: ignore[attr-defined]
+
+
+def _driver_reason(built_with: int, driver: int, path: str) -> str | None:
+    """Machine code needs a driver of the same major CUDA version; PTX one that is as new as the compiler that wrote it."""
+    needed = built_with if path == "PTX" else built_with // 1000 * 1000
+    if driver >= needed:
+        return None
+    got, need, library_is = (f"{v // 1000}.{v % 1000 // 10}" for v in (driver, needed, built_with))
+    return (
+        f"the device's driver serves CUDA {got}, the library was built with {library_is} and needs {need}; "
+        f"a newer driver, or a library built with the nvcc of CUDA {got}, is needed"
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Refusals
+# ------------------------------------------------------------------------------------------------------------------
+
+
+def device_reason(internal: str, device: torch.device) -> str | None:
+    """Why the library's kernels of an internal op cannot run on a device, or None if they can."""
+    if _absence is not None:
+        return _absence
+    if device.type not in ("cpu", "cuda"):
+        return f"the tensors are on {device.type}, the kernels need CUDA"
+    if not torch._C._dispatch_has_kernel_for_dispatch_key(f"ditkernels::{internal}", device.type.upper()):
+        return f"the tensors are on {device.type}; the library has no kernels for it"
+    if device.type == "cuda":
+        return _architecture_reason(torch.cuda.get_device_capability(device))
+    return None
+
+
+def refuse(op: Op, args: Sequence[Any]) -> str | None:
+    """Why the kernels of ``op`` cannot take these arguments, or None if they can."""
+    declaration = op.declaration
+    device = next(value for value in args if isinstance(value, Tensor)).device
+    reason = device_reason(f"{op.name}_cuda", device)
+    if reason is not None:
+        return reason
+    for dtype in declaration.dtypes(args):
+        if dtype not in DTYPES:
+            return f"{dtype} is not among the kernels' dtypes ({', '.join(map(str, DTYPES))})"
+    width = declaration.size_of_row(args)
+    if width > MAX_WIDTH:
+        return f"a row of {width} channels is wider than a block; the widest taken is {MAX_WIDTH}"
+    return None
+
+
+load_if_present()

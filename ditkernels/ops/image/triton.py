@@ -1,0 +1,495 @@
+"""The Triton kernels of ``patch_embed``, ``final_layer``, ``unpatchify`` and ``patchify``, by the formulas of __init__.py.
+
+An absent argument (branch, gate, scale ...) is None and its code is not compiled. V is the number of values of a patch. A line is
+one token of one sample, B·N in all.
+
+    embed            a program owns ``ROWS`` lines and ``COLUMNS`` channels. Gathers the patches of its lines, writes y: 1 pass.
+
+    final_rows       a program owns ``ROWS`` tokens of one sample. Reads x (and the branch), writes the image: 1 pass (2 with a
+                     branch). Rows of up to 4096 channels are ``HELD`` in registers. Over wider ones it walks once for the mean,
+                     once for the variance and once for every 64 values.
+
+    place_values     a program owns part of one row of patches of one sample. ``unpatchify``: it writes the image side by side.
+    gather_values    The same the other way round: ``patchify``.
+
+Arithmetic is fp32 on values that are widened after the load; patches, x1 and h are rounded as the formulas say. Operands
+of products are in the weight's dtype, sums in fp32, and nothing is ever TF32. No two programs write one element, so that the same
+inputs give the same bits.
+
+A row is held in ``PIECES`` pieces of ``PIECE`` channels: 128 divides every width of the paper; other widths mask the last piece.
+Tensors are read in place at any strides, but a weight of ``patch_embed`` or a vector whose channels are strided is copied. Offsets
+are 64-bit.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ditkernels.ops import _triton
+from ditkernels.ops._rows import (
+    centred,
+    load_piece,
+    mask_of,
+    modulated,
+    of_sample,
+    rows_of,
+    stream_piece,
+)
+from ditkernels.ops._triton import Tile, ceil_div, jit, packed, per_sample, tl, with_strides
+from ditkernels.ops.image import FINAL_LAYER, PATCH_EMBED, PATCHIFY, UNPATCHIFY, refusing_empty_weights
+
+# ------------------------------------------------------------------------------------------------------------------
+# Where the values of a patch lie in an image
+# ------------------------------------------------------------------------------------------------------------------
+
+
+@jit
+def places_of(  # type: ignore[no-untyped-def]
+    image, sample, tokens, values, grid_w, V: tl.constexpr, P: tl.constexpr, CHANNELS_FIRST: tl.constexpr
+):
+    """Values (1, ..) of tokens (.., 1) in an image that comes with its strides."""
+    if CHANNELS_FIRST:
+        channel, row, column = values // (P * P), values // P % P, values % P
+    else:
+        O: tl.constexpr = V // (P * P)  # noqa: E741
+        row, column, channel = values // (P * O), values // O % P, values % O
+    of_tokens = (tokens // grid_w * P).to(tl.int64) * image[3] + (tokens % grid_w * P).to(tl.int64) * image[4]
+    of_values = channel.to(tl.int64) * image[2] + row.to(tl.int64) * image[3] + column.to(tl.int64) * image[4]
+    return image[0] + sample * image[1] + (of_tokens + of_values)
+
+
+@jit
+def place_values(  # type: ignore[no-untyped-def]
+    tokens,
+    tokens_b,
+    tokens_n,
+    tokens_v,
+    image,
+    grid_h,
+    grid_w,
+    parts,
+    V: tl.constexpr,
+    P: tl.constexpr,
+    CHANNELS_FIRST: tl.constexpr,
+    ELEMENTS: tl.constexpr,
+):
+    program = tl.program_id(0)
+    band = program // parts
+    sample = (band // grid_h).to(tl.int64)
+    patch_row = band % grid_h
+    O: tl.constexpr = V // (P * P)  # noqa: E741
+    width = grid_w * P
+    # In the order of the image: channel, row in the patch, column of the image.
+    element = (program % parts) * ELEMENTS + tl.arange(0, ELEMENTS)
+    live = element < width * (P * O)
+    line, column = element // width, element % width
+    channel, row = line // P, line % P
+    token = patch_row.to(tl.int64) * grid_w + column // P
+    value = line * P + column % P if CHANNELS_FIRST else (row * P + column % P) * O + channel
+    at = tokens + sample * tokens_b + token * tokens_n + value.to(tl.int64) * tokens_v
+    image_line = (sample * O + channel) * grid_h * P + patch_row * P + row
+    tl.store(image + image_line * width + column, tl.load(at, live, 0.0), live)
+
+
+@jit
+def gather_values(  # type: ignore[no-untyped-def]
+    image,
+    image_b,
+    image_c,
+    image_h,
+    image_w,
+    tokens,
+    grid_h,
+    grid_w,
+    parts,
+    V: tl.constexpr,
+    P: tl.constexpr,
+    CHANNELS_FIRST: tl.constexpr,
+    ELEMENTS: tl.constexpr,
+):
+    program = tl.program_id(0)
+    band = program // parts
+    sample = (band // grid_h).to(tl.int64)
+    # In the order of the tokens: token of the row of patches, value.
+    element = (program % parts) * ELEMENTS + tl.arange(0, ELEMENTS)
+    live = element < grid_w * V
+    token = (band % grid_h) * grid_w + element // V
+    image = (image, image_b, image_c, image_h, image_w)
+    at = places_of(image, sample, token, element % V, grid_w, V, P, CHANNELS_FIRST)
+    value = tl.load(at, live, 0.0).to(tokens.dtype.element_ty)
+    tl.store(tokens + band.to(tl.int64) * grid_w * V + element, value, live)
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# patch_embed
+# ------------------------------------------------------------------------------------------------------------------
+
+
+@jit
+def embed(  # type: ignore[no-untyped-def]
+    x,
+    x_b,
+    x_c,
+    x_h,
+    x_w,
+    weight,
+    bias,
+    pos,
+    pos_n,
+    pos_d,
+    y,
+    lines,
+    N,
+    grid_w,
+    D: tl.constexpr,
+    V: tl.constexpr,
+    P: tl.constexpr,
+    PRODUCT: tl.constexpr,
+    VALUES: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    program = tl.program_id(0)
+    tiles: tl.constexpr = (D + COLUMNS - 1) // COLUMNS
+    ROUND: tl.constexpr = tiles * COLUMNS
+    channels = program % tiles * COLUMNS + tl.arange(0, COLUMNS)
+    columns = channels.to(tl.int64)[None, :]
+    first = (program // tiles).to(tl.int64) * ROWS
+    line = first + tl.arange(0, ROWS)[:, None]
+    live = line < lines
+    # The first line's sample is 64-bit, tokens are 32-bit.
+    sample = first // N
+    token = (first - sample * N).to(tl.int32) + tl.arange(0, ROWS)[:, None]
+    sample, token = sample + token // N, token % N
+
+    product = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for start in range(0, V, VALUES):
+        places = start + tl.arange(0, VALUES)
+        at = places_of((x, x_b, x_c, x_h, x_w), sample, token, places[None, :], grid_w, V, P, True)
+        u = tl.load(at, live & (places[None, :] < V), 0.0)
+        w_at = weight + channels.to(tl.int64)[:, None] * V + places[None, :]
+        w = tl.load(w_at, mask_of(places[None, :] < V, channels[:, None], ROUND, D), 0.0)
+        u = u.to(tl.float32).to(weight.dtype.element_ty).to(PRODUCT)
+        product = tl.dot(u, tl.trans(w).to(PRODUCT), product, input_precision="ieee")
+    if bias is not None:
+        product += tl.load(bias + columns, columns < D, 0.0).to(tl.float32)
+    mask = mask_of(live, columns, ROUND, D)
+    if pos is not None:
+        product += load_piece((pos + token.to(tl.int64) * pos_n, pos_d), columns, mask).to(tl.float32)
+    tl.store(y + line * D + columns, product.to(y.dtype.element_ty), mask)
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# final_layer
+# ------------------------------------------------------------------------------------------------------------------
+
+
+@jit
+def _columns(piece, PIECE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The channels of a piece, 64-bit, (1, PIECE)."""
+    return (piece * PIECE + tl.arange(0, PIECE)).to(tl.int64)[None, :]
+
+
+@jit
+def _x1(x, branch, gate, branch_bias, live, columns, END: tl.constexpr, D: tl.constexpr):  # type: ignore[no-untyped-def]
+    """One piece of x1 in fp32."""
+    mask = mask_of(live, columns, END, D)
+    u = load_piece(branch, columns, mask) if branch is not None else None
+    return stream_piece(x, u, gate, branch_bias, columns, mask, END, D)
+
+
+@jit
+def _add_product(  # type: ignore[no-untyped-def]
+    z, h, weight, places, columns, V: tl.constexpr, END: tl.constexpr, D: tl.constexpr, PRODUCT: tl.constexpr
+):
+    """z plus the product of one piece of the rounded h with the weight."""
+    at = weight[0] + places[:, None].to(tl.int64) * weight[1] + columns * weight[2]
+    w = tl.load(at, mask_of(places[:, None] < V, columns, END, D), 0.0)
+    h = h.to(weight[0].dtype.element_ty).to(PRODUCT)
+    return tl.dot(h, tl.trans(w).to(PRODUCT), z, input_precision="ieee")
+
+
+@jit
+def final_rows(  # type: ignore[no-untyped-def]
+    x,
+    x_b,
+    x_n,
+    x_d,
+    branch,
+    branch_b,
+    branch_n,
+    branch_d,
+    gate,
+    gate_b,
+    branch_bias,
+    shift,
+    shift_b,
+    scale,
+    scale_b,
+    norm_weight,
+    norm_bias,
+    weight,
+    weight_v,
+    weight_d,
+    bias,
+    out,
+    out_b,
+    out_c,
+    out_h,
+    out_w,
+    N,
+    blocks,
+    grid_w,
+    eps,
+    D: tl.constexpr,
+    V: tl.constexpr,
+    P: tl.constexpr,
+    CENTRED: tl.constexpr,
+    HELD: tl.constexpr,
+    PRODUCT: tl.constexpr,
+    PIECE: tl.constexpr,
+    VALUES: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    program = tl.program_id(0)
+    PIECES: tl.constexpr = (D + PIECE - 1) // PIECE
+    ROUND: tl.constexpr = PIECES * PIECE
+    sample = (program // blocks).to(tl.int64)
+    tokens = (program % blocks) * ROWS + tl.arange(0, ROWS)[:, None]
+    live = tokens < N
+    x = rows_of((x, x_b, x_n, x_d), sample, tokens.to(tl.int64))
+    branch = (
+        rows_of((branch, branch_b, branch_n, branch_d), sample, tokens.to(tl.int64))
+        if branch is not None
+        else None
+    )
+    gate = of_sample((gate, gate_b), sample) if gate is not None else None
+    shift = of_sample((shift, shift_b), sample) if shift is not None else None
+    scale = of_sample((scale, scale_b), sample) if scale is not None else None
+    weight = (weight, weight_v, weight_d)
+
+    # Sums along a row are kept per column of a piece to the end, so that warps meet once and not at every piece.
+    sums = tl.zeros([ROWS, PIECE], tl.float32)
+    stream = ()
+    if HELD:
+        for i in tl.static_range(PIECES):
+            piece = _x1(x, branch, gate, branch_bias, live, _columns(i, PIECE), (i + 1) * PIECE, D)
+            sums += piece
+            stream = stream + (piece,)  # type: ignore[assignment]  # noqa: RUF005
+    elif CENTRED:
+        for i in range(PIECES):
+            sums += _x1(x, branch, gate, branch_bias, live, _columns(i, PIECE), ROUND, D)
+    mu = tl.zeros([ROWS, 1], tl.float32)
+    if CENTRED:
+        mu = tl.div_rn(tl.sum(sums, 1, keep_dims=True), D * 1.0)
+
+    squares = tl.zeros([ROWS, PIECE], tl.float32)
+    if HELD:
+        for i in tl.static_range(PIECES):
+            difference = centred(stream[i], mu, _columns(i, PIECE), (i + 1) * PIECE, D)
+            squares += difference * difference
+    else:
+        for i in range(PIECES):
+            piece = _x1(x, branch, gate, branch_bias, live, _columns(i, PIECE), ROUND, D)
+            difference = centred(piece, mu, _columns(i, PIECE), ROUND, D)
+            squares += difference * difference
+    scaling = tl.rsqrt(tl.div_rn(tl.sum(squares, 1, keep_dims=True), D * 1.0) + eps)
+
+    hidden = ()
+    if HELD:
+        for i in tl.static_range(PIECES):
+            normed = (stream[i] - mu) * scaling
+            h = modulated(
+                normed, shift, scale, norm_weight, norm_bias, _columns(i, PIECE), (i + 1) * PIECE, D
+            )
+            hidden = hidden + (h.to(weight[0].dtype.element_ty).to(PRODUCT),)  # type: ignore[assignment]  # noqa: RUF005
+
+    for first in range(0, V, VALUES):
+        places = first + tl.arange(0, VALUES)
+        z = tl.zeros([ROWS, VALUES], tl.float32)
+        if HELD:
+            for i in tl.static_range(PIECES):
+                z = _add_product(
+                    z, hidden[i], weight, places, _columns(i, PIECE), V, (i + 1) * PIECE, D, PRODUCT
+                )
+        else:
+            for i in range(PIECES):
+                columns = _columns(i, PIECE)
+                piece = _x1(x, branch, gate, branch_bias, live, columns, ROUND, D)
+                normed = (piece - mu) * scaling
+                h = modulated(normed, shift, scale, norm_weight, norm_bias, columns, ROUND, D)
+                z = _add_product(z, h, weight, places, columns, V, ROUND, D, PRODUCT)
+        values = places[None, :]
+        if bias is not None:
+            z += tl.load(bias + values, values < V, 0.0).to(tl.float32)
+        at = places_of((out, out_b, out_c, out_h, out_w), sample, tokens, values, grid_w, V, P, False)
+        tl.store(at, z.to(out.dtype.element_ty), live & (values < V))
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Tiles
+# ------------------------------------------------------------------------------------------------------------------
+
+_ELEMENTS = 1024  # of a program that moves values
+
+_COLUMNS = 128
+_EMBED = Tile(64, 4)
+_EMBED_VALUES = 64
+
+_WIDEST_HELD = 4096
+_PIECE = 128
+_MOST_PIECES = 32
+_ROWS = 16  # the least a product takes on tensor cores
+_WARPS = {384: 8, 768: 8, 1024: 8, 1152: 8}
+_WIDE = Tile(_ROWS, 8)
+
+
+def value_tile(values: int, most: int) -> int:
+    """Values of a patch held at a time: a power of two, at least the 16 a product takes."""
+    return min(most, max(16, 1 << (values - 1).bit_length()))
+
+
+def row_piece(width: int, product: Any) -> int:
+    """Channels of a piece: as few as keeps the number of pieces small enough to be written out."""
+    narrowest = max(16, 1 << (min(width, _WIDEST_HELD) - 1).bit_length())
+    usual = _PIECE // 2 if product == tl.float32 else _PIECE
+    return min(narrowest, max(usual, narrowest // _MOST_PIECES))
+
+
+def row_tile(width: int) -> Tile:
+    if width > _WIDEST_HELD:
+        return _WIDE
+    return Tile(_ROWS, _WARPS.get(width) or max(4, min(16, (1 << (width - 1).bit_length()) // 128)))
+
+
+def product_dtype(weight: Tensor) -> Any:
+    """The dtype of a product's operands: the weight's. The interpreter knows only fp32."""
+    if _triton.INTERPRETED:
+        return tl.float32
+    return {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}[weight.dtype]
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Launch
+# ------------------------------------------------------------------------------------------------------------------
+
+
+@PATCHIFY.implement("triton", refuse=_triton.refuse)
+def _patchify(image: Tensor, patch_size: int, channels_first: bool, dtype: torch.dtype) -> Tensor:
+    batch, channels, height, width = image.shape
+    grid_h, grid_w = height // patch_size, width // patch_size
+    values = channels * patch_size * patch_size
+    tokens = image.new_empty((batch, grid_h * grid_w, values), dtype=dtype)
+    _move(gather_values, image, tokens, values, (grid_h, grid_w), patch_size, channels_first)
+    return tokens
+
+
+@UNPATCHIFY.implement("triton", refuse=_triton.refuse)
+def _unpatchify(tokens: Tensor, grid_h: int, grid_w: int, patch_size: int, channels_first: bool) -> Tensor:
+    batch, _, values = tokens.shape
+    channels = values // (patch_size * patch_size)
+    image = tokens.new_empty((batch, channels, grid_h * patch_size, grid_w * patch_size))
+    _move(place_values, tokens, image, values, (grid_h, grid_w), patch_size, channels_first)
+    return image
+
+
+def _move(
+    kernel: Any,
+    source: Tensor,
+    target: Tensor,
+    values: int,
+    grid: tuple[int, int],
+    p: int,
+    channels_first: bool,
+) -> None:
+    grid_h, grid_w = grid
+    parts = ceil_div(grid_w * values, _ELEMENTS)
+    _triton.launch(
+        kernel,
+        source.shape[0] * grid_h * parts,
+        Tile(1, 4),
+        source.device,
+        *(*with_strides(source), target, grid_h, grid_w, parts),
+        V=values,
+        P=p,
+        CHANNELS_FIRST=channels_first,
+        ELEMENTS=_ELEMENTS,
+    )
+
+
+@PATCH_EMBED.implement("triton", refuse=refusing_empty_weights(_triton.refuse))
+def _patch_embed(
+    x: Tensor, weight: Tensor, bias: Tensor | None, pos_embed: Tensor | None, out_dtype: torch.dtype
+) -> Tensor:
+    batch, channels, height, columns = x.shape
+    width, _, p, _ = weight.shape
+    grid_w, values = columns // p, channels * p * p
+    length = height // p * grid_w
+    lines = batch * length
+    product = product_dtype(weight)
+    y = x.new_empty((batch, length, width), dtype=out_dtype)
+    pos = with_strides(None if pos_embed is None else pos_embed[0], 2)
+    _triton.launch(
+        embed,
+        ceil_div(lines, _EMBED.rows) * ceil_div(width, _COLUMNS),
+        _EMBED,
+        x.device,
+        *(*with_strides(x), weight.contiguous(), packed(bias), *pos, y, lines, length, grid_w),
+        D=width,
+        V=values,
+        P=p,
+        PRODUCT=product,
+        VALUES=value_tile(values, 16 if product == tl.float32 else _EMBED_VALUES),
+        COLUMNS=_COLUMNS,
+        ROWS=_EMBED.rows,
+    )
+    return y
+
+
+@FINAL_LAYER.implement("triton", refuse=refusing_empty_weights(_triton.refuse))
+def _final_layer(
+    x: Tensor,
+    branch: Tensor | None,
+    gate: Tensor | None,
+    branch_bias: Tensor | None,
+    shift: Tensor | None,
+    scale: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    grid_h: int,
+    grid_w: int,
+    patch_size: int,
+    norm: str,
+    eps: float,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    batch, length, width = x.shape
+    values = weight.shape[0]
+    channels = values // (patch_size * patch_size)
+    image = x.new_empty((batch, channels, grid_h * patch_size, grid_w * patch_size), dtype=out_dtype)
+    tile, product = row_tile(width), product_dtype(weight)
+    blocks = ceil_div(length, tile.rows)
+    _triton.launch(
+        final_rows,
+        batch * blocks,
+        tile,
+        x.device,
+        *(*with_strides(x), *with_strides(branch), *per_sample(gate), packed(branch_bias)),
+        *(*per_sample(shift), *per_sample(scale), packed(norm_weight), packed(norm_bias)),
+        *(*with_strides(weight), packed(bias), *with_strides(image), length, blocks, grid_w, eps),
+        D=width,
+        V=values,
+        P=patch_size,
+        CENTRED=norm == "layernorm",
+        HELD=width <= _WIDEST_HELD,
+        PRODUCT=product,
+        PIECE=row_piece(width, product),
+        VALUES=value_tile(values, 32 if product == tl.float32 else 64),
+        ROWS=tile.rows,
+    )
+    return image

@@ -1,0 +1,616 @@
+"""The Triton kernels of the norm family. Names and formulas are those at the top of norm/__init__.py.
+
+The same kernels serve the three ops and their backwards: an absent argument (gate, shift, dx1 ...) is None, and its code is not
+compiled. Passes count how often each element of a (B, N, D) tensor is read or written, where all gradients are wanted.
+
+    forward_rows   a program owns ``ROWS`` rows of one sample.
+                   modulate_norm        reads x              writes h           2 passes
+                   gated_residual       reads x, branch      writes x1          3 passes
+                   gated_residual_norm  reads x, branch      writes x1, h       4 passes
+                   and writes ``stats`` (B, N, S), fp32, if they are kept. The statistics are those of x1 as stored.
+
+    backward_rows  a program owns one chunk of the tokens of one sample and walks through it, ``ROWS`` rows at a time.
+                   modulate_norm        reads dh, x                 writes dx            3 passes
+                   gated_residual       reads dx1, branch           writes dbranch       3 passes
+                   gated_residual_norm  reads dx1, dh, x1, branch   writes dx, dbranch   6 passes
+                   and adds up P = Σ dh, Q = Σ dh·x̂, R = Σ dx·branch, S = Σ dx in fp32, those that are needed, in
+                   partial sums (B, chunks, sums, D), fp32. It reads, computes and writes what the wanted gradients need.
+
+    add_chunks     a program owns ``COLUMNS`` channels of one sample: adds the chunks in order, writes dshift, dscale,
+                   dgate (B, D), and the sample's terms of dweight, dbias, dbranch_bias (B, terms, D), fp32.
+
+    add_samples    of _rows.py adds the samples' terms: dweight, dbias, dbranch_bias (D,).
+
+Arithmetic is fp32 on values widened after the load. Nothing is added atomically, no two programs write one element, and the
+number of chunks depends on shapes alone: same inputs, same bits.
+
+A row is held in two power-of-two pieces, HEAD and TAIL channels wide (``_triton.pieces``), so that the paper's widths leave no lane
+idle; other widths mask the tail. (B, N, D) tensors are read in place at any strides; (B, D) vectors at any batch stride (one with
+strided channels is copied). Offsets are 64-bit.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ditkernels.ops import _triton
+from ditkernels.ops._rows import (
+    add_samples,
+    centred,
+    channels_of,
+    contiguous,
+    factor_of,
+    load_piece,
+    mask_of,
+    modulated,
+    of_sample,
+    over_rows,
+    rows_of,
+    stream_piece,
+)
+from ditkernels.ops._triton import Tile, ceil_div, jit, packed, per_sample, pieces, tl, with_strides
+from ditkernels.ops.norm import GATED_RESIDUAL, GATED_RESIDUAL_NORM, MODULATE_NORM
+from ditkernels.ops.spec import Wanted
+
+# ------------------------------------------------------------------------------------------------------------------
+# Forward
+# ------------------------------------------------------------------------------------------------------------------
+
+
+@jit
+def _tail_columns(HEAD: tl.constexpr, TAIL: tl.constexpr, ROWS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The tail's channels, (ROWS, TAIL): spread over the rows, so that vectors are loaded in the layout of the rows.
+
+    A narrow piece of one row would be laid out differently, and every use of the vector would pass through shared memory.
+    """
+    return HEAD + tl.arange(0, TAIL).to(tl.int64)[None, :] + tl.zeros([ROWS, 1], tl.int64)
+
+
+@jit
+def _store(tensor, at, value, mask):  # type: ignore[no-untyped-def]
+    """Stores a piece in the tensor's dtype, if the tensor is there."""
+    if tensor is not None:
+        tl.store(tensor + at, value.to(tensor.dtype.element_ty), mask)
+
+
+@jit
+def forward_rows(  # type: ignore[no-untyped-def]
+    x, x_b, x_n, x_d, branch, branch_b, branch_n, branch_d, gate, gate_b, shift, shift_b, scale, scale_b,
+    branch_bias, weight, bias, x1, h, stats, N, blocks, eps,
+    D: tl.constexpr, S: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0)
+    sample = (program // blocks).to(tl.int64)
+    rows = ((program % blocks) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
+    live = rows < N
+    line = sample * N + rows
+    head = tl.arange(0, HEAD).to(tl.int64)[None, :]
+    head_mask = mask_of(live, head, HEAD, D)
+    gate = of_sample((gate, gate_b), sample) if gate is not None else None
+    shift = of_sample((shift, shift_b), sample) if shift is not None else None
+    scale = of_sample((scale, scale_b), sample) if scale is not None else None
+    x = rows_of((x, x_b, x_n, x_d), sample, rows)
+    branch = rows_of((branch, branch_b, branch_n, branch_d), sample, rows) if branch is not None else None
+
+    u = load_piece(branch, head, head_mask) if branch is not None else None
+    value = stream_piece(x, u, gate, branch_bias, head, head_mask, HEAD, D)
+    _store(x1, line * D + head, value, head_mask)
+    if TAIL > 0:
+        tail = _tail_columns(HEAD, TAIL, ROWS)
+        tail_mask = mask_of(live, tail, HEAD + TAIL, D)
+        tail_u = load_piece(branch, tail, tail_mask) if branch is not None else None
+        tail_value = stream_piece(x, tail_u, gate, branch_bias, tail, tail_mask, HEAD + TAIL, D)
+        _store(x1, line * D + tail, tail_value, tail_mask)
+
+    if h is not None:
+        if S == 2:
+            mu = tl.sum(value, 1, keep_dims=True)
+            if TAIL > 0:
+                mu += tl.sum(tail_value, 1, keep_dims=True)
+            mu = tl.div_rn(mu, D * 1.0)
+            _store(stats, line * S, mu, live)
+            value = centred(value, mu, head, HEAD, D)
+            if TAIL > 0:
+                tail_value = centred(tail_value, mu, tail, HEAD + TAIL, D)
+        squares = tl.sum(value * value, 1, keep_dims=True)
+        if TAIL > 0:
+            squares += tl.sum(tail_value * tail_value, 1, keep_dims=True)
+        r = tl.rsqrt(tl.div_rn(squares, D * 1.0) + eps)
+        _store(stats, line * S + (S - 1), r, live)
+
+        value = modulated(value * r, shift, scale, weight, bias, head, HEAD, D)
+        _store(h, line * D + head, value, head_mask)
+        if TAIL > 0:
+            tail_value = modulated(tail_value * r, shift, scale, weight, bias, tail, HEAD + TAIL, D)
+            _store(h, line * D + tail, tail_value, tail_mask)
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Backward
+# ------------------------------------------------------------------------------------------------------------------
+
+
+@jit
+def _normed(x1, mu, r, columns, mask):  # type: ignore[no-untyped-def]
+    """One piece of x̂ = (x1 - mean)·rstd; outside the row it is not zero, but there dh is."""
+    value = load_piece(x1, columns, mask).to(tl.float32)
+    if mu is not None:
+        value -= mu
+    return value * r
+
+
+@jit
+def _through_norm(dnormed, normed, r, along_mean, along_normed):  # type: ignore[no-untyped-def]
+    """One piece of rstd·(dx̂ - mean_d(dx̂) - x̂·mean_d(dx̂·x̂)); along_mean is None for rmsnorm."""
+    dx = dnormed - normed * along_normed
+    if along_mean is not None:
+        dx -= along_mean
+    return dx * r
+
+
+@jit
+def _along(piece, ROWS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The sum of each row of a piece.
+
+    Of a single row it is a scalar: as a tensor it would have the layout of its piece, and to add those of head and tail
+    the compiler would move a whole piece through shared memory.
+    """
+    if ROWS == 1:
+        return tl.sum(tl.sum(piece, 1), 0)
+    else:
+        return tl.sum(piece, 1, keep_dims=True)
+
+
+@jit
+def _folded(piece, FOLD: tl.constexpr):  # type: ignore[no-untyped-def]
+    """What is added to a sum over the tail: one row where folding is cheap, else row by row, to be folded at the end."""
+    if FOLD:
+        return over_rows(piece)
+    else:
+        return piece
+
+
+@jit
+def _store_sum(  # type: ignore[no-untyped-def]
+    partial, at: tl.constexpr, total, tail_total, D: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr
+):
+    """Stores the sum of a chunk as the one at this place among its sums; -1: it is not needed."""
+    if at >= 0:
+        tl.store(partial + at * D + tl.arange(0, HEAD)[None, :], total)
+        if TAIL > 0:
+            tail = HEAD + tl.arange(0, TAIL)[None, :]
+            if HEAD + TAIL > D:
+                tl.store(partial + at * D + tail, over_rows(tail_total), tail < D)
+            else:
+                tl.store(partial + at * D + tail, over_rows(tail_total))
+
+
+@jit
+def backward_rows(  # type: ignore[no-untyped-def]
+    dx1, dx1_b, dx1_n, dx1_d, dh, dh_b, dh_n, dh_d, x1, x1_b, x1_n, x1_d, branch, branch_b, branch_n, branch_d,
+    gate, gate_b, scale, scale_b, weight, stats, dx, dbranch, partial, N, chunks, chunk_rows,
+    D: tl.constexpr, S: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr, ROWS: tl.constexpr,
+    ONE_WARP: tl.constexpr, OF_ROWS: tl.constexpr,
+    SUM_P: tl.constexpr, SUM_Q: tl.constexpr, SUM_R: tl.constexpr, SUM_S: tl.constexpr, SUMS: tl.constexpr,
+):  # fmt: skip
+    """OF_ROWS: the gradient of the rows of x is needed, for itself or for what comes from it. SUMS: how many sums are."""
+    program = tl.program_id(0)
+    sample = (program // chunks).to(tl.int64)
+    first = (program % chunks) * chunk_rows
+    head = tl.arange(0, HEAD).to(tl.int64)[None, :]
+    if TAIL > 0:
+        tail = _tail_columns(HEAD, TAIL, ROWS)
+    gate = of_sample((gate, gate_b), sample) if gate is not None else None
+    scale = of_sample((scale, scale_b), sample) if scale is not None else None
+    if dh is not None and OF_ROWS and not ONE_WARP:
+        factor = factor_of(scale, weight, head, HEAD, D)
+        if TAIL > 0:
+            tail_factor = factor_of(scale, weight, tail, HEAD + TAIL, D)
+    if dbranch is not None and gate is not None and not ONE_WARP:
+        g = channels_of(gate, head, HEAD, D)
+        if TAIL > 0:
+            tail_g = channels_of(gate, tail, HEAD + TAIL, D)
+
+    p = tl.zeros([1, HEAD], tl.float32)
+    q = tl.zeros([1, HEAD], tl.float32)
+    r = tl.zeros([1, HEAD], tl.float32)
+    s = tl.zeros([1, HEAD], tl.float32)
+    TAIL_ROWS: tl.constexpr = 1 if ONE_WARP else ROWS
+    SPAN: tl.constexpr = TAIL if TAIL > 0 else 1
+    tail_p = tl.zeros([TAIL_ROWS, SPAN], tl.float32)
+    tail_q = tl.zeros([TAIL_ROWS, SPAN], tl.float32)
+    tail_r = tl.zeros([TAIL_ROWS, SPAN], tl.float32)
+    tail_s = tl.zeros([TAIL_ROWS, SPAN], tl.float32)
+
+    last = tl.minimum(first + chunk_rows, N)
+    for start in range(first, last, ROWS):
+        rows = (start + tl.arange(0, ROWS)).to(tl.int64)[:, None]
+        live = rows < last
+        line = sample * N + rows
+        mask = mask_of(live, head, HEAD, D)
+        stream_rows = rows_of((dx1, dx1_b, dx1_n, dx1_d), sample, rows) if dx1 is not None else None
+        branch_rows = (
+            rows_of((branch, branch_b, branch_n, branch_d), sample, rows) if branch is not None else None
+        )
+        if TAIL > 0:
+            tail_mask = mask_of(live, tail, HEAD + TAIL, D)
+
+        # Between warps a reduction is a barrier that no load is moved across, so the loads that are needed last are issued
+        # before it, and stay in their own dtype, which takes fewer registers. One warp has no barrier, and no registers
+        # to spare: it loads what it needs when it needs it, vectors too.
+        if not ONE_WARP:
+            if dx1 is not None:
+                stream = load_piece(stream_rows, head, mask)
+                if TAIL > 0:
+                    tail_stream = load_piece(stream_rows, tail, tail_mask)
+            if branch is not None:
+                u = load_piece(branch_rows, head, mask)
+                if TAIL > 0:
+                    tail_u = load_piece(branch_rows, tail, tail_mask)
+
+        if dh is not None:
+            if ROWS == 1:
+                row_stats = stats + (sample * N + start) * S
+                mu = tl.load(row_stats) if S == 2 else None
+                scaling = tl.load(row_stats + (S - 1))
+            else:
+                mu = tl.load(stats + line * S, live, 0.0) if S == 2 else None
+                scaling = tl.load(stats + line * S + (S - 1), live, 0.0)
+            dh_rows = rows_of((dh, dh_b, dh_n, dh_d), sample, rows)
+            x1_rows = rows_of((x1, x1_b, x1_n, x1_d), sample, rows)
+            dnormed = load_piece(dh_rows, head, mask).to(tl.float32)
+            normed = _normed(x1_rows, mu, scaling, head, mask)
+            if TAIL > 0:
+                tail_dnormed = load_piece(dh_rows, tail, tail_mask).to(tl.float32)
+                tail_normed = _normed(x1_rows, mu, scaling, tail, tail_mask)
+            if SUM_P >= 0:
+                p += over_rows(dnormed)
+                if TAIL > 0:
+                    tail_p += _folded(tail_dnormed, ONE_WARP)
+            if SUM_Q >= 0:
+                q += over_rows(dnormed * normed)
+                if TAIL > 0:
+                    tail_q += _folded(tail_dnormed * tail_normed, ONE_WARP)
+
+        if dh is not None and OF_ROWS:
+            if ONE_WARP:
+                factor = factor_of(scale, weight, head, HEAD, D)
+                if TAIL > 0:
+                    tail_factor = factor_of(scale, weight, tail, HEAD + TAIL, D)
+            dnormed *= factor
+            along_normed = _along(dnormed * normed, ROWS)
+            along_mean = _along(dnormed, ROWS) if S == 2 else None
+            if TAIL > 0:
+                tail_dnormed *= tail_factor
+                along_normed += _along(tail_dnormed * tail_normed, ROWS)
+                if S == 2:
+                    along_mean += _along(tail_dnormed, ROWS)
+            along_normed = tl.div_rn(along_normed, D * 1.0)
+            if S == 2:
+                along_mean = tl.div_rn(along_mean, D * 1.0)
+            d = _through_norm(dnormed, normed, scaling, along_mean, along_normed)
+            if TAIL > 0:
+                tail_d = _through_norm(tail_dnormed, tail_normed, scaling, along_mean, along_normed)
+        if dx1 is not None:
+            if ONE_WARP:
+                stream = load_piece(stream_rows, head, mask)
+                if TAIL > 0:
+                    tail_stream = load_piece(stream_rows, tail, tail_mask)
+            d = d + stream.to(tl.float32) if dh is not None else stream.to(tl.float32)
+            if TAIL > 0:
+                tail_d = tail_d + tail_stream.to(tl.float32) if dh is not None else tail_stream.to(tl.float32)
+
+        if dx is not None:
+            _store(dx, line * D + head, d, mask)
+            if TAIL > 0:
+                _store(dx, line * D + tail, tail_d, tail_mask)
+        if dbranch is not None:
+            if gate is not None and ONE_WARP:
+                g = channels_of(gate, head, HEAD, D)
+                if TAIL > 0:
+                    tail_g = channels_of(gate, tail, HEAD + TAIL, D)
+            _store(dbranch, line * D + head, g * d if gate is not None else d, mask)
+            if TAIL > 0:
+                _store(dbranch, line * D + tail, tail_g * tail_d if gate is not None else tail_d, tail_mask)
+        if SUM_R >= 0:
+            if ONE_WARP:
+                u = load_piece(branch_rows, head, mask)
+                if TAIL > 0:
+                    tail_u = load_piece(branch_rows, tail, tail_mask)
+            r += over_rows(d * u.to(tl.float32))
+            if TAIL > 0:
+                tail_r += _folded(tail_d * tail_u.to(tl.float32), ONE_WARP)
+        if SUM_S >= 0:
+            s += over_rows(d)
+            if TAIL > 0:
+                tail_s += _folded(tail_d, ONE_WARP)
+
+    if partial is not None:
+        partial += program.to(tl.int64) * (SUMS * D)
+        _store_sum(partial, SUM_P, p, tail_p, D, HEAD, TAIL)
+        _store_sum(partial, SUM_Q, q, tail_q, D, HEAD, TAIL)
+        _store_sum(partial, SUM_R, r, tail_r, D, HEAD, TAIL)
+        _store_sum(partial, SUM_S, s, tail_s, D, HEAD, TAIL)
+
+
+@jit
+def add_chunks(  # type: ignore[no-untyped-def]
+    partial, chunks, gate, gate_b, scale, scale_b, branch_bias, weight, bias, dgate, dshift, dscale, terms,
+    D: tl.constexpr, SUM_P: tl.constexpr, SUM_Q: tl.constexpr, SUM_R: tl.constexpr, SUM_S: tl.constexpr,
+    SUMS: tl.constexpr, OF_WEIGHT: tl.constexpr, OF_BIAS: tl.constexpr, OF_BRANCH_BIAS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """OF_WEIGHT, OF_BIAS, OF_BRANCH_BIAS: which gradients need terms, in this order."""
+    program = tl.program_id(0)
+    blocks: tl.constexpr = (D + COLUMNS - 1) // COLUMNS
+    sample = (program // blocks).to(tl.int64)
+    columns = (program % blocks) * COLUMNS + tl.arange(0, COLUMNS)
+    inside = columns < D
+
+    p = tl.zeros([COLUMNS], tl.float32)
+    q = tl.zeros([COLUMNS], tl.float32)
+    r = tl.zeros([COLUMNS], tl.float32)
+    s = tl.zeros([COLUMNS], tl.float32)
+    for chunk in range(chunks):
+        at = partial + (sample * chunks + chunk) * (SUMS * D) + columns
+        if SUM_P >= 0:
+            p += tl.load(at + SUM_P * D, inside, 0.0)
+        if SUM_Q >= 0:
+            q += tl.load(at + SUM_Q * D, inside, 0.0)
+        if SUM_R >= 0:
+            r += tl.load(at + SUM_R * D, inside, 0.0)
+        if SUM_S >= 0:
+            s += tl.load(at + SUM_S * D, inside, 0.0)
+
+    out = sample * D + columns
+    _store(dshift, out, p, inside)
+    if dscale is not None:
+        through_weight = q
+        if weight is not None:
+            through_weight *= channels_of(weight, columns, D + 1, D)
+        if bias is not None:
+            through_weight += channels_of(bias, columns, D + 1, D) * p
+        _store(dscale, out, through_weight, inside)
+    if dgate is not None:
+        through_gate = r
+        if branch_bias is not None:
+            through_gate += channels_of(branch_bias, columns, D + 1, D) * s
+        _store(dgate, out, through_gate, inside)
+
+    if terms is not None:
+        terms += sample * ((OF_WEIGHT + OF_BIAS + OF_BRANCH_BIAS) * D) + columns
+        if scale is not None:
+            factor = 1.0 + channels_of(of_sample((scale, scale_b), sample), columns, D + 1, D)
+            p *= factor
+            q *= factor
+        if gate is not None:
+            s *= channels_of(of_sample((gate, gate_b), sample), columns, D + 1, D)
+        if OF_WEIGHT:
+            tl.store(terms, q, inside)
+            terms += D
+        if OF_BIAS:
+            tl.store(terms, p, inside)
+            terms += D
+        if OF_BRANCH_BIAS:
+            tl.store(terms, s, inside)
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Tiles, and what else follows from dtypes and from what is wanted: found once and remembered
+# ------------------------------------------------------------------------------------------------------------------
+
+# By width, and by the bytes of an element of the narrowest (B, N, D) tensor: rows and warps such that 128-bit accesses move the
+# head, and where it can be the tail, and that nothing spills.
+_FORWARD = {
+    (384, 2): Tile(2, 1),
+    (384, 4): Tile(2, 1),
+    (768, 2): Tile(2, 2),
+    (768, 4): Tile(2, 2),
+    (1024, 2): Tile(2, 4),
+    (1024, 4): Tile(2, 4),
+    (1152, 2): Tile(2, 4),
+    (1152, 4): Tile(2, 4),
+}
+_BACKWARD = {
+    (384, 2): Tile(2, 1, registers=255),
+    (384, 4): Tile(1, 1, registers=255),
+    (768, 2): Tile(1, 1),
+    (768, 4): Tile(1, 2),
+    (1024, 2): Tile(2, 4),
+    (1024, 4): Tile(2, 4),
+    (1152, 2): Tile(1, 4),
+    (1152, 4): Tile(1, 4),
+}
+_SUMS_TILE = Tile(1, 4)
+_PROGRAMS = 1024
+_SHORTEST_CHUNK = 16
+_COLUMNS = 128
+_SAMPLES, _SAMPLE_COLUMNS = 32, 32
+
+Constants = dict[str, Any]
+Dtypes = tuple["torch.dtype | None", ...]
+
+
+def _other_width(width: int) -> Tile:
+    """About 1024 channels at a time, in warps of 256; rows wider than that one by one."""
+    head, _ = pieces(width)
+    return Tile(max(1, min(8, 1024 // head)), max(4, min(32, head // 256)))
+
+
+def _laid_out(
+    tiles: dict[tuple[int, int], Tile], width: int, dtypes: Dtypes, norm: str
+) -> tuple[Tile, Constants]:
+    """How rows are held, by the dtypes of the (B, N, D) tensors (None: absent), and the constants that say so to a kernel."""
+    narrowest = min(dtype.itemsize for dtype in dtypes if dtype is not None)
+    tile = tiles.get((width, narrowest)) or _other_width(width)
+    head, tail = pieces(width)
+    columns = 1 if norm == "rmsnorm" else 2
+    return tile, {"D": width, "S": columns, "HEAD": head, "TAIL": tail, "ROWS": tile.rows}
+
+
+@functools.cache
+def forward_plan(width: int, norm: str, *dtypes: torch.dtype | None) -> tuple[Tile, Constants]:
+    """The tile and the constants of ``forward_rows``."""
+    return _laid_out(_FORWARD, width, dtypes, norm)
+
+
+@functools.cache
+def backward_plan(
+    width: int, norm: str, wanted: Wanted, has_branch_bias: bool, has_bias: bool, *dtypes: torch.dtype | None
+) -> tuple[Tile, Constants, Constants, Constants]:
+    """The tile and the constants of ``backward_rows``, and the constants of ``add_chunks`` and of ``add_samples``."""
+    of_x, of_branch, of_gate, of_shift, of_scale, of_branch_bias, of_weight, of_bias = (
+        dtype is not None for dtype in wanted
+    )
+    needed = {
+        "SUM_P": of_shift or of_bias or (of_scale and has_bias),
+        "SUM_Q": of_scale or of_weight,
+        "SUM_R": of_gate,
+        "SUM_S": of_branch_bias or (of_gate and has_branch_bias),
+    }
+    names = [name for name, need in needed.items() if need]
+    sums: Constants = {name: names.index(name) if need else -1 for name, need in needed.items()}
+    sums |= {"SUMS": len(names)}
+    tile, rows = _laid_out(_BACKWARD, width, dtypes, norm)
+    of_rows = of_x or of_branch or of_gate or of_branch_bias
+    rows |= {"ONE_WARP": tile.warps == 1, "OF_ROWS": of_rows, **sums}
+    terms = {"OF_WEIGHT": of_weight, "OF_BIAS": of_bias, "OF_BRANCH_BIAS": of_branch_bias}
+    chunks = {"D": width, **sums, **terms, "COLUMNS": _COLUMNS}
+    samples = {"D": width, "KINDS": sum(terms.values()), "SAMPLES": _SAMPLES, "COLUMNS": _SAMPLE_COLUMNS}
+    return tile, rows, chunks, samples
+
+
+def chunking(batch: int, length: int, rows: int) -> tuple[int, int]:
+    """(chunks of a sample, rows of a chunk) of a backward that walks through tokens, from shapes alone.
+
+    About ``_PROGRAMS`` programs in all, so that a GPU is filled, but no chunk so short that its partial sums would outweigh it.
+    """
+    wanted = max(1, min(ceil_div(_PROGRAMS, max(batch, 1)), ceil_div(length, _SHORTEST_CHUNK)))
+    chunk_rows = ceil_div(max(ceil_div(length, wanted), 1), rows) * rows
+    return ceil_div(length, chunk_rows), chunk_rows
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# The kernels of the ops. The one of ``gated_residual_norm`` serves all three: what an op has not is absent.
+# ------------------------------------------------------------------------------------------------------------------
+
+
+def _new(dtype: torch.dtype | None, device: torch.device, *shape: int) -> Tensor | None:
+    """An output, None without a dtype; sizes one by one, since ``torch.empty`` takes twice the time for a tuple of them."""
+    return None if dtype is None else torch.empty(*shape, dtype=dtype, device=device)
+
+
+def _dtype(tensor: Tensor | None) -> torch.dtype | None:
+    return None if tensor is None else tensor.dtype
+
+
+@GATED_RESIDUAL_NORM.implement("triton", refuse=_triton.refuse)
+def gated_residual_norm(  # type: ignore[no-untyped-def]
+    x, branch, gate, shift, scale, branch_bias, weight, bias, norm, eps, out_dtype, keep
+):
+    """x1, h and stats; no x1 without a branch, no h without its dtype."""
+    device = x.device
+    batch, length, width = x.shape
+    tile, constants = forward_plan(int(width), norm, x.dtype, _dtype(branch), out_dtype)
+    blocks = ceil_div(length, tile.rows)
+    x1 = None if branch is None else contiguous(x)
+    h = None if out_dtype is None else contiguous(x, out_dtype)
+    stats = _new(torch.float32, device, batch, length, constants["S"]) if keep else None
+    rows = (*with_strides(x), *with_strides(branch))
+    vectors = (*per_sample(gate), *per_sample(shift), *per_sample(scale), packed(branch_bias), packed(weight))
+    outs = (packed(bias), x1, h, stats, length, blocks, eps)
+    _triton.launch(forward_rows, batch * blocks, tile, device, *rows, *vectors, *outs, **constants)
+    return x1, h, stats
+
+
+@MODULATE_NORM.implement("triton", refuse=_triton.refuse)
+def modulate_norm(x, shift, scale, weight, bias, norm, eps, out_dtype, keep):  # type: ignore[no-untyped-def]
+    _, h, stats = gated_residual_norm(
+        x, None, None, shift, scale, None, weight, bias, norm, eps, out_dtype, keep
+    )
+    return h, stats
+
+
+@GATED_RESIDUAL.implement("triton", refuse=_triton.refuse)
+def gated_residual(x, branch, gate, branch_bias):  # type: ignore[no-untyped-def]
+    x1, _, _ = gated_residual_norm(
+        x, branch, gate, None, None, branch_bias, None, None, "layernorm", 0.0, None, False
+    )
+    return x1
+
+
+@GATED_RESIDUAL_NORM.gradients.implement("triton", refuse=_triton.refuse)
+def gated_residual_norm_backward(  # type: ignore[no-untyped-def]
+    dx1, dh, x1, branch, gate, scale, branch_bias, weight, bias, stats, norm, wanted
+):
+    """The gradients of all inputs, as far as they are wanted: those of rows, and from their sums those of vectors."""
+    of_x, of_branch, of_gate, of_shift, of_scale, of_branch_bias, of_weight, of_bias = wanted
+    like = dx1 if dh is None else dh
+    device = like.device
+    batch, length, width = like.shape
+    if of_gate is None:
+        branch = None
+    tile, constants, of_chunks, of_samples = backward_plan(
+        *(int(width), norm, wanted, branch_bias is not None, bias is not None),
+        *(_dtype(dx1), _dtype(dh), _dtype(x1), _dtype(branch)),
+    )
+    if not constants["OF_ROWS"]:
+        dx1 = None
+    sums, kinds = constants["SUMS"], of_samples["KINDS"]
+    chunks, chunk_rows = chunking(batch, length, tile.rows)
+    dx = None if of_x is None else contiguous(like, of_x)
+    dbranch = None if of_branch is None else contiguous(like, of_branch)
+    partial = _new(torch.float32, device, batch, chunks, sums, width) if sums else None
+    rows = (*with_strides(dx1), *with_strides(dh), *with_strides(x1), *with_strides(branch))
+    gate, scale, weight = per_sample(gate), per_sample(scale), packed(weight)
+    rest = (weight, packed(stats), dx, dbranch, partial, length, chunks, chunk_rows)
+    _triton.launch(backward_rows, batch * chunks, tile, device, *rows, *gate, *scale, *rest, **constants)
+    if not sums:
+        return dx, dbranch, None, None, None, None, None, None
+
+    dgate = _new(of_gate, device, batch, width)
+    dshift = _new(of_shift, device, batch, width)
+    dscale = _new(of_scale, device, batch, width)
+    terms = _new(torch.float32, device, batch, kinds, width) if kinds else None
+    programs = batch * ceil_div(width, _COLUMNS)
+    rest = (packed(branch_bias), weight, packed(bias), dgate, dshift, dscale, terms)
+    _triton.launch(
+        add_chunks, programs, _SUMS_TILE, device, partial, chunks, *gate, *scale, *rest, **of_chunks
+    )
+    if not kinds:
+        return dx, dbranch, dgate, dshift, dscale, None, None, None
+
+    dweight, dbias, dbranch_bias = (
+        _new(of_weight, device, width),
+        _new(of_bias, device, width),
+        _new(of_branch_bias, device, width),
+    )
+    outs = [out for out in (dweight, dbias, dbranch_bias) if out is not None]
+    outs = (*outs, None, None)[:3]
+    programs = ceil_div(width, _SAMPLE_COLUMNS)
+    _triton.launch(add_samples, programs, _SUMS_TILE, device, terms, batch, *outs, **of_samples)
+    return dx, dbranch, dgate, dshift, dscale, dbranch_bias, dweight, dbias
+
+
+@MODULATE_NORM.gradients.implement("triton", refuse=_triton.refuse)
+def modulate_norm_backward(dh, x, scale, weight, bias, stats, norm, wanted):  # type: ignore[no-untyped-def]
+    of_x, of_shift, of_scale, of_weight, of_bias = wanted
+    dx, _, _, dshift, dscale, _, dweight, dbias = gated_residual_norm_backward(
+        *(None, dh, x, None, None, scale, None, weight, bias, stats, norm),
+        (of_x, None, None, of_shift, of_scale, None, of_weight, of_bias),
+    )
+    return dx, dshift, dscale, dweight, dbias
+
+
+@GATED_RESIDUAL.gradients.implement("triton", refuse=_triton.refuse)
+def gated_residual_backward(dx1, branch, gate, branch_bias, wanted):  # type: ignore[no-untyped-def]
+    of_branch, of_gate, of_bias = wanted
+    _, dbranch, dgate, _, _, dbranch_bias, _, _ = gated_residual_norm_backward(
+        *(dx1, None, None, branch, gate, None, branch_bias, None, None, None, "layernorm"),
+        (None, of_branch, of_gate, None, None, of_bias, None, None),
+    )
+    return dbranch, dgate, dbranch_bias

@@ -1,0 +1,334 @@
+"""Declarations and dispatch: schemas, one signature an op, the choice of a backend, settings that nest, a light import."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+import ditkernels
+from ditkernels import ops, reference
+from ditkernels.ops import dispatch
+from ditkernels.ops.spec import decoded, encoded
+
+# Compiled libraries and exported programs depend on these: change one only together with a new op name.
+SCHEMAS = Path(__file__).with_name("schemas.txt").read_text().splitlines()
+DIFFERENTIABLE = [op for op in dispatch.OPS.values() if op.declaration.gradient is not None]
+
+
+def schema(call: torch._ops.OpOverload) -> str:
+    return str(call._schema).removeprefix("ditkernels::")
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Declarations
+# ------------------------------------------------------------------------------------------------------------------
+
+
+def test_schemas_are_pinned() -> None:
+    assert sorted(schema(op.call) for op in dispatch.OPS.values()) == SCHEMAS
+
+
+def test_every_op_has_a_torch_kernel_of_the_same_schema() -> None:
+    for name, op in dispatch.OPS.items():
+        internal = schema(op.implementations["torch"].internal)
+        public = schema(op.call).replace(', str backend=""', "").replace(name, f"{name}_torch", 1)
+        assert internal == public
+
+
+@pytest.mark.parametrize("name", [name for name in ops.__all__ if hasattr(reference, name)])
+def test_an_argument_list_is_the_reference_s(name: str) -> None:
+    """The public function and the reference take the same arguments, which are those of the declaration."""
+    ours, meant = (inspect.signature(getattr(room, name)).parameters for room in (ops, reference))
+    extra = set(ours) - set(meant)
+    assert extra <= {"backend"}
+    assert [(p.name, p.kind, p.default) for p in ours.values() if p.name not in extra] == [
+        (p.name, p.kind, p.default) for p in meant.values()
+    ]
+    op = dispatch.OPS.get(name)
+    if op is not None:
+        declared = {i.name for i in op.declaration.inputs}
+        assert declared <= set(ours), (
+            f"{name} declares {declared - set(ours)}, which the public function lacks"
+        )
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("op", dispatch.OPS.values(), ids=lambda op: op.name)
+def test_kernels_take_the_declared_arguments(op: dispatch.Op, backend: str) -> None:
+    implementation = op.implementations.get(backend)
+    if implementation is None:
+        pytest.skip(f"{op.name} has no {backend} kernel")
+    parameters = inspect.signature(implementation.kernel).parameters.values()
+    if any(p.kind is p.VAR_POSITIONAL for p in parameters):
+        return
+    assert [p.name for p in parameters] == list(op.declaration.arguments)
+
+
+def test_wanted_gradients_are_torch_s_numbers_of_dtypes() -> None:
+    wanted = (torch.float32, None, torch.bfloat16, torch.float16, torch.float64)
+    assert decoded(encoded(wanted)) == wanted
+    numbers = encoded(wanted)
+    for dtype, number in zip(wanted, numbers):
+        if dtype is not None:
+            # torch.empty's schema takes the number that c10::ScalarType gives the dtype.
+            assert torch.ops.aten.empty.memory_format([0], dtype=dtype).dtype is decoded([number])[0]
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Settings
+# ------------------------------------------------------------------------------------------------------------------
+
+
+def test_settings_nest_and_return() -> None:
+    assert dispatch.backend_setting() is None
+    with ditkernels.use_backend("torch", attention="plain"):
+        assert (dispatch.backend_setting(), dispatch.attention_setting()) == ("torch", "plain")
+        with ditkernels.use_backend("auto"):
+            assert (dispatch.backend_setting(), dispatch.attention_setting()) == (None, "plain")
+        assert dispatch.backend_setting() == "torch"
+    assert (dispatch.backend_setting(), dispatch.attention_setting()) == (None, None)
+
+
+def test_a_block_may_be_entered_again_and_decorate() -> None:
+    forced = ditkernels.use_backend("torch")
+    with forced, ditkernels.use_backend("auto"), forced:
+        assert dispatch.backend_setting() == "torch"
+
+    @forced
+    def inside() -> str | None:
+        return dispatch.backend_setting()
+
+    assert (inside(), inside(), dispatch.backend_setting()) == ("torch", "torch", None)
+
+
+def test_an_error_leaves_the_block() -> None:
+    with pytest.raises(RuntimeError, match="inside"), ditkernels.use_backend("torch"):
+        raise RuntimeError("inside")
+    assert dispatch.backend_setting() is None
+
+
+def test_the_setting_of_a_process_is_a_call_of_its_own() -> None:
+    ditkernels.set_backend("torch")
+    seen: list[str | None] = []
+    thread = threading.Thread(target=lambda: seen.append(dispatch.backend_setting()))
+    thread.start()
+    thread.join()
+    with ditkernels.use_backend("auto"):
+        seen.append(dispatch.backend_setting())
+    ditkernels.set_backend("auto")
+    assert (*seen, dispatch.backend_setting()) == ("torch", None, None)
+
+
+def test_environment_variables_force_and_are_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    ditkernels.ops.modulate_norm(torch.zeros(1, 1, 4))  # a remembered call sees a later change all the same
+    monkeypatch.setenv("DITKERNELS_BACKEND", "torch")
+    monkeypatch.setenv("DITKERNELS_ATTENTION_BACKEND", "plain")
+    assert (dispatch.backend_setting(), dispatch.attention_setting()) == ("torch", "plain")
+    with ditkernels.use_backend("auto"):
+        assert dispatch.backend_setting() is None
+    monkeypatch.setenv("DITKERNELS_BACKEND", "fast")
+    with pytest.raises(
+        ValueError, match="DITKERNELS_BACKEND: unknown backend 'fast', allowed are auto, cuda, triton, torch"
+    ):
+        ditkernels.ops.modulate_norm(torch.zeros(1, 1, 4))
+
+
+@pytest.mark.parametrize("call", [ditkernels.use_backend, ditkernels.set_backend])
+def test_unknown_backends_are_refused(call: Callable[..., Any]) -> None:
+    name = call.__name__
+    with pytest.raises(
+        ValueError, match=f"{name}: unknown backend 'fast', allowed are auto, cuda, triton, torch"
+    ):
+        call("fast")
+    with pytest.raises(ValueError, match="unknown backend 'fast', allowed are auto, cudnn"):
+        call(attention="fast")
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Each thread, task, backward and recomputation sees its own setting
+# ------------------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def spied_backends(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[str, str]]]:
+    """Gives ``gated_residual`` a second backend that computes what torch does; yields the calls, as (backend, op)."""
+    op, calls = dispatch.OPS["gated_residual"], list[tuple[str, str]]()
+    for one in (op, op.gradients):
+        plain = one.implementations["torch"]
+        for backend in ("torch", "cuda"):
+
+            def kernel(*args: Any, backend: str = backend, one: dispatch.Op = one, plain: Any = plain) -> Any:
+                calls.append((backend, one.name))
+                return plain.kernel(*args)
+
+            made = dispatch.Implementation(kernel, plain.internal, lambda op, args: None)
+            monkeypatch.setitem(one.implementations, backend, made)
+    dispatch.forget()
+    yield calls
+    dispatch.forget()
+
+
+def leaves() -> list[Tensor]:
+    return [torch.randn(2, 3, 8, requires_grad=True), torch.randn(2, 3, 8, requires_grad=True)]
+
+
+def test_a_forward_s_setting_serves_its_backward(monkeypatch: pytest.MonkeyPatch) -> None:
+    gate = torch.randn(2, 8, requires_grad=True)
+    with spied_backends(monkeypatch) as calls:
+        with ditkernels.use_backend("cuda"):
+            out = ops.gated_residual(*leaves(), gate)
+        with ditkernels.use_backend("torch"):
+            out.sum().backward()
+    assert calls == [("cuda", "gated_residual"), ("cuda", "gated_residual_backward")]
+
+
+def test_a_recomputation_sees_the_forward_s_setting(monkeypatch: pytest.MonkeyPatch) -> None:
+    gate = torch.randn(2, 8, requires_grad=True)
+    with spied_backends(monkeypatch) as calls:
+        with ditkernels.use_backend("cuda"):
+            x, branch = leaves()
+            call = lambda: ops.gated_residual(x, branch, gate)  # noqa: E731
+            out = checkpoint(call, use_reentrant=False, context_fn=ops.remembered)
+        out.sum().backward()
+    assert {backend for backend, _ in calls} == {"cuda"}
+    assert [name for _, name in calls].count("gated_residual") == 2
+
+
+def test_threads_see_their_own_setting_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two threads, 1,000 calls each with their own backend, forward and backward."""
+    gate = torch.randn(2, 8, requires_grad=True)
+    wrong: list[str] = []
+
+    def work(backend: str) -> None:
+        mine = threading.get_ident()
+        for _ in range(1000):
+            with ditkernels.use_backend(backend):
+                out = ops.gated_residual(*leaves(), gate)
+                grads = torch.autograd.grad(out.sum(), [gate])
+            wrong.extend(b for who, b in seen[-4:] if who == mine and b != backend)
+            assert grads[0].isfinite().all()
+
+    seen: list[tuple[int, str]] = []
+    op = dispatch.OPS["gated_residual"]
+    for one in (op, op.gradients):
+        plain = one.implementations["torch"]
+        for backend in ("torch", "cuda"):
+
+            def kernel(*args: Any, backend: str = backend, plain: Any = plain) -> Any:
+                seen.append((threading.get_ident(), backend))
+                return plain.kernel(*args)
+
+            made = dispatch.Implementation(kernel, plain.internal, lambda op, args: None)
+            monkeypatch.setitem(one.implementations, backend, made)
+    threads = [threading.Thread(target=work, args=(backend,)) for backend in ("torch", "cuda")]
+    idents: dict[int, str] = {}
+    for thread, backend in zip(threads, ("torch", "cuda")):
+        thread.start()
+        idents[thread.ident or 0] = backend
+    for thread in threads:
+        thread.join()
+    assert not wrong
+    assert len(seen) == 4000
+    assert all(idents[who] == backend for who, backend in seen)
+    assert dispatch.backend_setting() is None
+
+
+def test_tasks_see_their_own_setting_only() -> None:
+    async def work(backend: str) -> set[str | None]:
+        seen = set()
+        with ditkernels.use_backend(backend):
+            for _ in range(20):
+                await asyncio.sleep(0)
+                seen.add(dispatch.backend_setting())
+        return seen
+
+    async def both() -> list[set[str | None]]:
+        return await asyncio.gather(work("torch"), work("triton"))
+
+    assert asyncio.run(both()) == [{"torch"}, {"triton"}]
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Choice
+# ------------------------------------------------------------------------------------------------------------------
+
+
+def says(reason: str | None) -> Callable[..., str | None]:
+    return lambda op, args: reason
+
+
+def test_a_forced_backend_that_cannot_serve_says_what_all_would(monkeypatch: pytest.MonkeyPatch) -> None:
+    op = dispatch.OPS["unpatchify"]
+    plain = op.implementations["torch"]
+    refusing = dispatch.Implementation(plain.kernel, plain.internal, says("it is Sunday"))
+    monkeypatch.setitem(op.implementations, "cuda", refusing)
+    arguments = torch.zeros(1, 4, 4)
+    ditkernels.ops.unpatchify(arguments, grid=(2, 2), patch_size=2)
+    with ditkernels.use_backend("cuda"), pytest.raises(ditkernels.BackendError) as error:
+        ditkernels.ops.unpatchify(arguments, grid=(2, 2), patch_size=2)
+    assert "unpatchify: backend 'cuda' cannot serve (cuda: it is Sunday;" in str(error.value)
+    assert "torch: can serve" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "willing, preferred, chosen",
+    [
+        ("torch", None, "torch"),
+        ("cuda torch", None, "cuda"),  # Triton is missing, the library is there
+        ("cuda triton torch", None, "triton"),
+        ("cuda triton torch", "cuda", "cuda"),
+        ("cuda triton torch", "torch", "torch"),  # the measured winner may be plain PyTorch
+        ("triton torch", "cuda", "triton"),  # the winner is not there
+    ],
+)
+def test_auto(monkeypatch: pytest.MonkeyPatch, willing: str, preferred: str | None, chosen: str) -> None:
+    op = dispatch.OPS["unpatchify"]
+    plain = op.implementations["torch"]
+    for backend in dispatch.BACKENDS:
+        reason = None if backend in willing.split() else "no"
+        made = dispatch.Implementation(plain.kernel, plain.internal, says(reason))
+        monkeypatch.setitem(op.implementations, backend, made)
+    monkeypatch.setattr(dispatch, "fastest", lambda op, device: preferred)
+    assert op.choose(torch.zeros(1, 4, 4), 2, 2, 2, False) == chosen
+
+
+def test_a_winner_counts_on_its_device_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert dispatch.PREFERRED == {}, "nothing is measured, so nothing is claimed"
+    monkeypatch.setitem(dispatch.PREFERRED, ("9.0", "modulate_norm"), "cuda")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    assert dispatch.fastest("modulate_norm", torch.device("cuda")) == "cuda"
+    assert dispatch.fastest("modulate_norm", torch.device("cpu")) is None
+    assert dispatch.fastest("gated_residual", torch.device("cuda")) is None
+
+
+def test_a_profile_shows_the_backend() -> None:
+    x, branch = leaves()
+    gate = torch.randn(2, 8, requires_grad=True)
+    ops.gated_residual(x, branch, gate).sum().backward()
+    with torch.profiler.profile() as profile:
+        ops.gated_residual(x, branch, gate).sum().backward()
+    names = {event.key for event in profile.key_averages()}
+    assert {"ditkernels::gated_residual_torch", "ditkernels::gated_residual_backward_torch"} <= names
+
+
+def test_import_is_light() -> None:
+    code = """
+import sys, torch
+import ditkernels
+assert not torch.cuda.is_initialized()
+heavy = {"sklearn", "matplotlib", "flash_attn", "xformers", "diffusers", "torch._inductor", "torch._dynamo"} & set(sys.modules)
+assert not heavy, heavy
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
