@@ -161,7 +161,9 @@ def count(variant: Variant, model: str, input_size: int, batch: int) -> Counted:
 
 def _mlps_as_one_op(answer: bool) -> AbstractContextManager[Any]:
     """What a GPU with cuBLASLt's epilogues would answer."""
-    return mock.patch.object(models, "serves", return_value=answer)
+    return mock.patch.multiple(
+        models, serves=mock.Mock(return_value=answer), asked_for=mock.Mock(return_value=answer)
+    )
 
 
 def _values_unseen() -> AbstractContextManager[Any]:

@@ -21,7 +21,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from ditkernels import ops, reference
 from ditkernels.ops import dispatch
-from ditkernels.ops.mlp import serves
+from ditkernels.ops.mlp import asked_for, serves
 from ditkernels.reference import make_models
 
 CHECKPOINTING = ("none", "selective", "full")
@@ -103,13 +103,13 @@ def _taken_apart(linear: nn.Module, x: Tensor) -> TypeGuard[nn.Linear]:
 
 def _watched(module: nn.Module) -> bool:
     """Whether somebody would miss its call: by hooks of either direction, or by a forward put on the instance."""
-    hooks = (
-        module._forward_hooks,
-        module._forward_pre_hooks,
-        module._backward_hooks,
-        module._backward_pre_hooks,
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
     )
-    return any(hooks) or "forward" in module.__dict__
 
 
 def opened(x: Tensor, linear: nn.Module, value: Tensor, gate: Tensor | None) -> Stream:
@@ -179,6 +179,8 @@ class Mlp(reference.Mlp):
         return ops.mlp(x, self.fc1.weight, self.fc1.bias, self.fc2.weight), self.fc2.bias
 
     def _is_one_op(self, x: Tensor) -> bool:
+        if not asked_for(x.device):
+            return False
         if not _taken_apart(self.fc1, x) or not _taken_apart(self.fc2, x):
             return False
         hidden, width = self.fc1.weight.shape
@@ -227,15 +229,15 @@ class Fused(reference.Block):
         return opened(x, self.cross_attn.proj, self.cross_attn.mixed(h, context), None)
 
     def transformed(self, x: Tensor, h: Tensor, gate: Tensor | None = None) -> Stream:
-        """The stream with the MLP of h still to be added, also by the next block: the bias travels as a copy.
+        """The stream with the MLP of h still to be added, also by the next block.
 
-        FSDP2 frees a block's weights when the block is done.
+        Where somebody watches the block, the bias travels as a copy: FSDP2 frees a block's weights when the block is done.
         """
         if _watched(self.mlp):
             return Stream(x, self.mlp(h), gate)
         # As one op the MLP would be kept or recomputed as one; selective checkpointing keeps its products and recomputes GELU.
         branch, bias = product(self.mlp.fc2, self.mlp.hidden(h)) if self.selective else self.mlp.product(h)
-        return Stream(x, branch, gate, None if bias is None else bias.clone())
+        return Stream(x, branch, gate, bias.clone() if bias is not None and _watched(self) else bias)
 
 
 class DiTBlock(Fused, reference.DiTBlock):  # type: ignore[misc]

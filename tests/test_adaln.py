@@ -81,8 +81,9 @@ def results(
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
         if not cotangents:
             cotangents = [torch.randn(o.shape, generator=generator).to(o.dtype) for o in outputs]
+        reached = [(o, c.to(o.dtype)) for o, c in zip(outputs, cotangents) if o.requires_grad]
         grads = torch.autograd.grad(
-            outputs, [leaves[n] for n in needed], [c.to(o.dtype) for c, o in zip(cotangents, outputs)]
+            [o for o, _ in reached], [leaves[n] for n in needed], [c for _, c in reached]
         )
         collected.append([*outputs, *grads])
     names = [f"output {i}" for i in range(len(cotangents))] + [f"d{n}" for n in needed]

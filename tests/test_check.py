@@ -9,8 +9,7 @@ import pytest
 import torch
 
 from ditkernels import check, cli, ops
-from ditkernels.ops import dispatch
-from ditkernels.ops import adaln
+from ditkernels.ops import adaln, dispatch
 
 CPU = torch.device("cpu")
 FP32 = check.PRECISIONS[0]

@@ -413,8 +413,9 @@ def tangent_or_none(attempt: Callable[[], Any]) -> Tensor | None:
     try:
         tangent = attempt()
     except torch._dynamo.exc.Unsupported as error:
-        assert "dual tensor" in str(error)
-        return None
+        if "dual tensor" in str(error):
+            return None
+        raise
     assert tangent is not None, "the tangent was lost"
     return tangent
 
@@ -430,14 +431,16 @@ import ditkernels
 from ditkernels.ops import dispatch
 
 torch._functorch.config.enable_autograd_cache = True
-op = dispatch.OPS["bias_gelu"]
-library = lambda x, bias: torch.full_like(x, 3)
-op.implementations["cuda"] = dispatch.Implementation(library, library, lambda op, args: None)
+# Neither leaves Inductor C++ to compile, which would take longest here.
+kernels = {"torch": lambda x, bias: torch.bmm(x, x), "cuda": lambda x, bias: torch.full_like(x, 3)}
+for backend, kernel in kernels.items():
+    made = dispatch.Implementation(kernel, kernel, lambda op, args: None)
+    dispatch.OPS["bias_gelu"].implementations[backend] = made
 found = []
 for backend in sys.argv[1:]:
     torch._dynamo.reset(), counters.clear()
     with ditkernels.use_backend(backend), torch.no_grad():
-        made = torch.compile(lambda x: ditkernels.ops.bias_gelu(x), fullgraph=True)(torch.zeros(1, 1, 4))
+        made = torch.compile(lambda x: ditkernels.ops.bias_gelu(x), fullgraph=True)(torch.ones(2, 4, 4))
     counted = counters["aot_autograd"]
     found.append([counted["autograd_cache_miss"], counted["autograd_cache_hit"], made.sum().item()])
 print(json.dumps(found))
@@ -448,7 +451,11 @@ def test_caches_on_disk_tell_backends_and_kernels_apart(tmp_path: Path) -> None:
     """Three processes share a folder; before the last one a kernel has changed."""
     package = tmp_path / "ditkernels"
     shutil.copytree(Path(ditkernels.__file__).parent, package, ignore=shutil.ignore_patterns("__pycache__"))
-    cache = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache"), "PYTHONPATH": str(tmp_path)}
+    cache = {
+        "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache"),
+        "PYTHONPATH": str(tmp_path),
+        "TORCHINDUCTOR_COMPILE_THREADS": "1",
+    }
 
     def process(*backends: str) -> Any:
         command = [sys.executable, "-c", PROCESS, *backends]
@@ -458,8 +465,8 @@ def test_caches_on_disk_tell_backends_and_kernels_apart(tmp_path: Path) -> None:
         return json.loads(ran.stdout)
 
     miss, hit = [1, 0], [0, 1]
-    assert process("torch") == [[*miss, 0.0]]
-    assert process("cuda", "cuda", "torch") == [[*miss, 12.0], [*hit, 12.0], [*hit, 0.0]]
+    assert process("torch") == [[*miss, 128.0]]
+    assert process("cuda", "cuda", "torch") == [[*miss, 96.0], [*hit, 96.0], [*hit, 128.0]]
     kernels = package / "ops" / "norm" / "triton.py"
     kernels.write_text(kernels.read_text() + "# Another kernel.\n")
-    assert process("torch") == [[*miss, 0.0]]
+    assert process("torch") == [[*miss, 128.0]]

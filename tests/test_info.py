@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from ditkernels import cli, info
-from ditkernels.ops import _native
-from ditkernels.ops import dispatch
+from ditkernels.ops import _native, dispatch
 
 # The fixture below replaces it.
 DRIVER_VERSION = info.driver_version

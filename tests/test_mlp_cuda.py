@@ -139,7 +139,9 @@ def test_sizes_without_an_algorithm_are_refused(
 def test_a_half_called_all_the_same_says_so(emulation: ModuleType) -> None:
     emulation.lack_algorithms(EPILOGUES["GELU"], False)
     try:
-        with pytest.raises(RuntimeError, match=r"has no algorithm for 999 x 8 times 8 x 16 .* of linear_gelu"):
+        with pytest.raises(
+            RuntimeError, match=r"has no algorithm for 999 x 8 times 8 x 16 .* of linear_gelu"
+        ):
             torch.ops.ditkernels.linear_gelu_cuda(
                 torch.zeros(999, 8, dtype=BF16), torch.zeros(16, 8, dtype=BF16), None, False
             )

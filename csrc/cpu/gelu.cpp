@@ -1,7 +1,8 @@
 // The CPU kernels of `bias_gelu` and of its backward. Formulas and names are those at the top of ditkernels/ops/gelu/__init__.py.
 //
 //   forward    a thread owns rows: reads x once, writes y once.
-//   backward   a thread owns a chunk of the rows: reads dy and x once, writes dx once, and adds dx up. The sums of a chunk go to memory.
+//   backward   a thread owns a chunk of the rows: reads dy and x once, writes dx once, and adds dx up. The sums of a chunk go to
+//              memory.
 //   add        a thread owns some channels: adds up the chunks in order: dbias.
 //
 // Same inputs, same bits, for any number of threads: the cut into chunks is by shapes alone. `mlp` takes the same kernels between

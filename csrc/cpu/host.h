@@ -1,7 +1,7 @@
 // What the ops of the CPU library share: torch's tensors as plain structs, results, scratch memory, work for threads.
 //
-// Ops are registered through torch's stable ABI; nothing here uses Python's API, so that one library serves every torch from 2.10 and
-// every Python.
+// Ops are registered through torch's stable ABI; nothing here uses Python's API, so that one library serves every torch from 2.10
+// and every Python.
 #pragma once
 
 #include <cstdint>
@@ -73,7 +73,8 @@ inline int dtype_of(const Tensor& tensor) {
   int32_t dtype = 0;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &dtype));
   STD_TORCH_CHECK(
-      dtype == FLOAT || dtype == BFLOAT16 || dtype == HALF, "the cpu backend takes fp32, bf16 and fp16, got dtype number ", dtype);
+      dtype == FLOAT || dtype == BFLOAT16 || dtype == HALF, "the cpu backend takes fp32, bf16 and fp16, got dtype number ",
+      dtype);
   return dtype;
 }
 
@@ -130,8 +131,9 @@ void in_parallel(int64_t count, int64_t values, const Body& body) {
   torch::stable::parallel_for(0, count, ceil_div(VALUES_A_THREAD, values > 0 ? values : 1), body);
 }
 
-// Sums over tokens are taken in chunks of rows, each by one thread, and then added up in order. The cut depends on shapes alone, so
-// that bits do not depend on the number of threads: about CHUNKS of them, none of fewer than ROWS rows where there are as many.
+// Sums over tokens are taken in chunks of rows, each by one thread, and then added up in order. The cut depends on shapes alone,
+// so that bits do not depend on the number of threads: about CHUNKS of them, none of fewer than ROWS rows where there are as
+// many.
 constexpr int64_t CHUNKS = 64, ROWS = 32;
 
 inline int64_t rows_of_a_chunk(int64_t samples, int64_t rows) {

@@ -5,9 +5,9 @@
 //   to_image   the other way round; adds the linear's bias to the values, if there is one.
 //   embed      a thread owns tokens: adds bias and positions to what the product made, rounds once.
 //
-// patch_embed is to_tokens, torch's product, embed. final_layer is the norm's forward, torch's product, to_image. The product is fp32
-// for every dtype: its operands hold values rounded to the weight's dtype, and what it makes is rounded once, at the end. Its bits may
-// depend on the number of threads; the kernels' do not.
+// patch_embed is to_tokens, torch's product, embed. final_layer is the norm's forward, torch's product, to_image. The product is
+// fp32 for every dtype: its operands hold values rounded to the weight's dtype, and what it makes is rounded once, at the end.
+// Its bits may depend on the number of threads; the kernels' do not.
 #include "norm.h"
 
 namespace ditkernels {

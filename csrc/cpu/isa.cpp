@@ -39,7 +39,8 @@ std::string listed(int count) {
 // The place of an instruction set in NAMES, for a processor that has the first `count`. `forced` is empty, or the name of one.
 int choose(int count, const std::string& forced) {
   STD_TORCH_CHECK(
-      count > 0, "this processor is older than x86-64-v3 (AVX2, FMA, BMI2, F16C), which the cpu backend needs; the torch backend serves");
+      count > 0,
+      "this processor is older than x86-64-v3 (AVX2, FMA, BMI2, F16C), which the cpu backend needs; the torch backend serves");
   if (forced.empty()) return count - 1;
   for (int i = 0; i < count; ++i)
     if (forced == NAMES[i]) return i;

@@ -1,10 +1,11 @@
-// What the kernels and the ops of the CPU library share: tensors as plain structs, and a table of kernels for each instruction set.
+// What the kernels and the ops of the CPU library share: tensors as plain structs, and a table of kernels for each instruction
+// set.
 //
 // A family is one file. It is compiled once without DITKERNELS_ISA, for the oldest processor there is: that makes its ops, which
-// talk to torch. It is compiled once more for each instruction set, with DITKERNELS_ISA as a namespace: that makes its kernels, which
-// ops reach through the set's table alone. The linker keeps one of several definitions of a template or of an inline function. It must
-// not find one that was compiled for a newer processor, so the objects of an instruction set define no such name: they use no template
-// of std::, and all they have stands in anonymous namespaces. No function stands in this header.
+// talk to torch. It is compiled once more for each instruction set, with DITKERNELS_ISA as a namespace: that makes its kernels,
+// which ops reach through the set's table alone. The linker keeps one of several definitions of a template or of an inline
+// function. It must not find one that was compiled for a newer processor, so the objects of an instruction set define no such
+// name: they use no template of std::, and all they have stands in anonymous namespaces. No function stands in this header.
 #pragma once
 
 #include <stdint.h>

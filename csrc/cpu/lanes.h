@@ -1,7 +1,8 @@
 // Vectors of fp32 for the kernels: lanes, memory in fp32, bf16 and fp16, exp and the logistic function, sums, rows.
 //
-// `Lanes` is a vector type of the compiler (GCC, clang): sixteen lanes with AVX-512, else eight, which the compiler splits where the
-// processor has fewer. All arithmetic is fp32. The order of a sum depends on the size of the row and on the number of lanes alone.
+// `Lanes` is a vector type of the compiler (GCC, clang): sixteen lanes with AVX-512, else eight, which the compiler splits where
+// the processor has fewer. All arithmetic is fp32. The order of a sum depends on the size of the row and on the number of lanes
+// alone.
 //
 // Everything here has internal linkage: isa.h says why.
 #pragma once
@@ -250,7 +251,7 @@ inline Lanes exp_of_negative(Lanes x) {
   q = q * r + 0x1.fffffcp-2f;
   const Lanes power = (q * r) * r + r + 1.0f;
   // The lowest bits of `shifted` are n. A NaN stays one.
-  const Lanes power_of_two = (Lanes)(((Ints)shifted << 23) + 0x3f800000);
+  const Lanes power_of_two = (Lanes)(((Words)shifted << 23) + 0x3f800000);
   return x < -87.33f ? Lanes{} : power * power_of_two;
 }
 

@@ -1,23 +1,24 @@
-// The CPU kernels of `modulate_norm`, `gated_residual`, `gated_residual_norm` and of their backwards. Formulas and names are those at
-// the top of ditkernels/ops/norm/__init__.py.
+// The CPU kernels of `modulate_norm`, `gated_residual`, `gated_residual_norm` and of their backwards. Formulas and names are
+// those at the top of ditkernels/ops/norm/__init__.py.
 //
-//   forward    a thread owns rows: reads x and the branch once, writes x1 and h once. x1 is rounded as it is stored, then normed. The
-//              row stays in the L1 cache between two loops: one makes x1 and its moments, one makes h.
-//   backward   a thread owns a chunk of the rows of a sample: reads dx1, dh, x1 and the branch once, writes dx and dbranch once. The
-//              first loop over a row makes the two means and adds to P and Q, the second makes dx and dbranch and adds to R and S.
-//              The sums of a chunk go to memory.
+//   forward    a thread owns rows: reads x and the branch once, writes x1 and h once. x1 is rounded as it is stored, then normed.
+//              The row stays in the L1 cache between two loops: one makes x1 and its moments, one makes h.
+//   backward   a thread owns a chunk of the rows of a sample: reads dx1, dh, x1 and the branch once, writes dx and dbranch once.
+//              The first loop over a row makes the two means and adds to P and Q, the second makes dx and dbranch and adds to R
+//              and S. The sums of a chunk go to memory.
 //   vectors    a thread owns some channels: adds up the chunks in order, and makes the gradients of the vectors of P, Q, R and S.
 //
-// The moments are taken about the row's first element: a constant row has its exact mean and a variance of 0. Where the mean is so far
-// from it that the difference of squares would cancel, the variance is taken about the mean, by one more loop.
+// The moments are taken about the row's first element: a constant row has its exact mean and a variance of 0. Where the mean is
+// so far from it that the difference of squares would cancel, the variance is taken about the mean, by one more loop.
 //
-// Same inputs, same bits, for any number of threads: rows and chunks do not share anything, and the cut into chunks is by shapes alone.
-// stats: (B, N, 2) of mean and rstd, or (B, N, 1) of rstd for rmsnorm.
+// Same inputs, same bits, for any number of threads: rows and chunks do not share anything, and the cut into chunks is by shapes
+// alone. stats: (B, N, 2) of mean and rstd, or (B, N, 1) of rstd for rmsnorm.
 #include "norm.h"
 
 namespace ditkernels {
 
-// `stats` is null in gated_residual. `pq` and `rs` are the chunks' sums (samples * chunks, 2, width), or null if they are not wanted.
+// `stats` is null in gated_residual. `pq` and `rs` are the chunks' sums (samples * chunks, 2, width), or null if they are not
+// wanted.
 struct NormBackward {
   Tokens dx1, dh, x1, branch, dx, dbranch;
   Vector gate, scale, weight;
@@ -66,9 +67,7 @@ void make_offset(const NormForward& a, int64_t sample, float* offset, float* buf
   read(a.shift, sample, 0, a.width, 0.0f, offset);
   if (a.bias.data == nullptr) return;
   make_factor(a.scale, a.bias, sample, a.width, buffer, other);
-  each(a.width, [&](int64_t i, auto reach) {
-    store(offset + i, reach, load(offset + i, reach) + load(buffer + i, reach));
-  });
+  each(a.width, [&](int64_t i, auto reach) { store(offset + i, reach, load(offset + i, reach) + load(buffer + i, reach)); });
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -131,7 +130,8 @@ struct ForwardScratch {
 
 ForwardScratch cut(float* scratch, int64_t width) {
   const int64_t n = row_floats(width);
-  return {scratch, scratch + n, scratch + 2 * n, scratch + 3 * n, scratch + 4 * n, scratch + 5 * n, scratch + 6 * n, scratch + 7 * n};
+  return {scratch,         scratch + n,     scratch + 2 * n, scratch + 3 * n,
+          scratch + 4 * n, scratch + 5 * n, scratch + 6 * n, scratch + 7 * n};
 }
 
 template <typename X>
@@ -148,9 +148,7 @@ void norm_rows(const NormForward& a, int64_t begin, int64_t end, float* scratch)
       const auto value = [&](int64_t i, auto reach, float absent) { return load(x + i, reach, absent); };
       finish(a, at, x, moments(a, x, value), s.factor, s.offset);
     } else {
-      const auto value = [&](int64_t i, auto reach, float absent) {
-        return store(s.row + i, reach, load(x + i, reach, absent));
-      };
+      const auto value = [&](int64_t i, auto reach, float absent) { return store(s.row + i, reach, load(x + i, reach, absent)); };
       finish(a, at, s.row, moments(a, s.row, value), s.factor, s.offset);
     }
   }
@@ -179,15 +177,14 @@ void residual_rows(const NormForward& a, int64_t begin, int64_t end, float* scra
     } else if constexpr (DTYPE<X> == FLOAT) {
       finish(a, at, x1, moments(a, x1, value), s.factor, s.offset);
     } else {
-      const auto kept = [&](int64_t i, auto reach, float absent) {
-        return store(s.row + i, reach, value(i, reach, absent));
-      };
+      const auto kept = [&](int64_t i, auto reach, float absent) { return store(s.row + i, reach, value(i, reach, absent)); };
       finish(a, at, s.row, moments(a, s.row, kept), s.factor, s.offset);
     }
   }
 }
 
-// body(X{}, U{}) for the dtypes of a stream and of a branch. A pair that few models have takes the branch as fp32: row_of converts it.
+// body(X{}, U{}) for the dtypes of a stream and of a branch. A pair that few models have takes the branch as fp32: row_of
+// converts it.
 template <typename Body>
 void by_dtypes(int stream, int branch, const Body& body) {
   if (stream == FLOAT && branch == BFLOAT16) return body(float{}, Bfloat16{});
@@ -196,11 +193,8 @@ void by_dtypes(int stream, int branch, const Body& body) {
 }
 
 void forward(const NormForward& a, int64_t begin, int64_t end, float* scratch) {
-  if (a.branch.data == nullptr)
-    return by_dtype(a.x.dtype, [&](auto x) { norm_rows<decltype(x)>(a, begin, end, scratch); });
-  by_dtypes(a.x.dtype, a.branch.dtype, [&](auto x, auto u) {
-    residual_rows<decltype(x), decltype(u)>(a, begin, end, scratch);
-  });
+  if (a.branch.data == nullptr) return by_dtype(a.x.dtype, [&](auto x) { norm_rows<decltype(x)>(a, begin, end, scratch); });
+  by_dtypes(a.x.dtype, a.branch.dtype, [&](auto x, auto u) { residual_rows<decltype(x), decltype(u)>(a, begin, end, scratch); });
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -304,9 +298,13 @@ void backward_chunk(const NormBackward& a, int64_t chunk, float* scratch) {
   X* dx_room = reinterpret_cast<X*>(room + 4 * n);
   U* dbranch_room = reinterpret_cast<U*>(room + 5 * n);
   for (int64_t token = first; token < end; ++token) {
-    const Rows<X, U> row = {given(a.dx1, token, X{}, 0),    given(a.x1, token, X{}, 1),
-                            given(a.dh, token, U{}, 2),     given(a.branch, token, U{}, 3),
-                            place_of(a.dx, sample, token, dx_room), place_of(a.dbranch, sample, token, dbranch_room)};
+    const Rows<X, U> row = {
+        given(a.dx1, token, X{}, 0),
+        given(a.x1, token, X{}, 1),
+        given(a.dh, token, U{}, 2),
+        given(a.branch, token, U{}, 3),
+        place_of(a.dx, sample, token, dx_room),
+        place_of(a.dbranch, sample, token, dbranch_room)};
     backward_row<WANTED>(a, sample * a.tokens + token, row, factor, gate, pq, rs);
     put(a.dx, sample, token, a.width, dx_room);
     put(a.dbranch, sample, token, a.width, dbranch_room);
@@ -423,8 +421,8 @@ bool is_rms(const std::string& norm) { return norm == "rmsnorm"; }
 int64_t columns(const std::string& norm) { return is_rms(norm) ? 1 : 2; }
 
 std::tuple<Tensor, Tensor> modulate_norm(
-    Tensor x, OptionalTensor shift, OptionalTensor scale, OptionalTensor weight, OptionalTensor bias, std::string norm, double eps,
-    ScalarType out_dtype, bool keep) {
+    Tensor x, OptionalTensor shift, OptionalTensor scale, OptionalTensor weight, OptionalTensor bias, std::string norm,
+    double eps, ScalarType out_dtype, bool keep) {
   const int64_t samples = x.size(0), length = x.size(1), width = x.size(2);
   const Tensor h = empty({samples, length, width}, number(out_dtype));
   const Tensor stats = empty_if(keep, {samples, length, columns(norm)}, FLOAT);
@@ -561,7 +559,8 @@ std::tuple<Tensor, Tensor, Tensor> gated_residual_backward(
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gated_residual_norm_backward(
     OptionalTensor dx1, OptionalTensor dh, OptionalTensor x1, OptionalTensor branch, OptionalTensor gate, OptionalTensor scale,
-    OptionalTensor branch_bias, OptionalTensor weight, OptionalTensor bias, OptionalTensor stats, std::string norm, Wanted wanted) {
+    OptionalTensor branch_bias, OptionalTensor weight, OptionalTensor bias, OptionalTensor stats, std::string norm,
+    Wanted wanted) {
   const int64_t samples = x1->size(0), length = x1->size(1), width = x1->size(2);
   const Tensor dx = gradient(wanted[0], {samples, length, width}), dbranch = gradient(wanted[1], {samples, length, width});
   const Tensor dgate = gradient(wanted[2], {samples, width}), dshift = gradient(wanted[3], {samples, width});

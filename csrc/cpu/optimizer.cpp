@@ -1,7 +1,7 @@
 // The CPU kernel of `adamw_ema`. Formulas and names are those at the top of ditkernels/ops/optimizer/__init__.py.
 //
-//   update     a thread owns a piece of PIECE elements of one weight: reads w, gradient, m, v and the average once, writes w, m, v, the
-//              average and the copy once. 36 bytes a parameter in fp32, and with both gradient and copy in bf16.
+//   update     a thread owns a piece of PIECE elements of one weight: reads w, gradient, m, v and the average once, writes w, m,
+//              v, the average and the copy once. 36 bytes a parameter in fp32, and with both gradient and copy in bf16.
 //
 // The factors of a weight, lr / (1 - beta1^t) and sqrt(1 - beta2^t), are taken in fp64: in fp32 1 - beta2 cancels. Elements share
 // nothing: same inputs, same bits, for any number of threads.

@@ -1,7 +1,7 @@
 // The CPU kernel of `split_qkv`'s backward. Formulas and names are those at the top of ditkernels/ops/qkv/__init__.py.
 //
-//   stack      a thread owns a chunk of the rows: reads dq, dk and dv once, each at its own strides, writes dpacked once, and adds it
-//              up. The sums of a chunk go to memory.
+//   stack      a thread owns a chunk of the rows: reads dq, dk and dv once, each at its own strides, writes dpacked once, and
+//              adds it up. The sums of a chunk go to memory.
 //   add        a thread owns some channels: adds up the chunks in order: dbias.
 //
 // Same inputs, same bits, for any number of threads: the cut into chunks is by shapes alone.
@@ -63,8 +63,8 @@ void stack(const Stack& a, int64_t begin, int64_t end, float* scratch) {
       for (int64_t row = chunk * a.chunk_rows; row < a.rows && row < (chunk + 1) * a.chunk_rows; ++row)
         for (int64_t p = 0; p < a.count; ++p)
           stack_part(
-              a.parts[p], row / a.tokens, row % a.tokens, static_cast<T*>(a.dpacked) + row * all + p * a.width, sums + p * a.width,
-              reinterpret_cast<T*>(scratch));
+              a.parts[p], row / a.tokens, row % a.tokens, static_cast<T*>(a.dpacked) + row * all + p * a.width,
+              sums + p * a.width, reinterpret_cast<T*>(scratch));
     }
   });
 }

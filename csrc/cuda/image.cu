@@ -236,8 +236,10 @@ __global__ void __launch_bounds__(EMBED_THREADS) embed(const Embed<T> a) {
     const int place = column + own + lane_quarter() * UNIT;
     if (place >= a.width) continue;
     const Unit bias = load<VECTORISED>(a.bias, 0, place, a.width, 0.0f);
-    UNROLL for (int i = 0; i < TILES; ++i) UNROLL for (int half = 0; half < 2; ++half)
-        store_line<VECTORISED>(a, first + i * TILE_ROWS + half * 8 + lane_row(), place, sums_of(sums[i], half), bias);
+    UNROLL for (int i = 0; i < 2 * TILES; ++i) {
+      const int64_t line = first + i * 8 + lane_row();
+      store_line<VECTORISED>(a, line, place, sums_of(sums[i / 2], i % 2), bias);
+    }
   }
 }
 

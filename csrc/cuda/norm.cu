@@ -285,9 +285,10 @@ __global__ void __launch_bounds__(SUM_THREADS) add_chunks(const Gradients a) {
 __global__ void __launch_bounds__(GROUP_THREADS) add_samples(const Gradients a) {
   const int column = blockIdx.x * WARP + threadIdx.x % WARP;
   float total[TERMS] = {};
-  if (column < a.width) UNROLL_BY(4)
-  for (int64_t sample = threadIdx.x / WARP; sample < a.batch; sample += GROUP_WARPS)
+  const int64_t batch = column < a.width ? a.batch : 0;
+  UNROLL_BY(4) for (int64_t sample = threadIdx.x / WARP; sample < batch; sample += GROUP_WARPS) {
     UNROLL for (int term = 0; term < TERMS; ++term) total[term] += load_one(a.terms, sample, term, column);
+  }
   add_warps(total);
   if (threadIdx.x >= WARP || column >= a.width) return;
   store_one(a.gradients.weight, 0, column, total[0]);

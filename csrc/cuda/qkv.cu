@@ -134,7 +134,7 @@ bool heads_are_vectorised(const OptionalTensor& tensor, const Shape& shape) {
 template <typename T>
 Tokens<T> heads_of(const char* name, const OptionalTensor& tensor) {
   Tokens<T> made = tokens<T>(name, tensor);
-  if (tensor.has_value()) made.channel = tensor->stride(3);
+  if (tensor.has_value()) made.token = tensor->stride(1);
   return made;
 }
 

@@ -36,9 +36,10 @@ struct Groups {
 __global__ void __launch_bounds__(GROUP_THREADS) add_groups(const Groups a) {
   const int64_t element = static_cast<int64_t>(blockIdx.x) * WARP + threadIdx.x % WARP;
   float total[1] = {};
-  if (element < a.size) UNROLL_BY(8)
-  for (int64_t group = threadIdx.x / WARP; group < a.groups; group += GROUP_WARPS)
+  const int64_t groups = element < a.size ? a.groups : 0;
+  UNROLL_BY(8) for (int64_t group = threadIdx.x / WARP; group < groups; group += GROUP_WARPS) {
     total[0] += load_one(a.partial, 0, group, element);
+  }
   add_warps(total);
   if (threadIdx.x < WARP && element < a.size) store_one(a.total, 0, element, total[0]);
 }

@@ -96,17 +96,6 @@ def modulated(normed, shift, scale, weight, bias, columns, END: tl.constexpr, D:
 
 
 @jit
-def factor_of(scale, weight, columns, END: tl.constexpr, D: tl.constexpr):  # type: ignore[no-untyped-def]
-    """a = (1 + scale)·weight, by which h grows with x̂, (1, piece)."""
-    factor = tl.full(columns.shape, 1.0, tl.float32)
-    if scale is not None:
-        factor += channels_of(scale, columns, END, D)
-    if weight is not None:
-        factor *= channels_of(weight, columns, END, D)
-    return factor
-
-
-@jit
 def over_rows(piece):  # type: ignore[no-untyped-def]
     """The sum of a piece's rows, (1, channels)."""
     return tl.sum(piece, 0, keep_dims=True)
@@ -157,8 +146,3 @@ def add_samples(  # type: ignore[no-untyped-def]
 def contiguous(like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """An output of the shape of ``like``, whatever the strides of that are; ``empty_like`` is the cheapest way to one."""
     return torch.empty_like(like, dtype=dtype, memory_format=torch.contiguous_format)
-
-
-def or_empty(tensor: Tensor | None, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """What a schema returns for an absent tensor: one of shape (0,)."""
-    return like.new_empty(0, dtype=dtype) if tensor is None else tensor

@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache, cached_property
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -67,6 +68,10 @@ class BackendError(RuntimeError):
 # ------------------------------------------------------------------------------------------------------------------
 
 _functorch = torch._C._functorch
+_profiler_enabled = torch.autograd._profiler_enabled
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_in_function_mode = torch._C._is_torch_function_mode_enabled
+_transform = torch._C._functorch.peek_interpreter_stack
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 
@@ -102,9 +107,9 @@ def watched_by_torch() -> bool:
     """Whether a tool of torch looks at calls: a mode, a functorch transform, forward-mode AD."""
     return (
         forward_ad._current_level >= 0
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._is_torch_function_mode_enabled()
-        or _functorch.peek_interpreter_stack() is not None
+        or _dispatch_modes() > 0
+        or _in_function_mode()
+        or _transform() is not None
     )
 
 
@@ -251,8 +256,9 @@ class Op:
         self.backward: Op | None = None
         self.call: Any = None
         self.memory: dict[Any, Plan] = {}
+        self.newest: tuple[Any, Any] = (None, None)
         # A call reads these. Python 3.11 makes them under a lock that Dynamo does not trace, so they are made now.
-        _ = declaration.keeps, declaration.returned
+        _ = declaration.keeps, declaration.returned, declaration.public
 
     # ------------------------------------------------------------------------------------------------------- kernels
 
@@ -277,7 +283,7 @@ class Op:
         internal = getattr(torch.ops.ditkernels, f"{self.name}_{backend}").default
         called = _through(self.declaration, internal) if kernel is None else kernel
         self.implementations[backend] = Implementation(called, internal, refuse)
-        self.memory.clear()
+        self.forget()
 
     @property
     def gradients(self) -> Op:
@@ -349,14 +355,15 @@ class Op:
 
     # ---------------------------------------------------------------------------------------------------------- call
 
-    def __call__(self, tensors: tuple[Tensor | None, ...], options: tuple[Any, ...] = ()) -> Any:
-        """Runs the op on its inputs and options, ``keep`` left out, and returns the outputs that are not kept."""
-        return self.forced(backend_setting(), tensors, options)
-
-    def forced(
-        self, backend: str | None, tensors: tuple[Tensor | None, ...], options: tuple[Any, ...]
+    def __call__(
+        self, tensors: tuple[Tensor | None, ...], options: tuple[Any, ...] = (), asked: str | None = None
     ) -> Any:
-        """As a call, on the backend that was forced earlier, None for none, whatever is forced now."""
+        """Runs the op on its inputs and options, ``keep`` left out, and returns the outputs that are not kept.
+
+        Args:
+            asked: the backend that was forced earlier, "auto" for none, whatever is forced now; by default what is forced now.
+        """
+        backend = backend_setting() if asked is None else said(asked)
         if torch.compiler.is_compiling() or watched_by_torch():
             return self._whole(backend, tensors, options)
         differentiable = torch.is_grad_enabled()
@@ -366,18 +373,42 @@ class Op:
                 key.append(None)
             else:
                 key += t.__class__, t.shape, t.dtype, t.device, differentiable and t.requires_grad
+        # Most calls are like the one before, and to compare is cheaper than to hash.
+        newest, plan = self.newest
+        if newest != key:
+            plan = self._found(key, backend, tensors, options)
+            if plan is None:
+                return self._whole(backend, tensors, options)
+        if plan.function is not None:
+            return plan.function.apply(plan, *tensors)
+        run = plan.kernel if not _profiler_enabled() else plan.internal
+        outputs = run(*tensors, *plan.options)
+        return outputs if plan.public is None else outputs[plan.public]
+
+    def _found(
+        self,
+        key: list[Any],
+        backend: str | None,
+        tensors: tuple[Tensor | None, ...],
+        options: tuple[Any, ...],
+    ) -> Any:
+        """The plan remembered for a call, or a new one; None where torch must handle the call."""
         remembered_as = tuple(key)
         plan = self.memory.get(remembered_as)
         if plan is None:
-            plan = self._plan(backend, tensors, options, differentiable)
+            plan = self._plan(backend, tensors, options, torch.is_grad_enabled())
             if plan is None:
-                return self._whole(backend, tensors, options)
+                return None
             if len(self.memory) >= _MEMORY:
                 self.memory.clear()
             self.memory[remembered_as] = plan
-        if plan.function is not None:
-            return plan.function.apply(plan, *tensors)
-        return plan.public(plan.run(tensors))
+        self.newest = (key, plan)
+        return plan
+
+    def forget(self) -> None:
+        """Drops what is remembered of calls."""
+        self.memory.clear()
+        self.newest = (None, None)
 
     def _whole(
         self, backend: str | None, tensors: tuple[Tensor | None, ...], options: tuple[Any, ...]
@@ -389,9 +420,7 @@ class Op:
             needed = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
             options = (*options, needed)
         outputs = self.call(*tensors, *options, asked(backend))
-        if len(declaration.outputs) == 1:
-            return outputs
-        return outputs[: declaration.returned] if declaration.returned > 1 else outputs[0]
+        return outputs if declaration.public is None else outputs[declaration.public]
 
     def _plan(
         self,
@@ -420,7 +449,7 @@ OPS: dict[str, Op] = {}
 def forget() -> None:
     """Drops what is remembered of calls: a library was loaded, or a table has changed."""
     for op in OPS.values():
-        op.memory.clear()
+        op.forget()
 
 
 def _boxed(declaration: Declaration, kernel: Kernel) -> Kernel:
@@ -506,6 +535,9 @@ class Thin(Whole):
         self.others: dict[Any, Thin] = {}
 
     def __call__(self, grads: Sequence[Tensor | None], read: Sequence[Tensor | None], wanted: Wanted) -> Any:
+        chosen = self.chosen.get((wanted, *[grad is None for grad in grads]))
+        if chosen is not None and not _profiler_enabled():
+            return chosen.kernel(*grads, *read, *self.options, wanted)
         key = (wanted, *[grad is None for grad in grads])
         return self._run_as(key, self.op.gradients, (*grads, *read, *self.options, wanted))
 
@@ -526,7 +558,7 @@ class Thin(Whole):
             op.declaration.checked(given)
             implementation = op.implementations[op.choose(*given, forced=self.forced)]
             self.chosen[key] = implementation
-        if torch.autograd._profiler_enabled():
+        if _profiler_enabled():
             return _through(op.declaration, implementation.internal)(*args)
         return implementation.kernel(*args)
 
@@ -578,9 +610,9 @@ class Plan:
     Attributes:
         function: the autograd Function, or None where no input needs a gradient.
         wanted: for each input the dtype of its gradient, None where it needs none.
-        sources: where each tensor that is saved is found, inputs first, then outputs.
-        places: for each tensor that backward reads its place among the saved, -1 where it is not saved.
-        single: the op has one output.
+        pick_saved: takes what is saved from inputs and outputs.
+        pick_read: takes what backward reads from what was saved and a None behind it, which stands for all else.
+        public: of several outputs those that the public function returns; None where there is one output.
     """
 
     def __init__(
@@ -595,7 +627,7 @@ class Plan:
         declaration = op.declaration
         self.op, self.options = op, options
         self.kernel, self.internal = implementation.kernel, implementation.internal
-        self.single, self.returned = len(declaration.outputs) == 1, declaration.returned
+        self.public = declaration.public
         self.function: type[torch.autograd.Function] | None = None
         if any(needed):
             self.function = op.function
@@ -603,21 +635,11 @@ class Plan:
                 t.dtype if need and t is not None else None for t, need in zip(tensors, needed)
             )
             saved = declaration.saved(needed)
-            self.sources = [declaration.tensors.index(name) for name in saved]
-            self.places = [saved.index(name) if name in saved else -1 for name in declaration.reads]
+            self.pick_saved = _picker([declaration.tensors.index(name) for name in saved])
+            places = (saved.index(name) if name in saved else len(saved) for name in declaration.reads)
+            self.pick_read = _picker(list(places))
+            self.formula = declaration.gradient.formula or _as_declared  # type: ignore[union-attr]
             self.thin, self.whole = Thin(op, options, forced), Whole(op, options, forced or "auto")
-
-    def run(self, tensors: tuple[Tensor | None, ...]) -> Any:
-        """All outputs."""
-        if torch.autograd._profiler_enabled():
-            return self.internal(*tensors, *self.options)
-        return self.kernel(*tensors, *self.options)
-
-    def public(self, outputs: Any) -> Any:
-        """Of all outputs those that the public function returns."""
-        if self.single:
-            return outputs
-        return outputs[0] if self.returned == 1 else outputs[: self.returned]
 
 
 class _ThinFunction(torch.autograd.Function):
@@ -625,22 +647,41 @@ class _ThinFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, plan: Plan, *tensors: Tensor | None) -> Any:
-        outputs = plan.run(tensors)
-        values = (*tensors, outputs) if plan.single else (*tensors, *outputs)
-        ctx.save_for_backward(*[values[at] for at in plan.sources])
-        ctx.set_materialize_grads(False)
         ctx.plan = plan
-        return plan.public(outputs)
+        ctx.set_materialize_grads(False)
+        run = plan.kernel if not _profiler_enabled() else plan.internal
+        outputs = run(*tensors, *plan.options)
+        if plan.public is None:
+            ctx.save_for_backward(*plan.pick_saved((*tensors, outputs)))
+            return outputs
+        ctx.save_for_backward(*plan.pick_saved((*tensors, *outputs)))
+        return outputs[plan.public]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
         plan: Plan = ctx.plan
-        saved = ctx.saved_tensors
-        read = [None if at < 0 else saved[at] for at in plan.places]
-        thin = not torch.is_grad_enabled() and not watched_by_torch()
-        thin = thin and all(grad is None or type(grad) in _PLAIN for grad in grads)
-        call = plan.thin if thin else plan.whole
-        return (None, *_gradients(plan.op, call, grads, read, plan.options, plan.wanted))
+        read = plan.pick_read((*ctx.saved_tensors, None))
+        if torch.is_grad_enabled() or watched_by_torch() or not _all_plain(grads):
+            return (None, *_gradients(plan.op, plan.whole, grads, read, plan.options, plan.wanted))
+        return (None, *plan.formula(plan.thin, grads, read, plan.options, plan.wanted))
+
+
+def _all_plain(grads: Sequence[Tensor | None]) -> bool:
+    """Whether there are gradients, and none is of a kind that torch must handle."""
+    some = False
+    for grad in grads:
+        if grad is not None:
+            some = True
+            if type(grad) not in _PLAIN:
+                return False
+    return some
+
+
+def _picker(places: list[int]) -> Callable[[tuple[Any, ...]], tuple[Any, ...]]:
+    """Takes the elements at these places, as ``operator.itemgetter`` does for two places or more."""
+    if len(places) > 1:
+        return itemgetter(*places)
+    return lambda values: tuple(values[at] for at in places)
 
 
 # ------------------------------------------------------------------------------------------------------------------

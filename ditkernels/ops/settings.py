@@ -56,8 +56,21 @@ _forced = _Forced()
 _process = _Process()
 # What the blocks around the innermost one forced, for each thread and task.
 _outer: ContextVar[tuple[tuple[Any, Any], ...]] = ContextVar("ditkernels_outer", default=())
-# Dynamo cannot set a ContextVar; a block inside a compiled function is closed before the function ends.
-_traced = threading.local()
+
+
+class _Traced(threading.local):
+    """What a block inside a compiled function forces, of each thread: Dynamo cannot set a ContextVar.
+
+    A block is closed before the function ends, which leaves all as it was here.
+    """
+
+    def __init__(self) -> None:
+        self.ops: str | None = None
+        self.attention: str | None = None
+        self.outer: Any = None
+
+
+_traced = _Traced()
 
 
 def _validated(name: str | None, allowed: Iterable[str], origin: str) -> str | None:
@@ -109,8 +122,8 @@ class use_backend:
 
     def __enter__(self) -> use_backend:
         if torch.compiler.is_dynamo_compiling():
-            before = (getattr(_traced, "ops", None), getattr(_traced, "attention", None))
-            _traced.outer = (before, getattr(_traced, "outer", None))
+            before = (_traced.ops, _traced.attention)
+            _traced.outer = (before, _traced.outer)
             _traced.ops = self.ops or before[0]
             _traced.attention = self.attention or before[1]
         else:
@@ -209,7 +222,7 @@ def _unknown(variable: str, allowed: Iterable[str]) -> None:
 
 def backend_setting() -> str | None:
     """The backend forced by ``use_backend``, ``set_backend`` or the environment variable DITKERNELS_BACKEND, or None for auto."""
-    name = getattr(_traced, "ops", None) if torch.compiler.is_dynamo_compiling() else None
+    name = _traced.ops if torch.compiler.is_dynamo_compiling() else None
     if name is None:
         name = _forced.ops
         if name is _forced:
@@ -226,7 +239,7 @@ def backend_setting() -> str | None:
 
 def attention_setting() -> str | None:
     """As :func:`backend_setting` for attention, with DITKERNELS_ATTENTION_BACKEND."""
-    name = getattr(_traced, "attention", None) if torch.compiler.is_dynamo_compiling() else None
+    name = _traced.attention if torch.compiler.is_dynamo_compiling() else None
     if name is None:
         name = _forced.attention
         if name is _forced:

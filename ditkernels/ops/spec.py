@@ -233,6 +233,13 @@ class Declaration:
         return sum(not output.kept for output in self.outputs)
 
     @cached_property
+    def public(self) -> slice | int | None:
+        """Which of several outputs the public function returns, as an index; None where there is one output."""
+        if len(self.outputs) == 1:
+            return None
+        return slice(self.returned) if self.returned > 1 else 0
+
+    @cached_property
     def tensors(self) -> tuple[str, ...]:
         """The names of inputs, then of outputs."""
         return (*[i.name for i in self.inputs], *[output.name for output in self.outputs])

@@ -112,8 +112,8 @@ MUTANTS = {
     "one sample's terms lost": (
         *(NORM, "for (int64_t sample = «threadIdx.x / WARP»; sample", "1 + threadIdx.x / WARP"),
     ),
-    "samples added twice": (NORM, "sample < a.batch; sample += «GROUP_WARPS»", "1"),
-    "samples beyond the first round lost": (NORM, "sample < a.batch; sample += «GROUP_WARPS»)", "a.batch"),
+    "samples added twice": (NORM, "sample < batch; sample += «GROUP_WARPS»", "1"),
+    "samples beyond the first round lost": (NORM, "sample < batch; sample += «GROUP_WARPS»)", "a.batch"),
     "mean kept beside its place": (NORM, "store_one(a.stats, sample, first + r, «0», mean)", "1"),
     "rstd kept in the mean's place": (NORM, "first + r, «a.centred ? 1 : 0», rstd", "0"),
     "statistics of one sample": (NORM, "store_one(a.stats, «sample», first + r, a.centred", "0"),
@@ -137,7 +137,7 @@ MUTANTS = {
     # ------------------------------------------------------------------------------------------------ sums
     "one term for all": (SUMS, "parts.write(«i * GROUP_THREADS» + threadIdx.x", "0"),
     "one group lost": (SUMS, "for (int64_t group = «threadIdx.x / WARP»; group", "1 + threadIdx.x / WARP"),
-    "groups added twice": (SUMS, "group < a.groups; group += «GROUP_WARPS»", "1"),
+    "groups added twice": (SUMS, "group < groups; group += «GROUP_WARPS»", "1"),
     "one warp's groups lost": (SUMS, "for (int warp = «1»; warp < GROUP_WARPS", "2"),
     "one warp's groups for all": (SUMS, "parts.read(i * GROUP_THREADS + «warp * WARP» + threadIdx.x)", "0"),
     # ------------------------------------------------------------------------------------------------ products

@@ -11,8 +11,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from ditkernels import reference
-from ditkernels.ops import dispatch
-from ditkernels.ops import adaln
+from ditkernels.ops import adaln, dispatch
 from ditkernels.reference import SIZES
 
 pytestmark = [

@@ -18,8 +18,7 @@ from test_adamw_gpu import (  # noqa: F401 (they run here on the fixture below)
 )
 
 from ditkernels import ops
-from ditkernels.ops import _native
-from ditkernels.ops import dispatch
+from ditkernels.ops import _native, dispatch
 
 pytestmark = [
     pytest.mark.gpu,

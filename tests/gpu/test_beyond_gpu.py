@@ -16,8 +16,7 @@ from torch import Tensor
 
 from ditkernels import check, ops, reference
 from ditkernels.check import Case
-from ditkernels.ops import _native
-from ditkernels.ops import dispatch
+from ditkernels.ops import _native, dispatch
 
 pytestmark = [
     pytest.mark.gpu,

@@ -29,8 +29,7 @@ from test_patches_gpu import (  # noqa: F401
     test_values_moved_by_unpatchify,
 )
 
-from ditkernels.ops import _native, adaln
-from ditkernels.ops import dispatch
+from ditkernels.ops import _native, adaln, dispatch
 
 pytestmark = [
     pytest.mark.gpu,

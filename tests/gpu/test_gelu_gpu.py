@@ -10,8 +10,7 @@ from test_bias_gelu import BF16, COVERING, F16, F32, LAYOUTS, assert_parity, mak
 from torch import Tensor
 
 from ditkernels import ops
-from ditkernels.ops import _native
-from ditkernels.ops import dispatch
+from ditkernels.ops import _native, dispatch
 from ditkernels.reference import SIZES
 
 pytestmark = [

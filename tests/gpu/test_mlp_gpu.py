@@ -11,8 +11,7 @@ from test_mlp import BF16, COVERING, F16, LAYOUTS, NAMES, make_inputs, run
 from torch import Tensor
 
 from ditkernels import ops, reference
-from ditkernels.ops import _native
-from ditkernels.ops import dispatch
+from ditkernels.ops import _native, dispatch
 from ditkernels.reference import SIZES
 
 pytestmark = [

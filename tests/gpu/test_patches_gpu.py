@@ -7,13 +7,13 @@ from collections.abc import Callable
 import numerics
 import pytest
 import torch
+from ditkernels.ops.final_layer import final_layer, unpatchify
+from ditkernels.ops.patch_embed import patch_embed
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from ditkernels import reference
 from ditkernels.ops import dispatch
-from ditkernels.ops.final_layer import final_layer, unpatchify
-from ditkernels.ops.patch_embed import patch_embed
 from ditkernels.reference import SIZES
 
 pytestmark = [

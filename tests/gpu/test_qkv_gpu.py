@@ -21,8 +21,7 @@ from test_qkv import (
 from torch import Tensor
 
 from ditkernels import ops
-from ditkernels.ops import _native
-from ditkernels.ops import dispatch
+from ditkernels.ops import _native, dispatch
 from ditkernels.reference import SIZES
 
 pytestmark = [

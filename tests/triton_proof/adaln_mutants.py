@@ -13,7 +13,8 @@ from triton.runtime.errors import InterpreterError
 from ditkernels.ops import dispatch
 from ditkernels.ops.norm import triton as kernels
 
-NEEDS = ("x", "scale", "gate", "weight", "bias branch_bias")
+# Of a weight the gradient of x needs, but not the weight's own; of sums and terms some, and in other places than among all.
+NEEDS = ("x bias", "scale", "gate", "weight branch_bias")
 
 # What is replaced in the kernels' source, and by what.
 MUTANTS = {
@@ -145,8 +146,8 @@ MUTANTS = {
     "terms that are not wanted take a place": ("(OF_WEIGHT + OF_BIAS + OF_BRANCH_BIAS) * D", "3 * D"),
     "terms of a weight whose gradient is not wanted": ("if OF_WEIGHT:", "if weight is not None:"),
     "scale left out of the rows' gradient where no other vector's is wanted": (
-        "if dh is not None and OF_ROWS and not ONE_WARP:\n        factor = factor_of(scale,",
-        "if dh is not None and OF_ROWS and not ONE_WARP:\n        factor = factor_of(scale if SUMS > 1 else None,",
+        "if dh is not None and OF_ROWS and not ONE_WARP:\n        factor = _factor(scale,",
+        "if dh is not None and OF_ROWS and not ONE_WARP:\n        factor = _factor(scale if SUMS > 1 else None,",
     ),
     "statistics of the stream before rounding": (
         "value = (value + through).to(x[0].dtype.element_ty).to(tl.float32)",

@@ -10,7 +10,7 @@ import torch
 from test_models import F32, F64, forward_backward, pair
 
 from ditkernels import create_diffusion, reference
-from ditkernels.ops import _registry as registry
+from ditkernels.ops import dispatch
 from ditkernels.reference import CONDITIONINGS
 
 TINY = {"input_size": (4, 6), "hidden_size": 40, "depth": 2, "num_heads": 2, "num_classes": 5}
@@ -18,7 +18,7 @@ TINY = {"input_size": (4, 6), "hidden_size": 40, "depth": 2, "num_heads": 2, "nu
 
 @pytest.fixture(autouse=True)
 def _on_triton():
-    with registry.use_backend("triton"):
+    with dispatch.use_backend("triton"):
         yield
 
 

@@ -137,6 +137,7 @@ def backward_tiles(  # type: ignore[no-untyped-def]
 _PROGRAMS = 4096
 _SHORTEST_CHUNK = 64
 _SUM_COLUMNS = 32
+_SUM_TILE = Tile(1, 4)
 
 
 def tile(itemsize: int) -> Tile:
@@ -176,15 +177,22 @@ def _forward_plan(shape: tuple[int, ...], strides: tuple[int, ...], itemsize: in
 
 @remembered_by_shape
 def _backward_plan(
-    shape: tuple[int, ...], of_dy: tuple[int, ...], of_x: tuple[int, ...], itemsize: int
+    shape: tuple[int, ...], of_dy: tuple[int, ...], of_x: tuple[int, ...], *dtypes: torch.dtype
 ) -> Any:
     """Programs, tile, strides of dy and of x, shape of the partial sums, (N, chunks, rows of a chunk), constants."""
     batch, length, (of_dy, of_x) = joined(shape, of_dy, of_x)
-    width, chosen = shape[2], tile(itemsize)
+    width, chosen = shape[2], tile(min(dtype.itemsize for dtype in dtypes))
     chunks, chunk_rows = chunking(batch, length, width, chosen.rows)
     programs = batch * chunks * ceil_div(width, COLUMNS)
     walk = (length, chunks, chunk_rows)
     return programs, chosen, of_dy, of_x, (batch * chunks, width), walk, _constants(width, chosen.rows)
+
+
+@remembered_by_shape
+def _sum_plan(width: int, chunks_at_once: int) -> tuple[int, dict[str, Any]]:
+    """Programs and constants of ``add_samples``."""
+    constants = {"D": int(width), "KINDS": 1, "SAMPLES": chunks_at_once, "COLUMNS": _SUM_COLUMNS}
+    return ceil_div(width, _SUM_COLUMNS), constants
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -206,32 +214,27 @@ def backward(
     dy: Tensor, x: Tensor, bias: Tensor | None, wanted: Wanted
 ) -> tuple[Tensor | None, Tensor | None]:
     of_x, of_bias = wanted
-    narrowest = min(dy.element_size(), x.element_size())
     programs, chosen, dy_at, x_at, sums, walk, constants = _backward_plan(
-        x.shape, dy.stride(), x.stride(), narrowest
+        x.shape, dy.stride(), x.stride(), dy.dtype, x.dtype
     )
+    device = x.device
     dx = contiguous(x, of_x) if of_x else None
-    partial = torch.empty(sums, dtype=torch.float32, device=x.device) if of_bias else None
+    partial = torch.empty(*sums, dtype=torch.float32, device=device) if of_bias else None
     args = (dy, *dy_at, x, *x_at, packed(bias), dx, partial, *walk)
-    _triton.launch(backward_tiles, programs, chosen, x.device, *args, **constants)
-    return dx, added(partial, of_bias)
+    _triton.launch(backward_tiles, programs, chosen, device, *args, **constants)
+    return dx, None if partial is None else added(partial, sums, device, of_bias)
 
 
-def added(partial: Tensor | None, dtype: torch.dtype | None, chunks_at_once: int = 32) -> Tensor | None:
-    """The sum over the chunks (chunks, D), in their order, in ``dtype``."""
-    if partial is None:
-        return None
-    chunks, width = partial.shape
-    total = torch.empty(width, dtype=dtype, device=partial.device)
-    _triton.launch(
-        add_samples,
-        ceil_div(width, _SUM_COLUMNS),
-        Tile(1, 4),
-        partial.device,
-        *(partial, chunks, total, None, None),
-        D=int(width),
-        KINDS=1,
-        SAMPLES=chunks_at_once,
-        COLUMNS=_SUM_COLUMNS,
-    )
+def added(
+    partial: Tensor,
+    shape: tuple[int, int],
+    device: torch.device,
+    dtype: torch.dtype | None,
+    chunks_at_once: int = 32,
+) -> Tensor:
+    """The sum of ``partial``, of that shape (chunks, D) and on that device, over its chunks in their order, in ``dtype``."""
+    chunks, width = shape
+    total = torch.empty(width, dtype=dtype, device=device)
+    programs, constants = _sum_plan(width, chunks_at_once)
+    _triton.launch(add_samples, programs, _SUM_TILE, device, partial, chunks, total, None, None, **constants)
     return total

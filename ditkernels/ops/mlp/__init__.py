@@ -288,14 +288,22 @@ def _refuse_backward(op: Op, args: Sequence[Any]) -> str | None:
     return reason(dy.device, dy.dtype, width, hidden, out, batch * length)
 
 
+def asked_for(device: torch.device) -> bool:
+    """Whether the epilogues are asked for, or were measured to be the fastest."""
+    return (backend_setting() or fastest("mlp", device)) == "cuda"
+
+
 @constant_when_traced
+def _without_reason(device: torch.device, dtype: torch.dtype, width: int, hidden: int, out: int) -> bool:
+    return reason(device, dtype, width, hidden, out) is None
+
+
 def serves(device: torch.device, dtype: torch.dtype, width: int, hidden: int, out: int) -> bool:
     """Whether a call of ``mlp`` with such tensors would run on the epilogues: they can, and are asked for or were measured fastest.
 
     Otherwise its parts one by one do the same, and leave a compiler more to choose.
     """
-    asked = backend_setting() or fastest("mlp", device)
-    return asked == "cuda" and reason(device, dtype, width, hidden, out) is None
+    return asked_for(device) and _without_reason(device, dtype, width, hidden, out)
 
 
 _implement("cuda", _cuda_hidden, _cuda_hidden_backward, _refuse, _refuse_backward)

@@ -43,7 +43,6 @@ from ditkernels.ops._rows import (
     centred,
     channels_of,
     contiguous,
-    factor_of,
     load_piece,
     mask_of,
     modulated,
@@ -52,7 +51,17 @@ from ditkernels.ops._rows import (
     rows_of,
     stream_piece,
 )
-from ditkernels.ops._triton import Tile, ceil_div, jit, packed, per_sample, pieces, tl, with_strides
+from ditkernels.ops._triton import (
+    Tile,
+    ceil_div,
+    jit,
+    packed,
+    per_sample,
+    pieces,
+    remembered_by_shape,
+    tl,
+    with_strides,
+)
 from ditkernels.ops.norm import GATED_RESIDUAL, GATED_RESIDUAL_NORM, MODULATE_NORM
 from ditkernels.ops.spec import Wanted
 
@@ -135,6 +144,17 @@ def forward_rows(  # type: ignore[no-untyped-def]
 
 
 @jit
+def _factor(scale, weight, columns, END: tl.constexpr, D: tl.constexpr):  # type: ignore[no-untyped-def]
+    """a = (1 + scale)·weight, by which h grows with x̂, (1, piece)."""
+    factor = tl.full(columns.shape, 1.0, tl.float32)
+    if scale is not None:
+        factor += channels_of(scale, columns, END, D)
+    if weight is not None:
+        factor *= channels_of(weight, columns, END, D)
+    return factor
+
+
+@jit
 def _normed(x1, mu, r, columns, mask):  # type: ignore[no-untyped-def]
     """One piece of x̂ = (x1 - mean)·rstd; outside the row it is not zero, but there dh is."""
     value = load_piece(x1, columns, mask).to(tl.float32)
@@ -207,9 +227,9 @@ def backward_rows(  # type: ignore[no-untyped-def]
     gate = of_sample((gate, gate_b), sample) if gate is not None else None
     scale = of_sample((scale, scale_b), sample) if scale is not None else None
     if dh is not None and OF_ROWS and not ONE_WARP:
-        factor = factor_of(scale, weight, head, HEAD, D)
+        factor = _factor(scale, weight, head, HEAD, D)
         if TAIL > 0:
-            tail_factor = factor_of(scale, weight, tail, HEAD + TAIL, D)
+            tail_factor = _factor(scale, weight, tail, HEAD + TAIL, D)
     if dbranch is not None and gate is not None and not ONE_WARP:
         g = channels_of(gate, head, HEAD, D)
         if TAIL > 0:
@@ -278,9 +298,9 @@ def backward_rows(  # type: ignore[no-untyped-def]
 
         if dh is not None and OF_ROWS:
             if ONE_WARP:
-                factor = factor_of(scale, weight, head, HEAD, D)
+                factor = _factor(scale, weight, head, HEAD, D)
                 if TAIL > 0:
-                    tail_factor = factor_of(scale, weight, tail, HEAD + TAIL, D)
+                    tail_factor = _factor(scale, weight, tail, HEAD + TAIL, D)
             dnormed *= factor
             along_normed = _along(dnormed * normed, ROWS)
             along_mean = _along(dnormed, ROWS) if S == 2 else None
@@ -484,6 +504,7 @@ def backward_plan(
     return tile, rows, chunks, samples
 
 
+@remembered_by_shape
 def chunking(batch: int, length: int, rows: int) -> tuple[int, int]:
     """(chunks of a sample, rows of a chunk) of a backward that walks through tokens, from shapes alone.
 
@@ -521,9 +542,12 @@ def gated_residual_norm(  # type: ignore[no-untyped-def]
     h = None if out_dtype is None else contiguous(x, out_dtype)
     stats = _new(torch.float32, device, batch, length, constants["S"]) if keep else None
     rows = (*with_strides(x), *with_strides(branch))
-    vectors = (*per_sample(gate), *per_sample(shift), *per_sample(scale), packed(branch_bias), packed(weight))
-    outs = (packed(bias), x1, h, stats, length, blocks, eps)
-    _triton.launch(forward_rows, batch * blocks, tile, device, *rows, *vectors, *outs, **constants)
+    of_samples = (*per_sample(gate), *per_sample(shift), *per_sample(scale))
+    parameters = (packed(branch_bias), packed(weight), packed(bias))
+    outs = (x1, h, stats, length, blocks, eps)
+    _triton.launch(
+        forward_rows, batch * blocks, tile, device, *rows, *of_samples, *parameters, *outs, **constants
+    )
     return x1, h, stats
 
 
@@ -567,8 +591,11 @@ def gated_residual_norm_backward(  # type: ignore[no-untyped-def]
     partial = _new(torch.float32, device, batch, chunks, sums, width) if sums else None
     rows = (*with_strides(dx1), *with_strides(dh), *with_strides(x1), *with_strides(branch))
     gate, scale, weight = per_sample(gate), per_sample(scale), packed(weight)
-    rest = (weight, packed(stats), dx, dbranch, partial, length, chunks, chunk_rows)
-    _triton.launch(backward_rows, batch * chunks, tile, device, *rows, *gate, *scale, *rest, **constants)
+    outs = (dx, dbranch, partial, length, chunks, chunk_rows)
+    _triton.launch(
+        *(backward_rows, batch * chunks, tile, device, *rows, *gate, *scale, weight, packed(stats), *outs),
+        **constants,
+    )
     if not sums:
         return dx, dbranch, None, None, None, None, None, None
 
@@ -577,22 +604,17 @@ def gated_residual_norm_backward(  # type: ignore[no-untyped-def]
     dscale = _new(of_scale, device, batch, width)
     terms = _new(torch.float32, device, batch, kinds, width) if kinds else None
     programs = batch * ceil_div(width, _COLUMNS)
-    rest = (packed(branch_bias), weight, packed(bias), dgate, dshift, dscale, terms)
-    _triton.launch(
-        add_chunks, programs, _SUMS_TILE, device, partial, chunks, *gate, *scale, *rest, **of_chunks
-    )
+    vectors = (*gate, *scale, packed(branch_bias), weight, packed(bias), dgate, dshift, dscale, terms)
+    _triton.launch(add_chunks, programs, _SUMS_TILE, device, partial, chunks, *vectors, **of_chunks)
     if not kinds:
         return dx, dbranch, dgate, dshift, dscale, None, None, None
 
-    dweight, dbias, dbranch_bias = (
-        _new(of_weight, device, width),
-        _new(of_bias, device, width),
-        _new(of_branch_bias, device, width),
-    )
-    outs = [out for out in (dweight, dbias, dbranch_bias) if out is not None]
-    outs = (*outs, None, None)[:3]
+    dweight = _new(of_weight, device, width)
+    dbias = _new(of_bias, device, width)
+    dbranch_bias = _new(of_branch_bias, device, width)
+    summed = [*(out for out in (dweight, dbias, dbranch_bias) if out is not None), None, None][:3]
     programs = ceil_div(width, _SAMPLE_COLUMNS)
-    _triton.launch(add_samples, programs, _SUMS_TILE, device, terms, batch, *outs, **of_samples)
+    _triton.launch(add_samples, programs, _SUMS_TILE, device, terms, batch, *summed, **of_samples)
     return dx, dbranch, dgate, dshift, dscale, dbranch_bias, dweight, dbias
 
 

@@ -114,7 +114,7 @@ class _Split(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
         *dq, dk, dv = gradients
         tensors = (dq[0] if dq else None, dk, dv)
-        return SPLIT_QKV_BACKWARD.forced(ctx.forced, tensors, (ctx.dtype,))  # type: ignore[no-any-return]
+        return SPLIT_QKV_BACKWARD(tensors, (ctx.dtype,), ctx.forced or "auto")  # type: ignore[no-any-return]
 
 
 class _Carry(torch.autograd.Function):

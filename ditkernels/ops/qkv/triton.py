@@ -147,11 +147,11 @@ def backward(dq: Tensor | None, dk: Tensor, dv: Tensor, dtype: torch.dtype) -> t
     programs, chosen, strides, sums, walk, constants = _plan(
         dk.shape, tuple([part.stride() for part in parts]), dk.element_size()
     )
-    batch, length, heads, head_dim = dk.shape
-    dpacked = torch.empty(batch, length, len(parts), heads, head_dim, dtype=dk.dtype, device=dk.device)
-    partial = torch.empty(sums, dtype=torch.float32, device=dk.device)
+    (batch, length, heads, head_dim), device = dk.shape, dk.device
+    dpacked = torch.empty(batch, length, len(parts), heads, head_dim, dtype=dk.dtype, device=device)
+    partial = torch.empty(*sums, dtype=torch.float32, device=device)
     args: list[Any] = [None] * (5 * (3 - len(parts)))
     for part, of_part in zip(parts, strides):
         args += part, *of_part
-    _triton.launch(stack_tiles, programs, chosen, dk.device, *args, dpacked, partial, *walk, **constants)
-    return dpacked, added(partial, dtype, _CHUNKS_AT_ONCE)
+    _triton.launch(stack_tiles, programs, chosen, device, *args, dpacked, partial, *walk, **constants)
+    return dpacked, added(partial, sums, device, dtype, _CHUNKS_AT_ONCE)
