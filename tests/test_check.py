@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from ditkernels import check, cli, ops
-from ditkernels.ops import adaln, dispatch
+from ditkernels.ops import dispatch, norm
 
 CPU = torch.device("cpu")
 FP32 = check.PRECISIONS[0]
@@ -27,8 +27,8 @@ def parity_of(op, index=0, precision=FP32, backend="torch"):
 def replace_kernel(monkeypatch, op, wrap):
     """Puts ``wrap(kernel's own result)`` in the place of the torch kernel of ``op``."""
     implementation = dispatch.OPS[op].implementations["torch"]
-    call = implementation.call
-    monkeypatch.setattr(implementation, "call", lambda *args: wrap(call(*args)))
+    kernel = implementation.kernel
+    monkeypatch.setattr(implementation, "kernel", lambda *args: wrap(kernel(*args)))
 
 
 @pytest.fixture(scope="module")
@@ -85,13 +85,13 @@ def test_every_case_has_three_samples_and_every_op_an_odd_length():
 
 def test_an_update_that_is_slightly_off_fails(monkeypatch):
     implementation = dispatch.OPS["adamw_ema"].implementations["torch"]
-    call = implementation.call
+    kernel = implementation.kernel
 
     def off(weights, *rest):
-        call(weights, *rest)
+        kernel(weights, *rest)
         weights[0].mul_(1 + 1e-4)
 
-    monkeypatch.setattr(implementation, "call", off)
+    monkeypatch.setattr(implementation, "kernel", off)
     found = parity_of("adamw_ema")
     assert 1 < found.ratio < math.inf
     assert found.where == "weights"
@@ -99,11 +99,13 @@ def test_an_update_that_is_slightly_off_fails(monkeypatch):
 
 @pytest.mark.parametrize("name", sorted(dispatch.OPS.keys() - {"adamw_ema"}))
 def test_a_kernel_that_is_slightly_off_fails(monkeypatch, name):
-    op = name.removesuffix("_backward")
+    op = {"patchify": "unpatchify"}.get(name, name.removesuffix("_backward"))
 
     def off(outputs):
         scale = 1 + 1e-4
-        return tuple(o * scale for o in outputs) if isinstance(outputs, tuple) else outputs * scale
+        if not isinstance(outputs, tuple):
+            return outputs * scale
+        return tuple(None if o is None else o * scale for o in outputs)
 
     replace_kernel(monkeypatch, name, off)
     worst = max(parity_of(op, i).ratio for i in range(2 if op != "unpatchify" else 1))
@@ -112,8 +114,8 @@ def test_a_kernel_that_is_slightly_off_fails(monkeypatch, name):
 
 def test_a_fault_in_one_of_an_ops_cases_is_enough(monkeypatch):
     implementation = dispatch.OPS["gated_residual"].implementations["torch"]
-    call = implementation.call
-    monkeypatch.setattr(implementation, "call", lambda *args: call(*args) + (args[2] is not None))
+    kernel = implementation.kernel
+    monkeypatch.setattr(implementation, "kernel", lambda *args: kernel(*args) + (args[2] is not None))
     monkeypatch.setattr(check, "CASES", (case("gated_residual", 0), case("gated_residual", 1)))
     assert case("gated_residual", 0).shapes.keys() == {"x", "branch"}
     assert [result.failed for result in check.results(CPU) if result.backend == "torch"] == [True] * 3
@@ -141,7 +143,7 @@ def test_a_bf16_kernel_is_held_to_bf16(monkeypatch):
     ],
 )
 def test_wrong_dtypes_shapes_and_nans_fail_and_are_named(monkeypatch, wrap, complaint):
-    monkeypatch.setattr(ops, "gated_residual", lambda *a, **k: wrap(adaln.gated_residual(*a, **k)))
+    monkeypatch.setattr(ops, "gated_residual", lambda *a, **k: wrap(norm.gated_residual(*a, **k)))
     found = parity_of("gated_residual")
     assert found.ratio == math.inf
     assert complaint in found.where
@@ -151,7 +153,7 @@ def test_an_op_that_raises_fails_alone(monkeypatch):
     def broken(*args):
         raise RuntimeError("an illegal\n memory access")
 
-    monkeypatch.setattr(dispatch.OPS["patch_embed"].implementations["torch"], "call", broken)
+    monkeypatch.setattr(dispatch.OPS["patch_embed"].implementations["torch"], "kernel", broken)
     monkeypatch.setattr(check, "CASES", (case("patch_embed"), case("unpatchify")))
     results = {(result.op, result.precision): result for result in check.results(CPU)}
     assert {key for key, result in results.items() if result.failed} == {
@@ -173,11 +175,12 @@ def test_a_public_function_that_bypasses_its_op_is_no_pass(monkeypatch):
 
 
 def test_a_second_backend_is_found_and_checked(monkeypatch):
-    forward, backward = dispatch.OPS["unpatchify"], dispatch.OPS["unpatchify_backward"]
+    forward, backward = dispatch.OPS["unpatchify"], dispatch.OPS["patchify"]
     for op, factor in ((forward, 1.0), (backward, 1.01)):
-        call = op.implementations["torch"].call
-        kernel = dispatch.Implementation(lambda *a, c=call, f=factor: c(*a) * f, lambda *a: None)
-        monkeypatch.setitem(op.implementations, "cuda", kernel)
+        plain = op.implementations["torch"]
+        kernel = lambda *a, c=plain.kernel, f=factor: c(*a) * f  # noqa: E731
+        made = dispatch.Implementation(kernel, plain.internal, lambda op, args: None)
+        monkeypatch.setitem(op.implementations, "cuda", made)
     monkeypatch.setattr(check, "CASES", (case("unpatchify"),))
     failed = {(result.backend, result.note) for result in check.results(CPU) if result.failed}
     assert failed == {("cuda", "dtokens")}
@@ -186,7 +189,7 @@ def test_a_second_backend_is_found_and_checked(monkeypatch):
 def test_a_backend_without_a_backward_does_not_run(monkeypatch):
     kernel = dispatch.OPS["unpatchify"].implementations["torch"]
     monkeypatch.setitem(dispatch.OPS["unpatchify"].implementations, "cuda", kernel)
-    monkeypatch.delitem(dispatch.OPS["unpatchify_backward"].implementations, "cuda")
+    monkeypatch.delitem(dispatch.OPS["patchify"].implementations, "cuda")
     chosen = case("unpatchify")
     reasons = check.refusals(chosen, chosen.inputs(FP32, CPU))
     assert reasons["torch"] is None

@@ -552,14 +552,11 @@ class Plan(NamedTuple):
         backend: the one that serves.
         scale: head_dim^-1/2.
         unasked: torch takes the backend's kernel without being told to, so that SDPA is called directly, and autocasts itself.
-        views: the strides that SDPA's output should have; shape and strides of the result as a view of it. None where a gradient is
-            needed: the views that take the fewest calls of torch would make it cost more.
     """
 
     backend: Backend
     scale: float
     unasked: bool = False
-    views: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]] | None = None
 
 
 _memory: dict[Any, Plan] = {}
@@ -619,14 +616,7 @@ def _unasked(plan: Plan, q: Tensor, kv: Tensor | None, bias: Tensor | None) -> P
     q, kv = _autocast(q, kv)
     parts = q.unbind(2) if kv is None else (q, *kv.unbind(2))
     query, key, value = (t.detach().transpose(1, 2).requires_grad_(needs_grad) for t in parts)
-    if torch._fused_sdp_choice(query, key, value) != plan.backend.kernel.value:
-        return plan
-    if bias is not None or needs_grad:
-        return plan._replace(unasked=True)
-    batch, heads, length, head_dim = query.shape
-    width = heads * head_dim
-    views = (length * width, head_dim, width, 1), (batch, length, width), (length * width, width, 1)
-    return plan._replace(unasked=True, views=views)
+    return plan._replace(unasked=torch._fused_sdp_choice(query, key, value) == plan.backend.kernel.value)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -686,23 +676,15 @@ def attention(
         newest, plan = _newest[0]
         if newest != key:
             plan = _recalled(key, q, kv, bias, backend)
-    chosen, default, unasked, views = plan
+    chosen, default, unasked = plan
     if scale is None:
         scale = default
     if not unasked:
         if autocast:
             q, kv = _autocast(q, kv)
         return _run(chosen, q, kv, bias, scale).flatten(2)
-    if views is None:
-        q, k, v = _split(q, bias) if kv is None else (q, *_split(kv, bias))
-        return _attend(q, k, v, scale).flatten(2)
-    strides, size, joined = views
-    if kv is None:
-        q, k, v = q.transpose(1, 3).unbind(2)
-    else:
-        q, (k, v) = q.transpose(1, 2), kv.transpose(1, 3).unbind(2)
-    out = F.scaled_dot_product_attention(q, k, v, scale=scale)
-    return out.as_strided(size, joined) if out.stride() == strides else out.transpose(1, 2).flatten(2)
+    q, k, v = _split(q, bias) if kv is None else (q, *_split(kv, bias))
+    return _attend(q, k, v, scale).flatten(2)
 
 
 def _run(backend: Backend, q: Tensor, kv: Tensor | None, bias: Tensor | None, scale: float) -> Tensor:

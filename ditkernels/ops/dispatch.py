@@ -95,7 +95,10 @@ def refuse_forward_ad(name: str, *tensors: Tensor | None) -> None:
 
 
 def _refuse_tangents(name: str, tensors: Sequence[Tensor]) -> None:
-    if any(forward_ad.unpack_dual(t).tangent is not None for t in tensors):
+    # Where Dynamo has fallen back to eager for a caller, it starts again with this frame, and cannot see tangents here either.
+    if torch.compiler.is_dynamo_compiling() or any(
+        forward_ad.unpack_dual(t).tangent is not None for t in tensors
+    ):
         raise NotImplementedError(_no_forward_mode(name))
 
 

@@ -29,7 +29,7 @@ from test_patches_gpu import (  # noqa: F401
     test_values_moved_by_unpatchify,
 )
 
-from ditkernels.ops import _native, adaln, dispatch
+from ditkernels.ops import _native, dispatch, norm
 
 pytestmark = [
     pytest.mark.gpu,
@@ -60,11 +60,11 @@ def test_channels_that_are_not_side_by_side(op: str) -> None:
 @pytest.mark.parametrize("op", TAKES)
 def test_a_stream_beside_the_current_one(op: str) -> None:
     inputs = make_inputs(op, 8, 256, 1152, BF16, BF16)
-    expected = test_adaln_gpu.there_and_back(getattr(adaln, op), inputs)
+    expected = test_adaln_gpu.there_and_back(getattr(norm, op), inputs)
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
-        got = test_adaln_gpu.there_and_back(getattr(adaln, op), inputs)
+        got = test_adaln_gpu.there_and_back(getattr(norm, op), inputs)
     torch.cuda.current_stream().wait_stream(side)
     assert all(map(torch.equal, got, expected))
 

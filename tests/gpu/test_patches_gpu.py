@@ -7,8 +7,7 @@ from collections.abc import Callable
 import numerics
 import pytest
 import torch
-from ditkernels.ops.final_layer import final_layer, unpatchify
-from ditkernels.ops.patch_embed import patch_embed
+from ditkernels.ops import final_layer, patch_embed, unpatchify
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 

@@ -56,20 +56,9 @@ def _biased(lines, bias, columns, mask, END: tl.constexpr, D: tl.constexpr):  # 
 
 @jit
 def forward_tiles(  # type: ignore[no-untyped-def]
-    x,
-    x_b,
-    x_n,
-    x_d,
-    bias,
-    y,
-    N,
-    blocks,
-    D: tl.constexpr,
-    ROOT: tl.constexpr,
-    KAPPA: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
+    x, x_b, x_n, x_d, bias, y, N, blocks,
+    D: tl.constexpr, ROOT: tl.constexpr, KAPPA: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
     program = tl.program_id(0)
     column_blocks: tl.constexpr = (D + COLUMNS - 1) // COLUMNS
     end: tl.constexpr = column_blocks * COLUMNS
@@ -85,26 +74,9 @@ def forward_tiles(  # type: ignore[no-untyped-def]
 
 @jit
 def backward_tiles(  # type: ignore[no-untyped-def]
-    dy,
-    dy_b,
-    dy_n,
-    dy_d,
-    x,
-    x_b,
-    x_n,
-    x_d,
-    bias,
-    dx,
-    partial,
-    N,
-    chunks,
-    chunk_rows,
-    D: tl.constexpr,
-    ROOT: tl.constexpr,
-    KAPPA: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
+    dy, dy_b, dy_n, dy_d, x, x_b, x_n, x_d, bias, dx, partial, N, chunks, chunk_rows,
+    D: tl.constexpr, ROOT: tl.constexpr, KAPPA: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
     program = tl.program_id(0)
     column_blocks: tl.constexpr = (D + COLUMNS - 1) // COLUMNS
     end: tl.constexpr = column_blocks * COLUMNS
@@ -226,12 +198,9 @@ def backward(
 
 
 def added(
-    partial: Tensor,
-    shape: tuple[int, int],
-    device: torch.device,
-    dtype: torch.dtype | None,
+    partial: Tensor, shape: tuple[int, int], device: torch.device, dtype: torch.dtype | None,
     chunks_at_once: int = 32,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """The sum of ``partial``, of that shape (chunks, D) and on that device, over its chunks in their order, in ``dtype``."""
     chunks, width = shape
     total = torch.empty(width, dtype=dtype, device=device)

@@ -164,7 +164,8 @@ def final_layer(
     Raises:
         As ``patch_embed``.
     """
-    weight = weight.to(FINAL_LAYER.autocast_dtype(x) or weight.dtype)
+    lowered = FINAL_LAYER.autocast_dtype(x)
+    weight = weight.to(lowered or weight.dtype)
     rows = (x, branch, gate, branch_bias, shift, scale, norm_weight, norm_bias)
     options = (*grid, patch_size, norm, eps, out_dtype or weight.dtype)
     if _needs_gradient(weight) and not any(map(_needs_gradient, rows)) and not torch.compiler.is_compiling():
@@ -483,23 +484,11 @@ def _patch_embed(
 
 @FINAL_LAYER.implement("torch")
 def _final_layer(
-    x: Tensor,
-    branch: Tensor | None,
-    gate: Tensor | None,
-    branch_bias: Tensor | None,
-    shift: Tensor | None,
-    scale: Tensor | None,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    weight: Tensor,
-    bias: Tensor | None,
-    grid_h: int,
-    grid_w: int,
-    patch_size: int,
-    norm: str,
-    eps: float,
+    x: Tensor, branch: Tensor | None, gate: Tensor | None, branch_bias: Tensor | None,
+    shift: Tensor | None, scale: Tensor | None, norm_weight: Tensor | None, norm_bias: Tensor | None,
+    weight: Tensor, bias: Tensor | None, grid_h: int, grid_w: int, patch_size: int, norm: str, eps: float,
     out_dtype: torch.dtype,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     wide = accumulator(weight)
     x1 = x if branch is None else residual_forward(x, branch, gate, branch_bias)
     h, _ = norm_forward(x1, shift, scale, norm_weight, norm_bias, norm, eps, weight.dtype, False)

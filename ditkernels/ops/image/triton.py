@@ -63,19 +63,9 @@ def places_of(  # type: ignore[no-untyped-def]
 
 @jit
 def place_values(  # type: ignore[no-untyped-def]
-    tokens,
-    tokens_b,
-    tokens_n,
-    tokens_v,
-    image,
-    grid_h,
-    grid_w,
-    parts,
-    V: tl.constexpr,
-    P: tl.constexpr,
-    CHANNELS_FIRST: tl.constexpr,
-    ELEMENTS: tl.constexpr,
-):
+    tokens, tokens_b, tokens_n, tokens_v, image, grid_h, grid_w, parts,
+    V: tl.constexpr, P: tl.constexpr, CHANNELS_FIRST: tl.constexpr, ELEMENTS: tl.constexpr,
+):  # fmt: skip
     program = tl.program_id(0)
     band = program // parts
     sample = (band // grid_h).to(tl.int64)
@@ -96,20 +86,9 @@ def place_values(  # type: ignore[no-untyped-def]
 
 @jit
 def gather_values(  # type: ignore[no-untyped-def]
-    image,
-    image_b,
-    image_c,
-    image_h,
-    image_w,
-    tokens,
-    grid_h,
-    grid_w,
-    parts,
-    V: tl.constexpr,
-    P: tl.constexpr,
-    CHANNELS_FIRST: tl.constexpr,
-    ELEMENTS: tl.constexpr,
-):
+    image, image_b, image_c, image_h, image_w, tokens, grid_h, grid_w, parts,
+    V: tl.constexpr, P: tl.constexpr, CHANNELS_FIRST: tl.constexpr, ELEMENTS: tl.constexpr,
+):  # fmt: skip
     program = tl.program_id(0)
     band = program // parts
     sample = (band // grid_h).to(tl.int64)
@@ -130,28 +109,10 @@ def gather_values(  # type: ignore[no-untyped-def]
 
 @jit
 def embed(  # type: ignore[no-untyped-def]
-    x,
-    x_b,
-    x_c,
-    x_h,
-    x_w,
-    weight,
-    bias,
-    pos,
-    pos_n,
-    pos_d,
-    y,
-    lines,
-    N,
-    grid_w,
-    D: tl.constexpr,
-    V: tl.constexpr,
-    P: tl.constexpr,
-    PRODUCT: tl.constexpr,
-    VALUES: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    ROWS: tl.constexpr,
-):
+    x, x_b, x_c, x_h, x_w, weight, bias, pos, pos_n, pos_d, y, lines, N, grid_w,
+    D: tl.constexpr, V: tl.constexpr, P: tl.constexpr, PRODUCT: tl.constexpr, VALUES: tl.constexpr,
+    COLUMNS: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
     program = tl.program_id(0)
     tiles: tl.constexpr = (D + COLUMNS - 1) // COLUMNS
     ROUND: tl.constexpr = tiles * COLUMNS
@@ -214,46 +175,12 @@ def _add_product(  # type: ignore[no-untyped-def]
 
 @jit
 def final_rows(  # type: ignore[no-untyped-def]
-    x,
-    x_b,
-    x_n,
-    x_d,
-    branch,
-    branch_b,
-    branch_n,
-    branch_d,
-    gate,
-    gate_b,
-    branch_bias,
-    shift,
-    shift_b,
-    scale,
-    scale_b,
-    norm_weight,
-    norm_bias,
-    weight,
-    weight_v,
-    weight_d,
-    bias,
-    out,
-    out_b,
-    out_c,
-    out_h,
-    out_w,
-    N,
-    blocks,
-    grid_w,
-    eps,
-    D: tl.constexpr,
-    V: tl.constexpr,
-    P: tl.constexpr,
-    CENTRED: tl.constexpr,
-    HELD: tl.constexpr,
-    PRODUCT: tl.constexpr,
-    PIECE: tl.constexpr,
-    VALUES: tl.constexpr,
-    ROWS: tl.constexpr,
-):
+    x, x_b, x_n, x_d, branch, branch_b, branch_n, branch_d, gate, gate_b, branch_bias, shift, shift_b,
+    scale, scale_b, norm_weight, norm_bias, weight, weight_v, weight_d, bias, out, out_b, out_c, out_h,
+    out_w, N, blocks, grid_w, eps,
+    D: tl.constexpr, V: tl.constexpr, P: tl.constexpr, CENTRED: tl.constexpr, HELD: tl.constexpr,
+    PRODUCT: tl.constexpr, PIECE: tl.constexpr, VALUES: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
     program = tl.program_id(0)
     PIECES: tl.constexpr = (D + PIECE - 1) // PIECE
     ROUND: tl.constexpr = PIECES * PIECE
@@ -397,14 +324,9 @@ def _unpatchify(tokens: Tensor, grid_h: int, grid_w: int, patch_size: int, chann
 
 
 def _move(
-    kernel: Any,
-    source: Tensor,
-    target: Tensor,
-    values: int,
-    grid: tuple[int, int],
-    p: int,
+    kernel: Any, source: Tensor, target: Tensor, values: int, grid: tuple[int, int], p: int,
     channels_first: bool,
-) -> None:
+) -> None:  # fmt: skip
     grid_h, grid_w = grid
     parts = ceil_div(grid_w * values, _ELEMENTS)
     _triton.launch(
@@ -451,23 +373,11 @@ def _patch_embed(
 
 @FINAL_LAYER.implement("triton", refuse=refusing_empty_weights(_triton.refuse))
 def _final_layer(
-    x: Tensor,
-    branch: Tensor | None,
-    gate: Tensor | None,
-    branch_bias: Tensor | None,
-    shift: Tensor | None,
-    scale: Tensor | None,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    weight: Tensor,
-    bias: Tensor | None,
-    grid_h: int,
-    grid_w: int,
-    patch_size: int,
-    norm: str,
-    eps: float,
+    x: Tensor, branch: Tensor | None, gate: Tensor | None, branch_bias: Tensor | None,
+    shift: Tensor | None, scale: Tensor | None, norm_weight: Tensor | None, norm_bias: Tensor | None,
+    weight: Tensor, bias: Tensor | None, grid_h: int, grid_w: int, patch_size: int, norm: str, eps: float,
     out_dtype: torch.dtype,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     batch, length, width = x.shape
     values = weight.shape[0]
     channels = values // (patch_size * patch_size)

@@ -164,14 +164,9 @@ def _implement(
 
     @MLP.gradients.implement(backend, refuse=refuse_backward)
     def backward(
-        dy: Tensor,
-        x: Tensor,
-        fc1_weight: Tensor,
-        fc2_weight: Tensor,
-        z: Tensor,
-        h: Tensor,
+        dy: Tensor, x: Tensor, fc1_weight: Tensor, fc2_weight: Tensor, z: Tensor, h: Tensor,
         wanted: Wanted,
-    ) -> tuple[Tensor | None, ...]:
+    ) -> tuple[Tensor | None, ...]:  # fmt: skip
         """Each of x ... h is None where no wanted gradient needs it."""
         of_x, of_weight1, of_bias1, of_weight2 = wanted
         dx = dweight1 = dbias1 = dweight2 = None

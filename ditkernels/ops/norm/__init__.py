@@ -100,19 +100,11 @@ def gated_residual(
 
 
 def gated_residual_norm(
-    x: Tensor,
-    branch: Tensor,
-    gate: Tensor | None = None,
-    shift: Tensor | None = None,
-    scale: Tensor | None = None,
-    *,
-    branch_bias: Tensor | None = None,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    norm: str = "layernorm",
-    eps: float = 1e-6,
+    x: Tensor, branch: Tensor, gate: Tensor | None = None, shift: Tensor | None = None,
+    scale: Tensor | None = None, *, branch_bias: Tensor | None = None, weight: Tensor | None = None,
+    bias: Tensor | None = None, norm: str = "layernorm", eps: float = 1e-6,
     out_dtype: torch.dtype | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """x1 = x + gate·(branch + branch_bias) and h = norm(x1)·(1 + scale) + shift, in one pass.
 
     Arguments as in ``gated_residual`` and ``modulate_norm``; ``out_dtype`` is h's.
@@ -301,16 +293,9 @@ def residual_forward(x: Tensor, branch: Tensor, gate: Tensor | None, branch_bias
 
 @MODULATE_NORM.implement("torch")
 def norm_forward(
-    x: Tensor,
-    shift: Tensor | None,
-    scale: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    norm: str,
-    eps: float,
-    out_dtype: torch.dtype,
-    keep: bool,
-) -> tuple[Tensor, Tensor | None]:
+    x: Tensor, shift: Tensor | None, scale: Tensor | None, weight: Tensor | None, bias: Tensor | None,
+    norm: str, eps: float, out_dtype: torch.dtype, keep: bool,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """The modulated norm in ``out_dtype``, and mean and rstd of each row."""
     wide = accumulator(x)
     values = x.to(wide)
@@ -332,19 +317,10 @@ def norm_forward(
 
 @GATED_RESIDUAL_NORM.implement("torch")
 def residual_norm_forward(
-    x: Tensor,
-    branch: Tensor,
-    gate: Tensor | None,
-    shift: Tensor | None,
-    scale: Tensor | None,
-    branch_bias: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    norm: str,
-    eps: float,
-    out_dtype: torch.dtype,
-    keep: bool,
-) -> tuple[Tensor, Tensor, Tensor | None]:
+    x: Tensor, branch: Tensor, gate: Tensor | None, shift: Tensor | None, scale: Tensor | None,
+    branch_bias: Tensor | None, weight: Tensor | None, bias: Tensor | None, norm: str, eps: float,
+    out_dtype: torch.dtype, keep: bool,
+) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
     """x1, the modulated norm of x1 as it is stored, and mean and rstd of its rows."""
     x1 = residual_forward(x, branch, gate, branch_bias)
     return (x1, *norm_forward(x1, shift, scale, weight, bias, norm, eps, out_dtype, keep))
@@ -366,13 +342,9 @@ def through_norm(
 
 
 def norm_vector_gradients(
-    dh: Tensor,
-    normed: Tensor,
-    scale: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
+    dh: Tensor, normed: Tensor, scale: Tensor | None, weight: Tensor | None, bias: Tensor | None,
     wanted: Wanted,
-) -> tuple[Tensor | None, ...]:
+) -> tuple[Tensor | None, ...]:  # fmt: skip
     """dshift, dscale, dweight, dbias, as far as they are wanted, from the sums P and Q."""
     of_shift, of_scale, of_weight, of_bias = wanted
     p = dh.sum(1) if of_shift or of_scale or of_bias else dh.new_empty(0)
@@ -413,15 +385,9 @@ def residual_backward(
 
 @MODULATE_NORM.gradients.implement("torch")
 def norm_backward(
-    dh: Tensor,
-    x: Tensor,
-    scale: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    stats: Tensor,
-    norm: str,
-    wanted: Wanted,
-) -> tuple[Tensor | None, ...]:
+    dh: Tensor, x: Tensor, scale: Tensor | None, weight: Tensor | None, bias: Tensor | None, stats: Tensor,
+    norm: str, wanted: Wanted,
+) -> tuple[Tensor | None, ...]:  # fmt: skip
     """The gradients of x, shift, scale, weight and bias, as far as they are wanted."""
     of_x, *of_vectors = wanted
     dh, normed = dh.to(accumulator(x)), normed_rows(x, stats)
@@ -431,19 +397,10 @@ def norm_backward(
 
 @GATED_RESIDUAL_NORM.gradients.implement("torch")
 def residual_norm_backward(
-    dx1: Tensor | None,
-    dh: Tensor,
-    x1: Tensor,
-    branch: Tensor | None,
-    gate: Tensor | None,
-    scale: Tensor | None,
-    branch_bias: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    stats: Tensor,
-    norm: str,
-    wanted: Wanted,
-) -> tuple[Tensor | None, ...]:
+    dx1: Tensor | None, dh: Tensor, x1: Tensor, branch: Tensor | None, gate: Tensor | None,
+    scale: Tensor | None, branch_bias: Tensor | None, weight: Tensor | None, bias: Tensor | None,
+    stats: Tensor, norm: str, wanted: Wanted,
+) -> tuple[Tensor | None, ...]:  # fmt: skip
     """The gradients of all inputs in their order, as far as they are wanted."""
     of_x, of_branch, of_gate, of_shift, of_scale, of_branch_bias, of_weight, of_bias = wanted
     dh, normed = dh.to(accumulator(x1)), normed_rows(x1, stats)

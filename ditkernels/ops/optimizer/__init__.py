@@ -134,22 +134,11 @@ def _check_number(name: str, value: Tensor, weights: Sequence[Tensor]) -> None:
 
 
 def _check(
-    weights: Sequence[Tensor],
-    gradients: Sequence[Tensor],
-    exp_avgs: Sequence[Tensor],
-    exp_avg_sqs: Sequence[Tensor],
-    steps: Sequence[Tensor],
-    averages: Sequence[Tensor],
-    copies: Sequence[Tensor],
-    grad_scale: Tensor | None,
-    found_inf: Tensor | None,
-    lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    decay: float,
-) -> None:
+    weights: Sequence[Tensor], gradients: Sequence[Tensor], exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor], steps: Sequence[Tensor], averages: Sequence[Tensor],
+    copies: Sequence[Tensor], grad_scale: Tensor | None, found_inf: Tensor | None, lr: float, beta1: float,
+    beta2: float, eps: float, weight_decay: float, decay: float,
+) -> None:  # fmt: skip
     _check_list("weights", weights, weights, STATE_DTYPES)
     own = [weights[0].dtype] if weights else STATE_DTYPES
     _check_list("gradients", gradients, weights, [*own, torch.bfloat16, torch.float16])
@@ -218,22 +207,11 @@ ADAMW_EMA = register(_InPlace("adamw_ema", (), (), ()))
 
 @ADAMW_EMA.implement("torch")
 def update(
-    weights: list[Tensor],
-    gradients: list[Tensor],
-    exp_avgs: list[Tensor],
-    exp_avg_sqs: list[Tensor],
-    steps: list[Tensor],
-    averages: list[Tensor],
-    copies: list[Tensor],
-    grad_scale: Tensor | None,
-    found_inf: Tensor | None,
-    lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
+    weights: list[Tensor], gradients: list[Tensor], exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor],
+    steps: list[Tensor], averages: list[Tensor], copies: list[Tensor], grad_scale: Tensor | None,
+    found_inf: Tensor | None, lr: float, beta1: float, beta2: float, eps: float, weight_decay: float,
     decay: float,
-) -> None:
+) -> None:  # fmt: skip
     torch._foreach_add_(steps, 1)
     torch._fused_adamw_(
         weights,

@@ -49,17 +49,10 @@ STEP_COLUMN = 4
 
 @jit
 def advance_steps(  # type: ignore[no-untyped-def]
-    table,
-    factors,
-    found_inf,
-    lr,
-    weights,
-    LOG_BETA1: tl.constexpr,
-    LOG_BETA2: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    STEP_COLUMN: tl.constexpr,
+    table, factors, found_inf, lr, weights,
+    LOG_BETA1: tl.constexpr, LOG_BETA2: tl.constexpr, COLUMNS: tl.constexpr, STEP_COLUMN: tl.constexpr,
     ROWS: tl.constexpr,
-):
+):  # fmt: skip
     rows = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     live = rows < weights
     steps = tl.load(table + rows * COLUMNS + STEP_COLUMN, live, 0).to(tl.pointer_type(tl.float32))
@@ -86,25 +79,10 @@ def _address(row, column: tl.constexpr, dtype: tl.constexpr, VECTORISED: tl.cons
 
 @jit
 def update_chunks(  # type: ignore[no-untyped-def]
-    table,
-    owners,
-    factors,
-    grad_scale,
-    found_inf,
-    shrink,
-    complement1,
-    beta2,
-    complement2,
-    eps,
-    towards,
-    GRADIENT: tl.constexpr,
-    COPY: tl.constexpr,
-    AVERAGE: tl.constexpr,
-    VECTORISED: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    CHUNK: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    table, owners, factors, grad_scale, found_inf, shrink, complement1, beta2, complement2, eps, towards,
+    GRADIENT: tl.constexpr, COPY: tl.constexpr, AVERAGE: tl.constexpr, VECTORISED: tl.constexpr,
+    COLUMNS: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     program = tl.program_id(0)
     owner = tl.load(owners + program).to(tl.int64)
     row = table + owner * COLUMNS
@@ -182,17 +160,9 @@ def _is_vectorised(row: Row) -> bool:
 
 
 def _update(
-    rows: list[Row],
-    vectorised: bool,
-    grad_scale: Tensor | None,
-    found_inf: Tensor | None,
-    lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    decay: float,
-) -> None:
+    rows: list[Row], vectorised: bool, grad_scale: Tensor | None, found_inf: Tensor | None, lr: float,
+    beta1: float, beta2: float, eps: float, weight_decay: float, decay: float,
+) -> None:  # fmt: skip
     weight, gradient, *_, average, copy = rows[0]
     device = weight.device
     sizes = tuple(row[0].numel() for row in rows)

@@ -49,31 +49,10 @@ def _read(source, sample, rows, columns, mask, D: tl.constexpr, HEAD: tl.constex
 
 @jit
 def stack_tiles(  # type: ignore[no-untyped-def]
-    dq,
-    dq_b,
-    dq_n,
-    dq_h,
-    dq_c,
-    dk,
-    dk_b,
-    dk_n,
-    dk_h,
-    dk_c,
-    dv,
-    dv_b,
-    dv_n,
-    dv_h,
-    dv_c,
-    dpacked,
-    partial,
-    N,
-    chunks,
-    chunk_rows,
-    D: tl.constexpr,
-    HEAD: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
+    dq, dq_b, dq_n, dq_h, dq_c, dk, dk_b, dk_n, dk_h, dk_c, dv, dv_b, dv_n, dv_h, dv_c, dpacked, partial,
+    N, chunks, chunk_rows,
+    D: tl.constexpr, HEAD: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
     program = tl.program_id(0)
     column_blocks: tl.constexpr = (D + COLUMNS - 1) // COLUMNS
     end: tl.constexpr = column_blocks * COLUMNS
