@@ -80,8 +80,8 @@ class Recipe(NamedTuple):
 
 @contextmanager
 def _mlps_on_cuda() -> Iterator[None]:
-    capability = ".".join(map(str, torch.cuda.get_device_capability()))
-    winners = {(capability, op): "cuda" for op in ("mlp", "mlp_backward")}
+    capability = torch.cuda.get_device_capability() if torch.cuda.is_available() else ()
+    winners = {(".".join(map(str, capability)), op): "cuda" for op in ("mlp", "mlp_backward")}
     with mock.patch.dict(dispatch.PREFERRED, winners):
         dispatch.forget()
         yield

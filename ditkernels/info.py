@@ -155,7 +155,7 @@ def _ops(device: torch.device) -> Iterator[str]:
 
 def _choice(call: Call) -> Iterator[str]:
     try:
-        chosen = call.op.choose(*call.args)
+        chosen = call.op.choose(*call.args, forced=dispatch.backend_setting())
     except dispatch.BackendError:
         chosen = None
     yield f"-> {chosen or _FORCED}"

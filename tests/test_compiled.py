@@ -258,6 +258,14 @@ def test_a_compiler_sees_the_launches(name: str, device: str, monkeypatch: pytes
         assert not ours(graph), way
 
 
+def test_a_launch_can_be_traced_after_a_reset(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_triton, "device_reason", lambda device: None)
+    traced("bias_gelu", "triton", "cuda")
+    traced("unpatchify", "triton", "cuda")  # torch's second kernel
+    torch._dynamo.reset()
+    assert targets(traced("unpatchify", "triton", "cuda")["forward"])[LAUNCH]  # and its first
+
+
 def test_a_compiled_library_stays_one_op(monkeypatch: pytest.MonkeyPatch) -> None:
     op = dispatch.OPS["bias_gelu"]
     for which in (op, op.gradients):
