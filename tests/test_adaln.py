@@ -315,7 +315,7 @@ def test_inductor_compiles_forward_and_backward() -> None:
     inputs = make_inputs("gated_residual_norm", 2, 5, 12, F32, F32)
     compiled = torch.compile(norm.gated_residual_norm, fullgraph=True)
     for got, want in zip(run(compiled, inputs), run(norm.gated_residual_norm, inputs)):
-        assert torch.equal(got, want)
+        torch.testing.assert_close(got, want)  # it fuses the opened formula, and rounds in other places
 
 
 @pytest.mark.parametrize("op", OPS)

@@ -332,7 +332,8 @@ def test_cost_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     saved = steps[best]["moving_ms"] - steps[f"{best}, epilogues"]["moving_ms"]
     # 3 of 5 passes over the 4·D channels of 12 blocks in bf16; beside them five biases of an MLP read or written
     assert math.isclose(saved, 12 * 3 * 64 * 16 * 4 * 384 * 2 / 1e9, rel_tol=0.01)
-    # 23 sites, and the last one once more in final_layer's backward: x and x1 in fp32, branch and h in bf16; gate, shift and scale; the branch's bias in fp32; mean and rstd
+    # 23 sites, and the last one once more in final_layer's backward
+    # x and x1 in fp32, branch and h in bf16; gate, shift and scale; the branch's bias in fp32; mean and rstd
     batch, tokens, width = 64, 16, 384
     moved = 24 * (batch * tokens * width * 12 + 3 * batch * width * 2 + width * 4 + 2 * batch * tokens * 4)
     assert fused["gbytes"] == moved / 1e9

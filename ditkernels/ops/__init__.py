@@ -6,7 +6,6 @@ import ditkernels.ops.norm.triton
 import ditkernels.ops.optimizer.triton
 import ditkernels.ops.qkv.triton  # noqa: F401 (these files give the ops a backend)
 from ditkernels.ops.attention import attention
-from ditkernels.ops.settings import remembered  # noqa: F401 (no op, but of use with ops)
 from ditkernels.ops.gelu import *
 from ditkernels.ops.gelu import __all__ as _gelu
 from ditkernels.ops.image import *
@@ -19,5 +18,6 @@ from ditkernels.ops.optimizer import *
 from ditkernels.ops.optimizer import __all__ as _optimizer
 from ditkernels.ops.qkv import *
 from ditkernels.ops.qkv import __all__ as _qkv
+from ditkernels.ops.settings import remembered  # noqa: F401 (no op, but of use with ops)
 
 __all__ = ["attention", *_gelu, *_image, *_mlp, *_norm, *_optimizer, *_qkv]

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from ditkernels import reference
-from ditkernels.ops import dispatch, norm
+from ditkernels.ops import dispatch
 from ditkernels.reference import SIZES
 
 pytestmark = [
@@ -70,7 +70,7 @@ def assert_parity(op: str, inputs: dict[str, Tensor], norm: str, out_dtype: torc
     exact_options = {} if op == "gated_residual" else {"norm": norm, "out_dtype": F64}
     plain = getattr(reference, op)
     results = zip(
-        there_and_back(getattr(norm, op), inputs, **options),
+        there_and_back(getattr(ops, op), inputs, **options),
         there_and_back(plain, inputs, **options),
         there_and_back(plain, inputs, F64, **exact_options),
     )
@@ -93,28 +93,28 @@ def test_parity_at_awkward_sizes(op: str, shape: tuple[int, int, int]) -> None:
 @pytest.mark.parametrize("op", TAKES)
 def test_repeats_bit_for_bit(op: str) -> None:
     inputs = make_inputs(op, 64, 256, 1152, BF16, BF16)
-    first = there_and_back(getattr(norm, op), inputs)
+    first = there_and_back(getattr(ops, op), inputs)
     for _ in range(5):
-        assert all(map(torch.equal, first, there_and_back(getattr(norm, op), inputs)))
+        assert all(map(torch.equal, first, there_and_back(getattr(ops, op), inputs)))
 
 
 def test_auto_chooses_triton() -> None:
     with dispatch.use_backend("auto"):
         x = torch.zeros(1, 2, 384, device="cuda")
-        assert norm.MODULATE_NORM.choose(x, None, None, None, None, "layernorm", 1e-6, F32, False) == "triton"
+        assert dispatch.OPS["modulate_norm"].choose(x, None, None, None, None, "layernorm", 1e-6, F32, False) == "triton"
 
 
 @pytest.mark.parametrize("op", TAKES)
 def test_compiles_as_one_graph_with_equal_bits(op: str) -> None:
     inputs = make_inputs(op, 4, 256, 384, F32, BF16)
-    compiled = torch.compile(getattr(norm, op), fullgraph=True)
-    assert all(map(torch.equal, there_and_back(compiled, inputs), there_and_back(getattr(norm, op), inputs)))
+    compiled = torch.compile(getattr(ops, op), fullgraph=True)
+    assert all(map(torch.equal, there_and_back(compiled, inputs), there_and_back(getattr(ops, op), inputs)))
 
 
 def test_autocast_keeps_the_stream_and_lowers_the_normed_output() -> None:
     inputs = make_inputs("gated_residual_norm", 2, 16, 384, F32, BF16)
     with torch.autocast("cuda", dtype=BF16):
-        stream, normed = norm.gated_residual_norm(**inputs)
+        stream, normed = ops.gated_residual_norm(**inputs)
     assert (stream.dtype, normed.dtype) == (F32, BF16)
 
 
@@ -123,17 +123,17 @@ def test_checkpointing_gives_equal_bits(op: str) -> None:
     inputs = make_inputs(op, 4, 64, 768, F32, BF16)
 
     def checkpointed(**leaves: Tensor) -> object:
-        return checkpoint(lambda: getattr(norm, op)(**leaves), use_reentrant=False)
+        return checkpoint(lambda: getattr(ops, op)(**leaves), use_reentrant=False)
 
     assert all(
-        map(torch.equal, there_and_back(checkpointed, inputs), there_and_back(getattr(norm, op), inputs))
+        map(torch.equal, there_and_back(checkpointed, inputs), there_and_back(getattr(ops, op), inputs))
     )
 
 
 @pytest.mark.parametrize("op", TAKES)
 def test_replays_from_a_cuda_graph(op: str) -> None:
     inputs = make_inputs(op, 4, 64, 1152, BF16, BF16)
-    call = getattr(norm, op)
+    call = getattr(ops, op)
     side = torch.cuda.Stream()
     with torch.cuda.stream(side):
         call(**inputs)
@@ -151,5 +151,5 @@ def test_more_than_2_to_the_31_elements() -> None:
     x = torch.zeros(1, 1_900_000, 1152, dtype=BF16, device="cuda")
     assert x.numel() > 1 << 31
     x[:, -3:] = torch.randn(1, 3, 1152, device="cuda").to(BF16)
-    normed = norm.modulate_norm(x)
-    assert torch.equal(normed[:, -3:], norm.modulate_norm(x[:, -3:].clone()))
+    normed = ops.modulate_norm(x)
+    assert torch.equal(normed[:, -3:], ops.modulate_norm(x[:, -3:].clone()))

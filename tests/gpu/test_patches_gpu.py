@@ -7,12 +7,11 @@ from collections.abc import Callable
 import numerics
 import pytest
 import torch
-from ditkernels.ops import final_layer, patch_embed, unpatchify
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from ditkernels import reference
-from ditkernels.ops import dispatch
+from ditkernels.ops import dispatch, final_layer, patch_embed, unpatchify
 from ditkernels.reference import SIZES
 
 pytestmark = [

@@ -90,7 +90,8 @@ def adamw_ema(
         or watched_by_torch()
         or not all(type(t) in plain for t in itertools.chain(*lists))
     ):
-        ADAMW_EMA.call(*lists, *numbers, backend_setting() or "")
+        forced = None if torch.compiler._is_exporting_flag else backend_setting()
+        ADAMW_EMA.call(*lists, *numbers, forced or "")
     else:
         _check(*lists, *numbers)
         chosen = ADAMW_EMA.choose(*lists, *numbers, forced=backend_setting())
