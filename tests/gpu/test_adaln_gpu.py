@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from ditkernels import reference
+from ditkernels import ops, reference
 from ditkernels.ops import dispatch
 from ditkernels.reference import SIZES
 
