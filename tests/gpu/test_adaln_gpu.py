@@ -101,7 +101,10 @@ def test_repeats_bit_for_bit(op: str) -> None:
 def test_auto_chooses_triton() -> None:
     with dispatch.use_backend("auto"):
         x = torch.zeros(1, 2, 384, device="cuda")
-        assert dispatch.OPS["modulate_norm"].choose(x, None, None, None, None, "layernorm", 1e-6, F32, False) == "triton"
+        assert (
+            dispatch.OPS["modulate_norm"].choose(x, None, None, None, None, "layernorm", 1e-6, F32, False)
+            == "triton"
+        )
 
 
 @pytest.mark.parametrize("op", TAKES)
