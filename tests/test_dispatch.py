@@ -15,10 +15,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.source import ConstantSource
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 from torch.utils.checkpoint import checkpoint
 
 import ditkernels
-from ditkernels import ops, reference
+from ditkernels import check, ops, reference
 from ditkernels.ops import dispatch
 from ditkernels.ops.spec import decoded, encoded
 
@@ -311,6 +314,29 @@ def test_a_winner_counts_on_its_device_alone(monkeypatch: pytest.MonkeyPatch) ->
     assert dispatch.fastest("modulate_norm", torch.device("cuda")) == "cuda"
     assert dispatch.fastest("modulate_norm", torch.device("cpu")) is None
     assert dispatch.fastest("gated_residual", torch.device("cuda")) is None
+
+
+@pytest.mark.parametrize("case", [c for c in check.CASES if not c.updates], ids=lambda c: c.op)
+def test_a_symbolic_size_outside_its_mode_is_left_to_torch(case: check.Case) -> None:
+    """A size that is a symbol has no hash, so that no memo may look it up."""
+    mode = FakeTensorMode(shape_env=ShapeEnv())
+    inputs = case.inputs(check.PRECISIONS[0], torch.device("cpu"))
+    fakes = {}
+    for name, value in inputs.items():
+        # The batch is the first size of what has more than one axis: a weight's first size is made a symbol, too.
+        kinds = [
+            DimDynamic.DYNAMIC if value.dim() > 2 and at == 0 else DimDynamic.STATIC
+            for at in range(value.dim())
+        ]
+        context = StatelessSymbolicContext(dynamic_sizes=kinds)
+        fakes[name] = mode.from_tensor(value, symbolic_context=context, source=ConstantSource(name))
+    made, plain = (
+        getattr(ops, case.op)(**fakes, **case.options),
+        getattr(ops, case.op)(**inputs, **case.options),
+    )
+    for fake, real in zip(*((out if isinstance(out, tuple) else (out,)) for out in (made, plain))):
+        assert (tuple(fake.shape[1:]), fake.dtype) == (tuple(real.shape[1:]), real.dtype)
+        assert isinstance(fake, FakeTensor)
 
 
 def test_a_profile_shows_the_backend() -> None:

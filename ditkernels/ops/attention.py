@@ -32,7 +32,6 @@ from ditkernels.ops.qkv import carry_bias, split_qkv
 
 HALF = (torch.float16, torch.bfloat16)
 FLOATS = (*HALF, torch.float32, torch.float64)
-_PLAIN = (Tensor, torch.nn.Parameter)
 
 
 class Problem(NamedTuple):
@@ -583,7 +582,7 @@ def _on_gpu(q: Tensor, kv: Tensor | None) -> tuple[Any, ...]:
 
 def _recalled(key: Any, q: Tensor, kv: Tensor | None, bias: Tensor | None, backend: str | None) -> Plan:
     """The plan of a call, remembered unless a subclass of tensors is in it. ``q`` is packed qkv where there is no ``kv``."""
-    if any(t is not None and t.__class__ not in _PLAIN for t in (q, kv)):
+    if not all(t is None or dispatch.is_plain(t) for t in (q, kv)):
         return _plan(q, kv, bias, backend)
     plan = _memory.get(key)
     if plan is None:

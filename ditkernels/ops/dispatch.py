@@ -116,6 +116,11 @@ def watched_by_torch() -> bool:
     )
 
 
+def is_plain(tensor: Tensor) -> bool:
+    """Whether the thin way may take the tensor: it is of no subclass and holds data."""
+    return type(tensor) in _PLAIN and not tensor.is_meta
+
+
 def constant_when_traced(function: _Function) -> _Function:
     """``torch.compiler.assume_constant_result``, which would import all of Dynamo, a second's work, on ``import ditkernels``."""
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
@@ -396,6 +401,9 @@ class Op:
         options: tuple[Any, ...],
     ) -> Any:
         """The plan remembered for a call, or a new one; None where torch must handle the call."""
+        # Asked before anything is hashed: sizes of a subclass may be symbols, which have no hash.
+        if not all(t is None or is_plain(t) for t in tensors):
+            return None
         remembered_as = tuple(key)
         plan = self.memory.get(remembered_as)
         if plan is None:
@@ -432,10 +440,7 @@ class Op:
         options: tuple[Any, ...],
         differentiable: bool,
     ) -> Plan | None:
-        """Checks the arguments and chooses; None where torch must handle the call: its kinds of tensors, no gradient to give."""
-        given = [t for t in tensors if t is not None]
-        if any(type(t) not in _PLAIN or t.is_meta for t in given):
-            return None
+        """Checks the arguments and chooses; None where it has no gradient to give: torch's way refuses that."""
         needed = tuple(differentiable and t is not None and t.requires_grad for t in tensors)
         if any(needed) and self.declaration.gradient is None:
             return None
@@ -451,6 +456,7 @@ OPS: dict[str, Op] = {}
 
 def forget() -> None:
     """Drops what is remembered of calls: a library was loaded, or a table has changed."""
+    _fingerprint.cache_clear()
     for op in OPS.values():
         op.forget()
 
@@ -538,10 +544,10 @@ class Thin(Whole):
         self.others: dict[Any, Thin] = {}
 
     def __call__(self, grads: Sequence[Tensor | None], read: Sequence[Tensor | None], wanted: Wanted) -> Any:
-        chosen = self.chosen.get((wanted, *[grad is None for grad in grads]))
+        key = (wanted, *[grad is None for grad in grads])
+        chosen = self.chosen.get(key)
         if chosen is not None and not _profiler_enabled():
             return chosen.kernel(*grads, *read, *self.options, wanted)
-        key = (wanted, *[grad is None for grad in grads])
         return self._run_as(key, self.op.gradients, (*grads, *read, *self.options, wanted))
 
     def run(self, op: Op, *args: Any) -> Any:

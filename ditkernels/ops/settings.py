@@ -216,39 +216,32 @@ def _known(allowed: Iterable[str]) -> dict[Any, str | None]:
 _OPS_VALUES, _ATTENTION_VALUES = _known(BACKENDS), _known(ATTENTION_BACKENDS)
 
 
-def _unknown(variable: str, allowed: Iterable[str]) -> None:
-    _validated(os.environ[variable], allowed, variable)
+def _in_force(
+    kind: str, key: Any, values: dict[Any, str | None], variable: str, allowed: Iterable[str]
+) -> str | None:
+    name = getattr(_traced, kind) if torch.compiler.is_dynamo_compiling() else None
+    if name is None:
+        name = getattr(_forced, kind)
+        if name is _forced:
+            name = getattr(_process, kind)
+    if name is not None:
+        return None if name == "auto" else name
+    value = _environment.get(key)
+    if value is None:
+        return None
+    if value not in values:
+        _validated(os.environ[variable], allowed, variable)
+    return values[value]
 
 
 def backend_setting() -> str | None:
     """The backend forced by ``use_backend``, ``set_backend`` or the environment variable DITKERNELS_BACKEND, or None for auto."""
-    name = _traced.ops if torch.compiler.is_dynamo_compiling() else None
-    if name is None:
-        name = _forced.ops
-        if name is _forced:
-            name = _process.ops
-    if name is None:
-        value = _environment.get(_OPS_VARIABLE)
-        if value is None:
-            return None
-        if value not in _OPS_VALUES:
-            _unknown("DITKERNELS_BACKEND", BACKENDS)
-        return _OPS_VALUES[value]
-    return None if name == "auto" else name
+    return _in_force("ops", _OPS_VARIABLE, _OPS_VALUES, "DITKERNELS_BACKEND", BACKENDS)
 
 
 def attention_setting() -> str | None:
     """As :func:`backend_setting` for attention, with DITKERNELS_ATTENTION_BACKEND."""
-    name = _traced.attention if torch.compiler.is_dynamo_compiling() else None
-    if name is None:
-        name = _forced.attention
-        if name is _forced:
-            name = _process.attention
-    if name is None:
-        value = _environment.get(_ATTENTION_VARIABLE)
-        if value is None:
-            return None
-        if value not in _ATTENTION_VALUES:
-            _unknown("DITKERNELS_ATTENTION_BACKEND", ATTENTION_BACKENDS)
-        return _ATTENTION_VALUES[value]
-    return None if name == "auto" else name
+    return _in_force(
+        *("attention", _ATTENTION_VARIABLE, _ATTENTION_VALUES),
+        *("DITKERNELS_ATTENTION_BACKEND", ATTENTION_BACKENDS),
+    )

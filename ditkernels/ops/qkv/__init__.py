@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from ditkernels.ops import _native
-from ditkernels.ops.dispatch import backend_setting, declare, refuse_forward_ad, watched_by_torch
+from ditkernels.ops.dispatch import backend_setting, declare, is_plain, refuse_forward_ad, watched_by_torch
 from ditkernels.ops.spec import Given, Sizes, accumulator, check_dtype, check_tensor
 
 __all__ = ["split_qkv"]
@@ -78,7 +78,7 @@ _MEMORY = 1024
 
 def _function(packed: Tensor, bias: Tensor, whole: Function, thin: Function) -> Function | None:
     """Checks the arguments; the autograd Function to apply, None where the bias needs no gradient."""
-    if torch.compiler.is_compiling() or watched_by_torch():
+    if torch.compiler.is_compiling() or watched_by_torch() or not (is_plain(packed) and is_plain(bias)):
         refuse_forward_ad("split_qkv", packed, bias)
         _check_packed(packed, bias)
         return whole
