@@ -94,9 +94,7 @@ def recorded(capability: int) -> Iterator[list[Compiled]]:
     assert not _triton.INTERPRETED, "ahead-of-time compilation needs a process without TRITON_INTERPRET"
     kernels: list[Compiled] = []
 
-    def launch(
-        kernel: Any, programs: int, tile: Any, device: torch.device, *args: Any, **constants: Any
-    ) -> None:
+    def launch(kernel: Any, programs: int, tile: Any, device: torch.device, *args: Any, **constants: Any) -> None:
         assert programs > 0
         compiled = kernel.run(
             *args,

@@ -104,9 +104,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--head-dims", type=measure.numbers, default=[64, 72])
     parser.add_argument("--tokens", type=measure.numbers, default=[64, 256, 1024, 4096])
     parser.add_argument("--dtype", choices=DTYPES, default="bf16")
-    parser.add_argument(
-        "--backends", type=measure.names_among(backends), default=list(backends), help=", ".join(backends)
-    )
+    parser.add_argument("--backends", type=measure.names_among(backends), default=list(backends), help=", ".join(backends))
     args = parser.parse_args(argv)
     columns = ("shape", "dtype", "pass", "backend", "median_ms", "low_ms", "high_ms", "tflops", "note")
     journal = measure.Journal("attention", args)

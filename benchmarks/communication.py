@@ -183,9 +183,7 @@ def _sharded(work: Work, group: Cluster, cluster: Cluster) -> Step:
 WAYS = {"ddp": ddp, "fsdp": fsdp, "hsdp": hsdp}
 
 
-# ------------------------------------------------------------------------------------------------------------
-# What a model computes and keeps
-# ------------------------------------------------------------------------------------------------------------
+# ---- What a model computes and keeps ---------------------------------------------------------------------------------
 
 
 class Model:
@@ -246,9 +244,7 @@ def _line(values: list[int], images: float) -> float:
     return values[0] + slope * (images - COUNTED[0])
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Rows
-# ------------------------------------------------------------------------------------------------------------
+# ---- Rows ------------------------------------------------------------------------------------------------------------
 
 
 def rows(args: argparse.Namespace, models: list[Model]) -> Iterator[dict[str, Any]]:
@@ -319,9 +315,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--ethernet-hop", type=float, default=50.0, help="microseconds")
     parser.add_argument("--reached", type=float, default=0.8, help="share of a link's speed")
     parser.add_argument("--figures", type=Path, metavar="DIR", help="draw them there")
-    parser.add_argument(
-        "--docs", type=Path, metavar="FILE", help="a page whose tables are to be written anew"
-    )
+    parser.add_argument("--docs", type=Path, metavar="FILE", help="a page whose tables are to be written anew")
     return parser.parse_args(argv)
 
 
@@ -344,9 +338,7 @@ def main() -> None:
         args.docs.write_text(text)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Tables of the page
-# ------------------------------------------------------------------------------------------------------------
+# ---- Tables of the page ----------------------------------------------------------------------------------------------
 
 ROOM_TAKEN = 2 * 2**30  # by the CUDA context, and what the allocator cannot use
 
@@ -415,9 +407,7 @@ def _memory_cells(model: Model, args: argparse.Namespace) -> list[str]:
     ]
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Figures
-# ------------------------------------------------------------------------------------------------------------
+# ---- Figures ---------------------------------------------------------------------------------------------------------
 
 COLOURS = {"2": "#1f5fa8", "4": "#d9822b", "8": "#3d9a50"}
 WAY_COLOURS = {"ddp": "#1f5fa8", "fsdp": "#c23b3b", "hsdp": "#3d9a50"}
@@ -450,9 +440,7 @@ def draw_efficiency(found: list[dict[str, Any]], path: Path) -> None:
         panels[1, column].set_xlabel("GPUs")
     for axes in panels[:, 0]:
         axes.set_ylabel("efficiency, % (predicted)")
-    figure.legend(
-        *panels[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=6, frameon=False
-    )
+    figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=6, frameon=False)
     _save(figure, path)
 
 
@@ -468,12 +456,8 @@ def draw_ways(found: list[dict[str, Any]], path: Path) -> None:
         gpus = [row["gpus"] for row in shown]
         times.plot(gpus, [row["step_ms"] for row in shown], color=colour, label=way)
         memory.plot(gpus, [row["held_gib"] for row in shown], color=colour, label=way)
-    times.axhline(
-        shown[0]["compute_ms"], color="#888888", linewidth=0.8, linestyle="--", label="one GPU alone"
-    )
-    memory.axhline(
-        shown[0]["activations_gib"], color="#888888", linewidth=0.8, linestyle="--", label="activations"
-    )
+    times.axhline(shown[0]["compute_ms"], color="#888888", linewidth=0.8, linestyle="--", label="one GPU alone")
+    memory.axhline(shown[0]["activations_gib"], color="#888888", linewidth=0.8, linestyle="--", label="activations")
     times.set_title(f"{model}, {_images(found)} images a GPU, InfiniBand: ms a step (predicted)", fontsize=9)
     memory.set_title(f"{model}: GiB a GPU (predicted)", fontsize=9)
     for axes in (times, memory):

@@ -108,9 +108,7 @@ class _Bytes(TorchDispatchMode):
         if bare in KEPT:
             self.moved[name] += _footprint((args, out)[KEPT[bare][0]][KEPT[bare][1]])
         elif not func.is_view and name not in FREE and bare not in PRODUCTS and "attention" not in bare:
-            tensors = {
-                id(leaf): leaf for leaf in tree_leaves((args, kwargs, out)) if isinstance(leaf, Tensor)
-            }
+            tensors = {id(leaf): leaf for leaf in tree_leaves((args, kwargs, out)) if isinstance(leaf, Tensor)}
             self.moved[name] += sum(_footprint(tensor) for tensor in tensors.values())
         return out
 
@@ -161,9 +159,7 @@ def count(variant: Variant, model: str, input_size: int, batch: int) -> Counted:
 
 def _mlps_as_one_op(answer: bool) -> AbstractContextManager[Any]:
     """What a GPU with cuBLASLt's epilogues would answer."""
-    return mock.patch.multiple(
-        models, serves=mock.Mock(return_value=answer), asked_for=mock.Mock(return_value=answer)
-    )
+    return mock.patch.multiple(models, serves=mock.Mock(return_value=answer), asked_for=mock.Mock(return_value=answer))
 
 
 def _values_unseen() -> AbstractContextManager[Any]:
@@ -218,9 +214,7 @@ def detail(model: str, name: str, counted: Counted, args: argparse.Namespace) ->
             }
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Tables of the page
-# ------------------------------------------------------------------------------------------------------------
+# ---- Tables of the page ----------------------------------------------------------------------------------------------
 
 ALL_LEVERS = list(VARIANTS)[-1]
 BOUND = "nothing but products"
@@ -275,9 +269,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--tflops", type=float, default=ASSUMED_TFLOPS, help="of bf16 products")
     parser.add_argument("--bandwidth", type=float, default=ASSUMED_GBPS, help="GB/s of copying")
     parser.add_argument("--detail", action="store_true", help="bytes by kind of kernel")
-    parser.add_argument(
-        "--docs", type=Path, metavar="FILE", help="a page whose tables are to be written anew"
-    )
+    parser.add_argument("--docs", type=Path, metavar="FILE", help="a page whose tables are to be written anew")
     args = parser.parse_args(argv)
     columns = (
         *("model", "variant", "kernel", "gbytes", "products_ms", "moving_ms", "optimizer_ms"),

@@ -30,9 +30,7 @@ BIG = ("x", "x1", "branch", "h", "y", "dx", "dx1", "dbranch", "dh", "dy", "dq", 
 # Lists of tensors, one a weight and of its size; such a parameter is an array of addresses.
 LISTS = ("weights", "gradients", "exp_avgs", "exp_avg_sqs", "averages", "copies")
 SCALARS = {"int": 4, "float": 4, "double": 8, "bool": 1, "int64_t": 8, "ScalarType": 1}
-FIELD = re.compile(
-    r"([\w:]+(?:<.*>)?(?:, [\w:]+>)?)\s*(\*?)\s+(\w+(?:\s*=\s*[^,;]+)?(?:,\s*\w+(?:\s*=\s*[^,;]+)?)*)"
-)
+FIELD = re.compile(r"([\w:]+(?:<.*>)?(?:, [\w:]+>)?)\s*(\*?)\s+(\w+(?:\s*=\s*[^,;]+)?(?:,\s*\w+(?:\s*=\s*[^,;]+)?)*)")
 PARAMETER = re.compile(r"\[(\w+_param_0|%\w+)(?:\+(-?\d+))?\]")
 TAKEN = re.compile(r"^\s*(mov|add)\.\w+\s+(%\w+),\s*(\w+_param_0|%\w+)(?:,\s*(-?\d+|%\w+))?;", re.M)
 
@@ -126,9 +124,7 @@ def promised_wide(kernel: str) -> bool:
     return bool(truths) and truths[0] == "true"
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# Reading
-# ------------------------------------------------------------------------------------------------------------------
+# ---- Reading ---------------------------------------------------------------------------------------------------------
 
 
 def read(ptx: Path, cubin: Path, source: Path) -> list[Code]:
@@ -137,10 +133,7 @@ def read(ptx: Path, cubin: Path, source: Path) -> list[Code]:
     entries = {entry: text for entry, text in _entries(ptx.read_text()).items() if entry in sass}
     names = dict(zip(entries, demangled(entries)))
     structs = _structs(source)
-    return [
-        Code(names[e], text, sass[e], usage[e], _arguments(text, names[e], structs))
-        for e, text in entries.items()
-    ]
+    return [Code(names[e], text, sass[e], usage[e], _arguments(text, names[e], structs)) for e, text in entries.items()]
 
 
 def demangled(names: Iterable[str]) -> list[str]:
@@ -174,9 +167,7 @@ def _functions(cubin: Path) -> dict[str, str]:
     return dict(zip(parts[::2], parts[1::2]))
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# Parameters
-# ------------------------------------------------------------------------------------------------------------------
+# ---- Parameters ------------------------------------------------------------------------------------------------------
 
 
 class Field(NamedTuple):
@@ -211,9 +202,7 @@ def _structs(source: Path) -> Structs:
     return found
 
 
-def layout(
-    struct: str, structs: Structs, prefix: str = "", start: int = 0
-) -> tuple[dict[int, str], int, int]:
+def layout(struct: str, structs: Structs, prefix: str = "", start: int = 0) -> tuple[dict[int, str], int, int]:
     """By byte offset the names of a struct's scalars, its size and its alignment.
 
     The elements of an array bear its name, and those of one of addresses the name that a tensor's address has.

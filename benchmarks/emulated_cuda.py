@@ -59,9 +59,7 @@ def why_not() -> str | None:
 
 def build(texts: dict[str, str]) -> Path:
     """The library made of these sources, built unless one of the same content, flags and stack lies in build/emulation."""
-    key = hashlib.sha256(
-        repr((_rules(Path(), texts), torch.__version__, sys.version, sorted(texts.items()))).encode()
-    )
+    key = hashlib.sha256(repr((_rules(Path(), texts), torch.__version__, sys.version, sorted(texts.items()))).encode())
     for file in sorted(EMULATION.iterdir()):
         key.update(file.read_bytes())
     folder = ROOT / "build/emulation" / key.hexdigest()[:16]

@@ -27,9 +27,7 @@ RIVALS = ("triton", "cuda")
 READ = ("ops", "mlp", "optimizer")
 TOGETHER = {"mlp": ("mlp", "mlp_backward"), "mlp_backward": ("mlp", "mlp_backward")}
 TABLE = Path(dispatch.__file__)
-PREFERRED = re.compile(
-    r"(?<=^PREFERRED: dict\[tuple\[str, str\], str\] = )\{.*?\}$", re.DOTALL | re.MULTILINE
-)
+PREFERRED = re.compile(r"(?<=^PREFERRED: dict\[tuple\[str, str\], str\] = )\{.*?\}$", re.DOTALL | re.MULTILINE)
 SETTING = ("unit", "model", "precision", "shape", "copied")
 
 
@@ -98,10 +96,7 @@ def judged_together(found: Times) -> Times:
 def winner(settings: dict[str, dict[str, Time]]) -> str | None:
     """The rival that is faster in every setting, beyond the spread; None if there is none."""
     for backend, other in (RIVALS, RIVALS[::-1]):
-        if all(
-            len(rivals) == len(RIVALS) and rivals[backend].high < rivals[other].low
-            for rivals in settings.values()
-        ):
+        if all(len(rivals) == len(RIVALS) and rivals[backend].high < rivals[other].low for rivals in settings.values()):
             return backend
     return None
 
@@ -118,9 +113,7 @@ def row(op: str, settings: dict[str, dict[str, Time]]) -> measure.Row:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="of results, as make gpu leaves it")
     parser.add_argument("--write", action="store_true", help="into the package's table")
     args = parser.parse_args(argv)

@@ -49,9 +49,7 @@ class Figure(NamedTuple):
     measured: bool = False
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# Speeds
-# ------------------------------------------------------------------------------------------------------------------
+# ---- Speeds ----------------------------------------------------------------------------------------------------------
 
 
 def draw_ops(rows: Rows, path: Path, origin: str) -> None:
@@ -63,9 +61,7 @@ def draw_ops(rows: Rows, path: Path, origin: str) -> None:
     for axes, phase in zip(figure.subplots(1, 2, sharey=True), ("forward", "backward")):
         names = list(dict.fromkeys(row["op"] for row in timed if row["pass"] == phase))
         for place, contender in enumerate(contenders):
-            shares = {
-                r["op"]: r["of_copy"] for r in timed if (r["contender"], r["pass"]) == (contender, phase)
-            }
+            shares = {r["op"]: r["of_copy"] for r in timed if (r["contender"], r["pass"]) == (contender, phase)}
             at = [index + width * (place - (len(contenders) - 1) / 2) for index in range(len(names))]
             heights = [100 * shares.get(name, 0) for name in names]
             axes.bar(at, heights, width, label=contender, color=_colour(contender))
@@ -94,11 +90,7 @@ def draw_training(rows: Rows, path: Path, origin: str) -> None:
 
 def draw_sampling(rows: Rows, path: Path, origin: str) -> None:
     """Guided images a second over the batch, a line a contender, and milliseconds a step at batch 1."""
-    timed = [
-        r
-        for r in rows
-        if "median_ms" in r and (r["model"], r["input_size"], r["steps"]) == ("DiT-XL/2", 32, 50)
-    ]
+    timed = [r for r in rows if "median_ms" in r and (r["model"], r["input_size"], r["steps"]) == ("DiT-XL/2", 32, 50)]
     figure = study.new_figure(9, 4)
     speeds, steps = figure.subplots(1, 2, width_ratios=(3, 2))
     for name in dict.fromkeys(row["contender"] for row in timed):
@@ -121,9 +113,7 @@ def draw_attention(rows: Rows, path: Path, origin: str) -> None:
     figure = study.new_figure(9, 4)
     for axes, phase in zip(figure.subplots(1, 2, sharey=True), ("forward", "backward")):
         for name in dict.fromkeys(row["backend"] for row in timed):
-            mine = sorted(
-                (r["shape"][1], r["tflops"]) for r in timed if (r["backend"], r["pass"]) == (name, phase)
-            )
+            mine = sorted((r["shape"][1], r["tflops"]) for r in timed if (r["backend"], r["pass"]) == (name, phase))
             if mine:
                 axes.loglog(*zip(*mine), marker="o", markersize=3, label=name)
         axes.set(xlabel="tokens", title=f"{phase}, 72 channels a head")
@@ -143,9 +133,7 @@ def _finish(figure: Any, path: Path, origin: str) -> None:
     study.save(figure, path)
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# Which, and from what
-# ------------------------------------------------------------------------------------------------------------------
+# ---- Which, and from what --------------------------------------------------------------------------------------------
 
 
 def of_script(module: str, function: str) -> Callable[[Rows, Path, str], None]:
@@ -196,9 +184,7 @@ def origin_of(result: dict[str, Any]) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     """Draws, and says what is not drawn."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     names = [figure.file for figure in FIGURES]
     parser.add_argument("--only", type=measure.names_among(names), default=names, help=", ".join(names))
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks/results", metavar="DIR")

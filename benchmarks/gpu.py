@@ -98,9 +98,7 @@ class Stage:
     unsupported: str | None = None
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# The stages
-# ------------------------------------------------------------------------------------------------------------------
+# ---- The stages ------------------------------------------------------------------------------------------------------
 
 
 def stages(machine: dict[str, Any], wheels: Path | None = None) -> tuple[list[Stage], list[Stage]]:
@@ -166,9 +164,7 @@ def _check(dry: bool) -> list[str]:
     ]
 
 
-def _parity(
-    name: str, tests: list[str], limit: int, library: dict[str, str], needs: str | None = None
-) -> Stage:
+def _parity(name: str, tests: list[str], limit: int, library: dict[str, str], needs: str | None = None) -> Stage:
     missing = importlib.util.find_spec("pytest") is None
     return Stage(
         name, ["python", "benchmarks/gpu_tests.py", *tests], limit, rows=True, needs=needs,
@@ -177,9 +173,7 @@ def _parity(
 
 
 def _sanitizer(tool: str, dry: bool, build: Stage, library: dict[str, str]) -> Stage:
-    program = shutil.which("compute-sanitizer") or shutil.which(
-        "compute-sanitizer", path="/usr/local/cuda/bin"
-    )
+    program = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
     skip = None
     if program is None:
         skip = "compute-sanitizer is not here"
@@ -230,8 +224,7 @@ LATER = {
     ),
     "training-512px": Run(
         90,
-        "--input-sizes 64 --batches 64,32,16 --rounds 8 "
-        "--contenders ours-bf16-residual,compiled-bf16,ours-bf16,eager-bf16",
+        "--input-sizes 64 --batches 64,32,16 --rounds 8 --contenders ours-bf16-residual,compiled-bf16,ours-bf16,eager-bf16",
     ),
     "ops-512px": Run(60, "--tokens 1024 --batch 64"),
     "ops-patch-4": Run(30, "--ops patch_embed,final_layer --patch-size 4 --tokens 64"),
@@ -292,9 +285,7 @@ def _of_wheels(dry: bool, wheels: Path | None, library: dict[str, str]) -> list[
     ]
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# Running
-# ------------------------------------------------------------------------------------------------------------------
+# ---- Running ---------------------------------------------------------------------------------------------------------
 
 
 def run_stage(stage: Stage, folder: Path, limit: float) -> dict[str, Any]:
@@ -445,9 +436,7 @@ def _now() -> str:
     return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# The machine and the code
-# ------------------------------------------------------------------------------------------------------------------
+# ---- The machine and the code ----------------------------------------------------------------------------------------
 
 
 def probe(device: str) -> dict[str, Any]:
@@ -490,9 +479,7 @@ def folder_of(machine: dict[str, Any], code: str) -> Path:
 
 def main(argv: list[str] | None = None) -> int:
     """Returns 0 if every stage passed or was skipped by name."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="auto", help="cpu is the dry run; auto is cuda if there is one")
     parser.add_argument("--stages", help="names separated by commas; all of them by default")
     parser.add_argument("--results", type=Path, metavar="DIR", help="where to write")

@@ -82,9 +82,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
         ("diversity", "diversity within a class (real digits: 1)"),
         ("recall", "recall"),
     ):
-        axes.plot(
-            [row["scale"] for row in rows], [row[name] for row in rows], marker="o", markersize=3, label=label
-        )
+        axes.plot([row["scale"] for row in rows], [row[name] for row in rows], marker="o", markersize=3, label=label)
     axes.set(xlabel="guidance scale (1: none)", title="Guidance on the handwritten digits")
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.2)

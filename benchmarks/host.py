@@ -83,9 +83,7 @@ def backward_of(run: Run, leaves: list[Tensor]) -> Run:
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
         if not cotangents:
             cotangents.extend(torch.ones_like(output) for output in outputs)
-        engine.run_backward(
-            outputs, tuple(cotangents), False, False, tuple(leaves), True, accumulate_grad=False
-        )
+        engine.run_backward(outputs, tuple(cotangents), False, False, tuple(leaves), True, accumulate_grad=False)
 
     return both
 
@@ -104,9 +102,7 @@ def op_runs(name: str) -> dict[str, dict[str, Run]]:
     for contender, room in (("plain", reference), ("ours", ops)):
         function = getattr(room, name)
         made["no gradients"][contender] = lambda f=function: f(**tensors, **options)
-        made["forward and backward"][contender] = backward_of(
-            lambda f=function: f(**leaves, **options), list(leaves.values())
-        )
+        made["forward and backward"][contender] = backward_of(lambda f=function: f(**leaves, **options), list(leaves.values()))
     return made
 
 
@@ -136,9 +132,7 @@ def model_runs(depth: int) -> dict[str, dict[str, Run]]:
                     return forward()
 
             made.setdefault(f"{precision}, no gradients", {})[contender] = sampled
-            made.setdefault(f"{precision}, forward and backward", {})[contender] = backward_of(
-                forward, leaves
-            )
+            made.setdefault(f"{precision}, forward and backward", {})[contender] = backward_of(forward, leaves)
     return made
 
 
@@ -205,9 +199,7 @@ def rows(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
 def main(argv: list[str] | None = None) -> None:
     parser = measure.parser(__doc__)
     parser.set_defaults(device="cpu", rounds=21)
-    parser.add_argument(
-        "--calls", type=measure.positive, default=500, help="of an op in a round; a model gets a hundredth"
-    )
+    parser.add_argument("--calls", type=measure.positive, default=500, help="of an op in a round; a model gets a hundredth")
     parser.add_argument("--depth", type=measure.positive, default=28, help="of the model")
     parser.add_argument("--ops", type=measure.names_among(CASES), default=list(CASES))
     args = parser.parse_args(argv)

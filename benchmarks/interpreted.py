@@ -94,9 +94,7 @@ class Launch:
         """Every stored address with the program that stored it, sorted; an address comes once for each of its programs."""
         stores = [t for t in self.touches if t.store]
         addresses = np.concatenate([t.addresses for t in stores] or [np.empty(0, np.uint64)])
-        owners = np.concatenate(
-            [np.full(len(t.addresses), t.program) for t in stores] or [np.empty(0, np.int64)]
-        )
+        owners = np.concatenate([np.full(len(t.addresses), t.program) for t in stores] or [np.empty(0, np.int64)])
         order = np.lexsort((owners, addresses))
         addresses, owners = addresses[order], owners[order]
         first = np.ones(len(addresses), bool)
@@ -217,9 +215,7 @@ def guarded() -> Iterator[None]:
     def watching(kernel: Any, programs: int, tile: Any, device: Any, *args: Any, **constants: Any) -> None:
         nonlocal starts, ends
         storages = {
-            a.untyped_storage().data_ptr(): a.untyped_storage()
-            for a in (*args, *constants.values())
-            if isinstance(a, Tensor)
+            a.untyped_storage().data_ptr(): a.untyped_storage() for a in (*args, *constants.values()) if isinstance(a, Tensor)
         }
         starts = np.array(sorted(storages), np.uint64)
         ends = np.array([p + storages[p].nbytes() for p in sorted(storages)], np.uint64)

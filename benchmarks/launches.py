@@ -177,15 +177,11 @@ def update_state(case: Case) -> dict[str, list[torch.Tensor]]:
     gradient, copied = UPDATES[case.precision]
     shapes = trained_weights(case.width, case.patch)
     dtypes = {"gradients": gradient, "copies": copied}
-    lists = {
-        name: [torch.empty(s, dtype=dtypes.get(name, torch.float32)) for s in shapes] for name in case.big()
-    }
+    lists = {name: [torch.empty(s, dtype=dtypes.get(name, torch.float32)) for s in shapes] for name in case.big()}
     return {**lists, "steps": [torch.zeros(()) for _ in shapes]}
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# Asked of other processes
-# ------------------------------------------------------------------------------------------------------------------
+# ---- Asked of other processes ----------------------------------------------------------------------------------------
 
 
 def code(architecture: str, cases: list[Case]) -> list[dict[str, Any]]:
@@ -212,11 +208,7 @@ def _asked(what: str, of: str, cases: list[Case], variables: dict[str, str]) -> 
     folder = ROOT / "build/static" / _key(what, of, cases)
     folder.mkdir(parents=True, exist_ok=True)
     done = folder / "rows.json"
-    environment = {
-        name: value
-        for name, value in os.environ.items()
-        if not name.startswith(("DITKERNELS", "TRITON_INTERPRET"))
-    }
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("DITKERNELS", "TRITON_INTERPRET"))}
     command = [
         sys.executable,
         str(Path(__file__)),
@@ -245,9 +237,7 @@ def _key(*asked: object) -> str:
     return key.hexdigest()[:16]
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# Answers
-# ------------------------------------------------------------------------------------------------------------------
+# ---- Answers ---------------------------------------------------------------------------------------------------------
 
 
 def _code(architecture: str, cases: list[Case]) -> Iterator[dict[str, Any]]:
@@ -304,11 +294,7 @@ class Sample:
     """
 
     def __init__(self, case: Case) -> None:
-        self._weights = (
-            [math.prod(shape) for shape in trained_weights(case.width, case.patch)]
-            if case.op == UPDATE
-            else None
-        )
+        self._weights = [math.prod(shape) for shape in trained_weights(case.width, case.patch)] if case.op == UPDATE else None
         self.counts: list[dict[int, float]] = []
 
     def __call__(self, kernel: str, programs: int) -> list[int]:
@@ -341,9 +327,7 @@ class Sample:
         return {program: float(count) for program, count in sorted(counted.items())}
 
 
-def _scaled(
-    samples: Iterable[Mapping[str, tuple[int, int]]], counts: Iterable[float]
-) -> dict[str, list[float]]:
+def _scaled(samples: Iterable[Mapping[str, tuple[int, int]]], counts: Iterable[float]) -> dict[str, list[float]]:
     """Bytes read and written by all programs, by tensor; those of a list are one."""
     moved: dict[str, list[float]] = {}
     for sample, count in zip(samples, counts, strict=True):
@@ -389,13 +373,9 @@ def _emulated(cases: list[Case]) -> Iterator[dict[str, Any]]:
             marks, _ = _passes(case, emulation.sampled)
             launched = emulation.sampled()
         rows = []
-        for (kernel, blocks, threads, shared, found), phase, counts in zip(
-            launched, marks, sample.counts, strict=True
-        ):
+        for (kernel, blocks, threads, shared, found), phase, counts in zip(launched, marks, sample.counts, strict=True):
             row = _described(index, phase, kernel, blocks)
-            rows.append(
-                {**row, "threads": threads, "shared_bytes": shared, "moved": _scaled(found, counts.values())}
-            )
+            rows.append({**row, "threads": threads, "shared_bytes": shared, "moved": _scaled(found, counts.values())})
         yield from _joined(rows) if case.op == UPDATE else rows
 
 

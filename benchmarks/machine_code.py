@@ -133,9 +133,7 @@ def wide_shares(code: Code, tensors: Iterable[str]) -> dict[str, float]:
     tensors = set(tensors)
     wide = sum(a.bytes >= WIDE_BYTES for a in accesses if a.arguments & tensors)
     if code.wide_instructions < wide:
-        raise ValueError(
-            f"{code.name}: the assembler split {wide - code.wide_instructions} of {wide} accesses"
-        )
+        raise ValueError(f"{code.name}: the assembler split {wide - code.wide_instructions} of {wide} accesses")
     shares = {}
     for name in sorted(tensors):
         mine = [a for a in accesses if name in a.arguments]
@@ -144,9 +142,7 @@ def wide_shares(code: Code, tensors: Iterable[str]) -> dict[str, float]:
     return shares
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# Occupancy
-# ------------------------------------------------------------------------------------------------------------------
+# ---- Occupancy -------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

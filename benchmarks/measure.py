@@ -28,9 +28,7 @@ from ditkernels._version import __version__
 from ditkernels.check import resolve_device
 from ditkernels.info import driver_version
 
-PAUSE_CYCLES = (
-    4_000_000  # about 2 ms on a GPU at 2 GHz: longer than any host needs to enqueue one contender's kernels
-)
+PAUSE_CYCLES = 4_000_000  # about 2 ms on a GPU at 2 GHz: longer than any host needs to enqueue one contender's kernels
 CACHE_BYTES = 256 * 2**20  # larger than the last-level cache of any GPU or CPU this is likely to meet
 
 Row = dict[str, Any]
@@ -58,9 +56,7 @@ class Timing(NamedTuple):
     high_ms: float
 
 
-def interleaved(
-    contenders: Sequence[Contender], device: torch.device, *, rounds: int, warmup: int = 3
-) -> dict[str, Timing]:
+def interleaved(contenders: Sequence[Contender], device: torch.device, *, rounds: int, warmup: int = 3) -> dict[str, Timing]:
     """Times the contenders in turns; the warm-up rounds, compilation included, are left out."""
     clock = _gpu_clock if device.type == "cuda" else _cpu_clock
     found = _in_turns(contenders, clock, rounds, warmup)
@@ -149,9 +145,7 @@ def input_sets(bytes_of_one: int) -> int:
     return min(64, max(2, -(-CACHE_BYTES // max(1, bytes_of_one))))
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# Ceilings
-# ------------------------------------------------------------------------------------------------------------------
+# ---- Ceilings --------------------------------------------------------------------------------------------------------
 
 
 def copy_bandwidth(device: torch.device, *, size: int, rounds: int) -> float:
@@ -168,23 +162,16 @@ def copy_row(args: argparse.Namespace) -> list[Row]:
     return [{"op": "copy", "gbps": gbps, "of_copy": 1.0}]
 
 
-def matmul_rate(
-    device: torch.device, shape: tuple[int, int, int], dtype: torch.dtype, *, rounds: int
-) -> float:
+def matmul_rate(device: torch.device, shape: tuple[int, int, int], dtype: torch.dtype, *, rounds: int) -> float:
     """TFLOP/s of a product (M, K) x (K, N) of random values, 2 operations a multiply-add."""
     m, n, k = shape
-    sets = [
-        (torch.randn(m, k, device=device, dtype=dtype), torch.randn(k, n, device=device, dtype=dtype))
-        for _ in range(2)
-    ]
+    sets = [(torch.randn(m, k, device=device, dtype=dtype), torch.randn(k, n, device=device, dtype=dtype)) for _ in range(2)]
     product = Contender("matmul", lambda ab: torch.mm(*ab), lambda index: sets[index % 2])
     timing = interleaved([product], device, rounds=rounds)["matmul"]
     return 2 * m * n * k / timing.median_ms / 1e9
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# What a result says of itself
-# ------------------------------------------------------------------------------------------------------------------
+# ---- What a result says of itself ------------------------------------------------------------------------------------
 
 
 def environment(device: torch.device) -> dict[str, Any]:
@@ -237,16 +224,12 @@ def _version(package: str) -> str | None:
         return None
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# Command line, table, JSON
-# ------------------------------------------------------------------------------------------------------------------
+# ---- Command line, table, JSON ---------------------------------------------------------------------------------------
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:
     """A parser with the flags that every benchmark has."""
-    made = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 ...; auto is cuda if there is one")
     made.add_argument("--rounds", type=positive, default=20, help="measurements of each contender")
     made.add_argument("--json", type=Path, metavar="FILE", help="write the rows here too")
@@ -293,9 +276,7 @@ class Journal:
     """
 
     def __init__(self, benchmark: str, args: argparse.Namespace) -> None:
-        settings = {
-            name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()
-        }
+        settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
         self._path: Path | None = args.json
         self._result: dict[str, Any] = {
             "benchmark": benchmark,
@@ -386,9 +367,7 @@ def table(rows: list[Row], columns: list[str]) -> str:
     """The rows in aligned columns, numbers to three significant digits."""
     cells = [columns, *([_cell(row.get(column)) for column in columns] for row in rows)]
     widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
-    return "\n".join(
-        "  ".join(text.ljust(width) for text, width in zip(line, widths)).rstrip() for line in cells
-    )
+    return "\n".join("  ".join(text.ljust(width) for text, width in zip(line, widths)).rstrip() for line in cells)
 
 
 def _cell(value: Any) -> str:

@@ -50,9 +50,7 @@ def rows_of(args: argparse.Namespace) -> Iterator[measure.Row]:
     ready = sites.held_to_parity(args.contenders, sites.Site(case, "", ""), precision, device)
     yield from ({**common, **note} for note in ready.notes)
     for phase in ("forward", "backward"):
-        timings = measure.interleaved(
-            [made[phase] for made in ready.contenders.values()], device, rounds=args.rounds
-        )
+        timings = measure.interleaved([made[phase] for made in ready.contenders.values()], device, rounds=args.rounds)
         for name, timing in timings.items():
             yield {
                 **common,

@@ -134,8 +134,7 @@ def input_sets(case: check.Case, precision: check.Precision, device: torch.devic
 
     def one() -> Inputs:
         arguments = {
-            name: torch.randn(shape, device=device, dtype=dtype_of(name, case, precision))
-            for name, shape in case.shapes.items()
+            name: torch.randn(shape, device=device, dtype=dtype_of(name, case, precision)) for name, shape in case.shapes.items()
         }
         for name, tensor in arguments.items():
             tensor.requires_grad_(needs_gradient(name, case))
@@ -179,10 +178,7 @@ def gate(site: Site, backend: str, precision: check.Precision, device: torch.dev
     """Parity of a backend, forward and every gradient, on a small batch of the site's shape; or why it cannot serve."""
     batch = next(iter(site.case.shapes.values()))[0]
     of_a_sample = ("x", "branch", "gate", "shift", "scale", "packed")
-    shapes = {
-        name: (GATE_BATCH, *shape[1:]) if name in of_a_sample else shape
-        for name, shape in site.case.shapes.items()
-    }
+    shapes = {name: (GATE_BATCH, *shape[1:]) if name in of_a_sample else shape for name, shape in site.case.shapes.items()}
     case = site.case if batch <= GATE_BATCH else check.Case(site.case.op, shapes, site.case.options)
     if not takes_stream(case):
         precision = check.Precision(precision.name, precision.others, precision.others)
@@ -264,9 +260,7 @@ def rows_of(
     for phase, touches in (("forward", site.forward), ("backward", site.backward)):
         if not touches:
             continue  # views: nothing moves
-        timings = measure.interleaved(
-            [found[phase] for found in ready.contenders.values()], device, rounds=args.rounds
-        )
+        timings = measure.interleaved([found[phase] for found in ready.contenders.values()], device, rounds=args.rounds)
         floor = floor_bytes(site, touches, precision)
         for contender, timing in timings.items():
             gbps = floor / timing.median_ms / 1e6

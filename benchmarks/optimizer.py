@@ -104,9 +104,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--models", type=measure.names_among(known), default=["DiT-XL/2"])
     parser.add_argument("--contenders", type=measure.names_among(BACKENDS), default=list(BACKENDS))
     parser.add_argument("--copy-mib", type=measure.positive, default=1024, help="size of the copy")
-    columns = (
-        *("op", "model", "contender", "copied", "median_ms", "low_ms", "high_ms", "gbps", "of_copy", "note"),
-    )
+    columns = (*("op", "model", "contender", "copied", "median_ms", "low_ms", "high_ms", "gbps", "of_copy", "note"),)
     args = parser.parse_args(argv)
     journal = measure.Journal("optimizer", args)
     copy_gbps = journal.unit("copy", measure.copy_row, args)[0]["gbps"]

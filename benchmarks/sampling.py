@@ -94,9 +94,7 @@ RECIPES = {
 Draw = Callable[[int, int], Tensor]
 """(steps, seed) -> images (B, C, H, W)."""
 
-# ------------------------------------------------------------------------------------------------------------------
-# Drawing
-# ------------------------------------------------------------------------------------------------------------------
+# ---- Drawing ---------------------------------------------------------------------------------------------------------
 
 
 def public_loop(
@@ -117,9 +115,7 @@ def public_loop(
 
     def predict(x: Tensor, t: Tensor) -> Tensor:
         both = torch.cat([x, x]).to(weights)
-        return model.forward_with_cfg(both, torch.cat([t, t]), doubled, config.guidance_scale)[:batch].to(
-            dtype
-        )
+        return model.forward_with_cfg(both, torch.cat([t, t]), doubled, config.guidance_scale)[:batch].to(dtype)
 
     x = normals(config.seed, Stream.SAMPLING_NOISE, 0, indices, shape).to(dtype)
     for taken, index in enumerate(reversed(range(diffusion.num_timesteps)), start=1):
@@ -132,9 +128,7 @@ def public_loop(
     return x
 
 
-def drawing(
-    recipe: Recipe, model: reference.DiT, labels: Tensor, solver: str, dtype: torch.dtype = torch.float32
-) -> Draw:
+def drawing(recipe: Recipe, model: reference.DiT, labels: Tensor, solver: str, dtype: torch.dtype = torch.float32) -> Draw:
     """What a contender does; the model is one of its recipe."""
     # The sampler reads modulation computed ahead through copies of the blocks, which torch.compile does not follow.
     ahead = 0 if recipe.compiled is not None else MODULATION_BYTES
@@ -172,9 +166,7 @@ def build(recipe: Recipe, args: argparse.Namespace, device: torch.device) -> ref
     return model
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# Gate
-# ------------------------------------------------------------------------------------------------------------------
+# ---- Gate ------------------------------------------------------------------------------------------------------------
 
 
 class Gate:
@@ -201,9 +193,7 @@ class Gate:
         return (draw(GATE_STEPS, 0).double() - self._exact).abs().max().item()
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# Timing
-# ------------------------------------------------------------------------------------------------------------------
+# ---- Timing ----------------------------------------------------------------------------------------------------------
 
 
 def rows_at(batch: int, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
@@ -245,9 +235,7 @@ def _common(name: str, batch: int, args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _walls(
-    draws: dict[str, Draw], args: argparse.Namespace, device: torch.device
-) -> dict[str, list[tuple[float, float]]]:
+def _walls(draws: dict[str, Draw], args: argparse.Namespace, device: torch.device) -> dict[str, list[tuple[float, float]]]:
     """By contender: milliseconds of a short and of a long drawing, a pair a round."""
     contenders = [
         Contender(f"{name} {length}", lambda seed, draw=draw, length=length: draw(length, seed))
@@ -288,9 +276,7 @@ def lengths(text: str) -> list[int]:
     """An argparse type: two numbers of steps, the shorter first."""
     found = measure.numbers(text)
     if len(found) != 2 or not 2 <= found[0] < found[1]:
-        raise argparse.ArgumentTypeError(
-            f"got {text}, allowed are two numbers of steps, 2 or more, the smaller first"
-        )
+        raise argparse.ArgumentTypeError(f"got {text}, allowed are two numbers of steps, 2 or more, the smaller first")
     return found
 
 
@@ -302,13 +288,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--input-size", type=measure.positive, default=32, help="edge of the latents")
     parser.add_argument("--batches", type=measure.numbers, default=[1, 2, 4, 8, 16, 32, 64])
     parser.add_argument("--steps", type=measure.numbers, default=[50, 250], help="of a whole drawing")
-    parser.add_argument(
-        "--lengths", type=lengths, default=[5, 25], help="steps of the drawings that are timed"
-    )
+    parser.add_argument("--lengths", type=lengths, default=[5, 25], help="steps of the drawings that are timed")
     parser.add_argument("--solver", choices=("ddim", "ddpm"), default="ddim")
-    parser.add_argument(
-        "--contenders", type=measure.names_among(RECIPES), default=list(RECIPES), help=", ".join(RECIPES)
-    )
+    parser.add_argument("--contenders", type=measure.names_among(RECIPES), default=list(RECIPES), help=", ".join(RECIPES))
     args = parser.parse_args(argv)
     columns = (
         *("contender", "batch", "steps", "median_ms", "low_ms", "high_ms"),

@@ -114,9 +114,7 @@ def timed(args: argparse.Namespace, steps: int, batch: int) -> list[dict[str, An
     for name, draw in drawing.items():
         error = ((draw(0) - wanted).abs().max() / wanted.abs().max()).item()
         if not error <= ALLOWED:
-            raise SystemExit(
-                f"{name}: images stray by {error:.1e} from the plain loop's, allowed {ALLOWED:.0e}"
-            )
+            raise SystemExit(f"{name}: images stray by {error:.1e} from the plain loop's, allowed {ALLOWED:.0e}")
     taken: dict[str, list[Taken]] = {name: [] for name in drawing}
     for seed in range(args.rounds):
         for name, draw in drawing.items():

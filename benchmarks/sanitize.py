@@ -30,9 +30,7 @@ def run(case: Case, inputs: dict[str, Tensor]) -> None:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--backend", choices=dispatch.BACKENDS, required=True)
-    parser.add_argument(
-        "--device", default="auto", help="cpu, cuda, cuda:1 ...; auto is cuda if there is one"
-    )
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 ...; auto is cuda if there is one")
     args = parser.parse_args(argv)
     device = resolve_device(args.device)
     runs = 0

@@ -30,18 +30,14 @@ def sizes(text: str) -> list[tuple[int, int]]:
     found = [tuple(measure.positive(number) for number in size.split("x")) for size in text.split(",")]
     for size in found:
         if len(size) != 2 or size[0] % 16:
-            raise argparse.ArgumentTypeError(
-                f"got {text}, allowed is WIDTHxDEPTH with a width in multiples of 16"
-            )
+            raise argparse.ArgumentTypeError(f"got {text}, allowed is WIDTHxDEPTH with a width in multiples of 16")
     return [(size[0], size[1]) for size in found]
 
 
 def main() -> None:
     parser = measure.parser(__doc__)
     parser.add_argument("--sizes", type=sizes, default=[(16, 2), (32, 3), (64, 4)], help="widths x depths")
-    parser.add_argument(
-        "--patches", type=measure.numbers, default=[4, 2, 1], help="patch sizes, divisors of 8"
-    )
+    parser.add_argument("--patches", type=measure.numbers, default=[4, 2, 1], help="patch sizes, divisors of 8")
     parser.add_argument("--train-steps", type=measure.positive, default=300)
     parser.add_argument("--batch-size", type=measure.positive, default=64)
     parser.add_argument("--sampling-steps", type=measure.numbers, default=[4, 8, 16, 32], help="of DDPM")
@@ -61,17 +57,13 @@ def main() -> None:
                 seed=args.seed,
             )
             rows += sampled(model, f"{width}x{depth}/{patch_size}", judge, reference, args)
-    measure.report(
-        "scaling", args, rows, ["model", "gflops", "sampling_steps", "sampling_gflops", "distance"]
-    )
+    measure.report("scaling", args, rows, ["model", "gflops", "sampling_steps", "sampling_gflops", "distance"])
     if args.figures is not None:
         draw_models(rows, args.figures / "scaling-models.png")
         draw_steps(rows, args.figures / "scaling-steps.png")
 
 
-def sampled(
-    model: DiT, name: str, judge: study.Judge, reference: Reference, args: argparse.Namespace
-) -> list[dict[str, Any]]:
+def sampled(model: DiT, name: str, judge: study.Judge, reference: Reference, args: argparse.Namespace) -> list[dict[str, Any]]:
     """A row for every number of sampling steps."""
     gflops = flops.count(model).macs / 1e9
     rows = []
@@ -98,9 +90,7 @@ def draw_models(rows: list[dict[str, Any]], path: Path) -> None:
     axes = figure.add_subplot()
     for patch_size in sorted({row["model"].split("/")[1] for row in rows}, key=int):
         shown = [r for r in rows if r["sampling_steps"] == most and r["model"].endswith(f"/{patch_size}")]
-        axes.loglog(
-            [r["gflops"] for r in shown], [r["distance"] for r in shown], "o-", label=f"patch {patch_size}"
-        )
+        axes.loglog([r["gflops"] for r in shown], [r["distance"] for r in shown], "o-", label=f"patch {patch_size}")
         for row in shown:
             axes.annotate(
                 row["model"],
@@ -132,9 +122,7 @@ def draw_steps(rows: list[dict[str, Any]], path: Path) -> None:
             markersize=3,
             label=name,
         )
-    axes.set(
-        xlabel="sampling Gflops an image", ylabel="Fréchet distance", title="Quality and sampling compute"
-    )
+    axes.set(xlabel="sampling Gflops an image", ylabel="Fréchet distance", title="Quality and sampling compute")
     axes.grid(which="both", alpha=0.2)
     axes.legend(frameon=False, fontsize=7)
     study.save(figure, path)

@@ -70,17 +70,10 @@ def main() -> None:
         exact = state_at_the_smallest_noise("dpm_solver", SPACINGS["uniform log-SNR"].format(args.reference))
         for name, solver in SOLVERS.items():
             errors = [
-                (state_at_the_smallest_noise(solver, respacing.format(n)) - exact)
-                .square()
-                .mean()
-                .sqrt()
-                .item()
-                for n in args.steps
+                (state_at_the_smallest_noise(solver, respacing.format(n)) - exact).square().mean().sqrt().item() for n in args.steps
             ]
             order = slope(args.steps, errors)
-            rows.append(
-                {"solver": name, "spacing": spacing, "order": order, "steps": args.steps, "errors": errors}
-            )
+            rows.append({"solver": name, "spacing": spacing, "order": order, "steps": args.steps, "errors": errors})
     measure.report("solvers", args, rows, ["solver", "spacing", "order"])
     if args.figure is not None:
         draw(rows, args.figure)
@@ -97,9 +90,7 @@ def draw(rows: list[dict], path: Path) -> None:
         colour = "tab:blue" if row["solver"] == "DDIM" else "tab:orange"
         label = f"{row['solver']}, {row['spacing']}: order {row['order']:.2f}"
         axes.loglog(row["steps"], row["errors"], style, marker="o", markersize=3, color=colour, label=label)
-    axes.set(
-        xlabel="steps", ylabel="error (root mean square)", title="Solvers on the score of a Gaussian mixture"
-    )
+    axes.set(xlabel="steps", ylabel="error (root mean square)", title="Solvers on the score of a Gaussian mixture")
     axes.grid(which="both", alpha=0.2)
     axes.legend(frameon=False, fontsize=8)
     figure.savefig(path, metadata={"Software": None})

@@ -95,9 +95,7 @@ def rows(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
                         yield {**common, **whole(case, phase, group, args.bandwidth)}
 
 
-def _codes(
-    backend: str, architecture: str, cases: list[Case], moved: list[dict[str, Any]]
-) -> list[dict[str, Any]]:
+def _codes(backend: str, architecture: str, cases: list[Case], moved: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """What each launch was compiled to."""
     if backend == "triton":
         return launches.code(architecture, cases)
@@ -188,12 +186,8 @@ def main(argv: list[str] | None = None) -> None:
     parser = measure.parser(__doc__)
     parser.set_defaults(device="cpu")
     parser.add_argument("--backends", type=measure.names_among(BACKENDS), default=list(BACKENDS))
-    parser.add_argument(
-        "--models", type=measure.names_among(MODELS), default=list(MODELS), help=", ".join(MODELS)
-    )
-    parser.add_argument(
-        "--archs", type=measure.names_among(ARCHITECTURES), default=["90"], help=", ".join(ARCHITECTURES)
-    )
+    parser.add_argument("--models", type=measure.names_among(MODELS), default=list(MODELS), help=", ".join(MODELS))
+    parser.add_argument("--archs", type=measure.names_among(ARCHITECTURES), default=["90"], help=", ".join(ARCHITECTURES))
     parser.add_argument(
         "--ops",
         type=measure.names_among(launches.OPS),
@@ -203,9 +197,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--precisions", type=measure.names_among(sites.PRECISIONS), default=["fp32+bf16"])
     parser.add_argument("--patch-size", type=int, choices=(2, 4, 8), default=2)
     parser.add_argument("--batch", type=measure.positive, default=256)
-    parser.add_argument(
-        "--bandwidth", type=float, default=4300.0, help="GB/s of copying; assumed: an H200 reaches that"
-    )
+    parser.add_argument("--bandwidth", type=float, default=4300.0, help="GB/s of copying; assumed: an H200 reaches that")
     args = parser.parse_args(argv)
     columns = (
         *(

@@ -91,9 +91,7 @@ def test_attention(benchmark: Any, head_dim: int, way: str, backend: str) -> Non
         wrong(verdict)
     shape = (ATTENTION["batch"], tokens, 3, ATTENTION["heads"], head_dim)
     one = torch.randn(shape, device=DEVICE, dtype=torch.bfloat16, requires_grad=True)
-    sets = [one] + [
-        torch.randn_like(one, requires_grad=True) for _ in range(measure.input_sets(measure.nbytes(one)) - 1)
-    ]
+    sets = [one] + [torch.randn_like(one, requires_grad=True) for _ in range(measure.input_sets(measure.nbytes(one)) - 1)]
     cotangent = torch.randn(shape[0], tokens, shape[3] * head_dim, device=DEVICE, dtype=torch.bfloat16)
     time_it(benchmark, attention.contenders(backend, sets, cotangent)[way])
 

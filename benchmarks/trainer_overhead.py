@@ -99,9 +99,7 @@ def trained(config: TrainConfig, device: torch.device) -> Callable[[], None]:
     return step
 
 
-def turns(
-    args: argparse.Namespace, contenders: dict[str, Callable[[], None]], device: torch.device
-) -> dict[str, list[float]]:
+def turns(args: argparse.Namespace, contenders: dict[str, Callable[[], None]], device: torch.device) -> dict[str, list[float]]:
     """Milliseconds a step of each contender in each turn; the order alternates."""
     clock = time.perf_counter if device.type == "cuda" else time.process_time
     found: dict[str, list[float]] = {name: [] for name in contenders}
@@ -128,9 +126,7 @@ def rows(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
             contenders = {"bare": bare(config, device), "trainer": trained(config, device)}
             found = turns(args, contenders, device)
         lines = (Path(folder) / "metrics.jsonl").read_text().count("\n")
-    overhead = statistics.median(
-        mine / theirs for mine, theirs in zip(found["trainer"], found["bare"], strict=True)
-    )
+    overhead = statistics.median(mine / theirs for mine, theirs in zip(found["trainer"], found["bare"], strict=True))
     common = {
         "model": args.model,
         "input_size": args.input_size,

@@ -218,9 +218,7 @@ class MasterStep(Step):
         self.optimizer.step()
 
 
-def largest(
-    recipe: Recipe, network: Network, sizes: list[int], device: torch.device
-) -> tuple[Step, int] | None:
+def largest(recipe: Recipe, network: Network, sizes: list[int], device: torch.device) -> tuple[Step, int] | None:
     """The contender at the largest batch that fits, or None if none does."""
     for batch in sorted(sizes, reverse=True):
         _collect(device)
@@ -241,9 +239,7 @@ def _collect(device: torch.device) -> None:
         torch.cuda.reset_peak_memory_stats(device)
 
 
-def row(
-    name: str, network: Network, args: argparse.Namespace, device: torch.device, peak: float
-) -> dict[str, Any]:
+def row(name: str, network: Network, args: argparse.Namespace, device: torch.device, peak: float) -> dict[str, Any]:
     """One contender, built, gated, timed and thrown away."""
     _collect(device)
     torch._dynamo.reset()
@@ -286,15 +282,11 @@ def product_row(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     with torch.device("meta"):
         model = reference.DiT_models[args.models[0]](input_size=args.input_sizes[0])
     shape = product_shapes(model, max(args.batches) * model.grid[0] * model.grid[1])["fc1"]
-    peak = args.peak_tflops or measure.matmul_rate(
-        measure.device_of(args), shape, DTYPES["bf16"], rounds=args.rounds
-    )
+    peak = args.peak_tflops or measure.matmul_rate(measure.device_of(args), shape, DTYPES["bf16"], rounds=args.rounds)
     yield {"contender": "product", "gflops_per_s": peak * 500, "mfu": 1.0}
 
 
-def rows_of(
-    name: str, network: Network, repeat: int, args: argparse.Namespace, peak: float
-) -> Iterator[dict[str, Any]]:
+def rows_of(name: str, network: Network, repeat: int, args: argparse.Namespace, peak: float) -> Iterator[dict[str, Any]]:
     """The row of a contender in one of its turns."""
     with RECIPES[name].choices():
         made = row(name, network, args, measure.device_of(args), peak)
@@ -331,9 +323,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--batches", type=measure.numbers, default=[256, 192, 128, 64, 32, 16])
     parser.add_argument("--peak-tflops", type=float, help="what MFU is a share of; default: measured")
     parser.add_argument("--repeats", type=measure.positive, default=1)
-    parser.add_argument(
-        "--contenders", type=measure.names_among(RECIPES), default=list(RECIPES), help=", ".join(RECIPES)
-    )
+    parser.add_argument("--contenders", type=measure.names_among(RECIPES), default=list(RECIPES), help=", ".join(RECIPES))
     args = parser.parse_args(argv)
     columns = (
         *("model", "input_size", "contender", "residual", "batch", "median_ms", "low_ms", "high_ms"),

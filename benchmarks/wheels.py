@@ -28,17 +28,13 @@ def joined(folder: Path, into: Path) -> list[Path]:
     for first in sorted(folder.glob("*.whl.00")):
         pieces = sorted(folder.glob(f"{first.stem}.[0-9][0-9]"))
         if pieces[-1].name != f"{first.stem}.{len(pieces) - 1:02}":
-            raise ValueError(
-                f"{first.stem}: got {len(pieces)} pieces up to {pieces[-1].name}, allowed are all of them"
-            )
+            raise ValueError(f"{first.stem}: got {len(pieces)} pieces up to {pieces[-1].name}, allowed are all of them")
         with open(into / first.stem, "wb") as whole:
             for piece in pieces:
                 whole.write(piece.read_bytes())
         wheels.append(into / first.stem)
     if not wheels:
-        raise ValueError(
-            f"{folder}: got no wheel, allowed are files named *.whl, or their pieces *.whl.00 and so on"
-        )
+        raise ValueError(f"{folder}: got no wheel, allowed are files named *.whl, or their pieces *.whl.00 and so on")
     names = {wheel.name.partition("-")[0].lower() for wheel in wheels}
     if names & OWN:
         raise ValueError(f"{folder}: got a wheel of {', '.join(sorted(names & OWN))}, allowed are others")
@@ -47,9 +43,7 @@ def joined(folder: Path, into: Path) -> list[Path]:
 
 def main(argv: list[str] | None = None) -> int:
     """Returns pip's status, or 2 where the folder cannot be used."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("wheels", type=Path)
     parser.add_argument("target", type=Path)
     args = parser.parse_args(argv)

@@ -34,9 +34,7 @@ if TYPE_CHECKING:
 RESIDUAL_DTYPES = {"auto": None, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 
-# ------------------------------------------------------------------------------------------------------------
-# A fresh run, or one that goes on
-# ------------------------------------------------------------------------------------------------------------
+# ---- A fresh run, or one that goes on --------------------------------------------------------------------------------
 
 
 def begin(run: Path, trainer: Trainer) -> None:
@@ -65,9 +63,7 @@ def begin(run: Path, trainer: Trainer) -> None:
 
 def _refuse_to_overwrite(run: Path) -> None:
     if checkpoints_of(run) or (run / METRICS).exists():
-        raise ValueError(
-            f"results_dir: {run} holds a run; --resume auto goes on with it, another folder starts a new one"
-        )
+        raise ValueError(f"results_dir: {run} holds a run; --resume auto goes on with it, another folder starts a new one")
 
 
 def _open_folder(run: Path, step: int) -> None:
@@ -79,18 +75,14 @@ def _resume_newest(run: Path, trainer: Trainer) -> None:
     found = trainer.ranks.on_first(lambda: newest_checkpoint(run)._replace(checkpoint=None))
     if found.path is not None:
         _take_over(open_checkpoint(found.path), found.path, trainer)
-    where = (
-        f"step {trainer.step}, {found.path}" if found.path else f"nothing: {run} holds no whole checkpoint"
-    )
+    where = f"step {trainer.step}, {found.path}" if found.path else f"nothing: {run} holds no whole checkpoint"
     trainer.ranks.on_first(lambda: _set_aside(found.broken))
     trainer.ranks.on_first(lambda: print(f"resumed from {where}"))
 
 
 def _set_aside(broken: Mapping[Path, str]) -> None:
     for path, reason in broken.items():
-        print(
-            f"ditkernels: passed over a broken checkpoint, now {set_aside(path)}: {reason}", file=sys.stderr
-        )
+        print(f"ditkernels: passed over a broken checkpoint, now {set_aside(path)}: {reason}", file=sys.stderr)
 
 
 def _resume_from(path: Path, run: Path, trainer: Trainer) -> None:
@@ -113,11 +105,7 @@ def _take_over(checkpoint: Checkpoint, origin: Path, trainer: Trainer) -> None:
         # How long the run shall be changes no step of it, unless the rate depends on it.
         found = [text for text in found if not text.startswith(("steps:", "epochs:"))]
     mine, theirs = model_arguments(trainer.model), checkpoint.config["model"]
-    found += [
-        f"{name}: {theirs.get(name)!r} there, {mine[name]!r} here"
-        for name in mine
-        if theirs.get(name) != mine[name]
-    ]
+    found += [f"{name}: {theirs.get(name)!r} there, {mine[name]!r} here" for name in mine if theirs.get(name) != mine[name]]
     for name, here in (("data_length", trainer.data.length), ("class_to_idx", trainer.data.class_to_idx)):
         if checkpoint.state[name] != here:
             found.append(f"{name}: other data")
@@ -129,9 +117,7 @@ def _take_over(checkpoint: Checkpoint, origin: Path, trainer: Trainer) -> None:
     trainer.resume(checkpoint)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Starting from weights
-# ------------------------------------------------------------------------------------------------------------
+# ---- Starting from weights -------------------------------------------------------------------------------------------
 
 
 def initialise(trainer: Trainer, source: str) -> None:
@@ -180,9 +166,7 @@ def _shape(tensor: Tensor | None) -> str:
     return "missing" if tensor is None else str(tuple(tensor.shape))
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The model
-# ------------------------------------------------------------------------------------------------------------
+# ---- The model -------------------------------------------------------------------------------------------------------
 
 
 def latent_shape(config: TrainConfig, data: TrainingData, vae: VAE | None) -> tuple[int, int, int]:

@@ -97,10 +97,7 @@ class Case:
     def inputs(self, precision: Precision, device: torch.device) -> Inputs:
         """Standard normal tensors, the same on every run."""
         dtypes = {name: precision.stream if name == "x" else precision.others for name in self.shapes}
-        return {
-            name: _normal(f"{self.op}.{name}", shape, dtypes[name], device)
-            for name, shape in self.shapes.items()
-        }
+        return {name: _normal(f"{self.op}.{name}", shape, dtypes[name], device) for name, shape in self.shapes.items()}
 
 
 def _normal(name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -131,9 +128,7 @@ _STATE = ("weights", "gradients", "exp_avgs", "exp_avg_sqs", "averages", "copies
 CASES = tuple(_cases())
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# Which backends can serve a case
-# ------------------------------------------------------------------------------------------------------------------
+# ---- Which backends can serve a case ---------------------------------------------------------------------------------
 
 
 class Call(NamedTuple):
@@ -177,8 +172,7 @@ def refusals(case: Case, inputs: Inputs) -> dict[str, str | None]:
     if not calls:
         return dict.fromkeys(dispatch.BACKENDS, "the function reached no declared op")
     return {
-        backend: next(filter(None, (call.op.reasons(*call.args)[backend] for call in calls)), None)
-        for backend in dispatch.BACKENDS
+        backend: next(filter(None, (call.op.reasons(*call.args)[backend] for call in calls)), None) for backend in dispatch.BACKENDS
     }
 
 
@@ -192,9 +186,7 @@ def _forced(case: Case, backend: str) -> dispatch.use_backend:
     return dispatch.use_backend(backend)
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# Parity of one case
-# ------------------------------------------------------------------------------------------------------------------
+# ---- Parity of one case ----------------------------------------------------------------------------------------------
 
 
 class Parity(NamedTuple):
@@ -257,15 +249,10 @@ def _cotangents(case: Case, inputs: Inputs) -> list[Tensor]:
         return []
     with torch.no_grad():
         outputs = _call(getattr(reference, case.op), case, inputs)
-    return [
-        _normal(f"{case.op}.output{i}", tuple(output.shape), output.dtype, output.device)
-        for i, output in enumerate(outputs)
-    ]
+    return [_normal(f"{case.op}.output{i}", tuple(output.shape), output.dtype, output.device) for i, output in enumerate(outputs)]
 
 
-def _evaluate(
-    function: Callable[..., Any], case: Case, inputs: Inputs, cotangents: list[Tensor]
-) -> dict[str, Tensor]:
+def _evaluate(function: Callable[..., Any], case: Case, inputs: Inputs, cotangents: list[Tensor]) -> dict[str, Tensor]:
     """Every output, and the gradient of every input, by name; of an op that updates its arguments, these."""
     if case.updates:
         return updated(function, case, inputs)
@@ -285,8 +272,7 @@ def updated(function: Callable[..., Any], case: Case, inputs: Inputs) -> dict[st
     exact = inputs["weights"].dtype == torch.float64
     own = {"gradients": inputs["gradients"].dtype, "copies": torch.float64 if exact else torch.bfloat16}
     state = {
-        name: [tensor.to(own.get(name, torch.float64 if exact else torch.float32), copy=True)]
-        for name, tensor in inputs.items()
+        name: [tensor.to(own.get(name, torch.float64 if exact else torch.float32), copy=True)] for name, tensor in inputs.items()
     }
     state["exp_avg_sqs"][0].square_()
     state["steps"] = [torch.tensor(3.0, device=inputs["weights"].device)]
@@ -305,9 +291,7 @@ def _plain_arithmetic() -> Iterator[None]:
         yield
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# All of them
-# ------------------------------------------------------------------------------------------------------------------
+# ---- All of them -----------------------------------------------------------------------------------------------------
 
 
 class Result(NamedTuple):
@@ -339,9 +323,7 @@ def results(device: torch.device, only: str | None = None) -> Iterator[Result]:
                 yield from _results_of(op, cases, precision, device, only)
 
 
-def _results_of(
-    op: str, cases: tuple[Case, ...], precision: Precision, device: torch.device, only: str | None
-) -> Iterator[Result]:
+def _results_of(op: str, cases: tuple[Case, ...], precision: Precision, device: torch.device, only: str | None) -> Iterator[Result]:
     found: dict[str, list[Parity]] = {}
     reasons: dict[str, str] = {}
     for case in cases:
@@ -369,19 +351,13 @@ def passed(found: list[Result]) -> bool:
     return asked == ran and not any(result.failed for result in found)
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# The command
-# ------------------------------------------------------------------------------------------------------------------
+# ---- The command -----------------------------------------------------------------------------------------------------
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of `ditkernels check`."""
-    parser.add_argument(
-        "--device", default="auto", help="cpu, cuda, cuda:1 ...; auto is cuda if there is one"
-    )
-    parser.add_argument(
-        "--backend", choices=dispatch.BACKENDS, help="check the ops on this backend alone, without attention"
-    )
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 ...; auto is cuda if there is one")
+    parser.add_argument("--backend", choices=dispatch.BACKENDS, help="check the ops on this backend alone, without attention")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -479,9 +455,7 @@ def resolve_device(name: str) -> torch.device:
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f"--device: got {name!r}, {allowed}")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(
-            f"--device: got {name!r}, but this machine has {torch.cuda.device_count()} usable CUDA devices"
-        )
+        raise ValueError(f"--device: got {name!r}, but this machine has {torch.cuda.device_count()} usable CUDA devices")
     return device
 
 

@@ -111,9 +111,7 @@ def save_checkpoint(directory: str | os.PathLike[str], checkpoint: Checkpoint) -
         raise
 
 
-def _write(
-    directory: Path, checkpoint: Checkpoint, config: Mapping[str, Any], state: Mapping[str, Any]
-) -> None:
+def _write(directory: Path, checkpoint: Checkpoint, config: Mapping[str, Any], state: Mapping[str, Any]) -> None:
     files = {part: _write_tensors(directory, part, tensors) for part, tensors in checkpoint.parts.items()}
     _write_manifest(
         directory,
@@ -133,9 +131,7 @@ def _write_manifest(directory: Path, content: Mapping[str, Any]) -> None:
     # The new files must be on the disk before a manifest that names them is.
     _sync_directory(directory)
     manifest = {**body, "sha256": _digest_of_body(body)}
-    _write_atomically(
-        directory / MANIFEST, lambda path: path.write_text(json.dumps(manifest, indent=2) + "\n")
-    )
+    _write_atomically(directory / MANIFEST, lambda path: path.write_text(json.dumps(manifest, indent=2) + "\n"))
     _sync_directory(directory)
     _remove_leftovers(directory, keep={entry["name"] for entry in _files_of(body)})
 
@@ -198,18 +194,14 @@ def load_public_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        raise CheckpointError(
-            f"{path} is not a torch file of plain weights and was not loaded: {_first_line(error)}"
-        ) from error
+        raise CheckpointError(f"{path} is not a torch file of plain weights and was not loaded: {_first_line(error)}") from error
     except (RuntimeError, EOFError) as error:
         raise CheckpointError(f"{path} is truncated or not a torch file: {_first_line(error)}") from error
     if _is_state_dict(content):
         return Checkpoint(model=content)
     if isinstance(content, dict) and _is_state_dict(content.get("model")):
         return _from_public_trainer(path, content)
-    raise CheckpointError(
-        f"{path} holds neither a state dict nor {{model, ema, opt, args}}: {_describe(content)}"
-    )
+    raise CheckpointError(f"{path} holds neither a state dict nor {{model, ema, opt, args}}: {_describe(content)}")
 
 
 def _from_public_trainer(path: Path, content: dict[str, Any]) -> Checkpoint:
@@ -223,9 +215,7 @@ def _from_public_trainer(path: Path, content: dict[str, Any]) -> Checkpoint:
 
 def _is_state_dict(value: object) -> bool:
     return (
-        isinstance(value, dict)
-        and len(value) > 0
-        and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in value.items())
+        isinstance(value, dict) and len(value) > 0 and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in value.items())
     )
 
 
@@ -294,10 +284,7 @@ class _Assembled(Mapping[str, Tensor]):
             tensors = _read_tensors(directory, shard)
             for name, start in shard["rows"].items():
                 found[name].append((start, tensors[name]))
-        self._pieces = {
-            name: [piece for _, piece in sorted(pieces, key=lambda pair: pair[0])]
-            for name, pieces in found.items()
-        }
+        self._pieces = {name: [piece for _, piece in sorted(pieces, key=lambda pair: pair[0])] for name, pieces in found.items()}
         for name, shape in self._shapes.items():
             pieces = self._pieces[name]
             rows = [sum(map(len, pieces))] if shape else []
@@ -326,8 +313,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} is not the manifest of a {FORMAT}")
     if manifest.get("format_version") not in (FORMAT_VERSION, SHARDED_VERSION):
         raise CheckpointError(
-            f"{path}: format version {manifest.get('format_version')}, "
-            f"allowed are {FORMAT_VERSION} and {SHARDED_VERSION}"
+            f"{path}: format version {manifest.get('format_version')}, allowed are {FORMAT_VERSION} and {SHARDED_VERSION}"
         )
     if manifest.pop("sha256", None) != _digest_of_body(manifest):
         raise CheckpointError(f"{path} is damaged: it does not match its own SHA-256")
@@ -395,9 +381,7 @@ def _sync_directory(path: Path) -> None:
         os.close(descriptor)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The checkpoints of a run
-# ------------------------------------------------------------------------------------------------------------
+# ---- The checkpoints of a run ----------------------------------------------------------------------------------------
 
 FOLDER = "checkpoints"
 
@@ -513,9 +497,7 @@ class IdleWriter(CheckpointWriter):
         """Nothing."""
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Checkpoints that several ranks write together
-# ------------------------------------------------------------------------------------------------------------
+# ---- Checkpoints that several ranks write together -------------------------------------------------------------------
 
 
 class Piece(NamedTuple):
@@ -604,8 +586,7 @@ def _write_pieces(directory: Path, pieces: Pieces, peers: Peers) -> dict[str, An
 
 def _write_sharded_manifest(directory: Path, checkpoint: Checkpoint, shards: list[dict[str, Any]]) -> None:
     files = {
-        part: {"tensors": shards[0][part]["shapes"], "shards": [shard[part]["shard"] for shard in shards]}
-        for part in shards[0]
+        part: {"tensors": shards[0][part]["shapes"], "shards": [shard[part]["shard"] for shard in shards]} for part in shards[0]
     }
     for part in files.values():
         for index, entry in enumerate(part["shards"]):

@@ -29,24 +29,14 @@ COMMANDS = {
         "ditkernels.demo",
         "train a small DiT on real handwritten digits, sample it with guidance, show the picture",
     ),
-    "train": Command(
-        "ditkernels.trainer", "train a DiT on a folder of images or of latents, or on the digits"
-    ),
+    "train": Command("ditkernels.trainer", "train a DiT on a folder of images or of latents, or on the digits"),
     "encode": Command("ditkernels.encode", "a folder of images to latents, once, resumable, for `train`"),
     "plot": Command("ditkernels.plot", "draw loss and speed of training runs side by side"),
     "check": Command("ditkernels.check", "run the parity of every op and backend that this machine has"),
-    "sample": Command(
-        "ditkernels.sampler.command", "guided samples of a checkpoint, a handful or 50,000, resumable"
-    ),
-    "eval": Command(
-        "ditkernels.evaluate.command", "FID, sFID, Inception Score, precision and recall of samples"
-    ),
-    "convert": Command(
-        "ditkernels.convert", "checkpoints between the public DiT layout, diffusers' and ours"
-    ),
-    "consolidate": Command(
-        "ditkernels.consolidate", "a checkpoint that many processes wrote in pieces, as one file a part"
-    ),
+    "sample": Command("ditkernels.sampler.command", "guided samples of a checkpoint, a handful or 50,000, resumable"),
+    "eval": Command("ditkernels.evaluate.command", "FID, sFID, Inception Score, precision and recall of samples"),
+    "convert": Command("ditkernels.convert", "checkpoints between the public DiT layout, diffusers' and ours"),
+    "consolidate": Command("ditkernels.consolidate", "a checkpoint that many processes wrote in pieces, as one file a part"),
     "flops": Command("ditkernels.flops", "parameters and Gflops of the models, beside the paper's numbers"),
     "info": Command("ditkernels.info", "machine, versions, and for every op the backend chosen and why"),
 }
@@ -92,9 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(argv: list[str]) -> int:
-    parser = _Parser(
-        prog="ditkernels", description="Fused kernels, training and sampling for Diffusion Transformers."
-    )
+    parser = _Parser(prog="ditkernels", description="Fused kernels, training and sampling for Diffusion Transformers.")
     parser.add_argument("--version", action="version", version=f"ditkernels {__version__}")
     asked_for = next((argument for argument in argv if not argument.startswith("-")), None)
     if asked_for is not None and asked_for not in COMMANDS:

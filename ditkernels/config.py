@@ -37,21 +37,15 @@ class TrainConfig:
             named.
     """
 
-    data_path: str = option(
-        "", "folder of images, one subfolder a class; or of latents; or 'digits'", free=True
-    )
-    val_path: str | None = option(
-        None, "folder of images or of latents to measure the validation loss on", free=True
-    )
+    data_path: str = option("", "folder of images, one subfolder a class; or of latents; or 'digits'", free=True)
+    val_path: str | None = option(None, "folder of images or of latents to measure the validation loss on", free=True)
     unconditional: bool = option(False, "one class for all images, no label dropout")
     image_size: int = option(256, "edge of the square images, in pixels", least=1)
     num_classes: int = option(1000, "classes of the model, at least those of the data", least=1)
     flip: bool = option(True, "mirror half of the images of a folder")
     vae: str = option("ema", "ema, mse, a folder with an AutoencoderKL, or 'none' for pixels")
     num_workers: int = option(4, "processes that read images", least=0, free=True)
-    max_unreadable: int = option(
-        100, "unreadable images that are skipped before the run stops", least=0, free=True
-    )
+    max_unreadable: int = option(100, "unreadable images that are skipped before the run stops", least=0, free=True)
 
     model: str = option("DiT-XL/2", "DiT-{S,B,L,XL}/{2,4,8}")
     hidden_size: int | None = option(None, "in place of the model's own", least=4)
@@ -67,22 +61,16 @@ class TrainConfig:
     global_batch_size: int = option(256, "images a step", least=1)
     accumulation: int = option(1, "parts that a batch is computed in, one after the other", least=1)
     learning_rate: float = option(1e-4, "peak rate of AdamW")
-    lr_schedule: Literal["constant", "cosine"] = option(
-        "constant", "what follows the warm-up; cosine ends at 0"
-    )
+    lr_schedule: Literal["constant", "cosine"] = option("constant", "what follows the warm-up; cosine ends at 0")
     warmup_steps: int = option(0, "steps of linear warm-up", least=0)
     weight_decay: float = option(0.0, "of AdamW", least=0)
     grad_clip: float | None = option(None, "largest norm of the gradient")
     optimizer: Literal["torch", "fused"] = option(
         "torch", "AdamW: torch's and then the moving average, or both in one pass over memory"
     )
-    master_weights: bool = option(
-        False, "bf16 matrices to compute with, their fp32 masters for the fused optimizer", free=True
-    )
+    master_weights: bool = option(False, "bf16 matrices to compute with, their fp32 masters for the fused optimizer", free=True)
     ema_decay: float = option(0.9999, "of the moving average of the weights", least=0)
-    max_skipped: int = option(
-        20, "non-finite gradients in a row that are skipped before the run stops", least=0, free=True
-    )
+    max_skipped: int = option(20, "non-finite gradients in a row that are skipped before the run stops", least=0, free=True)
     global_seed: int = option(0, "fixes the initial weights, the order of the data and all noise", least=0)
 
     device: str = option("auto", "cpu, cuda, cuda:1 ...; auto is cuda if there is one", free=True)
@@ -92,15 +80,11 @@ class TrainConfig:
     shard_size: int | None = option(
         None, "processes that share one copy with fsdp; default: all; fewer keep replicas", least=1, free=True
     )
-    collective_timeout: int = option(
-        600, "seconds that processes wait for each other before the run ends", least=1, free=True
-    )
+    collective_timeout: int = option(600, "seconds that processes wait for each other before the run ends", least=1, free=True)
     precision: Literal["auto", "bf16", "fp16", "tf32", "fp32"] = option(
         "auto", "of the products; auto is bf16 on GPUs that have it, else fp32"
     )
-    residual_dtype: Literal["auto", "bf16", "fp32"] = option(
-        "auto", "of the residual stream; auto: as plain PyTorch"
-    )
+    residual_dtype: Literal["auto", "bf16", "fp32"] = option("auto", "of the residual stream; auto: as plain PyTorch")
     checkpointing: Literal["none", "selective", "full"] = option("none", "activations recomputed in backward")
     compile: bool = option(False, "torch.compile each block")
     backend: str = option("auto", "of the ops: auto, torch, triton, cuda")
@@ -108,43 +92,27 @@ class TrainConfig:
     deterministic: bool = option(False, "refuse operations that may round differently from run to run")
 
     results_dir: str = option("results", "the run's folder: checkpoints, metrics.jsonl, samples", free=True)
-    resume: str = option(
-        "none", "auto: the newest whole checkpoint of the folder, if any; or its path", free=True
-    )
-    init_from: str | None = option(
-        None, "weights to start from: a checkpoint's folder or a public .pt file", free=True
-    )
+    resume: str = option("none", "auto: the newest whole checkpoint of the folder, if any; or its path", free=True)
+    init_from: str | None = option(None, "weights to start from: a checkpoint's folder or a public .pt file", free=True)
     ckpt_every: int = option(50_000, "steps between checkpoints", least=1, free=True)
     keep_last: int = option(3, "newest checkpoints that are kept", least=1, free=True)
-    keep_every: int = option(
-        0, "checkpoints at multiples of this step are kept too; 0: none", least=0, free=True
-    )
+    keep_every: int = option(0, "checkpoints at multiples of this step are kept too; 0: none", least=0, free=True)
     log_every: int = option(100, "steps between lines", least=1, free=True)
     val_every: int = option(0, "steps between validation losses; 0: none", least=0, free=True)
     val_images: int = option(256, "images a validation loss is the mean over", least=1, free=True)
     sample_every: int = option(0, "steps between grids of EMA samples; 0: none", least=0, free=True)
     sample_guidance: float = option(4.0, "guidance scale of those samples", least=0, free=True)
     sample_steps: int = option(50, "DDPM steps of those samples", least=1, free=True)
-    eval_every: int = option(
-        0, "steps between evaluations of EMA samples: FID and the others; 0: none", least=0, free=True
-    )
-    eval_reference: str | None = option(
-        None, "what they are compared with: .npz of images or statistics, or a folder", free=True
-    )
-    eval_weights: str | None = option(
-        None, "Inception's weights for torch-fidelity; nothing is downloaded", free=True
-    )
-    eval_extractor: str | None = option(
-        None, "MODULE:NAME, a function from images to features, in its place", free=True
-    )
+    eval_every: int = option(0, "steps between evaluations of EMA samples: FID and the others; 0: none", least=0, free=True)
+    eval_reference: str | None = option(None, "what they are compared with: .npz of images or statistics, or a folder", free=True)
+    eval_weights: str | None = option(None, "Inception's weights for torch-fidelity; nothing is downloaded", free=True)
+    eval_extractor: str | None = option(None, "MODULE:NAME, a function from images to features, in its place", free=True)
     eval_images: int = option(10_000, "images that are drawn for it", least=1, free=True)
     eval_batch_size: int = option(64, "images that are drawn at once", least=1, free=True)
     eval_guidance: float = option(1.0, "guidance scale of those images", least=0, free=True)
     tensorboard: bool = option(False, "log to TensorBoard too", free=True)
     wandb: bool = option(False, "log to Weights & Biases too", free=True)
-    peak_tflops: float | None = option(
-        None, "what MFU is a share of, where the GPU is not a known one", free=True
-    )
+    peak_tflops: float | None = option(None, "what MFU is a share of, where the GPU is not a known one", free=True)
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -162,19 +130,14 @@ class TrainConfig:
             raise ValueError(f"global_seed: got {self.global_seed}, allowed are 0..2**64 - 1")
         if self.global_batch_size % self.accumulation:
             raise ValueError(
-                f"accumulation: got {self.accumulation}, which does not divide global_batch_size "
-                f"{self.global_batch_size}"
+                f"accumulation: got {self.accumulation}, which does not divide global_batch_size {self.global_batch_size}"
             )
         if self.master_weights:
             self._check_master_weights()
         if self.shard_size is not None and self.parallel != "fsdp":
-            raise ValueError(
-                f"shard_size: got {self.shard_size}, allowed with parallel fsdp only, got {self.parallel}"
-            )
+            raise ValueError(f"shard_size: got {self.shard_size}, allowed with parallel fsdp only, got {self.parallel}")
         if self.resume != "none" and self.init_from is not None and self.resume != "auto":
-            raise ValueError(
-                "init_from: got one beside the checkpoint to resume, allowed is only one of the two"
-            )
+            raise ValueError("init_from: got one beside the checkpoint to resume, allowed is only one of the two")
 
     def _check_master_weights(self) -> None:
         for name, allowed in (("optimizer", "fused"), ("precision", "bf16"), ("parallel", "ddp")):

@@ -94,9 +94,7 @@ class Keys:
         if self._left:
             problems.append(f"has {_listed(sorted(self._left))} besides")
         if problems:
-            raise CheckpointError(
-                f"a DiT in the {self._layout} layout was expected; it {' and '.join(problems)}"
-            )
+            raise CheckpointError(f"a DiT in the {self._layout} layout was expected; it {' and '.join(problems)}")
 
 
 def _listed(keys: list[str]) -> str:
@@ -156,10 +154,7 @@ def to_public(diffusers: Mapping[str, Tensor], grid: tuple[int, int]) -> State:
     for theirs, ours in _OUTSIDE.items():
         for kind in _KINDS:
             out[f"{theirs}.{kind}"] = keys.take(f"{ours}.{kind}")
-    copies = [
-        {theirs: keys.take(f"transformer_blocks.{n}.{ours}") for theirs, ours in _EMBEDDERS.items()}
-        for n in range(depth)
-    ]
+    copies = [{theirs: keys.take(f"transformer_blocks.{n}.{ours}") for theirs, ours in _EMBEDDERS.items()} for n in range(depth)]
     for n in range(depth):
         block = f"transformer_blocks.{n}"
         for kind in _KINDS:
@@ -187,9 +182,7 @@ def _check_embedders(copies: list[State]) -> None:
 def _check_positions(positions: Tensor, weight: Tensor) -> None:
     side = int(positions.shape[-2] ** 0.5)
     if positions.dim() != 3 or side * side != positions.shape[1]:
-        raise CheckpointError(
-            f"pos_embed: got shape {tuple(positions.shape)}; diffusers knows square images only"
-        )
+        raise CheckpointError(f"pos_embed: got shape {tuple(positions.shape)}; diffusers knows square images only")
     computed = sincos_positions(weight.shape[0], (side, side)).unsqueeze(0).to(weight.dtype)
     if positions.dtype != weight.dtype or not torch.equal(positions, computed):
         raise CheckpointError(
@@ -197,9 +190,7 @@ def _check_positions(positions: Tensor, weight: Tensor) -> None:
         )
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# Containers
-# ------------------------------------------------------------------------------------------------------------------
+# ---- Containers ------------------------------------------------------------------------------------------------------
 
 
 def read(path: Path) -> Checkpoint:
@@ -257,9 +248,7 @@ def write(path: Path, checkpoint: Checkpoint, layout: str, num_heads: int | None
         config = diffusers_config(weights, num_heads, checkpoint.config)
         _write_directory(path, lambda folder: _save_diffusers(folder, weights, config))
     else:
-        raise CheckpointError(
-            f"{path}: allowed are .pt, .pth and .safetensors, and for diffusers a directory"
-        )
+        raise CheckpointError(f"{path}: allowed are .pt, .pth and .safetensors, and for diffusers a directory")
 
 
 def _public_content(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -278,9 +267,7 @@ def _save_diffusers(folder: Path, weights: Mapping[str, Tensor], config: Mapping
     save_file(_contiguous(weights), folder / DIFFUSERS_WEIGHTS, metadata={"format": "pt"})
 
 
-def diffusers_config(
-    weights: Mapping[str, Tensor], num_heads: int | None, known: Mapping[str, Any]
-) -> dict[str, Any]:
+def diffusers_config(weights: Mapping[str, Tensor], num_heads: int | None, known: Mapping[str, Any]) -> dict[str, Any]:
     """What DiTTransformer2DModel has to be built with, read off the shapes; norm_eps is the public model's.
 
     Raises:
@@ -333,14 +320,10 @@ def _write_directory(path: Path, save: Callable[[Path], object]) -> None:
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# The command
-# ------------------------------------------------------------------------------------------------------------------
+# ---- The command -----------------------------------------------------------------------------------------------------
 
 
-def convert(
-    source: Path, target: Path, layout: str, *, input_size: int | None = None, num_heads: int | None = None
-) -> str:
+def convert(source: Path, target: Path, layout: str, *, input_size: int | None = None, num_heads: int | None = None) -> str:
     """Converts a checkpoint and returns what there is to say about it.
 
     Args:
@@ -413,31 +396,19 @@ def _size_of_images(state: Mapping[str, Tensor]) -> int | None:
 def _grid(diffusers: Mapping[str, Tensor], size: int | None) -> tuple[int, int]:
     weight = diffusers.get("pos_embed.proj.weight")
     if size is None:
-        raise CheckpointError(
-            "input_size: diffusers stores no positions, and there is no config.json; give --input-size"
-        )
+        raise CheckpointError("input_size: diffusers stores no positions, and there is no config.json; give --input-size")
     if weight is None or size < 1 or size % weight.shape[-1]:
         raise CheckpointError(f"input_size: got {size}, which is no multiple of the patch size")
     return size // weight.shape[-1], size // weight.shape[-1]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.description = (
-        "Converts checkpoints between the public DiT layout, diffusers' and ours, without loss."
-    )
-    parser.add_argument(
-        "source", type=Path, help="a .pt or .safetensors file, a directory of diffusers' or of ours"
-    )
-    parser.add_argument(
-        "target", type=Path, help="a .pt or .safetensors file, or a directory; must not exist"
-    )
+    parser.description = "Converts checkpoints between the public DiT layout, diffusers' and ours, without loss."
+    parser.add_argument("source", type=Path, help="a .pt or .safetensors file, a directory of diffusers' or of ours")
+    parser.add_argument("target", type=Path, help="a .pt or .safetensors file, or a directory; must not exist")
     parser.add_argument("--to", choices=LAYOUTS, required=True, help="the target's layout")
-    parser.add_argument(
-        "--input-size", type=int, help="latent size, for diffusers' weights without config.json"
-    )
-    parser.add_argument(
-        "--num-heads", type=int, help="for diffusers' config.json, at widths not in the paper"
-    )
+    parser.add_argument("--input-size", type=int, help="latent size, for diffusers' weights without config.json")
+    parser.add_argument("--num-heads", type=int, help="for diffusers' config.json, at widths not in the paper")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -70,9 +70,7 @@ def load_digits() -> tuple[LabelledImages, LabelledImages]:
     try:
         from sklearn.datasets import load_digits as sklearn_digits
     except ImportError as error:
-        raise ImportError(
-            f"the handwritten digits need scikit-learn ({error}): pip install ditkernels[demo]"
-        ) from error
+        raise ImportError(f"the handwritten digits need scikit-learn ({error}): pip install ditkernels[demo]") from error
 
     pixels, targets = sklearn_digits(return_X_y=True)
     images = torch.from_numpy(pixels).float().reshape(-1, 1, 8, 8) / 8 - 1
@@ -219,9 +217,7 @@ class ImageFolder:
         if not kept:
             expected = "no image" if unconditional else "no subfolder with images"
             raise ValueError(f"data_path: {root} holds {expected} ({', '.join(sorted(IMAGE_SUFFIXES))})")
-        labels = torch.repeat_interleave(
-            torch.arange(len(kept)), torch.tensor([len(files) for _, files in kept])
-        )
+        labels = torch.repeat_interleave(torch.arange(len(kept)), torch.tensor([len(files) for _, files in kept]))
         names = {} if unconditional else {folder: label for label, (folder, _) in enumerate(kept)}
         return ImageFolder(root, [file for _, files in kept for file in files], labels, names)
 
@@ -250,9 +246,7 @@ class ImageFolder:
             except damaged:
                 continue
             return torch.from_numpy(pixels).permute(2, 0, 1), at
-        raise UnreadableImagesError(
-            f"unreadable images: got {attempts} in a row, the last {self.root / self.files[at]}"
-        )
+        raise UnreadableImagesError(f"unreadable images: got {attempts} in a row, the last {self.root / self.files[at]}")
 
     def unreadable(self, index: int, found: int) -> list[str]:
         """The files that :meth:`read` passed over from ``index`` on, when it found an image at ``found``."""
@@ -346,9 +340,7 @@ class LatentBatches:
         batch_size, seed: as of :class:`ShuffledStream`.
     """
 
-    def __init__(
-        self, folder: LatentFolder, batch_size: int, seed: int, *, flip: bool, unconditional: bool
-    ) -> None:
+    def __init__(self, folder: LatentFolder, batch_size: int, seed: int, *, flip: bool, unconditional: bool) -> None:
         self.folder = folder
         self.flip = flip
         self.unconditional = unconditional
@@ -382,9 +374,7 @@ def center_crop(image: Image, size: int) -> np.ndarray:
     return pixels[top : top + size, left : left + size]
 
 
-def stream_batches(
-    batches: Steps, steps: Sequence[int], *, workers: int, pin_memory: bool
-) -> Generator[Batch, None, None]:
+def stream_batches(batches: Steps, steps: Sequence[int], *, workers: int, pin_memory: bool) -> Generator[Batch, None, None]:
     """The batches of ``steps`` in order, made by ``workers`` processes, or in this one if 0; the same batches either way.
 
     Signals do not reach the workers: they end when the generator does, which should therefore be closed.
@@ -470,12 +460,8 @@ def open_data(config: TrainConfig) -> TrainingData:
     if config.val_path is not None:
         held_out = ImageFolder.scan(config.val_path, unconditional=config.unconditional)
         if held_out.class_to_idx != folder.class_to_idx:
-            raise ValueError(
-                f"val_path: the classes of {config.val_path} are not those of {config.data_path}"
-            )
-        validation = FolderBatches(
-            held_out, _validation_batch(config), VALIDATION_SEED, flip=False, **reading
-        )
+            raise ValueError(f"val_path: the classes of {config.val_path} are not those of {config.data_path}")
+        validation = FolderBatches(held_out, _validation_batch(config), VALIDATION_SEED, flip=False, **reading)
     shape = (3, config.image_size, config.image_size)
     return TrainingData(train, validation, len(folder), shape, folder.class_to_idx)
 
@@ -492,9 +478,7 @@ def _open_latents(config: TrainConfig) -> TrainingData:
         if different:
             raise ValueError(f"val_path: {config.val_path} is of another VAE: {'; '.join(different)}")
         if held_out.class_to_idx != folder.class_to_idx:
-            raise ValueError(
-                f"val_path: the classes of {config.val_path} are not those of {config.data_path}"
-            )
+            raise ValueError(f"val_path: the classes of {config.val_path} are not those of {config.data_path}")
         validation = batches(held_out, _validation_batch(config), VALIDATION_SEED, flip=False)
     names = {} if config.unconditional else folder.class_to_idx
     return TrainingData(train, validation, len(folder), folder.shape, names, folder.space)
@@ -504,9 +488,7 @@ def _latents_for(name: str, path: str, config: TrainConfig) -> LatentFolder:
     """The latents at ``path``, which the setting ``name`` gives, if they fit the config."""
     folder = LatentFolder.open(path)
     if folder.image_size != config.image_size:
-        raise ValueError(
-            f"image_size: got {config.image_size}, {name} {path} holds latents of images of {folder.image_size}"
-        )
+        raise ValueError(f"image_size: got {config.image_size}, {name} {path} holds latents of images of {folder.image_size}")
     if not folder.class_to_idx and not config.unconditional:
         raise ValueError(f"{name}: {path} holds latents without classes; allowed with --unconditional")
     return folder

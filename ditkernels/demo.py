@@ -84,15 +84,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, default=Path("demo-out"), help=f"folder to write to {default}")
     parser.add_argument("--steps", type=int, default=TRAINING.steps, help=f"training steps {default}")
     parser.add_argument("--seed", type=int, default=0, help=f"same seed, same picture {default}")
-    parser.add_argument(
-        "--device", default="auto", help="cpu, cuda, cuda:1 ...; auto is cuda if there is one"
-    )
-    parser.add_argument(
-        "--guidance", type=float, default=SAMPLING.guidance_scale, help=f"guidance scale, 1 is none {default}"
-    )
-    parser.add_argument(
-        "--sampling-steps", type=int, default=SAMPLING_STEPS, help=f"DDPM steps, 1..1000 {default}"
-    )
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 ...; auto is cuda if there is one")
+    parser.add_argument("--guidance", type=float, default=SAMPLING.guidance_scale, help=f"guidance scale, 1 is none {default}")
+    parser.add_argument("--sampling-steps", type=int, default=SAMPLING_STEPS, help=f"DDPM steps, 1..1000 {default}")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -176,20 +170,14 @@ def _demonstrate(
     draw_losses(losses.add_axes((0.09, 0.14, 0.88, 0.76)), {f"mean of {training.log_every} steps": rows})
     save(losses, out / "loss.png")
 
-    print(
-        f"\nguided_sample_accuracy {guided.accuracy:.3f}   (drawn with guidance {sampling.guidance_scale:g})"
-    )
+    print(f"\nguided_sample_accuracy {guided.accuracy:.3f}   (drawn with guidance {sampling.guidance_scale:g})")
     print(f"unguided_sample_accuracy {unguided.accuracy:.3f}")
-    print(
-        f"real_accuracy {real.accuracy:.3f}   (the same classifier on {len(held_out)} held-out real digits)"
-    )
+    print(f"real_accuracy {real.accuracy:.3f}   (the same classifier on {len(held_out)} held-out real digits)")
     for name in ("samples.png", "loss.png", "metrics.json", "run/"):
         print(f"wrote {out / name}")
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Parts of the run
-# ------------------------------------------------------------------------------------------------------------
+# ---- Parts of the run ------------------------------------------------------------------------------------------------
 
 
 def _require_demo_extra() -> None:
@@ -242,18 +230,14 @@ def _draw(model: DiT, diffusion: GaussianDiffusion, config: SampleConfig) -> lis
     return [state.cpu() for state in steps]
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Pictures
-# ------------------------------------------------------------------------------------------------------------
+# ---- Pictures --------------------------------------------------------------------------------------------------------
 
 ENLARGED = 8
 STRIP_LENGTH = 32
 STRIP_DIGITS = (3, 8)
 
 
-def _picture_of_samples(
-    guided: Read, unguided: Read, real: Read, guided_steps: Sequence[Tensor], sampling: SampleConfig
-) -> Figure:
+def _picture_of_samples(guided: Read, unguided: Read, real: Read, guided_steps: Sequence[Tensor], sampling: SampleConfig) -> Figure:
     """Three grids, a row a class, with what the classifier misread framed; below, two digits emerging."""
     figure = new_figure(width=12.0, height=5.55)
     layout = figure.add_gridspec(
@@ -281,9 +265,7 @@ def _picture_of_samples(
     # More frames from the end, where a digit emerges from the noise.
     fraction = 1 - (1 - np.linspace(0, 1, STRIP_LENGTH)) ** 1.6
     frames = np.round(fraction * (len(guided_steps) - 1)).astype(int)
-    strip = torch.stack(
-        [guided_steps[frame][digit * PER_CLASS] for digit in STRIP_DIGITS for frame in frames]
-    )
+    strip = torch.stack([guided_steps[frame][digit * PER_CLASS] for digit in STRIP_DIGITS for frame in frames])
     axes = figure.add_subplot(layout[1, :])
     _show_grid(axes, strip, [str(digit) for digit in STRIP_DIGITS])
     axes.set_title("from noise to digit", color=TEXT, fontsize=11)

@@ -68,9 +68,7 @@ class Reduced(NamedTuple):
     told: list[Tensor]
 
 
-# ------------------------------------------------------------------------------------------------------------
-# One process
-# ------------------------------------------------------------------------------------------------------------
+# ---- One process -----------------------------------------------------------------------------------------------------
 
 
 class Ranks:
@@ -108,9 +106,7 @@ class Ranks:
     def agree(self, **values: Any) -> None:
         """Raises ValueError on every rank if a value differs between ranks; it is named, with two ranks that differ."""
 
-    def spread(
-        self, model: DiT, average: DiT, autocast: torch.dtype | None, images: int, copies: Copies
-    ) -> Callable[..., Tensor]:
+    def spread(self, model: DiT, average: DiT, autocast: torch.dtype | None, images: int, copies: Copies) -> Callable[..., Tensor]:
         """Spreads the model and its moving average over the ranks, in place.
 
         Args:
@@ -176,9 +172,7 @@ def telling(stopping: int | None, unreadable: int) -> tuple[float, ...]:
     return (*(float(stopping == number) for number in STOPPING), float(unreadable))
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Many
-# ------------------------------------------------------------------------------------------------------------
+# ---- Many ------------------------------------------------------------------------------------------------------------
 
 
 class _Share:
@@ -267,9 +261,7 @@ class Replicated(ManyRanks):
 
     _engine: nn.parallel.DistributedDataParallel
 
-    def spread(
-        self, model: DiT, average: DiT, autocast: torch.dtype | None, images: int, copies: Copies
-    ) -> Callable[..., Tensor]:
+    def spread(self, model: DiT, average: DiT, autocast: torch.dtype | None, images: int, copies: Copies) -> Callable[..., Tensor]:
         # All ranks begin with the first one's model: DDP sees to the weights that compute, not to their masters and the average.
         for tensor in (*copies, *average.parameters()):
             dist.broadcast(tensor.detach(), src=0)
@@ -324,18 +316,14 @@ class Sharded(ManyRanks):
         super().__init__(config, device)
         self.pieces = config.shard_size or self.size
         if self.size % self.pieces:
-            raise ValueError(
-                f"shard_size: got {self.pieces}, which does not divide the number of processes, {self.size}"
-            )
+            raise ValueError(f"shard_size: got {self.pieces}, which does not divide the number of processes, {self.size}")
         self.replicas = self.size // self.pieces
         replica, self.piece_index = divmod(self.rank, self.pieces)
         self.writes = replica == 0
         # Checkpoints are agreed on in a thread of their own, which must not get between the collectives of the others.
         self._writers: Any = dist.new_group(list(range(self.pieces)), timeout=self.timeout, backend="gloo")
 
-    def spread(
-        self, model: DiT, average: DiT, autocast: torch.dtype | None, images: int, copies: Copies
-    ) -> Callable[..., Tensor]:
+    def spread(self, model: DiT, average: DiT, autocast: torch.dtype | None, images: int, copies: Copies) -> Callable[..., Tensor]:
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
@@ -347,8 +335,7 @@ class Sharded(ManyRanks):
         mesh = init_device_mesh(self.device.type, shape, mesh_dim_names=names)
         # A copy of everything but the weights.
         empty: dict[int, Any] = {
-            id(weight): nn.Parameter(weight.to("meta"), requires_grad=False)
-            for weight in average.parameters()
+            id(weight): nn.Parameter(weight.to("meta"), requires_grad=False) for weight in average.parameters()
         }
         self._skeleton = copy.deepcopy(average, empty)
         # Inputs keep their dtype: the residual stream and the conditioning have their own.
@@ -385,9 +372,7 @@ class Sharded(ManyRanks):
     def load(self, model: DiT, tensors: Mapping[str, Tensor]) -> None:
         own = model.state_dict()
         if own.keys() != tensors.keys():
-            raise CheckpointError(
-                f"other tensors than the model's: {sorted(own.keys() ^ tensors.keys())[:8]}"
-            )
+            raise CheckpointError(f"other tensors than the model's: {sorted(own.keys() ^ tensors.keys())[:8]}")
         for name, tensor in own.items():
             self._fill(tensor, tensors[name])
 
@@ -435,9 +420,7 @@ class Sharded(ManyRanks):
         return values
 
 
-def _average_in_fp32(
-    masters: Mapping[Tensor, Tensor], bucket: dist.GradBucket
-) -> torch.futures.Future[Tensor]:
+def _average_in_fp32(masters: Mapping[Tensor, Tensor], bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
     """A hook of DDP: the mean of a bucket over the ranks, in fp32.
 
     Gradients of copies are added to what their masters have, and their means become the masters' gradients; the bucket, in the
@@ -467,9 +450,7 @@ def _has_products_only(block: nn.Module) -> bool:
     return all(isinstance(module, nn.Linear) for module in block.modules() if module._parameters)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Coming together
-# ------------------------------------------------------------------------------------------------------------
+# ---- Coming together -------------------------------------------------------------------------------------------------
 
 
 def processes() -> int:
@@ -486,16 +467,12 @@ def local_device(name: str) -> str:
     if processes() == 1:
         return name
     if name not in ("auto", "cpu", "cuda"):
-        raise ValueError(
-            f"device: got {name!r}, allowed with several processes are auto, cpu, cuda: each takes its own"
-        )
+        raise ValueError(f"device: got {name!r}, allowed with several processes are auto, cpu, cuda: each takes its own")
     if name == "cpu" or not torch.cuda.is_available():
         return name
     local, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
     if local >= count:
-        raise ValueError(
-            f"device: process {local} of this machine has no GPU, it has {count}; --nproc-per-node {count}"
-        )
+        raise ValueError(f"device: process {local} of this machine has no GPU, it has {count}; --nproc-per-node {count}")
     return f"cuda:{local}"
 
 

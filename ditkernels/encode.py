@@ -80,9 +80,7 @@ class EncodeConfig:
     shard_size: int = option(4096, "images a file", least=1)
     threads: int = option(1, "CPU threads a process", least=1)
     num_workers: int = option(4, "processes that read images, for each that encodes", least=0, free=True)
-    max_unreadable: int = option(
-        100, "unreadable images that are replaced before the run stops", least=0, free=True
-    )
+    max_unreadable: int = option(100, "unreadable images that are replaced before the run stops", least=0, free=True)
     device: str = option("auto", "cpu, cuda, cuda:1 ...; auto is cuda if there is one", free=True)
 
     def __post_init__(self) -> None:
@@ -187,11 +185,7 @@ def _begin(out: Path, settings: dict[str, Any]) -> None:
         (out / PARTS).mkdir(parents=True, exist_ok=True)
         return write_json(out / PARTS / SETTINGS, settings)
     there, here = _flat(there), _flat(settings)
-    different = [
-        f"{name}: {there.get(name)!r} there, {here[name]!r} here"
-        for name in here
-        if there.get(name) != here[name]
-    ]
+    different = [f"{name}: {there.get(name)!r} there, {here[name]!r} here" for name in here if there.get(name) != here[name]]
     if different:
         raise ValueError(f"out: {out} holds latents of other settings: {'; '.join(different)}")
     remove_leftovers(out)
@@ -205,14 +199,10 @@ def _flat(settings: dict[str, Any]) -> dict[str, Any]:
     """With the keys of the mappings within, but for the classes."""
     nested = {name: settings[name] for name in ("vae", "made_with")}
     kept = {name: value for name, value in settings.items() if name not in nested}
-    return kept | {
-        f"{outer}.{name}": value for outer, inner in nested.items() for name, value in inner.items()
-    }
+    return kept | {f"{outer}.{name}": value for outer, inner in nested.items() for name, value in inner.items()}
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Shards
-# ------------------------------------------------------------------------------------------------------------
+# ---- Shards ----------------------------------------------------------------------------------------------------------
 
 
 def shard_name(shard: int) -> str:
@@ -223,13 +213,9 @@ def shard_name(shard: int) -> str:
 def _encode_missing(vae: VAE, batches: Batches, out: Path, world: World) -> None:
     config = batches.config
     _check_unreadable(_records(out), config.max_unreadable)
-    missing = [
-        shard for shard in range(world.rank, batches.shards, world.size) if not _is_finished(out, shard)
-    ]
+    missing = [shard for shard in range(world.rank, batches.shards, world.size) if not _is_finished(out, shard)]
     numbers = [number for shard in missing for number in batches.of(shard)]
-    stream = stream_batches(
-        batches, numbers, workers=config.num_workers, pin_memory=vae.device.type == "cuda"
-    )
+    stream = stream_batches(batches, numbers, workers=config.num_workers, pin_memory=vae.device.type == "cuda")
     with tqdm(
         total=sum(batches.rows(shard) for shard in missing),
         unit=" images",
@@ -241,9 +227,7 @@ def _encode_missing(vae: VAE, batches: Batches, out: Path, world: World) -> None
             _check_unreadable(_records(out), config.max_unreadable)
 
 
-def _encode_shard(
-    vae: VAE, batches: Batches, shard: int, stream: Iterator[Batch], bar: Any
-) -> tuple[dict[str, Tensor], list[str]]:
+def _encode_shard(vae: VAE, batches: Batches, shard: int, stream: Iterator[Batch], bar: Any) -> tuple[dict[str, Tensor], list[str]]:
     """The tensors of a shard, of its batches as they come from ``stream``, and the unreadable files among them."""
     moments, labels, unreadable = [], [], []
     for number in batches.of(shard):
@@ -282,9 +266,7 @@ def _write_shard(out: Path, shard: int, tensors: dict[str, Tensor], unreadable: 
     digest = hashlib.sha256(content).hexdigest()
     recorded = _recorded(out, shard)
     if recorded not in (None, digest):
-        raise LatentsError(
-            f"{out / name} cannot be made again: its images, or what reads them, are no longer the same"
-        )
+        raise LatentsError(f"{out / name} cannot be made again: its images, or what reads them, are no longer the same")
     write_bytes(out / name, content)
     if recorded is not None:
         return
@@ -374,9 +356,7 @@ def _deterministic_convolutions() -> Iterator[None]:
         torch.backends.cudnn.deterministic = before
 
 
-# ------------------------------------------------------------------------------------------------------------
-# `ditkernels encode`
-# ------------------------------------------------------------------------------------------------------------
+# ---- `ditkernels encode` ---------------------------------------------------------------------------------------------
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -90,9 +90,7 @@ def rows() -> list[dict[str, Any]]:
 
 def _row(published: Published, constructor: Callable[..., reference.DiT]) -> dict[str, Any]:
     with torch.device("meta"):
-        model = constructor(
-            input_size=published.image_size // LATENT_FACTOR, conditioning=published.conditioning
-        )
+        model = constructor(input_size=published.image_size // LATENT_FACTOR, conditioning=published.conditioning)
     counted = count(model)
     return {
         "model": published.model,
@@ -119,10 +117,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _table(counted: list[dict[str, Any]]) -> str:
-    head = (
-        f"{'model':<9} {'px':>4} {'conditioning':<16} {'params':>12} {'paper':>6} "
-        f"{'GFLOP':>9} {'GMAC':>8} {'paper':>7}"
-    )
+    head = f"{'model':<9} {'px':>4} {'conditioning':<16} {'params':>12} {'paper':>6} {'GFLOP':>9} {'GMAC':>8} {'paper':>7}"
     lines = [head, "-" * len(head)]
     for row in counted:
         millions = row["paper_params_millions"]
@@ -131,7 +126,5 @@ def _table(counted: list[dict[str, Any]]) -> str:
             f"{'' if millions is None else f'{millions}M':>6} {row['gflops']:>9.2f} {row['gmacs']:>8.2f} "
             f"{row['paper_gmacs']:>7.2f}"
         )
-    lines.append(
-        "One forward of one image. The paper's Gflops are multiply-adds (GMAC); GFLOP counts them as two."
-    )
+    lines.append("One forward of one image. The paper's Gflops are multiply-adds (GMAC); GFLOP counts them as two.")
     return "\n".join(lines)

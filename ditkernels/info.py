@@ -45,9 +45,7 @@ VARIABLES = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of `ditkernels info`."""
-    parser.add_argument(
-        "--device", default="auto", help="cpu, cuda, cuda:1 ...; auto is cuda if there is one"
-    )
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 ...; auto is cuda if there is one")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -63,8 +61,7 @@ def run(args: argparse.Namespace) -> int:
         "Environment": _environment(),
         f"Ops, bf16 on {device}: backend chosen, and why not the others": _ops(device),
         "CUDA C++ kernels": _kernels(device),
-        f"Attention, bf16 on {device}, as DiT-XL/2 trains at 256 px: "
-        "16 heads of 72 channels, 256 tokens": _attention(device),
+        f"Attention, bf16 on {device}, as DiT-XL/2 trains at 256 px: 16 heads of 72 channels, 256 tokens": _attention(device),
     }
     for title, lines in sections.items():
         print(title)
@@ -73,9 +70,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# Machine and versions
-# ------------------------------------------------------------------------------------------------------------------
+# ---- Machine and versions --------------------------------------------------------------------------------------------
 
 
 def _machine() -> Iterator[str]:
@@ -133,9 +128,7 @@ def _environment() -> Iterator[str]:
         yield f"{name}={os.environ[name]}" if name in os.environ else f"{name} is not set"
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# Backends
-# ------------------------------------------------------------------------------------------------------------------
+# ---- Backends --------------------------------------------------------------------------------------------------------
 
 
 def _ops(device: torch.device) -> Iterator[str]:

@@ -184,9 +184,7 @@ def read_index(path: Path) -> dict[str, Any]:
     if not isinstance(index, dict) or index.get("format") != FORMAT:
         raise LatentsError(f"{path} is not the index of {FORMAT}")
     if index.get("format_version") != FORMAT_VERSION:
-        raise LatentsError(
-            f"{path}: format version {index.get('format_version')}, allowed is {FORMAT_VERSION}"
-        )
+        raise LatentsError(f"{path}: format version {index.get('format_version')}, allowed is {FORMAT_VERSION}")
     if index.pop("sha256", None) != _digest(index):
         raise LatentsError(f"{path} is damaged: it does not match its own SHA-256")
     return index

@@ -55,9 +55,7 @@ def normed(
     out_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     """Closes the open residual of ``stream``; returns the new x and its modulated norm in ``out_dtype``."""
-    affine: dict[str, Any] = (
-        {} if norm is None else {"weight": norm.weight, "bias": norm.bias, "eps": norm.eps}
-    )
+    affine: dict[str, Any] = {} if norm is None else {"weight": norm.weight, "bias": norm.bias, "eps": norm.eps}
     if stream.branch is None:
         return stream.x, ops.modulate_norm(stream.x, shift, scale, **affine, out_dtype=out_dtype)
     return ops.gated_residual_norm(
@@ -245,9 +243,7 @@ class DiTBlock(Fused, reference.DiTBlock):  # type: ignore[misc]
 
     def computed(self, stream: Stream, c: Tensor) -> Stream:
         dtype = compute_dtype(self.attn.qkv.weight)
-        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = self.adaLN_modulation(c).chunk(
-            6, dim=1
-        )
+        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = self.adaLN_modulation(c).chunk(6, dim=1)
         x, h = normed(stream, None, shift_msa, scale_msa, dtype)
         x, h = normed(self.attended(x, h, gate_msa), None, shift_mlp, scale_mlp, dtype)
         return self.transformed(x, h, gate_mlp)

@@ -119,9 +119,7 @@ def _kinds(gradients: Sequence[Tensor], copies: Sequence[Tensor | None]) -> Iter
 def _chosen(tensors: Sequence[Tensor | None], indices: Sequence[int]) -> list[Tensor]:
     """What this process holds of those that are there."""
     some = [tensors[index] for index in indices] if tensors else []
-    return [
-        tensor.to_local() if hasattr(tensor, "to_local") else tensor for tensor in some if tensor is not None
-    ]
+    return [tensor.to_local() if hasattr(tensor, "to_local") else tensor for tensor in some if tensor is not None]
 
 
 class LossScale:
@@ -139,9 +137,7 @@ class LossScale:
 
     def update(self, overflow: Tensor) -> None:
         """``overflow``: 1.0 if the step was skipped, else 0.0."""
-        torch._amp_update_scale_(
-            self.value, self._good_steps, overflow, self.GROWTH, self.BACKOFF, self.INTERVAL
-        )
+        torch._amp_update_scale_(self.value, self._good_steps, overflow, self.GROWTH, self.BACKOFF, self.INTERVAL)
 
     def state(self) -> dict[str, float]:
         """As JSON values; read from the device."""
@@ -182,9 +178,7 @@ def gradient_norm(gradients: Sequence[Tensor]) -> Tensor:
     return torch.linalg.vector_norm(torch.stack([norms[index] for index in range(len(gradients))]))
 
 
-def update(
-    optimizer: torch.optim.AdamW, loss: Tensor, norm: Tensor, scale: LossScale | None, clip: float | None
-) -> Update:
+def update(optimizer: torch.optim.AdamW, loss: Tensor, norm: Tensor, scale: LossScale | None, clip: float | None) -> Update:
     """One step of the optimizer on the gradients that are there, skipped on the device if they or the loss are not finite.
 
     Args:

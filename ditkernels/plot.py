@@ -21,9 +21,7 @@ Rows = Sequence[Mapping[str, Any]]
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of `ditkernels plot`."""
-    parser.add_argument(
-        "runs", nargs="+", type=Path, metavar="RUN", help="folder that `ditkernels train` wrote"
-    )
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder that `ditkernels train` wrote")
     parser.add_argument(
         "--out",
         type=Path,

@@ -24,9 +24,7 @@ NORMS = ("layernorm", "rmsnorm")
 CONDITIONINGS = ("adaln_zero", "adaln", "cross_attention", "in_context")
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# Ops
-# ------------------------------------------------------------------------------------------------------------------
+# ---- Ops -------------------------------------------------------------------------------------------------------------
 
 
 def normalize(
@@ -40,11 +38,7 @@ def normalize(
     """Layer norm, or RMS norm, over the last axis, with optional affine weight and bias of shape (D,)."""
     if norm not in NORMS:
         raise ValueError(f"norm: got {norm!r}, allowed are {', '.join(NORMS)}")
-    y = (
-        F.layer_norm(x, x.shape[-1:], eps=eps)
-        if norm == "layernorm"
-        else F.rms_norm(x, x.shape[-1:], eps=eps)
-    )
+    y = F.layer_norm(x, x.shape[-1:], eps=eps) if norm == "layernorm" else F.rms_norm(x, x.shape[-1:], eps=eps)
     if weight is not None:
         y = y * weight
     return y if bias is None else y + bias
@@ -72,9 +66,7 @@ def modulate_norm(
     return modulate(normalize(x, weight, bias, norm=norm, eps=eps), shift, scale).to(out_dtype or x.dtype)
 
 
-def gated_residual(
-    x: Tensor, branch: Tensor, gate: Tensor | None = None, *, branch_bias: Tensor | None = None
-) -> Tensor:
+def gated_residual(x: Tensor, branch: Tensor, gate: Tensor | None = None, *, branch_bias: Tensor | None = None) -> Tensor:
     """x + gate·(branch + branch_bias), in x's dtype. x, branch: (B, N, D); gate: (B, D); branch_bias: (D,)."""
     if branch_bias is not None:
         branch = branch + branch_bias
@@ -156,9 +148,7 @@ def final_layer(
     """
     if branch is not None:
         x = gated_residual(x, branch, gate, branch_bias=branch_bias)
-    h = modulate_norm(
-        x, shift, scale, weight=norm_weight, bias=norm_bias, norm=norm, eps=eps, out_dtype=weight.dtype
-    )
+    h = modulate_norm(x, shift, scale, weight=norm_weight, bias=norm_bias, norm=norm, eps=eps, out_dtype=weight.dtype)
     image = unpatchify(F.linear(h, weight, bias), grid=grid, patch_size=patch_size)
     return image.to(out_dtype or image.dtype)
 
@@ -183,9 +173,7 @@ def split_qkv(packed: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
     return (packed + nothing.unflatten(0, packed.shape[2:])).unbind(2)
 
 
-def attention(
-    qkv_or_q: Tensor, kv: Tensor | None = None, *, bias: Tensor | None = None, scale: float | None = None
-) -> Tensor:
+def attention(qkv_or_q: Tensor, kv: Tensor | None = None, *, bias: Tensor | None = None, scale: float | None = None) -> Tensor:
     """softmax(q·kᵀ·scale)·v with scale = head_dim^-1/2 by default.
 
     Packed self-attention: qkv (B, N, 3, heads, head_dim). Cross-attention: q (B, N, heads, head_dim) and
@@ -198,9 +186,7 @@ def attention(
     return out.transpose(1, 2).flatten(2)
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# The optimizer's step
-# ------------------------------------------------------------------------------------------------------------------
+# ---- The optimizer's step --------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -251,9 +237,7 @@ def adamw_ema(
             copies[index].copy_(w)
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# Embeddings
-# ------------------------------------------------------------------------------------------------------------------
+# ---- Embeddings ------------------------------------------------------------------------------------------------------
 
 
 def _sincos_1d(positions: Tensor, dim: int) -> Tensor:
@@ -297,9 +281,7 @@ class TimestepEmbedder(nn.Module):
 
     def __init__(self, hidden_size: int, frequency_embedding_size: int = 256) -> None:
         super().__init__()
-        self.mlp = nn.Sequential(
-            nn.Linear(frequency_embedding_size, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size)
-        )
+        self.mlp = nn.Sequential(nn.Linear(frequency_embedding_size, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size))
         self.frequency_embedding_size = frequency_embedding_size
 
     def forward(self, t: Tensor) -> Tensor:
@@ -330,9 +312,7 @@ class LabelEmbedder(nn.Module):
         return self.embedding_table(labels)
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# Blocks: the four ways of conditioning in section 3.2 of the paper
-# ------------------------------------------------------------------------------------------------------------------
+# ---- Blocks: the four ways of conditioning in section 3.2 of the paper -----------------------------------------------
 
 
 class Attention(nn.Module):
@@ -400,9 +380,7 @@ class DiTBlock(Block):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = self.adaLN_modulation(c).chunk(
-            6, dim=1
-        )
+        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = self.adaLN_modulation(c).chunk(6, dim=1)
         x = gated_residual(x, self.attn(modulate_norm(x, shift_msa, scale_msa)), gate_msa)
         return gated_residual(x, self.mlp(modulate_norm(x, shift_mlp, scale_mlp)), gate_mlp)
 
@@ -483,9 +461,7 @@ class PlainFinalLayer(nn.Module):
         return unpatchify(self.linear(self.norm_final(x)), grid=grid, patch_size=self.patch_size)
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# The model
-# ------------------------------------------------------------------------------------------------------------------
+# ---- The model -------------------------------------------------------------------------------------------------------
 
 
 class DiT(nn.Module):
@@ -536,9 +512,7 @@ class DiT(nn.Module):
     ) -> None:
         super().__init__()
         height, width = (input_size, input_size) if isinstance(input_size, int) else input_size
-        _check_config(
-            height, width, patch_size, hidden_size, num_heads, class_dropout_prob, num_classes, conditioning
-        )
+        _check_config(height, width, patch_size, hidden_size, num_heads, class_dropout_prob, num_classes, conditioning)
         self.input_size = (height, width)
         self.grid = (height // patch_size, width // patch_size)
         self.patch_size = patch_size
@@ -552,9 +526,7 @@ class DiT(nn.Module):
         self.x_embedder = self.embed_class(patch_size, in_channels, hidden_size)
         self.t_embedder = TimestepEmbedder(hidden_size)
         self.y_embedder = LabelEmbedder(num_classes, hidden_size, class_dropout_prob)
-        self.pos_embed = nn.Parameter(
-            sincos_positions(hidden_size, self.grid).unsqueeze(0), requires_grad=False
-        )
+        self.pos_embed = nn.Parameter(sincos_positions(hidden_size, self.grid).unsqueeze(0), requires_grad=False)
         block = self.block_classes[conditioning]
         self.blocks = nn.ModuleList(block(hidden_size, num_heads, mlp_ratio) for _ in range(depth))
         self.final_layer: Any = self.final_classes[conditioning](hidden_size, patch_size, self.out_channels)
@@ -607,9 +579,7 @@ class DiT(nn.Module):
             tokens = block(tokens, c)
         return self.final_layer(tokens[:, : self.grid[0] * self.grid[1]], c, self.grid)
 
-    def forward_with_cfg(
-        self, x: Tensor, t: Tensor, y: Tensor, cfg_scale: float, guided_channels: int | None = 3
-    ) -> Tensor:
+    def forward_with_cfg(self, x: Tensor, t: Tensor, y: Tensor, cfg_scale: float, guided_channels: int | None = 3) -> Tensor:
         """Classifier-free guidance on a batch whose second half of ``y`` is the null class.
 
         The first half of ``x`` is used for both halves. Guided channels become uncond + cfg_scale·(cond − uncond); the
@@ -624,14 +594,10 @@ class DiT(nn.Module):
             (B, 2·C or C, H, W); both halves hold the same guided channels.
         """
         if x.shape[0] % 2:
-            raise ValueError(
-                f"x: got a batch of {x.shape[0]}; guidance needs an even one, labels then null classes"
-            )
+            raise ValueError(f"x: got a batch of {x.shape[0]}; guidance needs an even one, labels then null classes")
         guided = self.in_channels if guided_channels is None else min(guided_channels, self.in_channels)
         if guided < 1:
-            raise ValueError(
-                f"guided_channels: got {guided_channels}, allowed are 1..{self.in_channels} or None for all"
-            )
+            raise ValueError(f"guided_channels: got {guided_channels}, allowed are 1..{self.in_channels} or None for all")
         half = x[: x.shape[0] // 2]
         out = self.forward(torch.cat([half, half]), t, y)
         eps, rest = out[:, :guided], out[:, guided:]
@@ -653,17 +619,13 @@ def _check_config(
     if conditioning not in CONDITIONINGS:
         raise ValueError(f"conditioning: got {conditioning!r}, allowed are {', '.join(CONDITIONINGS)}")
     if patch_size < 1 or height < 1 or width < 1 or height % patch_size or width % patch_size:
-        raise ValueError(
-            f"input_size: got {height} x {width}, which is not a positive multiple of patch_size {patch_size}"
-        )
+        raise ValueError(f"input_size: got {height} x {width}, which is not a positive multiple of patch_size {patch_size}")
     if num_heads < 1 or hidden_size % num_heads:
         raise ValueError(f"hidden_size: got {hidden_size}, which is no multiple of num_heads {num_heads}")
     if not 0 <= class_dropout_prob <= 1:
         raise ValueError(f"class_dropout_prob: got {class_dropout_prob}, allowed is 0..1")
     if num_classes < 1:
-        raise ValueError(
-            f"num_classes: got {num_classes}; at least 1 is needed (use 1 for unconditional data)"
-        )
+        raise ValueError(f"num_classes: got {num_classes}; at least 1 is needed (use 1 for unconditional data)")
 
 
 def check_inputs(model: DiT, x: Tensor, t: Tensor, y: Tensor) -> None:
@@ -673,9 +635,7 @@ def check_inputs(model: DiT, x: Tensor, t: Tensor, y: Tensor) -> None:
         raise ValueError(f"x: got shape {tuple(x.shape)}, expected {expected}")
     for name, vector in (("t", t), ("y", y)):
         if tuple(vector.shape) != (x.shape[0],):
-            raise ValueError(
-                f"{name}: got shape {tuple(vector.shape)}, expected ({x.shape[0]},) for a batch of {x.shape[0]}"
-            )
+            raise ValueError(f"{name}: got shape {tuple(vector.shape)}, expected ({x.shape[0]},) for a batch of {x.shape[0]}")
         if vector.device != x.device:
             raise ValueError(f"{name}: got device {vector.device}, but x is on {x.device}")
     if y.dtype not in (torch.int64, torch.int32):
@@ -693,9 +653,7 @@ def check_labels(labels: Tensor, rows: int) -> None:
         torch._assert_async(((labels >= 0) & (labels < rows)).all(), message)
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# The twelve configurations of the paper
-# ------------------------------------------------------------------------------------------------------------------
+# ---- The twelve configurations of the paper --------------------------------------------------------------------------
 
 SIZES: dict[str, dict[str, int]] = {
     "S": {"depth": 12, "hidden_size": 384, "num_heads": 6},
@@ -726,13 +684,7 @@ def make_constructor(model_class: type[DiT], size: str, patch_size: int) -> Call
 
 def make_models(model_class: type[DiT]) -> ModelTable:
     """The twelve constructors of ``model_class`` by name."""
-    return ModelTable(
-        {
-            f"DiT-{size}/{p}": make_constructor(model_class, size, p)
-            for size in reversed(SIZES)
-            for p in PATCH_SIZES
-        }
-    )
+    return ModelTable({f"DiT-{size}/{p}": make_constructor(model_class, size, p) for size in reversed(SIZES) for p in PATCH_SIZES})
 
 
 DiT_models = make_models(DiT)

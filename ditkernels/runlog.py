@@ -118,9 +118,7 @@ class TensorBoard:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
-            raise ImportError(
-                f"--tensorboard needs tensorboard ({error}): pip install ditkernels[log]"
-            ) from error
+            raise ImportError(f"--tensorboard needs tensorboard ({error}): pip install ditkernels[log]") from error
         self._writer = SummaryWriter(run / "tensorboard")
 
     def write(self, row: Mapping[str, Any]) -> None:
@@ -196,9 +194,7 @@ class RunLog:
         self._sums = dict(pending or _no_sums())
         self._sinks = self._open_sinks()
         self._clock = (start, time.perf_counter())
-        self._bar = tqdm(
-            total=total, initial=start, unit="step", disable=self._hides_bar(), dynamic_ncols=True
-        )
+        self._bar = tqdm(total=total, initial=start, unit="step", disable=self._hides_bar(), dynamic_ncols=True)
 
     def step(self, metrics: StepMetrics, skipped: int) -> None:
         """Takes in a step; ``skipped``: how many the run has skipped so far."""

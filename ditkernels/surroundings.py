@@ -27,11 +27,7 @@ def resolve_precision(name: str, device: torch.device) -> str:
     """bf16, fp16, tf32 or fp32; "auto" is bf16 on GPUs that have it, else fp32."""
     if name != "auto":
         return name
-    return (
-        "bf16"
-        if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-        else "fp32"
-    )
+    return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
 
 
 @contextmanager

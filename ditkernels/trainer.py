@@ -83,9 +83,7 @@ class TrainResult:
     interrupted: int | None
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The loop
-# ------------------------------------------------------------------------------------------------------------
+# ---- The loop --------------------------------------------------------------------------------------------------------
 
 
 def train(config: TrainConfig, *, model: DiT | None = None, data: TrainingData | None = None) -> TrainResult:
@@ -202,9 +200,7 @@ class Trainer:
             for block in (*computing.blocks, computing.final_layer):
                 block.compile(dynamic=False)
         images = len(self._positions) // config.accumulation
-        self._forward = self.ranks.spread(
-            computing, average, AUTOCAST_DTYPES.get(self.precision), images, self._copies
-        )
+        self._forward = self.ranks.spread(computing, average, AUTOCAST_DTYPES.get(self.precision), images, self._copies)
         if config.accumulation > 1:
             accumulate_in(torch.float32, self._copies)
         self.ema = EMA(model, config.ema_decay, average)
@@ -425,9 +421,7 @@ class Trainer:
         """The metrics of the moving average that could be computed, by name, and the number of images they are of."""
         found = monitor(self.ranks.whole(self.ema.model))
         metrics = {name: getattr(found, name) for name in EVALUATED}
-        return {name: value for name, value in metrics.items() if value is not None} | {
-            "evaluated_images": found.count
-        }
+        return {name: value for name, value in metrics.items() if value is not None} | {"evaluated_images": found.count}
 
     # --------------------------------------------------------------------------------------------------------
     # Checkpoints
@@ -491,14 +485,10 @@ class Trainer:
     def _check_label_dropout(self) -> None:
         table, classes = self.model.y_embedder.embedding_table, self.model.num_classes
         if self.config.label_dropout > 0 and table.num_embeddings == classes:
-            raise ValueError(
-                f"label_dropout: got {self.config.label_dropout}, allowed is 0: the model has no null class"
-            )
+            raise ValueError(f"label_dropout: got {self.config.label_dropout}, allowed is 0: the model has no null class")
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Sample grids
-# ------------------------------------------------------------------------------------------------------------
+# ---- Sample grids ----------------------------------------------------------------------------------------------------
 
 
 def save_grid(images: Tensor, path: Path, columns: int = 4) -> None:
@@ -518,9 +508,7 @@ def save_grid(images: Tensor, path: Path, columns: int = 4) -> None:
     Image.fromarray(picture.numpy()).save(path)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# `ditkernels train`
-# ------------------------------------------------------------------------------------------------------------
+# ---- `ditkernels train` ----------------------------------------------------------------------------------------------
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -42,9 +42,7 @@ class LatentSpace:
     def differences(self, other: LatentSpace) -> list[str]:
         """What is not equal: "scale: 0.5 there, 1.0 here", where here is ``other``."""
         there, here = asdict(self), asdict(other)
-        return [
-            f"{name}: {there[name]} there, {here[name]} here" for name in there if there[name] != here[name]
-        ]
+        return [f"{name}: {there[name]} there, {here[name]} here" for name in there if there[name] != here[name]]
 
 
 class VAE:
@@ -104,9 +102,7 @@ class VAE:
             ValueError: the autoencoder does not divide such an image evenly.
         """
         if image_size % self.factor:
-            raise ValueError(
-                f"image_size: got {image_size}, the VAE needs a multiple of {self.factor}, by which it shrinks images"
-            )
+            raise ValueError(f"image_size: got {image_size}, the VAE needs a multiple of {self.factor}, by which it shrinks images")
         return self.channels, image_size // self.factor, image_size // self.factor
 
 
@@ -125,9 +121,7 @@ def load_vae(name: str, device: torch.device) -> VAE:
     try:
         from diffusers import AutoencoderKL
     except ImportError as error:
-        raise ImportError(
-            f"a VAE needs diffusers ({error}): pip install ditkernels[vae]; --vae none trains on pixels"
-        ) from error
+        raise ImportError(f"a VAE needs diffusers ({error}): pip install ditkernels[vae]; --vae none trains on pixels") from error
     if name not in NAMED and not Path(name).is_dir():
         raise ValueError(f"vae: got {name!r}, which is no folder; allowed are ema, mse, a folder, none")
     source: str | os.PathLike[str] = NAMED.get(name, name)
@@ -159,9 +153,7 @@ def vae_for(config: TrainConfig, latents: LatentSpace | None, device: torch.devi
         return None if config.vae == "none" else load_vae(config.vae, device)
     decodes = [name for name in ("sample_every", "eval_every") if getattr(config, name)]
     if config.vae == "none" and decodes:
-        raise ValueError(
-            f"vae: got 'none', but {decodes[0]} decodes latents; allowed is the VAE that made them"
-        )
+        raise ValueError(f"vae: got 'none', but {decodes[0]} decodes latents; allowed is the VAE that made them")
     if config.vae == "none" or (config.vae == TrainConfig.vae and not decodes):
         return None
     vae = load_vae(config.vae, device)

@@ -25,9 +25,7 @@ def sample(model: DiTTransformer2DModel, labels: Tensor, steps: int, cfg_scale: 
     null = torch.full_like(labels, model.config.num_embeds_ada_norm)
     latents = torch.randn(len(labels), 4, 8, 8, generator=torch.Generator().manual_seed(1))
     for t in scheduler.timesteps:
-        both = model(
-            torch.cat([latents, latents]), t.expand(2 * len(labels)), torch.cat([labels, null])
-        ).sample[:, :4]
+        both = model(torch.cat([latents, latents]), t.expand(2 * len(labels)), torch.cat([labels, null])).sample[:, :4]
         cond, uncond = both.chunk(2)
         latents = scheduler.step(uncond + cfg_scale * (cond - uncond), t, latents).prev_sample
     return latents

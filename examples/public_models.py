@@ -106,9 +106,7 @@ class DiT(nn.Module):
         self.y_embedder = LabelEmbedder(num_classes, hidden_size, class_dropout_prob)
         positions = sincos_positions(hidden_size, self.x_embedder.grid_size).unsqueeze(0)
         self.pos_embed = nn.Parameter(positions, requires_grad=False)
-        self.blocks = nn.ModuleList(
-            self.block(hidden_size, num_heads, mlp_ratio, **block) for _ in range(depth)
-        )
+        self.blocks = nn.ModuleList(self.block(hidden_size, num_heads, mlp_ratio, **block) for _ in range(depth))
         self.final_layer = FinalLayer(hidden_size, patch_size, self.out_channels)
         modulations = [layer.adaLN_modulation[-1] for layer in (*self.blocks, self.final_layer)]
         for module in (*modulations, self.final_layer.linear):

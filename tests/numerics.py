@@ -55,9 +55,7 @@ FP64_AGREEMENT = 1e-11
 
 
 def assert_fp64_agreement(actual: Tensor, expected: Tensor, name: str = "result") -> None:
-    assert actual.shape == expected.shape, (
-        f"{name}: shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
-    )
+    assert actual.shape == expected.shape, f"{name}: shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
     if expected.numel() == 0:
         return
     error = (actual - expected).abs().max().item()
@@ -103,9 +101,7 @@ def assert_drift(actual: list[float], low: list[float], exact: list[float]) -> N
     for step, (a, b, c) in enumerate(zip(actual, low, exact, strict=True)):
         strayed = max(strayed, abs(b - c))
         bound = DRIFT_FACTOR * strayed + DRIFT_ULPS * torch.finfo(torch.float32).eps * abs(c)
-        assert abs(a - c) <= bound, (
-            f"step {step}: loss {a:.9f} is {abs(a - c):.2e} from fp64, allowed {bound:.2e}"
-        )
+        assert abs(a - c) <= bound, f"step {step}: loss {a:.9f} is {abs(a - c):.2e} from fp64, allowed {bound:.2e}"
 
 
 NORMAL_DEVIATIONS = 5.0
@@ -148,9 +144,7 @@ def assert_trajectory(actual: list[Tensor], low: list[Tensor], exact: list[Tenso
         strayed = max(strayed, (b.double() - c).abs().max().item() / size)
         error = (a.double() - c).abs().max().item() / size
         bound = TRAJECTORY_FACTOR * strayed + TRAJECTORY_ULPS * torch.finfo(torch.float32).eps
-        assert error <= bound, (
-            f"step {step}: {error:.2e} from fp64 relative to the state, allowed {bound:.2e}"
-        )
+        assert error <= bound, f"step {step}: {error:.2e} from fp64 relative to the state, allowed {bound:.2e}"
 
 
 ACCELERATED_AGREEMENT = 1e-6

@@ -48,19 +48,13 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "SiT": public.SiT,
     "Lightning": lightning.LightningDiT,
     "Lightning-no_shift-qk_norm": partial(lightning.LightningDiT, wo_shift=True, qk_norm=True),
-    "Lightning-layernorm-no_rope": partial(
-        lightning.LightningDiT, rms=False, rope=False, swiglu=False, learn_sigma=False
-    ),
+    "Lightning-layernorm-no_rope": partial(lightning.LightningDiT, rms=False, rope=False, swiglu=False, learn_sigma=False),
     "diffusers": hugging_face,
-    "diffusers-patch_4-eps": partial(
-        hugging_face, patch_size=4, norm_eps=1e-6, out_channels=8, attention_bias=False, num_layers=2
-    ),
+    "diffusers-patch_4-eps": partial(hugging_face, patch_size=4, norm_eps=1e-6, out_channels=8, attention_bias=False, num_layers=2),
 }
 TINY: dict[str, Callable[[], nn.Module]] = {
     "DiT-tiny": partial(public.DiT, input_size=4, hidden_size=24, depth=2, num_heads=2),
-    "diffusers-tiny": partial(
-        hugging_face, sample_size=4, num_attention_heads=2, num_layers=2, out_channels=4
-    ),
+    "diffusers-tiny": partial(hugging_face, sample_size=4, num_attention_heads=2, num_layers=2, out_channels=4),
 }
 
 
@@ -133,14 +127,10 @@ def fused_ops(run: Callable[[], object]) -> set[str]:
     """The ops of the library that ran, by their internal names, which say the backend."""
     with torch.profiler.profile() as profile:
         run()
-    return {
-        e.name.removeprefix("ditkernels::") for e in profile.events() if e.name.startswith("ditkernels::")
-    }
+    return {e.name.removeprefix("ditkernels::") for e in profile.events() if e.name.startswith("ditkernels::")}
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# Agreement
-# ------------------------------------------------------------------------------------------------------------------
+# ---- Agreement -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
@@ -232,9 +222,7 @@ for key, value in ideal.items():
 def test_triton(name: str) -> None:
     """Under Triton's interpreter, in a process of its own, since the variable is read at import."""
     pytest.importorskip("triton")
-    environment = {
-        k: v for k, v in os.environ.items() if not k.startswith(("PYTEST", "DITKERNELS", "TRITON"))
-    }
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("PYTEST", "DITKERNELS", "TRITON"))}
     done = subprocess.run(
         [sys.executable, "-c", BACKEND_PROGRAM.format(name=name, backend="triton")],
         env={**environment, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
@@ -285,9 +273,7 @@ def test_cuda_on_the_host(name: str) -> None:
         numerics.assert_model_contract(got[key], low[key], value, key)
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# Refusals
-# ------------------------------------------------------------------------------------------------------------------
+# ---- Refusals --------------------------------------------------------------------------------------------------------
 
 
 def reason(report: ditkernels.accelerate.Report, name: str) -> str:
@@ -495,9 +481,7 @@ def test_a_custom_attention_processor_is_left_alone() -> None:
     from diffusers.models.attention_processor import AttnProcessor2_0
 
     class Custom(AttnProcessor2_0):
-        def __call__(
-            self, attn: nn.Module, hidden_states: Tensor, *args: object, **options: object
-        ) -> Tensor:
+        def __call__(self, attn: nn.Module, hidden_states: Tensor, *args: object, **options: object) -> Tensor:
             return 2 * super().__call__(attn, hidden_states, *args, **options)
 
     model = make("diffusers")
@@ -527,17 +511,13 @@ def test_a_wrapped_model_is_told_to_accelerate_first(wrapper: str) -> None:
         fsdp = pytest.importorskip("torch.distributed.fsdp")
         block = model.blocks[1]
         block.__class__ = type("FSDPDiTBlock", (fsdp.FSDPModule, type(block)), {})
-    with pytest.raises(
-        ValueError, match=r"blocks.1 is already wrapped in .*; accelerate the model first, then wrap it"
-    ):
+    with pytest.raises(ValueError, match=r"blocks.1 is already wrapped in .*; accelerate the model first, then wrap it"):
         quietly(model)
     assert type(model) is public.DiT
 
 
 def test_no_dit_at_all() -> None:
-    with pytest.raises(
-        ValueError, match=r"no DiT found in Sequential: looked for blocks of norm1.*; found 0 \(Linear\)"
-    ):
+    with pytest.raises(ValueError, match=r"no DiT found in Sequential: looked for blocks of norm1.*; found 0 \(Linear\)"):
         quietly(nn.Sequential(nn.Linear(2, 2)))
 
 
@@ -578,9 +558,7 @@ def test_an_exception_in_the_middle_leaves_no_mixture(monkeypatch: pytest.Monkey
     assert not any(isinstance(m, swap.Fused) or hasattr(m, swap.SETTINGS) for m in model.modules())
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# What must survive
-# ------------------------------------------------------------------------------------------------------------------
+# ---- What must survive -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["DiT", "Lightning", "diffusers"])
@@ -778,9 +756,7 @@ def test_mixed_dtypes_promote_as_before(name: str) -> None:
         torch.testing.assert_close(*outs, **numerics.ROUNDED_NORM)
     else:
         with torch.autocast("cpu", dtype=BF16):
-            outs = [
-                b(x, timestep=torch.tensor([1, 2]), class_labels=torch.tensor([1, 2])) for b in (fused, block)
-            ]
+            outs = [b(x, timestep=torch.tensor([1, 2]), class_labels=torch.tensor([1, 2])) for b in (fused, block)]
         assert outs[0].dtype == outs[1].dtype
 
 
@@ -815,8 +791,6 @@ def test_the_report_is_printed_and_readable(capsys: pytest.CaptureFixture[str]) 
 
 
 def test_importing_stays_light() -> None:
-    program = (
-        "import sys, ditkernels; print([m for m in ('timm', 'diffusers', 'torchvision') if m in sys.modules])"
-    )
+    program = "import sys, ditkernels; print([m for m in ('timm', 'diffusers', 'torchvision') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)
     assert done.stdout.strip() == "[]", done.stderr

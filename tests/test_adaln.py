@@ -73,18 +73,14 @@ def results(
         (getattr(reference, op), False),
         (getattr(reference, op), True),
     ):
-        leaves = {
-            n: (v.double() if wide else v).detach().requires_grad_(n in needed) for n, v in inputs.items()
-        }
+        leaves = {n: (v.double() if wide else v).detach().requires_grad_(n in needed) for n, v in inputs.items()}
         chosen = {**options, "out_dtype": F64} if wide and "out_dtype" in options else options
         outputs = function(**leaves, **chosen)
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
         if not cotangents:
             cotangents = [torch.randn(o.shape, generator=generator).to(o.dtype) for o in outputs]
         reached = [(o, c.to(o.dtype)) for o, c in zip(outputs, cotangents) if o.requires_grad]
-        grads = torch.autograd.grad(
-            [o for o, _ in reached], [leaves[n] for n in needed], [c for _, c in reached]
-        )
+        grads = torch.autograd.grad([o for o, _ in reached], [leaves[n] for n in needed], [c for _, c in reached])
         collected.append([*outputs, *grads])
     names = [f"output {i}" for i in range(len(cotangents))] + [f"d{n}" for n in needed]
     return (*collected, names)
@@ -192,9 +188,7 @@ def test_gradient_through_one_output_alone(which: int) -> None:
         numerics.assert_contract(actual, rounded, ideal, f"d{name} through output {which}")
 
 
-def raw_arguments(
-    declaration: Declaration, absent: str = "", unwanted: str = "", norm: str = "layernorm"
-) -> tuple[object, ...]:
+def raw_arguments(declaration: Declaration, absent: str = "", unwanted: str = "", norm: str = "layernorm") -> tuple[object, ...]:
     """Arguments of an op of torch: leaves for the inputs of a forward but those that are absent."""
     generator = torch.Generator().manual_seed(0)
     sizes = {"B": 2, "N": 5, "D": 12, "S": 1 if norm == "rmsnorm" else 2}
@@ -204,9 +198,7 @@ def raw_arguments(
     if not declaration.is_backward:
         made = {name: tensor.requires_grad_() for name, tensor in made.items()}
     given = {**options, **made, **dict.fromkeys(absent.split())}
-    wanted = [
-        None if output.name.removeprefix("d") in unwanted.split() else F32 for output in declaration.outputs
-    ]
+    wanted = [None if output.name.removeprefix("d") in unwanted.split() else F32 for output in declaration.outputs]
     given["wanted"] = encoded(tuple(wanted))
     return tuple(given[name] for name in declaration.arguments)
 
@@ -233,9 +225,7 @@ def test_opcheck_of_the_backward(op: str, absent: str, unwanted: str) -> None:
     torch.library.opcheck(declared.call, raw_arguments(declared.declaration, absent, unwanted))
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# Which inputs need gradients
-# ------------------------------------------------------------------------------------------------------------------
+# ---- Which inputs need gradients -------------------------------------------------------------------------------------
 
 
 def gradients_of(op: str, leaves: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[tuple[int, ...]], int]:
@@ -356,9 +346,7 @@ def test_second_derivatives_are_refused(op: str) -> None:
     inputs = {n: v.detach().requires_grad_() for n, v in make_inputs(op, 2, 5, 12, F32, F32).items()}
     out = getattr(norm, op)(**inputs)
     out = out[-1] if isinstance(out, tuple) else out
-    (first,) = torch.autograd.grad(
-        out.square().sum(), inputs["gate" if "gate" in inputs else "x"], create_graph=True
-    )
+    (first,) = torch.autograd.grad(out.square().sum(), inputs["gate" if "gate" in inputs else "x"], create_graph=True)
     with pytest.raises(NotImplementedError, match="not differentiable"):
         first.sum().backward()
 

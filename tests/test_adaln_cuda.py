@@ -57,9 +57,7 @@ def test_parity_of_more_samples_than_a_block_adds_at_a_time(op: str) -> None:
     "op, present, forward, backward, width",
     [(*case, 100) for case in PASSES] + [(*case, 384) for case in PASSES if case[1] == ALL],
 )
-def test_every_tensor_is_touched_once_per_pass(
-    op: str, present: str, forward: int, backward: int, width: int
-) -> None:
+def test_every_tensor_is_touched_once_per_pass(op: str, present: str, forward: int, backward: int, width: int) -> None:
     inputs = contiguous_inputs(op, 3, 21, width, present=present)
     with emulated_cuda.running(tracing=True) as emulation:
         run(getattr(norm, op), inputs)
@@ -77,9 +75,7 @@ def test_any_order_of_blocks_and_warps_gives_equal_bits(op: str, width: int) -> 
             assert all(map(torch.equal, straight, run(getattr(norm, op), inputs)))
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# What is wanted and kept
-# ------------------------------------------------------------------------------------------------------------------
+# ---- What is wanted and kept -----------------------------------------------------------------------------------------
 
 INPUTS = ("x", "branch", "gate", "shift", "scale", "branch_bias", "weight", "bias")
 # Which gradients of gated_residual_norm are wanted, and which (B, N, D) tensors its backward then reads and writes.
@@ -175,9 +171,7 @@ def test_statistics_are_written_for_a_backward_only(kind: str, size: int, width:
     torch.testing.assert_close(stats, expected.float())
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# Offsets
-# ------------------------------------------------------------------------------------------------------------------
+# ---- Offsets ---------------------------------------------------------------------------------------------------------
 
 FAR = 1 << 31
 
@@ -188,13 +182,9 @@ def there_and_back(tensors: list[torch.Tensor], vectors: list[torch.Tensor]) -> 
     gate, shift, scale = vectors
     nothing = (None, None, None)
     ops = torch.ops.ditkernels
-    x1, h, stats = ops.gated_residual_norm_cuda(
-        x, branch, gate, shift, scale, *nothing, "layernorm", 1e-6, BF16, True
-    )
+    x1, h, stats = ops.gated_residual_norm_cuda(x, branch, gate, shift, scale, *nothing, "layernorm", 1e-6, BF16, True)
     wanted = encoded((BF16, BF16, BF16, BF16, BF16, None, None, None))
-    dx, dbranch, *_ = ops.gated_residual_norm_backward_cuda(
-        dx1, dh, x1, branch, gate, scale, *nothing, stats, "layernorm", wanted
-    )
+    dx, dbranch, *_ = ops.gated_residual_norm_backward_cuda(dx1, dh, x1, branch, gate, scale, *nothing, stats, "layernorm", wanted)
     return [x1, h, dx, dbranch]
 
 
@@ -244,9 +234,7 @@ def test_dtypes_that_no_model_pairs(width: int) -> None:
 
 @pytest.mark.parametrize("op", OPS)
 def test_the_widest_rows(op: str) -> None:
-    assert_parity(
-        op, make_inputs(op, 1, 2, 4090, F32, F16), **({} if op == "gated_residual" else {"out_dtype": F16})
-    )
+    assert_parity(op, make_inputs(op, 1, 2, 4090, F32, F16), **({} if op == "gated_residual" else {"out_dtype": F16}))
 
 
 def test_cuda_is_not_chosen_unasked() -> None:

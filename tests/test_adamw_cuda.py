@@ -35,9 +35,7 @@ def _emulated():
         yield
 
 
-@pytest.mark.parametrize(
-    "case", [*CASES, {"gradient": BF16, "copied": F16}, {"gradient": F16, "copied": None}]
-)
+@pytest.mark.parametrize("case", [*CASES, {"gradient": BF16, "copied": F16}, {"gradient": F16, "copied": None}])
 def test_parity(case: dict) -> None:
     check_case(case)
 
@@ -93,9 +91,7 @@ def test_more_weights_than_a_launch_takes() -> None:
         alone = updated(ops.adamw_ema, {name: [tensors[index]] for name, tensors in state.items()})
         assert_equal(alone, {name: [tensors[index]] for name, tensors in together.items()})
     vectorised = [kernel for kernel in launched(state) if kernel.endswith(", true>")]
-    assert (
-        vectorised == ["update_chunks<float, BFloat16, true>"] * 5
-    )  # 300 of 8, 24 and no elements, 64 at a time
+    assert vectorised == ["update_chunks<float, BFloat16, true>"] * 5  # 300 of 8, 24 and no elements, 64 at a time
     others = [kernel for kernel in launched(state) if kernel.endswith(", false>")]
     assert others == ["update_chunks<Any, Any, false>"] * 4
     assert launched(state).count("advance_steps") == 2
@@ -105,9 +101,7 @@ def test_more_weights_than_a_launch_takes() -> None:
     "gradient, copied, kernel",
     [(F32, None, "float, float"), (BF16, BF16, "BFloat16, BFloat16"), (F16, BF16, "Any, Any")],
 )
-def test_weights_that_are_aligned_go_by_vectorised_accesses(
-    gradient: torch.dtype, copied: torch.dtype | None, kernel: str
-) -> None:
+def test_weights_that_are_aligned_go_by_vectorised_accesses(gradient: torch.dtype, copied: torch.dtype | None, kernel: str) -> None:
     """The emulation faults on an access that is not aligned."""
     assert launched(make_state(gradient, copied, ((16,),)))[1:] == [f"update_chunks<{kernel}, true>"]
     state = at_odd_addresses(make_state(gradient, copied, ((17,),)))

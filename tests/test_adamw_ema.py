@@ -29,9 +29,7 @@ SHAPES = ((0, 3), (5, 7), (8,), (3, 1027), (16, 520), (3, 2733))
 OPTIONS = {"lr": 1e-2, "weight_decay": 0.1, "decay": 0.99}
 
 
-def make_state(
-    gradient: torch.dtype = F32, copied: torch.dtype | None = BF16, shapes: tuple = SHAPES, taken: int = 3
-) -> State:
+def make_state(gradient: torch.dtype = F32, copied: torch.dtype | None = BF16, shapes: tuple = SHAPES, taken: int = 3) -> State:
     """Weights in fp32 with all that belongs to them; step counts differ from weight to weight."""
     generator = torch.Generator().manual_seed(0)
 
@@ -180,9 +178,7 @@ def trained(tmp_path: Path, name: str, **changes: object) -> Trainer:
 
 
 @pytest.mark.parametrize("changes", [{}, {"grad_clip": 0.5, "weight_decay": 0.1, "accumulation": 2}])
-def test_a_run_with_the_fused_optimizer_is_that_with_torchs_bit_for_bit(
-    tmp_path: Path, changes: dict
-) -> None:
+def test_a_run_with_the_fused_optimizer_is_that_with_torchs_bit_for_bit(tmp_path: Path, changes: dict) -> None:
     ours, torchs = (trained(tmp_path, name, optimizer=name, **changes) for name in ("fused", "torch"))
     assert isinstance(ours.optimizer, AdamWEMA)
     assert same_bits(ours.model, torchs.model)
@@ -219,9 +215,7 @@ def check_skipped_step(shapes: tuple = SHAPES) -> None:
     got = updated(ops.adamw_ema, state, found_inf=torch.tensor(1.0))
     assert_equal(got, state, "weights", "exp_avgs", "exp_avg_sqs", "steps", "copies")
     for average, before, weight in zip(got["averages"], state["averages"], state["weights"]):
-        numerics.assert_contract(
-            average, before.lerp(weight, 1 - 0.99), before.double().lerp(weight.double(), 1 - 0.99)
-        )
+        numerics.assert_contract(average, before.lerp(weight, 1 - 0.99), before.double().lerp(weight.double(), 1 - 0.99))
         assert average.numel() == 0 or not torch.equal(average, before)
 
 

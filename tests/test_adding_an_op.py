@@ -22,9 +22,7 @@ def test_the_op_of_the_page_passes_its_tests(tmp_path: Path) -> None:
     assert len(changes) == 5
     apply = ["git", "apply", "-p0", "--unidiff-zero", "--recount", "-"]
     for change in changes:
-        subprocess.run(
-            apply, cwd=tmp_path, input=change, text=True, check=True, env=_outside_a_repository(tmp_path)
-        )
+        subprocess.run(apply, cwd=tmp_path, input=change, text=True, check=True, env=_outside_a_repository(tmp_path))
     chosen = "squared or schemas or reference_s or kernels_take or every_op"
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", "-p", "no:cacheprovider", "-k", chosen]
     tests = ["tests/test_squared_relu.py", "tests/test_dispatch.py", "tests/test_check.py"]

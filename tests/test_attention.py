@@ -72,9 +72,7 @@ def with_gradients(function, inputs: tuple[Tensor, ...], grad_out: Tensor) -> tu
 def assert_right(inputs: tuple[Tensor, ...], **kwargs) -> None:
     """Output and every gradient of ``attention`` against fp64, by the contract on numerics."""
     batch, tokens, heads, head_dim = (inputs[0][:, :, 0] if len(inputs) == 1 else inputs[0]).shape
-    grad_out = random(
-        batch, tokens, heads * head_dim, seed=9, dtype=inputs[0].dtype, device=inputs[0].device.type
-    )
+    grad_out = random(batch, tokens, heads * head_dim, seed=9, dtype=inputs[0].dtype, device=inputs[0].device.type)
     actual = with_gradients(lambda *t: attention(*t, **kwargs), inputs, grad_out)
     low = with_gradients(textbook, inputs, grad_out)
     exact = with_gradients(textbook, tuple(t.double() for t in inputs), grad_out.double())
@@ -84,9 +82,7 @@ def assert_right(inputs: tuple[Tensor, ...], **kwargs) -> None:
         numerics.assert_contract(a, b, c)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Numbers
-# ------------------------------------------------------------------------------------------------------------
+# ---- Numbers ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -114,9 +110,7 @@ def test_a_single_key_returns_its_value(backend):
     value = kv[:, :, 1].flatten(2).expand_as(out)
     numerics.assert_contract(out, value, value.double())
     # The gradients of q and k are zero, up to rounding on the scale of the one of v.
-    exact = torch.stack(
-        [torch.zeros(3, 2, 64), grad_out.double().sum(1).unflatten(-1, (2, 64))], dim=1
-    ).unsqueeze(1)
+    exact = torch.stack([torch.zeros(3, 2, 64), grad_out.double().sum(1).unflatten(-1, (2, 64))], dim=1).unsqueeze(1)
     numerics.assert_contract(gradients[1], exact.float(), exact)
     dv = exact[:, :, 1].expand_as(q)
     numerics.assert_contract(gradients[0] + dv.float(), dv.float(), dv)
@@ -147,9 +141,7 @@ def test_strided_views_give_the_same_as_contiguous_ones(layout):
 def test_channels_that_are_not_contiguous_are_refused_by_the_kernel_and_served_by_plain():
     qkv = strided_packed()["channels strided"]
     assert choose(describe(*qkv.unbind(2))) == "plain"
-    with pytest.raises(
-        BackendError, match=r"'torch_flash' cannot serve: the last axis .* must have stride 1"
-    ):
+    with pytest.raises(BackendError, match=r"'torch_flash' cannot serve: the last axis .* must have stride 1"):
         attention(qkv, backend="torch_flash")
 
 
@@ -191,15 +183,11 @@ def test_same_bits_twice(backend):
         random(2, 49, 3, 2, 72, dtype=torch.bfloat16),
         random(2, 49, 144, seed=1, dtype=torch.bfloat16),
     )
-    first, second = (
-        with_gradients(lambda t: attention(t, backend=backend), (qkv,), grad_out) for _ in range(2)
-    )
+    first, second = (with_gradients(lambda t: attention(t, backend=backend), (qkv,), grad_out) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-# ------------------------------------------------------------------------------------------------------------
-# A citizen of torch
-# ------------------------------------------------------------------------------------------------------------
+# ---- A citizen of torch ----------------------------------------------------------------------------------------------
 
 
 class RecordOps(TorchDispatchMode):
@@ -314,9 +302,7 @@ def test_forward_mode_is_right_or_refused(how):
         derivative("torch_flash")
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Edges and errors
-# ------------------------------------------------------------------------------------------------------------
+# ---- Edges and errors ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("backend", [None, "auto", *ATTENTION_BACKENDS])
@@ -389,9 +375,7 @@ def test_bad_input_names_the_argument(case):
         attention(*args, **kwargs)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Choice
-# ------------------------------------------------------------------------------------------------------------
+# ---- Choice ----------------------------------------------------------------------------------------------------------
 
 
 def used_backend(monkeypatch, call) -> str:
@@ -591,9 +575,7 @@ def test_the_silently_wrong_gradient_of_flash_attention_4_is_refused_wherever_it
     assert BACKENDS["torch_flash"].refuse(XL._replace(head_dim=64)) is None
 
 
-# ------------------------------------------------------------------------------------------------------------
-# What an eager call remembers
-# ------------------------------------------------------------------------------------------------------------
+# ---- What an eager call remembers ------------------------------------------------------------------------------------
 
 
 def warm() -> None:
@@ -741,9 +723,7 @@ def test_the_memory_is_bounded(monkeypatch):
         assert 1 <= len(module._memory) <= 3
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Optional packages: stand-ins with the documented signatures, computing with plain products
-# ------------------------------------------------------------------------------------------------------------
+# ---- Optional packages: stand-ins with the documented signatures, computing with plain products ----------------------
 
 
 def flash_attn_2(seen: list) -> dict[str, object]:
@@ -877,9 +857,7 @@ def flash_attn_4(seen: list) -> dict[str, object]:
 def xformers(seen: list) -> dict[str, object]:
     """xformers 0.0.35: xformers/ops/fmha/__init__.py."""
 
-    def memory_efficient_attention(
-        query, key, value, attn_bias=None, p=0.0, scale=None, *, op=None, output_dtype=None
-    ):
+    def memory_efficient_attention(query, key, value, attn_bias=None, p=0.0, scale=None, *, op=None, output_dtype=None):
         assert (attn_bias, p, op, output_dtype) == (None, 0.0, None, None)
         seen.append(("memory_efficient_attention", False))
         return module._plain(query, key, value, scale)
@@ -910,9 +888,7 @@ def installed(monkeypatch):
             monkeypatch.setattr(sys.modules[path], name, function, raising=False)
         monkeypatch.setattr(module, "_loaded", {})
         monkeypatch.setattr(module, "_cuda_device_reason", lambda problem: None)
-        monkeypatch.setattr(
-            module, "_capability", torch.compiler.assume_constant_result(lambda index: HOPPER)
-        )
+        monkeypatch.setattr(module, "_capability", torch.compiler.assume_constant_result(lambda index: HOPPER))
         return seen
 
     return install
@@ -956,9 +932,7 @@ def test_a_bias_left_to_a_package_takes_its_gradient(installed, case):
     expected = with_gradients(partial(left, backend="plain"), (x, weight, bias), grad_out)
     assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
     # A packed function's backward leaves nothing to stack.
-    assert [name for name, _ in seen] == [
-        "memory_efficient_attention" if case == "xformers" else "flash_attn_qkvpacked_func"
-    ]
+    assert [name for name, _ in seen] == ["memory_efficient_attention" if case == "xformers" else "flash_attn_qkvpacked_func"]
 
 
 @pytest.mark.parametrize("case", ["flash_attn_2", "flash_attn_3"])
@@ -997,16 +971,12 @@ def test_packages_that_are_missing_or_broken_say_so(monkeypatch, gpu):
     assert "libcudart.so.12" in str(BACKENDS["xformers"].refuse(problem))
 
 
-# ------------------------------------------------------------------------------------------------------------
-# On a GPU
-# ------------------------------------------------------------------------------------------------------------
+# ---- On a GPU --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(
-    "shape", [(8, 256, 16, 72), (8, 1024, 4, 64), (8, 64, 6, 64), (3, 17, 4, 72), (2, 49, 3, 20)], ids=str
-)
+@pytest.mark.parametrize("shape", [(8, 256, 16, 72), (8, 1024, 4, 64), (8, 64, 6, 64), (3, 17, 4, 72), (2, 49, 3, 20)], ids=str)
 @pytest.mark.parametrize("backend", ATTENTION_BACKENDS)
 def test_gpu_packed(backend, shape, dtype):
     batch, tokens, heads, head_dim = shape
@@ -1027,10 +997,7 @@ def test_gpu_cross_attention_compiled_and_deterministic(backend, deterministic):
         pytest.skip(reason)
     assert_right((q.detach(), kv), backend=backend)
     grad_out = random(4, 256, 16 * 72, seed=2, device="cuda")
-    eager, again = (
-        with_gradients(lambda *t: attention(*t, backend=backend), (q.detach(), kv), grad_out)
-        for _ in range(2)
-    )
+    eager, again = (with_gradients(lambda *t: attention(*t, backend=backend), (q.detach(), kv), grad_out) for _ in range(2))
     compiled = torch.compile(lambda *t: attention(*t, backend=backend), fullgraph=True, backend="aot_eager")
     traced = with_gradients(compiled, (q.detach(), kv), grad_out)
     for a, b, c in zip(eager, again, traced, strict=True):

@@ -23,9 +23,7 @@ TIMING = {"median_ms", "low_ms", "high_ms"}
 def run(name: str, *arguments: str, monkeypatch: pytest.MonkeyPatch, out: Path) -> list[dict[str, Any]]:
     """Runs a script as the shell would, and returns the rows of its JSON."""
     monkeypatch.syspath_prepend(BENCHMARKS)
-    monkeypatch.setattr(
-        "sys.argv", [name, "--device", "cpu", "--rounds", "2", "--json", str(out), *arguments]
-    )
+    monkeypatch.setattr("sys.argv", [name, "--device", "cpu", "--rounds", "2", "--json", str(out), *arguments])
     runpy.run_path(str(BENCHMARKS / f"{name}.py"), run_name="__main__")
     result = json.loads(out.read_text())
     assert result["benchmark"] == name
@@ -39,9 +37,7 @@ def run(name: str, *arguments: str, monkeypatch: pytest.MonkeyPatch, out: Path) 
     return result["rows"]
 
 
-def test_ceilings(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_ceilings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     size = ("--model", "DiT-S/8", "--batch", "1", "--input-size", "16", "--copy-mib", "1", "--dtype", "fp32")
     rows = run("ceilings", *size, monkeypatch=monkeypatch, out=tmp_path / "c.json")
     assert [row["what"] for row in rows] == ["copy", "qkv", "proj", "fc1", "fc2"]
@@ -99,9 +95,7 @@ def test_attention(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 PARITY = ("--device", "cpu", "--tokens", "5", "--dtypes", "bf16,fp32")
 
 
-def test_attention_parity(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_attention_parity(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.syspath_prepend(BENCHMARKS)
     import attention_parity
 
@@ -117,15 +111,10 @@ def test_attention_parity(
     assert all(row["refused"] is None and 0 < row["error_over_allowed"] <= 1 for row in rows)
     capsys.readouterr()
     assert attention_parity.main([*PARITY, "--backends", "plain,xformers"]) == 1
-    assert (
-        capsys.readouterr().err
-        == "xformers serves nowhere: it needs a CUDA device, and the tensors are on cpu\n"
-    )
+    assert capsys.readouterr().err == "xformers serves nowhere: it needs a CUDA device, and the tensors are on cpu\n"
 
 
-def test_a_wrong_attention_backend_is_told(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_wrong_attention_backend_is_told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.syspath_prepend(BENCHMARKS)
     import attention_parity
 
@@ -201,9 +190,7 @@ def test_first_use(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         assert math.isclose(row["until_first"], sum(parts[:3]))
 
 
-def test_a_process_that_fails_is_an_error_with_its_words(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_a_process_that_fails_is_an_error_with_its_words(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     size = ("--model", "DiT-S/8", "--input-size", "7", "--contenders", "ours-fp32")
     with pytest.raises(RuntimeError, match=r"(?s)ours-fp32 ended with 1: .*input_size: got"):
         run("first_use", *size, monkeypatch=monkeypatch, out=tmp_path / "f.json")
@@ -222,9 +209,7 @@ def test_training_goes_through_all_models_and_sizes(monkeypatch: pytest.MonkeyPa
     training.main(["--device", "cpu", "--json", str(out), *sizes, "--contenders", "ours-bf16,eager-bf16"])
     _, *rows = json.loads(out.read_text())["rows"]
     assert len(rows) == 12 * 2 * 2 * 2
-    assert len({(row["model"], row["input_size"], row["contender"], row["repeat"]) for row in rows}) == len(
-        rows
-    )
+    assert len({(row["model"], row["input_size"], row["contender"], row["repeat"]) for row in rows}) == len(rows)
 
 
 @pytest.mark.parametrize("solver", ["ddim", "ddpm"])
@@ -278,9 +263,7 @@ def test_a_benchmark_cut_short_leaves_what_it_had(monkeypatch: pytest.MonkeyPatc
     assert not left["complete"]
 
 
-def test_the_suites_of_pytest_benchmark_run_and_are_no_part_of_the_test_suite(
-    tmp_path: Path, pytestconfig: pytest.Config
-) -> None:
+def test_the_suites_of_pytest_benchmark_run_and_are_no_part_of_the_test_suite(tmp_path: Path, pytestconfig: pytest.Config) -> None:
     out = tmp_path / "b.json"
     few = "(modulate_norm and fp32) or (test_attention and 72) or (test_guided_steps and sampler)"
     options = ("-q", "-p", "no:cacheprovider", "-p", "no:xdist", f"--benchmark-json={out}", "-k", few)
@@ -315,17 +298,11 @@ def test_cost_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     size = ("--models", "DiT-S/8", "--batch", "64", "--detail", "--tflops", "100", "--bandwidth", "1000")
     rows = run("cost_model", *size, monkeypatch=monkeypatch, out=tmp_path / "m.json")
     steps = {row["variant"]: row for row in rows if "step_ms" in row}
-    assert (
-        steps["ours, bf16 residual"]["moving_ms"] < steps["ours"]["moving_ms"] < steps["plain"]["moving_ms"]
-    )
+    assert steps["ours, bf16 residual"]["moving_ms"] < steps["ours"]["moving_ms"] < steps["plain"]["moving_ms"]
     assert len({row["products_ms"] for row in steps.values()}) == 1
     # 2 operations a multiply-add, three forwards' worth, attention's backward half a product dearer
     assert math.isclose(steps["plain"]["products_ms"], 3 * 2 * 64 * 0.36 / 100, rel_tol=0.02)
-    fused = next(
-        row
-        for row in rows
-        if (row["variant"], row.get("kernel")) == ("ours", "ditkernels::gated_residual_norm")
-    )
+    fused = next(row for row in rows if (row["variant"], row.get("kernel")) == ("ours", "ditkernels::gated_residual_norm"))
     one_pass = steps["ours, bf16 residual, fused optimizer"]
     assert math.isclose(one_pass["optimizer_ms"], 0.9 * steps["ours"]["optimizer_ms"])
     best = "ours, bf16 residual, fused optimizer, master weights"

@@ -46,25 +46,18 @@ def make_inputs(
     return made
 
 
-def run(
-    function: object, inputs: dict[str, Tensor], wide: bool = False, cotangent: str = "packed"
-) -> list[Tensor]:
+def run(function: object, inputs: dict[str, Tensor], wide: bool = False, cotangent: str = "packed") -> list[Tensor]:
     """The output and the gradient of every input, for a fixed cotangent."""
     leaves = {n: (v.double() if wide else v).detach().requires_grad_() for n, v in inputs.items()}
     output = function(**leaves)
-    dy = on_device(
-        make_inputs(tuple(output.shape), inputs["x"].dtype, None, cotangent, seed=7), output.device
-    )
+    dy = on_device(make_inputs(tuple(output.shape), inputs["x"].dtype, None, cotangent, seed=7), output.device)
     gradients = torch.autograd.grad(output, list(leaves.values()), dy["x"].double() if wide else dy["x"])
     return [output, *gradients]
 
 
 def on_device(tensors: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
     """With the strides they have, which a plain copy would close."""
-    return {
-        name: torch.empty_strided(v.shape, v.stride(), dtype=v.dtype, device=device).copy_(v)
-        for name, v in tensors.items()
-    }
+    return {name: torch.empty_strided(v.shape, v.stride(), dtype=v.dtype, device=device).copy_(v) for name, v in tensors.items()}
 
 
 def assert_parity(inputs: dict[str, Tensor], cotangent: str = "packed") -> None:
@@ -199,9 +192,7 @@ def test_forward_mode_and_second_derivatives_are_refused() -> None:
     ],
 )
 def test_errors_name_the_argument(arguments: tuple, error: type, words: str) -> None:
-    ops.bias_gelu(
-        torch.zeros(2, 3, 4), torch.zeros(4)
-    )  # what a good call leaves behind must not let a bad one pass
+    ops.bias_gelu(torch.zeros(2, 3, 4), torch.zeros(4))  # what a good call leaves behind must not let a bad one pass
     for way in (nullcontext(), nullcontext(), Watching()):
         with way, pytest.raises(error, match=words):
             ops.bias_gelu(*arguments)

@@ -46,11 +46,7 @@ def test_every_public_op_runs_in_fp32_and_bf16(found):
 
 
 def test_every_registered_op_and_its_backward_is_reached():
-    reached = {
-        call.op.name
-        for chosen in check.CASES
-        for call in check.recorded_calls(chosen, chosen.inputs(FP32, CPU))
-    }
+    reached = {call.op.name for chosen in check.CASES for call in check.recorded_calls(chosen, chosen.inputs(FP32, CPU))}
     assert reached == set(dispatch.OPS)
 
 

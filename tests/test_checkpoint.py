@@ -41,9 +41,7 @@ def make(seed, *, ema=True):
             "count": torch.tensor(seed),
         }
 
-    return Checkpoint(
-        state(), state() if ema else None, step=seed, config={"model": {"depth": 4}, "lr": 1e-3}
-    )
+    return Checkpoint(state(), state() if ema else None, step=seed, config={"model": {"depth": 4}, "lr": 1e-3})
 
 
 def assert_same(loaded, saved):
@@ -314,9 +312,7 @@ def test_a_missing_public_file_is_named(tmp_path):
         load_public_checkpoint(tmp_path / "absent.pt")
 
 
-# --------------------------------------------------------------------------------------------------------------
-# The checkpoints of a run
-# --------------------------------------------------------------------------------------------------------------
+# ---- The checkpoints of a run ----------------------------------------------------------------------------------------
 
 
 def whole(step):
@@ -369,9 +365,7 @@ def test_the_newest_whole_checkpoint_is_found_and_the_broken_ones_named(tmp_path
     assert list(checkpoints_of(tmp_path)) == [2, 9]
 
 
-@pytest.mark.parametrize(
-    "keep_last, keep_every, kept", [(2, 0, [4, 5, 7]), (1, 2, [2, 4, 5, 7]), (9, 0, [1, 2, 3, 4, 5, 7])]
-)
+@pytest.mark.parametrize("keep_last, keep_every, kept", [(2, 0, [4, 5, 7]), (1, 2, [2, 4, 5, 7]), (9, 0, [1, 2, 3, 4, 5, 7])])
 def test_old_checkpoints_are_removed_but_the_last_and_every_mth(tmp_path, keep_last, keep_every, kept):
     save_steps(tmp_path, 1, 2, 3, 4, 5, 7)
     remove_old_checkpoints(tmp_path, 5, keep_last=keep_last, keep_every=keep_every)

@@ -31,9 +31,7 @@ from ditkernels.check import CASES, PRECISIONS
 from ditkernels.ops import _triton, dispatch
 
 CPU = torch.device("cpu")
-CASE = {
-    case.op: case for case in sorted(CASES, key=lambda case: len(case.shapes))
-}  # with most inputs, of each op
+CASE = {case.op: case for case in sorted(CASES, key=lambda case: len(case.shapes))}  # with most inputs, of each op
 DECLARED = sorted(CASE.keys() - {"attention", "split_qkv"})  # split_qkv has views, and a backward of ours
 DIFFERENTIABLE = sorted(CASE.keys() - {"adamw_ema"})
 NUMBER = {"torch": 1, "triton": 2, "cuda": 3}
@@ -63,9 +61,7 @@ def says(answer: str | None) -> dispatch.Refusal:
     return lambda op, args: answer
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# The setting: a compiled function follows it
-# ------------------------------------------------------------------------------------------------------------------
+# ---- The setting: a compiled function follows it ---------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -185,9 +181,7 @@ def test_a_forced_backend_that_cannot_serve_says_why(backend: str) -> None:
     assert str(plainly.value) in str(compiled.value)
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# What the graphs hold
-# ------------------------------------------------------------------------------------------------------------------
+# ---- What the graphs hold --------------------------------------------------------------------------------------------
 
 LAUNCH = "triton_kernel_wrapper_functional"
 
@@ -278,9 +272,7 @@ def test_a_compiled_library_stays_one_op(monkeypatch: pytest.MonkeyPatch) -> Non
     assert LAUNCH not in targets(graphs["forward"])
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# Export
-# ------------------------------------------------------------------------------------------------------------------
+# ---- Export ----------------------------------------------------------------------------------------------------------
 
 
 class Calling(torch.nn.Module):
@@ -316,16 +308,12 @@ def test_an_export_keeps_the_op_that_changes_its_arguments(strict: bool) -> None
         assert "ditkernels.adamw_ema.default" in str(found.graph)
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# Selective checkpointing
-# ------------------------------------------------------------------------------------------------------------------
+# ---- Selective checkpointing -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("saved", [True, False])
 @pytest.mark.parametrize("compiled", [True, False])
-def test_selective_checkpointing_decides_by_op(
-    saved: bool, compiled: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_selective_checkpointing_decides_by_op(saved: bool, compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Counted are the norm's kernel in an eager run, and its square root in a compiled backward."""
     op, ran, found = dispatch.OPS["gated_residual_norm"], [], {}
     plain = op.implementations["torch"]
@@ -352,16 +340,10 @@ def test_selective_checkpointing_decides_by_op(
             return make_boxed_func(graph.forward)
 
         forward = lambda graph, inputs: make_boxed_func(graph.forward)  # noqa: E731
-        partition = functools.partial(
-            torch._functorch.partitioners.min_cut_rematerialization_partition, compiler="inductor"
-        )
-        return aot_module_simplified(
-            graph, inputs, fw_compiler=forward, bw_compiler=keep, partition_fn=partition
-        )
+        partition = functools.partial(torch._functorch.partitioners.min_cut_rematerialization_partition, compiler="inductor")
+        return aot_module_simplified(graph, inputs, fw_compiler=forward, bw_compiler=keep, partition_fn=partition)
 
-    monkeypatch.setitem(
-        op.implementations, "torch", dispatch.Implementation(plain.kernel, counting, plain.refuse)
-    )
+    monkeypatch.setitem(op.implementations, "torch", dispatch.Implementation(plain.kernel, counting, plain.refuse))
     x, branch = (torch.randn(2, 3, 8, requires_grad=True) for _ in range(2))
     expected = torch.autograd.grad(block(x, branch), (x, branch))
     ran.clear()
@@ -371,9 +353,7 @@ def test_selective_checkpointing_decides_by_op(
     assert again == (0 if saved else 1)
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# Forward-mode AD
-# ------------------------------------------------------------------------------------------------------------------
+# ---- Forward-mode AD -------------------------------------------------------------------------------------------------
 
 
 def with_tangents(function: Callable[..., Any], *tensors: Tensor) -> Any:
@@ -440,9 +420,7 @@ def test_attention_keeps_the_tangent(way: str) -> None:
             torch.testing.assert_close(tangent, expected)
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# Caches on disk
-# ------------------------------------------------------------------------------------------------------------------
+# ---- Caches on disk --------------------------------------------------------------------------------------------------
 
 PROCESSES = """
 import json, multiprocessing, sys, torch, torch._functorch.config, torch._inductor.compile_fx

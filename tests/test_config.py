@@ -40,9 +40,7 @@ def test_flags_have_the_types_of_their_fields():
 
 
 def test_a_file_sets_what_flags_do_not(tmp_path):
-    (tmp_path / "run.yaml").write_text(
-        "learning_rate: 1e-3\nsteps: 5\ncompile: true\ngrad_clip: null\nvae: mse\n"
-    )
+    (tmp_path / "run.yaml").write_text("learning_rate: 1e-3\nsteps: 5\ncompile: true\ngrad_clip: null\nvae: mse\n")
     found = parsed("--config", str(tmp_path / "run.yaml"), "--steps", "9")
     assert (found.learning_rate, found.steps, found.compile, found.grad_clip, found.vae) == (
         1e-3,
@@ -133,9 +131,7 @@ def test_a_record_from_before_a_field_was_there_had_its_default():
     older = dataclasses.asdict(TrainConfig(data_path="digits"))
     del older["optimizer"]
     assert differences(older, TrainConfig(data_path="digits")) == []
-    assert differences(older, TrainConfig(data_path="digits", optimizer="fused")) == [
-        "optimizer: 'torch' there, 'fused' here"
-    ]
+    assert differences(older, TrainConfig(data_path="digits", optimizer="fused")) == ["optimizer: 'torch' there, 'fused' here"]
 
 
 def test_the_example_is_a_config():

@@ -189,9 +189,7 @@ def test_an_existing_target_stays(tmp_path: Path, public_pt: Path) -> None:
     assert target.read_text() == "mine"
 
 
-@pytest.mark.parametrize(
-    "name, layout", [("out.safetensors", "public"), ("out.pt", "public"), ("out", "diffusers")]
-)
+@pytest.mark.parametrize("name, layout", [("out.safetensors", "public"), ("out.pt", "public"), ("out", "diffusers")])
 def test_a_failed_write_leaves_nothing(
     tmp_path: Path, public_pt: Path, monkeypatch: pytest.MonkeyPatch, name: str, layout: str
 ) -> None:

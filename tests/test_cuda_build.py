@@ -30,9 +30,7 @@ def tools() -> build_native.Toolchain:
     return build_native.Toolchain(found, Path(torch.__file__).parent)
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# What is asked for
-# ------------------------------------------------------------------------------------------------------------------
+# ---- What is asked for -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -108,12 +106,8 @@ def test_without_torch_the_install_is_pure_python_and_says_so(monkeypatch: pytes
 def test_with_both_the_library_is_built_and_the_switch_turns_it_off(monkeypatch: pytest.MonkeyPatch) -> None:
     options = setup_options(monkeypatch)
     assert options["reason"] is None
-    assert set(options["ext_modules"][0].sources) == {
-        str(p.relative_to(ROOT)) for p in build_native.sources()
-    }
-    assert setup_options(monkeypatch, DITKERNELS_BUILD_CUDA="0")["reason"] == (
-        "DITKERNELS_BUILD_CUDA=0 was set at installation"
-    )
+    assert set(options["ext_modules"][0].sources) == {str(p.relative_to(ROOT)) for p in build_native.sources()}
+    assert setup_options(monkeypatch, DITKERNELS_BUILD_CUDA="0")["reason"] == ("DITKERNELS_BUILD_CUDA=0 was set at installation")
 
 
 @pytest.mark.parametrize(
@@ -131,9 +125,7 @@ def test_the_build_requires_no_torch() -> None:
     assert "torch" not in required
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# Building
-# ------------------------------------------------------------------------------------------------------------------
+# ---- Building --------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -166,9 +158,7 @@ def call(library: Path) -> tuple[int, str]:
 @needs_nvcc
 def test_a_changed_header_rebuilds_and_nothing_else_does(tiny: Path, tmp_path: Path) -> None:
     def build() -> Path:
-        return build_native.build_library(
-            tmp_path / "out", tools(), build_native.architectures("8.0;9.0a+PTX"), [tiny]
-        )
+        return build_native.build_library(tmp_path / "out", tools(), build_native.architectures("8.0;9.0a+PTX"), [tiny])
 
     library = build()
     assert call(library) == (1, "8.0;9.0a+PTX")
@@ -193,9 +183,7 @@ def test_an_architecture_unknown_to_the_compiler_is_named(tiny: Path, tmp_path: 
         build_native.build_library(tmp_path / "out", tools(), build_native.architectures("19.0"), [tiny])
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# Devices
-# ------------------------------------------------------------------------------------------------------------------
+# ---- Devices ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -242,9 +230,7 @@ def test_a_device_that_the_library_was_not_built_for_is_refused(
 def assert_reason(said: str | None) -> None:
     """What a device, whose properties are patched, is told about an op."""
     x = mock.Mock(spec=torch.Tensor, device=torch.device("cuda:0"), dtype=torch.float32, shape=(1, 2, 384))
-    reason = _native.refuse(
-        norm.MODULATE_NORM, (x, None, None, None, None, "layernorm", 1e-6, x.dtype, False)
-    )
+    reason = _native.refuse(norm.MODULATE_NORM, (x, None, None, None, None, "layernorm", 1e-6, x.dtype, False))
     assert reason is None if said is None else said in str(reason)
 
 
@@ -276,9 +262,7 @@ def test_a_driver_that_is_too_old_is_refused(
     assert_reason(said)
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# Installs
-# ------------------------------------------------------------------------------------------------------------------
+# ---- Installs --------------------------------------------------------------------------------------------------------
 
 
 BUILD_FILES = ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE")
@@ -332,9 +316,7 @@ def test_an_sdist_holds_what_its_install_needs(tmp_path: Path) -> None:
     (made,) = out.iterdir()
     with tarfile.open(made) as archive:
         held = {name.partition("/")[2] for name in archive.getnames()}
-    needed = {
-        p.relative_to(ROOT).as_posix() for p in (*build_native.CSRC.iterdir(), Path(build_native.__file__))
-    }
+    needed = {p.relative_to(ROOT).as_posix() for p in (*build_native.CSRC.iterdir(), Path(build_native.__file__))}
     assert needed <= held
     assert_pure(wheel(made, tmp_path / "wheels", DITKERNELS_BUILD_CUDA="0"), tmp_path)
 

@@ -112,10 +112,7 @@ def test_the_reading_of_machine_code_sees_what_it_should(tmp_path: Path) -> None
     source = tmp_path / "faulty.cu"
     source.write_text(FAULTY)
     ptx, cubin = cuda_code._compiled(source, "90a", 1, tmp_path)
-    found = {
-        row["kernel"]: row
-        for row in (cuda_code._row(c, "faulty", "90a") for c in cuda_code.read(ptx, cubin, source))
-    }
+    found = {row["kernel"]: row for row in (cuda_code._row(c, "faulty", "90a") for c in cuda_code.read(ptx, cubin, source))}
     assert found["moved<true>"]["wide_fraction"] == {"x": 1.0, "y": 1.0}
     assert found["claims_to_be_vectorised<true>"]["wide_fraction"] == {"x": 1.0, "y": 0.0}
     assert not found["moved<false>"]["wide"]

@@ -44,9 +44,7 @@ def test_the_split_is_fixed_disjoint_and_holds_out_a_fifth_of_each_class():
 
     assert not rows(train) & rows(held_out)
     for label in range(10):
-        share = (held_out.labels == label).sum() / (
-            (held_out.labels == label).sum() + (train.labels == label).sum()
-        )
+        share = (held_out.labels == label).sum() / ((held_out.labels == label).sum() + (train.labels == label).sum())
         assert 0.19 < share < 0.21
 
 
@@ -105,9 +103,7 @@ def test_a_stream_names_the_bad_argument(bad):
         ShuffledStream(**{"length": 5, "batch_size": 2, "seed": 0, **bad})
 
 
-# --------------------------------------------------------------------------------------------------------------
-# Folders of images
-# --------------------------------------------------------------------------------------------------------------
+# ---- Folders of images -----------------------------------------------------------------------------------------------
 
 CLASSES = ("n01", "n02", "n10")
 
@@ -155,9 +151,7 @@ def test_an_epoch_holds_every_image_with_its_label(folder):
     for step in range(3):
         images, labels, unreadable = stream[step]
         assert (images.dtype, images.shape, unreadable) == (torch.uint8, (4, 3, 8, 8), ())
-        seen += [
-            (label, image.numpy().tobytes()) for image, label in zip(images, labels.tolist(), strict=True)
-        ]
+        seen += [(label, image.numpy().tobytes()) for image, label in zip(images, labels.tolist(), strict=True)]
     expected = set()
     for file, label in zip(stream.folder.files, stream.folder.labels.tolist(), strict=True):
         with Image.open(folder / file) as image:
@@ -239,9 +233,7 @@ def test_an_unreadable_image_is_named_and_the_next_one_takes_its_place(folder):
 def test_too_many_unreadable_images_in_a_row_are_an_error(folder):
     for index in range(4):
         damage(folder / "n01" / f"{index}.png")
-    with pytest.raises(
-        UnreadableImagesError, match=r"unreadable images: got 4 in a row, the last .*n01/3\.png"
-    ):
+    with pytest.raises(UnreadableImagesError, match=r"unreadable images: got 4 in a row, the last .*n01/3\.png"):
         batches(folder, batch_size=12, max_unreadable=3)[0]
 
 
@@ -269,9 +261,7 @@ def test_a_missing_pillow_names_the_extra(folder, monkeypatch):
         batches(folder)
 
 
-# --------------------------------------------------------------------------------------------------------------
-# What a config opens
-# --------------------------------------------------------------------------------------------------------------
+# ---- What a config opens ---------------------------------------------------------------------------------------------
 
 DIGITS = {"data_path": "digits", "vae": "none", "image_size": 8, "num_classes": 10}
 

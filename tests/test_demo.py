@@ -63,9 +63,7 @@ def test_the_checkpoint_makes_the_model_again(tmp_path):
     model = DiT(**checkpoint.config["model"])
     model.load_state_dict(checkpoint.model)
     model.load_state_dict(checkpoint.sampling_weights)
-    assert not torch.equal(
-        checkpoint.model["x_embedder.proj.weight"], checkpoint.ema["x_embedder.proj.weight"]
-    )
+    assert not torch.equal(checkpoint.model["x_embedder.proj.weight"], checkpoint.ema["x_embedder.proj.weight"])
 
 
 def test_same_seed_same_bytes_whatever_the_number_of_threads(tmp_path, monkeypatch):
@@ -111,9 +109,7 @@ def test_nothing_is_trained_when_the_check_fails(tmp_path, capsys, check):
 @pytest.mark.parametrize("missing", ["sklearn", "matplotlib"])
 def test_a_missing_package_names_the_extra_before_anything_runs(tmp_path, monkeypatch, capsys, missing):
     genuine = importlib.util.find_spec
-    monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name, *rest: None if name == missing else genuine(name, *rest)
-    )
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == missing else genuine(name, *rest))
     assert main(["demo", "--out", str(tmp_path / "out"), *SHORT]) == 2
     shown = capsys.readouterr()
     assert shown.err == f"ditkernels: error: the demo needs {missing}: pip install ditkernels[demo]\n"

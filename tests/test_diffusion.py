@@ -69,9 +69,7 @@ class Oracle:
         return epsilon if self.v is None else torch.cat([epsilon, torch.full_like(epsilon, self.v)], dim=1)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Schedules and respacing
-# ------------------------------------------------------------------------------------------------------------
+# ---- Schedules and respacing -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -179,9 +177,7 @@ def test_without_respacing_the_betas_stay_bit_for_bit():
 
 def test_linear_schedule_ends_at_the_same_noise_whatever_its_length():
     np.testing.assert_allclose(named_beta_schedule("linear", 4000)[[0, -1]], [2.5e-5, 5e-3])
-    np.testing.assert_array_equal(
-        named_beta_schedule("cosine", 77), named_beta_schedule("squaredcos_cap_v2", 77)
-    )
+    np.testing.assert_array_equal(named_beta_schedule("cosine", 77), named_beta_schedule("squaredcos_cap_v2", 77))
 
 
 def exact_tables(name: str, steps: int, kept: list[int]) -> dict[str, list[mpmath.mpf]]:
@@ -193,10 +189,7 @@ def exact_tables(name: str, steps: int, kept: list[int]) -> dict[str, list[mpmat
         first, last = scale * mp.mpf("1e-4"), scale * mp.mpf("0.02")
         betas = [first + (last - first) * i / (steps - 1) for i in range(steps)]
     else:
-        bar = [
-            mp.cos((mp.mpf(i) / steps + mp.mpf("0.008")) / mp.mpf("1.008") * mp.pi / 2) ** 2
-            for i in range(steps + 1)
-        ]
+        bar = [mp.cos((mp.mpf(i) / steps + mp.mpf("0.008")) / mp.mpf("1.008") * mp.pi / 2) ** 2 for i in range(steps + 1)]
         betas = [min(1 - b / a, mp.mpf("0.999")) for a, b in pairwise(bar)]
     product, cumulative = mp.mpf(1), []
     for beta in betas:
@@ -273,9 +266,7 @@ def test_tables_are_read_only_float64():
             table[0] = 0
 
 
-# ------------------------------------------------------------------------------------------------------------
-# q
-# ------------------------------------------------------------------------------------------------------------
+# ---- q ---------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("shape", [(4, 3), (4, 2, 7), SHAPE, (4, 1, 2, 3, 4)], ids=str)
@@ -325,9 +316,7 @@ def test_posterior_at_the_first_step_is_x_start_and_its_log_variance_is_clipped(
     numerics.assert_identity(log_variance.exp(), second)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# p
-# ------------------------------------------------------------------------------------------------------------
+# ---- p ---------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("v, weight", [(1.0, 1.0), (-1.0, 0.0), (0.0, 0.5), (0.5, 0.75), (3.0, 2.0)])
@@ -336,10 +325,7 @@ def test_learned_range_interpolates_logarithms(v, weight):
     t = torch.tensor([0, 1, 20, 49])
     out = diffusion.p_mean_variance(Oracle(random(*SHAPE), v), random(*SHAPE, seed=1), t)
     c = coefficients(diffusion, t)
-    expected = (
-        weight * torch.from_numpy(np.log(diffusion.betas))[t]
-        + (1 - weight) * c.posterior_log_variance_clipped
-    )
+    expected = weight * torch.from_numpy(np.log(diffusion.betas))[t] + (1 - weight) * c.posterior_log_variance_clipped
     expected = expected.view(-1, 1, 1, 1).expand(SHAPE)
     numerics.assert_identity(out["log_variance"], expected)
     numerics.assert_identity(out["variance"].log(), expected)
@@ -388,9 +374,7 @@ def test_denoised_fn_comes_before_clipping():
     assert x_start.abs().max() > 1
     numerics.assert_identity(predicted(clip_denoised=False), x_start, AMPLIFICATION)
     numerics.assert_identity(predicted(), x_start.clamp(-1, 1), AMPLIFICATION)
-    numerics.assert_identity(
-        predicted(denoised_fn=lambda x: 5 * x), (5 * x_start).clamp(-1, 1), 5 * AMPLIFICATION
-    )
+    numerics.assert_identity(predicted(denoised_fn=lambda x: 5 * x), (5 * x_start).clamp(-1, 1), 5 * AMPLIFICATION)
     unclipped = predicted(denoised_fn=lambda x: 5 * x, clip_denoised=False)
     numerics.assert_identity(unclipped, 5 * x_start, 5 * AMPLIFICATION)
 
@@ -430,9 +414,7 @@ def test_narrow_inputs_and_outputs_are_computed_in_float32(dtype):
         assert torch.equal(out, diffusion.p_mean_variance(wide_model, x.float(), t)[name])
     for name, out in diffusion.training_losses(narrow_model, x, t, noise=noise).items():
         assert out.dtype == torch.float32
-        assert torch.equal(
-            out, diffusion.training_losses(wide_model, x.float(), t, noise=noise.float())[name]
-        )
+        assert torch.equal(out, diffusion.training_losses(wide_model, x.float(), t, noise=noise.float())[name])
 
 
 @pytest.mark.parametrize("schedule", ["linear", "squaredcos_cap_v2"])
@@ -467,9 +449,7 @@ def test_float32_tables_are_the_float64_tables_rounded_once(schedule):
         assert torch.equal(getattr(single, field), getattr(double, field).float()), field
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Divergence and likelihood
-# ------------------------------------------------------------------------------------------------------------
+# ---- Divergence and likelihood ---------------------------------------------------------------------------------------
 
 moderate = st.floats(-8, 8, allow_nan=False)
 
@@ -477,9 +457,7 @@ moderate = st.floats(-8, 8, allow_nan=False)
 @settings(deadline=None)
 @given(moderate, moderate, moderate, moderate)
 def test_kl_is_that_of_torch_and_never_negative(mean1, log_variance1, mean2, log_variance2):
-    a, b, c, d = (
-        torch.tensor([v], dtype=torch.float64) for v in (mean1, log_variance1, mean2, log_variance2)
-    )
+    a, b, c, d = (torch.tensor([v], dtype=torch.float64) for v in (mean1, log_variance1, mean2, log_variance2))
     kl = normal_kl(a, b, c, d)
     expected = torch.distributions.kl_divergence(
         torch.distributions.Normal(a, (0.5 * b).exp()), torch.distributions.Normal(c, (0.5 * d).exp())
@@ -505,9 +483,7 @@ def test_discretized_likelihood_is_a_distribution_over_pixels(mean, log_std):
     shape = torch.full((256,), mean, dtype=torch.float64), torch.full((256,), log_std, dtype=torch.float64)
     mass = discretized_gaussian_log_likelihood(PIXELS, *shape).exp()
     # The floor of 1e-12 a pixel may add up to 256 of itself.
-    assert (
-        abs(mass.sum().item() - 1) <= 256e-12 + numerics.DIFFUSION_ROUNDINGS * torch.finfo(torch.float64).eps
-    )
+    assert abs(mass.sum().item() - 1) <= 256e-12 + numerics.DIFFUSION_ROUNDINGS * torch.finfo(torch.float64).eps
     exact = torch.distributions.Normal(mean, math.exp(log_std))
     upper = torch.where(PIXELS > 0.999, 1.0, exact.cdf(PIXELS + 1 / 255))
     lower = torch.where(PIXELS < -0.999, 0.0, exact.cdf(PIXELS - 1 / 255))
@@ -545,9 +521,7 @@ def test_discretized_likelihood_keeps_its_digits_and_gradient_in_the_tails():
     x = torch.zeros(4)
     mean = offset.clone().requires_grad_()
     log_likelihood = discretized_gaussian_log_likelihood(x, mean, torch.full((4,), math.log(std)))
-    exact = discretized_gaussian_log_likelihood(
-        x.double(), offset.double(), torch.full((4,), math.log(std), dtype=torch.float64)
-    )
+    exact = discretized_gaussian_log_likelihood(x.double(), offset.double(), torch.full((4,), math.log(std), dtype=torch.float64))
     numerics.assert_identity(log_likelihood.detach(), exact, AMPLIFICATION)
     (gradient,) = torch.autograd.grad(log_likelihood.sum(), mean)
     assert (gradient * offset < 0).all()
@@ -555,9 +529,7 @@ def test_discretized_likelihood_keeps_its_digits_and_gradient_in_the_tails():
     assert torch.equal(far, torch.full((4,), 1e-12).log())
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Losses
-# ------------------------------------------------------------------------------------------------------------
+# ---- Losses ----------------------------------------------------------------------------------------------------------
 
 T_MIXED = torch.tensor([0, 1, 500, 999])
 
@@ -616,9 +588,7 @@ def test_variational_terms_from_first_principles(v):
     q_normal = torch.distributions.Normal(q_mean, (0.5 * q_log_variance).exp())
     p_normal = torch.distributions.Normal(p["mean"], (0.5 * p["log_variance"]).exp())
     kl = mean_over_pixels(torch.distributions.kl_divergence(q_normal, p_normal)) / math.log(2)
-    nll = published_nll(
-        x[0].numpy(), p["mean"][0].numpy(), 0.5 * p["log_variance"][0].numpy()
-    ).mean() / math.log(2)
+    nll = published_nll(x[0].numpy(), p["mean"][0].numpy(), 0.5 * p["log_variance"][0].numpy()).mean() / math.log(2)
     numerics.assert_identity(vb[1:], kl[1:], AMPLIFICATION)
     np.testing.assert_allclose(vb[0].item(), nll, rtol=numerics.DIFFUSION_TABLE_RTOL)
 
@@ -626,9 +596,7 @@ def test_variational_terms_from_first_principles(v):
 def loss_gradients(diffusion: GaussianDiffusion, key: str) -> tuple[Tensor, Tensor]:
     """Gradients of one loss with regard to the model's prediction and its v, each (B, C, H, W)."""
     output = random(4, 6, 5, 6, seed=2).requires_grad_()
-    losses = diffusion.training_losses(
-        lambda x, t: output, random(*SHAPE), T_MIXED, noise=random(*SHAPE, seed=1)
-    )
+    losses = diffusion.training_losses(lambda x, t: output, random(*SHAPE), T_MIXED, noise=random(*SHAPE, seed=1))
     (gradient,) = torch.autograd.grad(losses[key].sum(), output)
     prediction, v = gradient.chunk(2, dim=1)
     return prediction, v
@@ -707,9 +675,7 @@ def test_bits_per_dim_add_up():
     numerics.assert_identity(bpd["prior_bpd"], mean_over_pixels(prior) / math.log(2))
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Samplers
-# ------------------------------------------------------------------------------------------------------------
+# ---- Samplers --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("clip_denoised", [False, True])
@@ -790,18 +756,11 @@ def test_ddim_reverse_loop_inverts_the_sampling_loop():
     diffusion = create_diffusion("50", **FIXED_SMALL)
     x = random(*SHAPE)
     latent = diffusion.ddim_reverse_sample_loop(Oracle(x), x, clip_denoised=False)
-    numerics.assert_identity(
-        diffusion.ddim_sample_loop(Oracle(x), SHAPE, latent, clip_denoised=False), x, AMPLIFICATION
-    )
+    numerics.assert_identity(diffusion.ddim_sample_loop(Oracle(x), SHAPE, latent, clip_denoised=False), x, AMPLIFICATION)
     # A constant prediction is integrated exactly, so the states at step 0 and at the last step determine each
     # other.
     constant = random(*SHAPE, seed=1)
-    states = [
-        out["sample"]
-        for out in diffusion.ddim_sample_loop_progressive(
-            lambda x, t: constant, SHAPE, x, clip_denoised=False
-        )
-    ]
+    states = [out["sample"] for out in diffusion.ddim_sample_loop_progressive(lambda x, t: constant, SHAPE, x, clip_denoised=False)]
     back = diffusion.ddim_reverse_sample_loop(lambda x, t: constant, states[-2], clip_denoised=False)
     numerics.assert_identity(back, x, AMPLIFICATION * states[-2].abs().max().item())
 
@@ -934,9 +893,7 @@ def test_a_generator_decides_everything_drawn():
     assert torch.equal(draw(1), draw(1))
     assert not torch.equal(draw(1), draw(2))
     state = torch.random.get_rng_state()
-    diffusion.training_losses(
-        wavy_learned, draw(1), torch.arange(4), generator=torch.Generator().manual_seed(1)
-    )
+    diffusion.training_losses(wavy_learned, draw(1), torch.arange(4), generator=torch.Generator().manual_seed(1))
     assert torch.equal(state, torch.random.get_rng_state())
 
 
@@ -972,17 +929,13 @@ def test_progress_shows_one_bar_of_all_steps(capsys):
     assert not capsys.readouterr().err
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Guidance with the reference DiT
-# ------------------------------------------------------------------------------------------------------------
+# ---- Guidance with the reference DiT ---------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def dit() -> DiT:
     torch.manual_seed(0)
-    model = DiT(
-        input_size=4, patch_size=2, in_channels=4, hidden_size=32, depth=2, num_heads=2, num_classes=5
-    )
+    model = DiT(input_size=4, patch_size=2, in_channels=4, hidden_size=32, depth=2, num_heads=2, num_classes=5)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     return model.double().eval()
@@ -1040,9 +993,7 @@ def test_guided_trajectory_of_scale_one_is_the_conditional_trajectory(dit):
         numerics.assert_identity(guided[:3], plain, 10 * AMPLIFICATION)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# What a step costs besides its arithmetic
-# ------------------------------------------------------------------------------------------------------------
+# ---- What a step costs besides its arithmetic ------------------------------------------------------------------------
 
 
 class Traffic(TorchDispatchMode):
@@ -1121,9 +1072,7 @@ def test_steps_do_not_stall_the_host():
         torch.cuda.set_sync_debug_mode("default")
 
 
-# ------------------------------------------------------------------------------------------------------------
-# What is refused
-# ------------------------------------------------------------------------------------------------------------
+# ---- What is refused -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -1248,9 +1197,7 @@ def test_a_model_with_the_wrong_number_of_channels_is_refused(options, channels)
     diffusion = create_diffusion("10", **options)
     expected = 6 if not options else 3
     model = lambda x, t: x.new_zeros(4, channels, 5, 6)  # noqa: E731
-    message = (
-        rf"model: got output \(4, {channels}, 5, 6\) for x \(4, 3, 5, 6\), allowed is \(4, {expected}, 5, 6\)"
-    )
+    message = rf"model: got output \(4, {channels}, 5, 6\) for x \(4, 3, 5, 6\), allowed is \(4, {expected}, 5, 6\)"
     with pytest.raises(ValueError, match=message):
         diffusion.training_losses(model, X, T)
     with pytest.raises(ValueError, match=message):

@@ -33,9 +33,7 @@ def schema(call: torch._ops.OpOverload) -> str:
     return str(call._schema).removeprefix("ditkernels::")
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# Declarations
-# ------------------------------------------------------------------------------------------------------------------
+# ---- Declarations ----------------------------------------------------------------------------------------------------
 
 
 def test_schemas_are_pinned() -> None:
@@ -61,9 +59,7 @@ def test_an_argument_list_is_the_reference_s(name: str) -> None:
     op = dispatch.OPS.get(name)
     if op is not None:
         declared = {i.name for i in op.declaration.inputs}
-        assert declared <= set(ours), (
-            f"{name} declares {declared - set(ours)}, which the public function lacks"
-        )
+        assert declared <= set(ours), f"{name} declares {declared - set(ours)}, which the public function lacks"
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
@@ -88,9 +84,7 @@ def test_wanted_gradients_are_torch_s_numbers_of_dtypes() -> None:
             assert torch.ops.aten.empty.memory_format([0], dtype=dtype).dtype is decoded([number])[0]
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# Settings
-# ------------------------------------------------------------------------------------------------------------------
+# ---- Settings --------------------------------------------------------------------------------------------------------
 
 
 def test_settings_nest_and_return() -> None:
@@ -141,26 +135,20 @@ def test_environment_variables_force_and_are_checked(monkeypatch: pytest.MonkeyP
     with ditkernels.use_backend("auto"):
         assert dispatch.backend_setting() is None
     monkeypatch.setenv("DITKERNELS_BACKEND", "fast")
-    with pytest.raises(
-        ValueError, match="DITKERNELS_BACKEND: unknown backend 'fast', allowed are auto, cuda, triton, torch"
-    ):
+    with pytest.raises(ValueError, match="DITKERNELS_BACKEND: unknown backend 'fast', allowed are auto, cuda, triton, torch"):
         ditkernels.ops.modulate_norm(torch.zeros(1, 1, 4))
 
 
 @pytest.mark.parametrize("call", [ditkernels.use_backend, ditkernels.set_backend])
 def test_unknown_backends_are_refused(call: Callable[..., Any]) -> None:
     name = call.__name__
-    with pytest.raises(
-        ValueError, match=f"{name}: unknown backend 'fast', allowed are auto, cuda, triton, torch"
-    ):
+    with pytest.raises(ValueError, match=f"{name}: unknown backend 'fast', allowed are auto, cuda, triton, torch"):
         call("fast")
     with pytest.raises(ValueError, match="unknown backend 'fast', allowed are auto, cudnn"):
         call(attention="fast")
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# Each thread, task, backward and recomputation sees its own setting
-# ------------------------------------------------------------------------------------------------------------------
+# ---- Each thread, task, backward and recomputation sees its own setting ----------------------------------------------
 
 
 def spy(monkeypatch: pytest.MonkeyPatch, record: Callable[[str, str], None]) -> None:
@@ -246,9 +234,7 @@ def test_tasks_see_their_own_setting_only() -> None:
     assert asyncio.run(both()) == [{"torch"}, {"triton"}]
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# Choice
-# ------------------------------------------------------------------------------------------------------------------
+# ---- Choice ----------------------------------------------------------------------------------------------------------
 
 
 def says(reason: str | None) -> Callable[..., str | None]:
@@ -307,10 +293,7 @@ def test_a_symbolic_size_outside_its_mode_is_left_to_torch(case: check.Case) -> 
     fakes = {}
     for name, value in inputs.items():
         # The batch is the first size of what has more than one axis: a weight's first size is made a symbol, too.
-        kinds = [
-            DimDynamic.DYNAMIC if value.dim() > 2 and at == 0 else DimDynamic.STATIC
-            for at in range(value.dim())
-        ]
+        kinds = [DimDynamic.DYNAMIC if value.dim() > 2 and at == 0 else DimDynamic.STATIC for at in range(value.dim())]
         context = StatelessSymbolicContext(dynamic_sizes=kinds)
         fakes[name] = mode.from_tensor(value, symbolic_context=context, source=ConstantSource(name))
     made, plain = (

@@ -64,9 +64,7 @@ TRAIN = [
 DDP, FSDP = ("--parallel", "ddp"), ("--parallel", "fsdp")
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# Ranks
-# ------------------------------------------------------------------------------------------------------------------
+# ---- Ranks -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -117,9 +115,7 @@ class World:
             }
             here, there = forked.Pipe()
             argv = [*TRAIN, "--results-dir", str(folder), *flags, *own.get(rank, ())]
-            process = forked.Process(
-                target=child, args=(argv, environment, self.log(rank), there, sabotage.get(rank))
-            )
+            process = forked.Process(target=child, args=(argv, environment, self.log(rank), there, sabotage.get(rank)))
             process.start()
             there.close()
             here.recv()
@@ -160,9 +156,7 @@ def wait_for_checkpoint(world):
     wait_for(lambda: list(world.folder.glob("checkpoints/step-*/manifest.json")), world)
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# Where a run ends
-# ------------------------------------------------------------------------------------------------------------------
+# ---- Where a run ends ------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -271,9 +265,7 @@ def assert_same_end(folder, unbroken):
     assert rows(folder) == rows(unbroken)
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# Against one process
-# ------------------------------------------------------------------------------------------------------------------
+# ---- Against one process ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -287,9 +279,7 @@ def assert_same_end(folder, unbroken):
     ],
     ids=["ddp2", "ddp3", "fsdp2", "fsdp3", "hsdp2x2"],
 )
-def test_many_processes_train_what_one_does(
-    forked, weights, watched, alone, tolerance, tmp_path, size, flags
-):
+def test_many_processes_train_what_one_does(forked, weights, watched, alone, tolerance, tmp_path, size, flags):
     folder = World(forked, size, tmp_path / "run", *weights, *flags, *watched).complete()
     assert_as_alone(folder, alone, tolerance)
     assert len(losses(folder, "validation_loss")) == 2
@@ -301,9 +291,7 @@ def test_many_processes_train_what_one_does(
     assert losses(folder, "fid").item() == pytest.approx(losses(alone, "fid").item(), rel=1e-3)
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# A rank dies, the run resumes
-# ------------------------------------------------------------------------------------------------------------------
+# ---- A rank dies, the run resumes ------------------------------------------------------------------------------------
 
 # With three ranks the order of a sum depends on how DDP groups gradients; with two it cannot.
 SPREAD = pytest.mark.parametrize("size, flags", [(3, DDP), (2, FSDP)], ids=["ddp3", "fsdp2"])
@@ -324,9 +312,7 @@ def unbroken(forked, weights, tmp_path_factory):
 
 
 @SPREAD
-def test_where_one_rank_is_killed_the_others_say_so_and_the_run_resumes(
-    forked, weights, unbroken, tmp_path, size, flags
-):
+def test_where_one_rank_is_killed_the_others_say_so_and_the_run_resumes(forked, weights, unbroken, tmp_path, size, flags):
     folder = tmp_path / "run"
     for victim in (size - 1, 0):
         shutil.rmtree(folder, ignore_errors=True)
@@ -401,9 +387,7 @@ def test_a_rank_that_hangs_ends_the_run(forked, tmp_path):
     assert "another rank is gone or does not answer" in world.told(0)
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# Resumed by another number of ranks
-# ------------------------------------------------------------------------------------------------------------------
+# ---- Resumed by another number of ranks ------------------------------------------------------------------------------
 
 
 def test_a_run_goes_on_with_another_number_of_ranks(forked, weights, alone, tolerance, tmp_path):
@@ -415,9 +399,7 @@ def test_a_run_goes_on_with_another_number_of_ranks(forked, weights, alone, tole
     assert_as_alone(folder, alone, tolerance)
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# Checkpoints in pieces
-# ------------------------------------------------------------------------------------------------------------------
+# ---- Checkpoints in pieces -------------------------------------------------------------------------------------------
 
 
 def test_a_consolidated_checkpoint_holds_the_same_and_goes_on(forked, unbroken, tmp_path, capsys):
@@ -514,9 +496,7 @@ def test_what_fails_on_one_peer_is_raised_on_all():
     assert Peers(0, 2, lambda mine: [mine, (5, None)]).all_do(lambda: 4) == [4, 5]
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# One decision for all
-# ------------------------------------------------------------------------------------------------------------------
+# ---- One decision for all --------------------------------------------------------------------------------------------
 
 
 def record_digests(bad_step):
@@ -549,9 +529,7 @@ def test_a_nan_on_one_rank_is_skipped_by_all(forked, weights, tmp_path, size, fl
     often = ("--ckpt-every", "1", "--keep-last", "10", "--steps", "8")
     world = World(forked, size, tmp_path / "run", *weights, *flags, *often, sabotage=sabotage)
     folder = world.complete()
-    digests = [
-        [line for line in world.told(rank).splitlines() if line.startswith("digest")] for rank in range(size)
-    ]
+    digests = [[line for line in world.told(rank).splitlines() if line.startswith("digest")] for rank in range(size)]
     assert len(set(digests[0])) == 8
     assert all(found == digests[0] for found in digests)
     assert [row["skipped"] for row in read_metrics(folder / METRICS)] == [0, 0, 0, 0, 1, 1, 2, 2]
@@ -605,9 +583,7 @@ def count_synchronisations():
 @SPREAD
 def test_the_steady_step_of_many_makes_no_host_synchronisation(forked, tmp_path, size, flags):
     sabotage = dict.fromkeys(range(size), (count_synchronisations,))
-    world = World(
-        forked, size, tmp_path / "run", *flags, "--steps", "3", "--grad-clip", "1", sabotage=sabotage
-    )
+    world = World(forked, size, tmp_path / "run", *flags, "--steps", "3", "--grad-clip", "1", sabotage=sabotage)
     world.complete()
     assert all(world.told(rank).count("synchronisations []") == 2 for rank in range(size)), world.told(0)
 
@@ -698,9 +674,7 @@ def test_unreadable_images_are_counted_over_all_ranks(forked, pictures, tmp_path
     assert [Path(path).relative_to(pictures[1]) for path in recorded] == [Path("a/2.png"), Path("b/2.png")]
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# What a rank is
-# ------------------------------------------------------------------------------------------------------------------
+# ---- What a rank is --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("size, parts", [(1, 1), (1, 3), (2, 1), (3, 2), (2, 6)])
@@ -761,9 +735,7 @@ def test_many_ranks_take_a_signal_once():
     assert stop.number == signal.SIGTERM
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# torchrun
-# ------------------------------------------------------------------------------------------------------------------
+# ---- torchrun --------------------------------------------------------------------------------------------------------
 
 
 def free_port():
@@ -809,9 +781,7 @@ def test_two_nodes_train_what_two_ranks_do_and_a_launchers_sigterm_stops_both(fo
     assert all(torch.equal(mine.model[name], theirs.model[name]) for name in theirs.model)
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# Other models, other precisions
-# ------------------------------------------------------------------------------------------------------------------
+# ---- Other models, other precisions ----------------------------------------------------------------------------------
 
 
 # Reduced precisions round products of the same samples alike; only sums over samples differ, in their last places.
@@ -836,9 +806,7 @@ MADE_OF = [
 
 @pytest.mark.parametrize("parallel", [DDP, FSDP], ids=["ddp", "fsdp"])
 @pytest.mark.parametrize("precision, flags", MADE_OF)
-def test_whatever_a_model_is_made_of_two_ranks_train_it_as_one_does(
-    forked, tmp_path, precision, flags, parallel
-):
+def test_whatever_a_model_is_made_of_two_ranks_train_it_as_one_does(forked, tmp_path, precision, flags, parallel):
     short = ("--steps", "5", "--learning-rate", "1e-2", "--precision", precision)
     lone = World(forked, 1, tmp_path / "lone", *short, *flags)
     pair = World(forked, 2, tmp_path / "pair", *short, *flags, *parallel)
@@ -851,9 +819,7 @@ def test_master_weights_of_two_ranks_are_those_of_fp32_weights(forked, weights, 
     flags = (*DDP, "--precision", "bf16", "--optimizer", "fused", "--grad-clip", "0.5")
     for parts in ("1", "3"):
         plain = World(forked, 2, tmp_path / f"plain-{parts}", *weights, *flags, "--accumulation", parts)
-        masters = World(
-            forked, 2, tmp_path / parts, *weights, *flags, "--accumulation", parts, "--master-weights"
-        )
+        masters = World(forked, 2, tmp_path / parts, *weights, *flags, "--accumulation", parts, "--master-weights")
         assert_same_end(masters.complete(), plain.complete())
 
 

@@ -52,9 +52,7 @@ def test_the_readme_lists_the_public_ops_and_their_arguments() -> None:
     assert {name for name, _ in calls} == set(ops.__all__)
     for name, written in calls:
         known = " ".join(inspect.signature(getattr(ops, name)).parameters)
-        unknown = [
-            word for word in re.findall(r"\w+", written) if not re.search(rf"(\b|_){word}(\b|_)", known)
-        ]
+        unknown = [word for word in re.findall(r"\w+", written) if not re.search(rf"(\b|_){word}(\b|_)", known)]
         assert not unknown, f"{name} takes no {', '.join(unknown)}"
 
 

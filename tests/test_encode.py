@@ -104,9 +104,7 @@ def content(folder):
     return {path.name: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# What is stored
-# ------------------------------------------------------------------------------------------------------------------
+# ---- What is stored --------------------------------------------------------------------------------------------------
 
 
 def test_every_image_and_its_mirror_image_are_stored_with_their_posterior(images, vae, encoded):
@@ -139,9 +137,7 @@ def test_the_index_says_what_the_latents_are(images, vae, encoded):
     # z = mean + std·noise, over images, sides and pixels: its moments channel by channel.
     of_z = torch.sqrt(mean.var(dim=(0, 1, 3, 4), correction=0) + std.square().mean(dim=(0, 1, 3, 4)))
     torch.testing.assert_close(torch.tensor(index["statistics"]["std"]).double(), of_z)
-    torch.testing.assert_close(
-        torch.tensor(index["statistics"]["mean"]).double(), mean.mean(dim=(0, 1, 3, 4))
-    )
+    torch.testing.assert_close(torch.tensor(index["statistics"]["mean"]).double(), mean.mean(dim=(0, 1, 3, 4)))
 
 
 def test_the_decoder_is_no_part_of_what_latents_mean(vae, tmp_path):
@@ -171,15 +167,11 @@ def test_a_latent_that_the_dtype_cannot_hold_is_named(images, vae, tmp_path, mon
         return mean * torch.where(torch.arange(len(mean)) == 1, 1e6, 1.0)[:, None, None, None], std
 
     monkeypatch.setattr(VAE, "posterior", huge)
-    with pytest.raises(
-        ValueError, match=r"dtype: got fp16, in which the latent of ant/1\.png is not finite.*bf16 and fp32"
-    ):
+    with pytest.raises(ValueError, match=r"dtype: got fp16, in which the latent of ant/1\.png is not finite.*bf16 and fp32"):
         encode(settings(images, vae, tmp_path, dtype="fp16"), CPU)
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# The same bytes
-# ------------------------------------------------------------------------------------------------------------------
+# ---- The same bytes --------------------------------------------------------------------------------------------------
 
 
 def in_process(work, *arguments):
@@ -224,10 +216,7 @@ def test_two_processes_write_what_one_writes(images, vae, encoded, tmp_path):
     # If one dies the other must not wait for it.
     barrier = context.Barrier(2, timeout=60)
     config = settings(images, vae, tmp_path)
-    both = [
-        context.Process(target=encode, args=(config, CPU, World(rank, 2, barrier.wait)), daemon=True)
-        for rank in (0, 1)
-    ]
+    both = [context.Process(target=encode, args=(config, CPU, World(rank, 2, barrier.wait)), daemon=True) for rank in (0, 1)]
     for process in both:
         process.start()
     for process in both:
@@ -364,9 +353,7 @@ def test_what_cannot_be_encoded_is_named(images, vae, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# Unreadable images
-# ------------------------------------------------------------------------------------------------------------------
+# ---- Unreadable images -----------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -392,9 +379,7 @@ def test_an_unreadable_image_keeps_its_place_and_the_next_one_stands_in_it(damag
 def test_too_many_unreadable_images_are_an_error(damaged, vae, tmp_path):
     # The second time all shards are there, and their files are still too many.
     for _ in range(2):
-        with pytest.raises(
-            ValueError, match=r"unreadable images: got 3, allowed are 2 .*; the last one is cat/2"
-        ):
+        with pytest.raises(ValueError, match=r"unreadable images: got 3, allowed are 2 .*; the last one is cat/2"):
             encode(settings(damaged, vae, tmp_path / "out", max_unreadable=2), CPU)
     assert not (tmp_path / "out" / INDEX).exists()
     with pytest.raises(ValueError, match=r"unreadable images: got 2 in a row, the last .*bee/0\.png"):
@@ -408,9 +393,7 @@ def test_unreadable_images_are_counted_as_soon_as_a_shard_is_done(damaged, vae, 
     assert not (tmp_path / "out" / "latents-00001.safetensors").exists()
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# Shards that are missing or altered
-# ------------------------------------------------------------------------------------------------------------------
+# ---- Shards that are missing or altered ------------------------------------------------------------------------------
 
 
 def test_verifying_reads_every_shard_and_names_all_that_are_altered(copied, capsys):
@@ -439,9 +422,7 @@ def test_a_missing_a_short_and_a_foreign_shard_are_named_at_once(copied):
     tensors = load_file(copied / "latents-00000.safetensors")
     save_file({**tensors, "labels": tensors["labels"].double()}, path)
     assert path.stat().st_size == len(held)
-    with pytest.raises(
-        LatentsError, match=r"00001.safetensors is altered: it holds .*float64.* says .*int64"
-    ):
+    with pytest.raises(LatentsError, match=r"00001.safetensors is altered: it holds .*float64.* says .*int64"):
         LatentFolder.open(copied)
     path.unlink()
     with pytest.raises(LatentsError, match=r"00001.safetensors is missing, though latents.json lists it"):
@@ -478,9 +459,7 @@ def test_a_folder_without_an_index_holds_no_latents(images):
         LatentFolder.open(images)
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# Training on them
-# ------------------------------------------------------------------------------------------------------------------
+# ---- Training on them ------------------------------------------------------------------------------------------------
 
 
 def run_of(path, vae, **changes):
@@ -577,9 +556,7 @@ def test_a_run_on_latents_needs_neither_vae_nor_pillow(images, vae, encoded, tmp
     monkeypatch.setitem(sys.modules, "PIL", None)
     flags = ["train", "--data-path", str(encoded), *common, *held_out, str(encoded), *shown]
     assert main([*flags, str(tmp_path / "latents")]) == 0
-    of_images, of_latents = (
-        read_metrics(tmp_path / name / "metrics.jsonl") for name in ("images", "latents")
-    )
+    of_images, of_latents = (read_metrics(tmp_path / name / "metrics.jsonl") for name in ("images", "latents"))
     for name in ("loss", "grad_norm", "validation_loss"):
         mine, theirs = ([row[name] for row in rows if name in row] for rows in (of_latents, of_images))
         assert len(mine) == (1 if name == "validation_loss" else 3)
@@ -613,9 +590,7 @@ def test_reading_processes_map_the_files_themselves(encoded):
     # What goes to a spawned process is the index, not what is mapped.
     assert len(pickle.dumps(batches)) < 4000
     assert not pickle.loads(pickle.dumps(batches)).folder._mapped
-    for mine, theirs in zip(
-        stream_batches(batches, range(4), workers=2, pin_memory=False), alone, strict=True
-    ):
+    for mine, theirs in zip(stream_batches(batches, range(4), workers=2, pin_memory=False), alone, strict=True):
         assert torch.equal(mine.images, theirs.images)
         assert torch.equal(mine.labels, theirs.labels)
 
@@ -631,9 +606,7 @@ def test_what_is_read_is_what_was_stored_in_its_dtype(images, vae, tmp_path, dty
     assert labels.tolist() == [2, 0, 1, 1, 1]
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# What does not fit
-# ------------------------------------------------------------------------------------------------------------------
+# ---- What does not fit -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -684,14 +657,10 @@ def test_the_vae_given_beside_latents_must_be_theirs(vae, encoded, tmp_path):
     # The default was not given, and nothing needs it: it need not even be there.
     assert vae_for(run_of(encoded, "ema"), space, CPU) is None
     other = make_vae(tmp_path / "weights", seed=1)
-    with pytest.raises(
-        ValueError, match=r"vae: .*weights is not the one that made the latents: encoder_sha256"
-    ):
+    with pytest.raises(ValueError, match=r"vae: .*weights is not the one that made the latents: encoder_sha256"):
         vae_for(run_of(encoded, other), space, CPU)
     scaled = make_vae(tmp_path / "scale", scale=1.0)
-    with pytest.raises(
-        ValueError, match=r"scale is not the one that made the latents: scale: 0\.5 there, 1\.0 here$"
-    ):
+    with pytest.raises(ValueError, match=r"scale is not the one that made the latents: scale: 0\.5 there, 1\.0 here$"):
         vae_for(run_of(encoded, scaled), space, CPU)
 
 

@@ -55,9 +55,7 @@ def prc(samples, reference):
     return found["precision"], found["recall"]
 
 
-# ----------------------------------------------------------------------------------------------------------------
-# Against other implementations
-# ----------------------------------------------------------------------------------------------------------------
+# ---- Against other implementations -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("shift", [0.0, 0.7, 100.0])
@@ -73,16 +71,12 @@ def test_all_metrics_equal_torch_fidelitys_and_scipys(shift):
     assert ours == pytest.approx(tuple(score.values()), rel=METRIC_AGREEMENT)
     expected = prc(samples.pool, reference.pool)
     assert (found.precision, found.recall) == pytest.approx(expected, abs=METRIC_AGREEMENT)
-    assert found.sfid == pytest.approx(
-        scipy_distance(samples.spatial, reference.spatial), rel=METRIC_AGREEMENT
-    )
+    assert found.sfid == pytest.approx(scipy_distance(samples.spatial, reference.spatial), rel=METRIC_AGREEMENT)
     assert (found.count, found.reference_count, found.absent) == (600, 450, {})
 
 
 def scipy_distance(first, second):
-    (mu1, sigma1), (mu2, sigma2) = (
-        (x.double().numpy().mean(0), np.cov(x.double().numpy(), rowvar=False)) for x in (first, second)
-    )
+    (mu1, sigma1), (mu2, sigma2) = ((x.double().numpy().mean(0), np.cov(x.double().numpy(), rowvar=False)) for x in (first, second))
     root = scipy.linalg.sqrtm(sigma1 @ sigma2).real
     return np.sum((mu1 - mu2) ** 2) + np.trace(sigma1 + sigma2 - 2 * root)
 
@@ -143,9 +137,7 @@ def test_order_by_class_is_noticed_and_lowers_the_score():
     assert evaluate(Features(pool, None, logits[ordered]), Features(pool), split_size=1000).order == "unknown"
 
 
-# ----------------------------------------------------------------------------------------------------------------
-# Sources
-# ----------------------------------------------------------------------------------------------------------------
+# ---- Sources ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -175,9 +167,7 @@ def test_every_source_gives_the_same_numbers(images, tmp_path):
     for source in (npz, folder, features, str(npz), iter(samples.split(7))):
         found = evaluate(source, known, extractor=brightness, batch_size=7).to_json()
         for name, value in expected.items():
-            assert found[name] == (pytest.approx(value, rel=1e-6) if isinstance(value, float) else value), (
-                name
-            )
+            assert found[name] == (pytest.approx(value, rel=1e-6) if isinstance(value, float) else value), name
 
 
 def test_statistics_come_before_the_images_beside_them(images, tmp_path):
@@ -235,9 +225,7 @@ def test_the_command_prints_and_writes_the_numbers(images, tmp_path, monkeypatch
     assert "allowed is MODULE:NAME" in capsys.readouterr().err
 
 
-# ----------------------------------------------------------------------------------------------------------------
-# Inception
-# ----------------------------------------------------------------------------------------------------------------
+# ---- Inception -------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -282,9 +270,7 @@ def test_weights_that_are_not_inceptions_are_named(weights, tmp_path):
             Inception(tmp_path / f"{name}.pth")
 
 
-# ----------------------------------------------------------------------------------------------------------------
-# Bad input
-# ----------------------------------------------------------------------------------------------------------------
+# ---- Bad input -------------------------------------------------------------------------------------------------------
 
 GOOD = Features(torch.randn(9, 4))
 
@@ -367,9 +353,7 @@ def test_a_path_without_images_is_named(tmp_path):
         content = np.zeros((4, 8, 8, 3), np.uint8)
         header = content.tobytes()[:100]
         with archive.open("arr_0.npy", "w") as file:
-            np.lib.format.write_array_header_1_0(
-                file, {"descr": "|u1", "fortran_order": False, "shape": content.shape}
-            )
+            np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": content.shape})
             file.write(header)
     with pytest.raises(ValueError, match="arr_0 ends early"):
         evaluate(tmp_path / "short.npz", GOOD, extractor=brightness)
@@ -407,9 +391,7 @@ def test_a_reference_is_read_once(images):
     assert evaluate(iter([images[0]]), reference, extractor=brightness) == first
 
 
-# ----------------------------------------------------------------------------------------------------------------
-# While training
-# ----------------------------------------------------------------------------------------------------------------
+# ---- While training --------------------------------------------------------------------------------------------------
 
 
 def monitor_of(model, images, **changes):

@@ -60,9 +60,7 @@ def draw(results: Path, out: Path, *names: str) -> None:
 
 
 @pytest.mark.parametrize("figure", MEASURED, ids=lambda figure: figure.file)
-def test_a_figure_is_drawn_from_what_a_gpu_measured(
-    figure: figures.Figure, tmp_path: Path, capsys: Any
-) -> None:
+def test_a_figure_is_drawn_from_what_a_gpu_measured(figure: figures.Figure, tmp_path: Path, capsys: Any) -> None:
     write(tmp_path / "2030-01-01-nvidia-h200", figure.source)
     draw(tmp_path, tmp_path / "out", figure.file)
     assert (tmp_path / "out" / figure.file).read_bytes().startswith(b"\x89PNG")
@@ -80,10 +78,7 @@ def test_without_measured_data_it_is_not_drawn_and_named(
         write(tmp_path / "2030-01-01-somewhere", "training.json", **changed)
     draw(tmp_path, tmp_path / "out", "training.png")
     assert not (tmp_path / "out").exists()
-    assert (
-        "training.png: not drawn, there is no training.json (whole, of a GPU: make gpu)"
-        in capsys.readouterr().out
-    )
+    assert "training.png: not drawn, there is no training.json (whole, of a GPU: make gpu)" in capsys.readouterr().out
 
 
 def test_the_latest_result_is_taken(tmp_path: Path) -> None:
@@ -96,11 +91,7 @@ def test_the_latest_result_is_taken(tmp_path: Path) -> None:
 
 
 def test_the_figures_in_the_docs_are_those_of_the_committed_data(tmp_path: Path) -> None:
-    drawn = [
-        figure
-        for figure in figures.FIGURES
-        if figure.source in ("guidance.json", "scaling.json", "solvers.json")
-    ]
+    drawn = [figure for figure in figures.FIGURES if figure.source in ("guidance.json", "scaling.json", "solvers.json")]
     assert len(drawn) == 4
     draw(figures.ROOT / "benchmarks/results", tmp_path, *(figure.file for figure in drawn))
     for figure in drawn:

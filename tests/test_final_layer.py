@@ -209,9 +209,7 @@ def test_parity_at_large_shifts_and_biases(large: str, norm: str, factor: int, d
     assert_parity(inputs, grid=(7, 5), patch_size=2, norm=norm)
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# What is saved and computed
-# ------------------------------------------------------------------------------------------------------------------
+# ---- What is saved and computed --------------------------------------------------------------------------------------
 
 SUBSETS = [(n,) for n in NAMES] + [tuple(m for m in NAMES if m != n) for n in NAMES]
 SUBSETS += [("weight", "bias"), ("shift", "scale"), ("weight", "shift"), ("branch", "norm_bias"), NAMES]
@@ -252,9 +250,7 @@ def without_branch(names: Iterable[str], kept: tuple[str, ...]) -> tuple[str, ..
 
 @pytest.mark.parametrize("way", ["thin", "whole"])
 @pytest.mark.parametrize("norm", reference.NORMS)
-@pytest.mark.parametrize(
-    "kept", [OPTIONAL, ("shift", "scale", "norm_weight", "norm_bias", "bias"), ("branch",)]
-)
+@pytest.mark.parametrize("kept", [OPTIONAL, ("shift", "scale", "norm_weight", "norm_bias", "bias"), ("branch",)])
 def test_only_what_the_wanted_gradients_need_is_saved(kept: tuple[str, ...], norm: str, way: str) -> None:
     inputs = make_inputs(2, GRID, 12, 2, kept=kept)
     options = {"grid": GRID, "patch_size": 2, "norm": norm}
@@ -460,9 +456,7 @@ def test_a_forced_backend_that_cannot_serve_says_why() -> None:
         final_layer(**make_inputs(2, GRID, 12, 2), grid=GRID, patch_size=2)
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# unpatchify
-# ------------------------------------------------------------------------------------------------------------------
+# ---- unpatchify ------------------------------------------------------------------------------------------------------
 
 
 @settings(max_examples=40, deadline=None)

@@ -60,11 +60,7 @@ def test_gmacs_are_the_closed_form(rows):
 
 
 def test_parameters(rows):
-    small = {
-        row["model"]: row["params"]
-        for row in rows
-        if (row["image_size"], row["conditioning"]) == (256, "adaln_zero")
-    }
+    small = {row["model"]: row["params"] for row in rows if (row["image_size"], row["conditioning"]) == (256, "adaln_zero")}
     assert {name: small[name] for name in EXACT_PARAMS} == EXACT_PARAMS
     for row in rows:
         if row["paper_params_millions"] is not None:
@@ -86,9 +82,7 @@ def test_a_model_that_exists_is_counted_where_it_lives(conditioning):
 
 
 @pytest.mark.parametrize("conditioning", reference.CONDITIONINGS)
-@pytest.mark.parametrize(
-    "options", [{}, {"class_dropout_prob": 0.0}, {"learn_sigma": False, "in_channels": 3}]
-)
+@pytest.mark.parametrize("options", [{}, {"class_dropout_prob": 0.0}, {"learn_sigma": False, "in_channels": 3}])
 def test_the_fused_model_counts_the_same(conditioning, options):
     models = pytest.importorskip("ditkernels.models")
     settings = {**TINY, **options, "conditioning": conditioning}
@@ -112,7 +106,5 @@ def test_the_command_prints_json_and_a_table(rows, monkeypatch, capsys):
     assert {"model", "image_size", "conditioning", "gmacs", "gflops", "params"} < set(printed[0])
     assert flops.run(parser.parse_args([])) == 0
     table = capsys.readouterr().out
-    line = next(
-        line for line in table.splitlines() if line.startswith("DiT-XL/2") and " 256 adaln_zero" in line
-    )
+    line = next(line for line in table.splitlines() if line.startswith("DiT-XL/2") and " 256 adaln_zero" in line)
     assert line.split()[3:] == ["675,129,632", "675M", "237.24", "118.62", "118.64"]

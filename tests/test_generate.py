@@ -92,18 +92,13 @@ def whole(model, tmp_path_factory):
     return out
 
 
-# ----------------------------------------------------------------------------------------------------------------
-# What is written
-# ----------------------------------------------------------------------------------------------------------------
+# ---- What is written -------------------------------------------------------------------------------------------------
 
 
 def test_every_format_holds_the_same_samples_in_order(model, whole):
     diffusion = create_diffusion("4")
     labels = torch.arange(12) % 3
-    expected = [
-        sample(model, diffusion, labels[part], job().config, indices=part)
-        for part in torch.arange(12).split(4)
-    ]
+    expected = [sample(model, diffusion, labels[part], job().config, indices=part) for part in torch.arange(12).split(4)]
     drawn = torch.cat(expected)[:11]
     assert np.array_equal(np.load(whole / "latents.npy"), drawn.numpy())
     with np.load(whole / "samples.npz") as arrays:
@@ -157,9 +152,7 @@ def test_the_decoder_sees_whole_batches(model, tmp_path):
     assert seen == [4, 4, 4]
 
 
-# ----------------------------------------------------------------------------------------------------------------
-# Resuming, several processes
-# ----------------------------------------------------------------------------------------------------------------
+# ---- Resuming, several processes -------------------------------------------------------------------------------------
 
 
 def test_a_run_that_was_stopped_goes_on_where_it_was(model, whole, tmp_path, monkeypatch):
@@ -277,9 +270,7 @@ def test_a_run_with_other_settings_is_not_resumed(model, whole, changes, named):
     assert contents(whole) == before
 
 
-# ----------------------------------------------------------------------------------------------------------------
-# Labels
-# ----------------------------------------------------------------------------------------------------------------
+# ---- Labels ----------------------------------------------------------------------------------------------------------
 
 
 def test_balanced_labels_are_interleaved_and_random_ones_keyed():
@@ -319,9 +310,7 @@ def test_classes_and_label_files_are_read(tmp_path):
         read_labels(tmp_path / "missing.txt")
 
 
-# ----------------------------------------------------------------------------------------------------------------
-# Bad input
-# ----------------------------------------------------------------------------------------------------------------
+# ---- Bad input -------------------------------------------------------------------------------------------------------
 
 
 def test_labels_out_of_range_are_named(model, tmp_path):
@@ -386,9 +375,7 @@ def test_the_command_names_a_wrong_flag(checkpoint, tmp_path, capsys, flags, mes
     assert message in capsys.readouterr().err
 
 
-# ----------------------------------------------------------------------------------------------------------------
-# Loading
-# ----------------------------------------------------------------------------------------------------------------
+# ---- Loading ---------------------------------------------------------------------------------------------------------
 
 
 def test_raw_and_ema_weights_are_told_apart(checkpoint, model):

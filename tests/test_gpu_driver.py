@@ -36,9 +36,7 @@ def record(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "stages.json").read_text())
 
 
-def run(
-    folder: Path, *stages: Stage, code: str = "a", force: bool = False, budget: float = 60
-) -> dict[str, Any]:
+def run(folder: Path, *stages: Stage, code: str = "a", force: bool = False, budget: float = 60) -> dict[str, Any]:
     call = gpu.Call(folder, code, force=force, end=time.monotonic() + budget)
     fine = call.run(stages)
     written = record(folder)
@@ -46,9 +44,7 @@ def run(
     return written
 
 
-def test_it_dry_runs_on_a_cpu(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_it_dry_runs_on_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(gpu, "fingerprint", lambda: "code")  # the tree may be edited meanwhile
     stages = by_name({"type": "cpu"})
     # Of the later ones all but latents are the first ones' scripts, or have tests of their own.
@@ -99,9 +95,7 @@ def test_on_a_gpu_every_stage_has_its_command(monkeypatch: pytest.MonkeyPatch, t
     assert stages["build"].environment["TORCH_CUDA_ARCH_LIST"] == "9.0a"
     library = stages["parity-cuda"].environment["DITKERNELS_CUDA_LIBRARY"]
     assert all(
-        s.environment.get("DITKERNELS_CUDA_LIBRARY") == library
-        for s in stages.values()
-        if s.name not in ("build", "wheels")
+        s.environment.get("DITKERNELS_CUDA_LIBRARY") == library for s in stages.values() if s.name not in ("build", "wheels")
     )
     tests = {word for stage in stages.values() for word in stage.command if word.startswith("tests/")}
     assert tests == {f"tests/gpu/{path.name}" for path in (gpu.ROOT / "tests/gpu").glob("test_*.py")}
@@ -163,9 +157,7 @@ time.sleep(60)
 """
 
 
-def test_a_stage_that_takes_too_long_is_ended_with_what_it_started(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_stage_that_takes_too_long_is_ended_with_what_it_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu, "SHORTEST", 0.5)
     began = time.monotonic()
     found = run(tmp_path, Stage("check", ("python", "-c", STARTS_OTHERS), 4), budget=4)["check"]
@@ -244,9 +236,7 @@ def test_a_call_ends_in_time_and_the_next_goes_on(monkeypatch: pytest.MonkeyPatc
     assert run.call(first, later) == (True, 0, [])
 
 
-def test_stages_that_hang_cost_a_call_its_time_and_no_other_stage_its_turn(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_stages_that_hang_cost_a_call_its_time_and_no_other_stage_its_turn(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     first, _ = gpu.stages({"type": "cuda", "compute_capability": "9.0"})
     first = [replace(stage, skip=None, needs=None) for stage in first]
     run = Simulated(monkeypatch, tmp_path, **{stage.name: math.inf for stage in first if stage.benchmark})
@@ -262,9 +252,7 @@ def test_stages_that_hang_cost_a_call_its_time_and_no_other_stage_its_turn(
     assert {name for name, _ in tries} == {stage.name for stage in first if not stage.benchmark}
 
 
-def test_nothing_is_said_of_a_library_that_is_not_built_yet(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_nothing_is_said_of_a_library_that_is_not_built_yet(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     run = Simulated(monkeypatch, tmp_path, build=120.0, check=10.0)
     fine, _, tries = run.call([Stage("build", OK, 90), Stage("check", OK, 45)])
     assert (fine, tries) == (True, [("build", 90), ("build", 30), ("check", 10)])
@@ -384,9 +372,7 @@ def make_wheel(folder: Path, name: str, version: str, files: dict[str, str]) -> 
     return path
 
 
-def test_wheels_are_unpacked_beside_the_users_packages(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_wheels_are_unpacked_beside_the_users_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     handed = tmp_path / "handed"
     handed.mkdir()
     make_wheel(handed, "standin_one", "1.0", {"standin_one.py": "value = 1\n"})
@@ -401,9 +387,7 @@ def test_wheels_are_unpacked_beside_the_users_packages(
     program = "import standin_one, standin_two; print(standin_one.value + standin_two.value)"
     for folder, said in ((tmp_path / "target", "3\n"), (tmp_path, "")):
         environment = {"PYTHONPATH": str(folder), "PATH": ""}
-        done = subprocess.run(
-            [sys.executable, "-c", program], env=environment, capture_output=True, text=True
-        )
+        done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
         assert done.stdout == said
     # Other wheels are unpacked again, the same ones not.
     assert run(tmp_path / "results", stages["wheels"])["wheels"] == found
@@ -454,10 +438,7 @@ def test_a_tool_that_the_device_does_not_allow_is_a_named_skip(tmp_path: Path) -
     refused = ("python", "-c", "print('Device not supported'); raise SystemExit(1)")
     found = run(tmp_path, Stage("memcheck", refused, 60, unsupported="Device not supported"))["memcheck"]
     assert (found["status"], found["exit_status"]) == ("skipped", 1)
-    assert (
-        run(tmp_path, Stage("memcheck", BAD, 60, unsupported="Device not supported"))["memcheck"]["status"]
-        == "failed"
-    )
+    assert run(tmp_path, Stage("memcheck", BAD, 60, unsupported="Device not supported"))["memcheck"]["status"] == "failed"
 
 
 def test_a_run_resumes_in_its_own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

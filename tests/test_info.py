@@ -124,12 +124,8 @@ def test_without_a_gpu_it_says_why_there_are_no_registers_to_show(capsys):
 
 
 def test_a_device_tells_registers_spills_shared_memory_and_occupancy(monkeypatch):
-    table = torch.tensor(
-        [[168, 0, 1024, 144, 2, 90], [255, 8, 99328, 256, 1, 90], [168, 0, 1024, 144, 2, 90]]
-    )
-    op = SimpleNamespace(
-        cuda_kernel_attributes=lambda index: (table, "backward_rows<float>\nwide\nbackward_rows<float>")
-    )
+    table = torch.tensor([[168, 0, 1024, 144, 2, 90], [255, 8, 99328, 256, 1, 90], [168, 0, 1024, 144, 2, 90]])
+    op = SimpleNamespace(cuda_kernel_attributes=lambda index: (table, "backward_rows<float>\nwide\nbackward_rows<float>"))
     monkeypatch.setattr(torch.ops, "ditkernels", op)
     monkeypatch.setattr(_native, "_absence", None)
     monkeypatch.setattr(_native, "architectures", lambda: "9.0a")

@@ -54,9 +54,7 @@ def run(*args: Any, programs: int = 3, tile: Tile = TILE, kernel: Any = small, *
     launch(kernel, programs, tile, CPU, args, constants or {"WIDTH": 16})
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# The key
-# ------------------------------------------------------------------------------------------------------------------
+# ---- The key ---------------------------------------------------------------------------------------------------------
 
 
 class Found(Exception):
@@ -74,9 +72,7 @@ def key_of_triton(stub: Driver, tile: Tile, args: tuple[Any, ...], constants: di
     return stub.device, raised.value.args[0]
 
 
-def both_keys(
-    stub: Driver, *args: Any, tile: Tile = TILE, constants: dict[str, Any] | None = None
-) -> tuple[Any, Any]:
+def both_keys(stub: Driver, *args: Any, tile: Tile = TILE, constants: dict[str, Any] | None = None) -> tuple[Any, Any]:
     constants = constants or {"WIDTH": 16}
     ours = _launch._key(small, tile, stub, stub.device, args, constants)
     return ours, key_of_triton(stub, tile, args, constants)
@@ -179,9 +175,7 @@ def test_only_constants_are_given_by_name(driver: Driver) -> None:
         run(torch.zeros(16), n=3, WIDTH=16)
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# The launch
-# ------------------------------------------------------------------------------------------------------------------
+# ---- The launch ------------------------------------------------------------------------------------------------------
 
 
 def test_a_direct_launch_passes_what_triton_passes(driver: Driver) -> None:
@@ -331,9 +325,7 @@ def test_rocm_is_not_told_of_maxnreg(monkeypatch: pytest.MonkeyPatch) -> None:
     assert kernel.got[0][2] == {"WIDTH": 16, "num_warps": 2, "num_stages": 3}
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# What it costs
-# ------------------------------------------------------------------------------------------------------------------
+# ---- What it costs ---------------------------------------------------------------------------------------------------
 
 
 def paired(ours: Callable[[], None], theirs: Callable[[], Any], turns: int = 31, calls: int = 50) -> float:

@@ -50,9 +50,7 @@ def assert_same_run(first, second):
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[1])
 
 
-# --------------------------------------------------------------------------------------------------------------
-# The numbers of fp32 weights under autocast
-# --------------------------------------------------------------------------------------------------------------
+# ---- The numbers of fp32 weights under autocast ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -114,9 +112,7 @@ def test_the_benchmarks_contender_takes_the_steps_of_the_one_it_is_compared_with
     assert masters.computing.blocks[0].mlp.fc1.weight.dtype == BF16
 
 
-# --------------------------------------------------------------------------------------------------------------
-# What computes, and what is saved by it
-# --------------------------------------------------------------------------------------------------------------
+# ---- What computes, and what is saved by it --------------------------------------------------------------------------
 
 
 def matrices(model):
@@ -157,9 +153,7 @@ def test_a_weight_that_is_computed_and_one_that_is_frozen_have_no_copy():
 
 
 @pytest.mark.parametrize("parts, dtype", [(1, BF16), (2, F32)])
-def test_gradients_reach_the_optimizer_as_they_come_and_their_sums_in_fp32(
-    tmp_path, monkeypatch, parts, dtype
-):
+def test_gradients_reach_the_optimizer_as_they_come_and_their_sums_in_fp32(tmp_path, monkeypatch, parts, dtype):
     seen = []
 
     def spy(weights, gradients, *rest, **numbers):
@@ -170,9 +164,7 @@ def test_gradients_reach_the_optimizer_as_they_come_and_their_sums_in_fp32(
     trainer, _ = trained(tmp_path, small_model(), 1, (), accumulation=parts, **MASTERS)
     count = len(matrices(trainer.model))
     others = sum(weight.requires_grad for weight in trainer.model.parameters()) - count
-    assert sorted(seen, key=str) == sorted(
-        [(count, {dtype}, {BF16}, count), (others, {F32}, set(), 0)], key=str
-    )
+    assert sorted(seen, key=str) == sorted([(count, {dtype}, {BF16}, count), (others, {F32}, set(), 0)], key=str)
 
 
 class Casts(TorchDispatchMode):
@@ -232,9 +224,7 @@ def test_without_a_gradient_a_master_and_its_copy_stay(tmp_path):
     assert model[1].weight.grad is None
 
 
-# --------------------------------------------------------------------------------------------------------------
-# Checkpoints
-# --------------------------------------------------------------------------------------------------------------
+# ---- Checkpoints -----------------------------------------------------------------------------------------------------
 
 
 def run(tmp_path, **changes):
@@ -260,9 +250,7 @@ def test_a_checkpoint_of_either_setting_goes_on_with_the_other(tmp_path, unbroke
     )
     for part, tensors in theirs.parts.items():
         found = mine.parts[part]
-        assert {name: tensor.dtype for name, tensor in found.items()} == {
-            n: t.dtype for n, t in tensors.items()
-        }
+        assert {name: tensor.dtype for name, tensor in found.items()} == {n: t.dtype for n, t in tensors.items()}
         assert all(torch.equal(found[name], tensors[name]) for name in tensors)
     assert {tensor.dtype for tensor in mine.model.values()} == {F32}
 
@@ -275,9 +263,7 @@ def test_given_weights_reach_the_copies(tmp_path, unbroken):
         assert torch.equal(made, master.to(BF16))
 
 
-# --------------------------------------------------------------------------------------------------------------
-# What is refused
-# --------------------------------------------------------------------------------------------------------------
+# ---- What is refused -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -54,10 +54,7 @@ def make_inputs(
 
 def run(function: object, inputs: dict[str, Tensor | None], wide: bool = False) -> list[Tensor]:
     """The output and the gradient of every input that is there, for a fixed cotangent."""
-    leaves = {
-        name: None if v is None else (v.double() if wide else v).detach().requires_grad_()
-        for name, v in inputs.items()
-    }
+    leaves = {name: None if v is None else (v.double() if wide else v).detach().requires_grad_() for name, v in inputs.items()}
     output = function(**leaves)
     dy = torch.randn(tuple(output.shape), generator=torch.Generator().manual_seed(7)).to(inputs["x"].dtype)
     dy = dy.to(output.device)

@@ -67,9 +67,7 @@ def test_without_gradients_nothing_is_written_but_the_output() -> None:
         assert torch.equal(ops.mlp(**inputs), want)
     for bias in (inputs["fc1_bias"], None):
         kept, z = torch.ops.ditkernels.linear_gelu_cuda(inputs["x"][0], inputs["fc1_weight"], bias, True)
-        bare, nothing = torch.ops.ditkernels.linear_gelu_cuda(
-            inputs["x"][0], inputs["fc1_weight"], bias, False
-        )
+        bare, nothing = torch.ops.ditkernels.linear_gelu_cuda(inputs["x"][0], inputs["fc1_weight"], bias, False)
         assert torch.equal(bare, kept)
         assert (z.shape, nothing.shape) == ((5, 32), (0,))
 
@@ -130,21 +128,15 @@ def check_a_lack_of_algorithms(emulation: ModuleType, epilogue: int, as_status: 
 
 @pytest.mark.parametrize("as_status", [False, True])
 @pytest.mark.parametrize("epilogue", EPILOGUES.values(), ids=EPILOGUES)
-def test_sizes_without_an_algorithm_are_refused(
-    emulation: ModuleType, epilogue: int, as_status: bool
-) -> None:
+def test_sizes_without_an_algorithm_are_refused(emulation: ModuleType, epilogue: int, as_status: bool) -> None:
     check_a_lack_of_algorithms(emulation, epilogue, as_status)
 
 
 def test_a_half_called_all_the_same_says_so(emulation: ModuleType) -> None:
     emulation.lack_algorithms(EPILOGUES["GELU"], False)
     try:
-        with pytest.raises(
-            RuntimeError, match=r"has no algorithm for 999 x 8 times 8 x 16 .* of linear_gelu"
-        ):
-            torch.ops.ditkernels.linear_gelu_cuda(
-                torch.zeros(999, 8, dtype=BF16), torch.zeros(16, 8, dtype=BF16), None, False
-            )
+        with pytest.raises(RuntimeError, match=r"has no algorithm for 999 x 8 times 8 x 16 .* of linear_gelu"):
+            torch.ops.ditkernels.linear_gelu_cuda(torch.zeros(999, 8, dtype=BF16), torch.zeros(16, 8, dtype=BF16), None, False)
     finally:
         emulation.lack_algorithms(0, False)
 
@@ -199,9 +191,7 @@ def test_a_handle_that_could_not_be_made_is_made_once_there_is_memory() -> None:
     assert done.stdout.split("\n") == ["True", "True", "(1, 2, 8)", ""], done.stderr
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# In the model
-# ------------------------------------------------------------------------------------------------------------------
+# ---- In the model ----------------------------------------------------------------------------------------------------
 
 
 class _Ran(TorchDispatchMode):

@@ -274,9 +274,7 @@ def test_compiles_as_one_graph(conditioning: str) -> None:
     torch._dynamo.reset()
     compiled = forward_backward(torch.compile(fused, fullgraph=True, backend="aot_eager"))
     for name, value in compiled.items():
-        numerics.assert_model_contract(
-            value, want[name.replace("_orig_mod.", "")], want[name.replace("_orig_mod.", "")].double()
-        )
+        numerics.assert_model_contract(value, want[name.replace("_orig_mod.", "")], want[name.replace("_orig_mod.", "")].double())
 
 
 def test_compiles_as_one_graph_with_biases_left_to_the_kernels() -> None:

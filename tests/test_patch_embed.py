@@ -133,9 +133,7 @@ def test_positions_with_and_without_a_leading_axis() -> None:
     patch=st.sampled_from([1, 2, 3, 4, 8]),
     channels=st.integers(1, 5),
 )
-def test_agreement_in_fp64_at_any_shape(
-    batch: int, grid: tuple[int, int], width: int, patch: int, channels: int
-) -> None:
+def test_agreement_in_fp64_at_any_shape(batch: int, grid: tuple[int, int], width: int, patch: int, channels: int) -> None:
     """In fp64, because with a few values in a sum fp32 would test the luck of its rounding."""
     inputs = {n: v.double() for n, v in make_inputs(batch, grid, width, patch, channels=channels).items()}
     got, want = forward_and_gradients(patch_embed, inputs), forward_and_gradients(plain, inputs)
@@ -227,9 +225,7 @@ def test_repeats_bit_for_bit_and_writes_every_output() -> None:
 
 
 @pytest.mark.parametrize("pos_embed, expected", [(F32, F32), (BF16, BF16), (None, BF16)])
-def test_autocast_gives_what_the_plain_model_gives(
-    pos_embed: torch.dtype | None, expected: torch.dtype
-) -> None:
+def test_autocast_gives_what_the_plain_model_gives(pos_embed: torch.dtype | None, expected: torch.dtype) -> None:
     inputs = make_inputs(2, (3, 2), 12, 2, pos_embed=pos_embed or F32)
     if pos_embed is None:
         del inputs["pos_embed"]

@@ -64,13 +64,9 @@ def test_parity_of_vectorised_accesses_of_patch_embed(width: int, patch: int, dt
     test_patch_embed.assert_parity(inputs, dtype)
 
 
-@pytest.mark.parametrize(
-    "stream, rest", [(F32, F32), (BF16, BF16), (F16, F16), (F32, BF16), (F32, F16), (BF16, F16)]
-)
+@pytest.mark.parametrize("stream, rest", [(F32, F32), (BF16, BF16), (F16, F16), (F32, BF16), (F32, F16), (BF16, F16)])
 @pytest.mark.parametrize("width, patch", [(384, 8), (768, 4), (1024, 2), (1152, 2), (40, 2)])
-def test_parity_of_vectorised_accesses_of_final_layer(
-    width: int, patch: int, stream: torch.dtype, rest: torch.dtype
-) -> None:
+def test_parity_of_vectorised_accesses_of_final_layer(width: int, patch: int, stream: torch.dtype, rest: torch.dtype) -> None:
     grid = (2, 3) if patch == 8 else (5, 7)
     inputs = final_inputs(2, grid, width, patch, stream, rest)
     test_final_layer.assert_parity(inputs, grid=grid, patch_size=patch)

@@ -16,9 +16,7 @@ def runs(tmp_path):
     for index in (1, 2):
         folder = tmp_path / f"run{index}"
         folder.mkdir()
-        rows = [
-            {"step": step, "loss": index / step, "images_per_second": 100.0 * index} for step in (1, 2, 3)
-        ]
+        rows = [{"step": step, "loss": index / step, "images_per_second": 100.0 * index} for step in (1, 2, 3)]
         rows.insert(2, {"step": 2, "validation_loss": 0.5})
         rows.append({"step": 4, "loss": None, "images_per_second": 90.0})
         (folder / METRICS).write_text("".join(json.dumps(row) + "\n" for row in rows))

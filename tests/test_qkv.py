@@ -111,9 +111,7 @@ def test_the_views_are_views(function: object) -> None:
         assert (part.data_ptr(), part.stride()) == (want.data_ptr(), want.stride())
 
 
-def heads_of(
-    x: Tensor, weight: Tensor, bias: Tensor, function: object = ops.split_qkv, parts: int = 3
-) -> Tensor:
+def heads_of(x: Tensor, weight: Tensor, bias: Tensor, function: object = ops.split_qkv, parts: int = 3) -> Tensor:
     """What attention sees, of a linear that leaves its bias' gradient."""
     packed = F.linear(x, weight, bias.detach()).unflatten(-1, (parts, 2, -1))
     made = function(packed, bias)
@@ -131,9 +129,7 @@ def test_gradients_are_those_of_a_linear_with_its_bias(function: object, parts: 
     plain = F.linear(x, weight, bias).unflatten(-1, (parts, 2, -1))
     assert torch.equal(heads_of(x, weight, bias, function, parts), plain)
     # Numerically the bias counts where the linear adds it, analytically where its gradient is left.
-    assert torch.autograd.gradcheck(
-        lambda *leaves: heads_of(*leaves, function, parts).sin(), (x, weight, bias)
-    )
+    assert torch.autograd.gradcheck(lambda *leaves: heads_of(*leaves, function, parts).sin(), (x, weight, bias))
 
 
 @pytest.mark.parametrize("function", [ops.split_qkv, qkv.carry_bias])
@@ -212,9 +208,7 @@ def attended(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 def test_compiles_as_one_graph_under_autocast_and_checkpointing() -> None:
     generator = torch.Generator().manual_seed(0)
-    leaves = [
-        torch.randn(shape, generator=generator, requires_grad=True) for shape in ((2, 5, 12), (36, 12), (36,))
-    ]
+    leaves = [torch.randn(shape, generator=generator, requires_grad=True) for shape in ((2, 5, 12), (36, 12), (36,))]
 
     def results(function: object) -> list[Tensor]:
         out = function(*leaves)

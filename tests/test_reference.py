@@ -65,9 +65,7 @@ def test_positions_encode_the_column_first() -> None:
     got = positions[row * 3 + column]
     omega = [1.0, 0.01]
     encode = lambda n: [f(n * w) for f in (math.sin, math.cos) for w in omega]  # noqa: E731
-    assert torch.allclose(
-        got, torch.tensor([*encode(column), *encode(row)]), rtol=0, atol=torch.finfo(torch.float32).eps
-    )
+    assert torch.allclose(got, torch.tensor([*encode(column), *encode(row)]), rtol=0, atol=torch.finfo(torch.float32).eps)
 
 
 def test_timestep_frequencies_are_cosines_first_over_half() -> None:

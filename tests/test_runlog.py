@@ -26,16 +26,13 @@ ROW = {
 
 def log_of(tmp_path, *, pending=None, start=0, **changes):
     config = TrainConfig(results_dir=str(tmp_path), log_every=2, global_batch_size=4, **changes)
-    return RunLog(
-        config, total=6, start=start, flops_per_image=1e9, device=torch.device("cpu"), pending=pending
-    )
+    return RunLog(config, total=6, start=start, flops_per_image=1e9, device=torch.device("cpu"), pending=pending)
 
 
 def test_a_line_tells_step_loss_norm_speed_share_memory_and_time_left():
     text = line(ROW, 400_000, 3600 * 30)
     assert text == (
-        "step     20/400000 | loss 0.1235 | grad norm 1.5 | 1,234.5 images/s | 878,000 GFLOP/s | MFU 43.2% | "
-        "71.2 GiB | 1d 06h left"
+        "step     20/400000 | loss 0.1235 | grad norm 1.5 | 1,234.5 images/s | 878,000 GFLOP/s | MFU 43.2% | 71.2 GiB | 1d 06h left"
     )
     assert "MFU" not in line({**ROW, "mfu": None}, 20, 5)
     assert "3 skipped | 0m 05s left" in line({**ROW, "skipped": 3}, 20, 5)

@@ -90,9 +90,7 @@ def by_hand(model, diffusion, config, *, indices=None):
 @pytest.mark.parametrize("solver", SOLVERS)
 @pytest.mark.parametrize("guided_channels", [3, None])
 @pytest.mark.parametrize("clip_denoised", [True, False])
-def test_guided_trajectories_follow_the_public_recipe(
-    model, diffusion, solver, guided_channels, clip_denoised
-):
+def test_guided_trajectories_follow_the_public_recipe(model, diffusion, solver, guided_channels, clip_denoised):
     config = SampleConfig(solver, 2.5, guided_channels, clip_denoised, seed=3)
     states = list(sample_progressive(model, diffusion, LABELS, config, modulation_bytes=0))
     expected = by_hand(model, diffusion, config)
@@ -131,9 +129,7 @@ def test_the_fast_path_on_fused_ops_draws_what_the_plain_reference_draws(solver,
 
 def test_modulation_is_computed_ahead_in_chunks_of_one_shape_with_one_null_row(model):
     seen = []
-    handle = model.blocks[1].adaLN_modulation.register_forward_hook(
-        lambda _module, args, _out: seen.append(tuple(args[0].shape))
-    )
+    handle = model.blocks[1].adaLN_modulation.register_forward_hook(lambda _module, args, _out: seen.append(tuple(args[0].shape)))
     width = 2 * 6 * 16 + 2 * 16
     rows = len(LABELS) + 1
     diffusion = create_diffusion("7")
@@ -248,9 +244,7 @@ def test_same_seed_same_samples_whatever_the_callers_random_state(model, diffusi
     after = torch.rand(2)
     torch.manual_seed(1)
     assert torch.equal(torch.rand(2), after), "sampling drew from the caller's generator"
-    assert torch.equal(
-        sample(model, diffusion, torch.tensor(LABELS, dtype=torch.int32), SampleConfig()), first
-    )
+    assert torch.equal(sample(model, diffusion, torch.tensor(LABELS, dtype=torch.int32), SampleConfig()), first)
 
 
 def test_no_gradient_is_recorded(model, diffusion):

@@ -83,8 +83,7 @@ def test_the_judge_reads_real_digits_and_its_features_are_its_network(digits_stu
 def test_training_for_the_studies_learns(digits_study):
     digits, _, _ = digits_study.real_digits()
     fresh, trained = (
-        digits_study.train(digits_study.new_model(16, 1, 4, 0), digits, steps=steps, batch_size=32, seed=0)
-        for steps in (1, 200)
+        digits_study.train(digits_study.new_model(16, 1, 4, 0), digits, steps=steps, batch_size=32, seed=0) for steps in (1, 200)
     )
     t = torch.full((len(digits),), 500)
     diffusion = digits_study.create_diffusion("")

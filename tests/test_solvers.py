@@ -29,10 +29,7 @@ def study():
 def test_the_order_of_convergence_on_uniform_log_snr(solver, order, study):
     steps = [65, 129, 257, 513]
     exact = study.state_at_the_smallest_noise("dpm_solver", "logsnr4097")
-    errors = [
-        (study.state_at_the_smallest_noise(solver, f"logsnr{n}") - exact).square().mean().sqrt().item()
-        for n in steps
-    ]
+    errors = [(study.state_at_the_smallest_noise(solver, f"logsnr{n}") - exact).square().mean().sqrt().item() for n in steps]
     assert study.slope(steps, errors) == pytest.approx(order, abs=ORDER_MARGIN)
 
 

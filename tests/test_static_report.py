@@ -96,16 +96,9 @@ def test_triton_holds_the_line(tmp_path: Path) -> None:
     assert {row["floor_bytes"] for row in updates} == {36 * 32_865_056}
     assert {row["precision"] for row in updates} == {"fp32", "bf16"}
     assert {(row["op"], row["pass"]) for row in rows if row["pass"] != "step"} == {
-        (op, way)
-        for op, passes in PASSES.items()
-        for way, count in zip(("forward", "backward"), passes)
-        if count is not None
+        (op, way) for op, passes in PASSES.items() for way, count in zip(("forward", "backward"), passes) if count is not None
     }
-    norm = next(
-        r
-        for r in rows
-        if (r["op"], r["pass"], r["kernel"]) == ("gated_residual_norm", "forward", static_report.ALL)
-    )
+    norm = next(r for r in rows if (r["op"], r["pass"], r["kernel"]) == ("gated_residual_norm", "forward", static_report.ALL))
     # x and x1 in fp32, branch and h in bf16
     assert norm["floor_bytes"] == 16 * 256 * 384 * (4 + 2 + 4 + 2)
     assert math.isclose(norm["floor_ms"], norm["floor_bytes"] / 1e9)
@@ -131,16 +124,12 @@ def test_every_kernel_on_every_architecture(backend: str, precision: str, tmp_pa
     "reported, architecture, own",
     [(0, "100", 0), (1024, "100", 0), (1536, "90", 512), (0, "80", 0), (1024, "80", 1024)],
 )
-def test_shared_memory_that_the_driver_reserves_is_not_the_kernels(
-    reported: int, architecture: str, own: int
-) -> None:
+def test_shared_memory_that_the_driver_reserves_is_not_the_kernels(reported: int, architecture: str, own: int) -> None:
     assert static_report.declared_shared(reported, architecture) == own
 
 
 def test_a_backend_that_cannot_be_looked_at_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        static_report, "why_not", {"triton": "triton is not here", "cuda": "nvcc is not here"}.get
-    )
+    monkeypatch.setattr(static_report, "why_not", {"triton": "triton is not here", "cuda": "nvcc is not here"}.get)
     rows = report(tmp_path)
     assert [(row["backend"], row["note"]) for row in rows] == [
         ("triton", "triton is not here"),

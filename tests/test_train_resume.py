@@ -35,9 +35,7 @@ TRAIN = [
 ]
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# Processes
-# ------------------------------------------------------------------------------------------------------------------
+# ---- Processes -------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -68,9 +66,7 @@ def child(argv, ready, sabotage):
 
 def start(context, folder, *flags, sabotage=None):
     here, there = context.Pipe()
-    process = context.Process(
-        target=child, args=([*TRAIN, "--results-dir", str(folder), *flags], there, sabotage)
-    )
+    process = context.Process(target=child, args=([*TRAIN, "--results-dir", str(folder), *flags], there, sabotage))
     process.start()
     there.close()
     here.recv()
@@ -91,9 +87,7 @@ def told(folder):
     return Path(f"{folder}.log").read_text()
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# Where a run ends
-# ------------------------------------------------------------------------------------------------------------------
+# ---- Where a run ends ------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -122,9 +116,7 @@ def assert_same_end(folder, unbroken):
     assert rows(folder) == rows(unbroken)
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# Killed
-# ------------------------------------------------------------------------------------------------------------------
+# ---- Killed ----------------------------------------------------------------------------------------------------------
 
 
 def test_killed_at_fifty_random_moments_it_ends_where_an_unbroken_run_does(forked, unbroken, tmp_path):
@@ -177,9 +169,7 @@ def test_with_master_weights_a_killed_run_ends_where_one_without_them_does(forke
         ended += 1
 
 
-def test_killed_in_every_stage_of_a_checkpoint_write_it_ends_where_an_unbroken_run_does(
-    forked, unbroken, tmp_path
-):
+def test_killed_in_every_stage_of_a_checkpoint_write_it_ends_where_an_unbroken_run_does(forked, unbroken, tmp_path):
     # The first three steps are common to all. The second checkpoint removes the first.
     common = tmp_path / "common"
     flags = ("--ckpt-every", "3", "--keep-last", "1")
@@ -199,9 +189,7 @@ def test_killed_in_every_stage_of_a_checkpoint_write_it_ends_where_an_unbroken_r
     assert 12 < number < 60
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# Stopped
-# ------------------------------------------------------------------------------------------------------------------
+# ---- Stopped ---------------------------------------------------------------------------------------------------------
 
 
 def wait_for_step(folder):
@@ -241,9 +229,7 @@ def test_a_second_signal_exits_at_once(forked, tmp_path):
     assert set(checkpoints_of(folder)) == steps
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# Damaged, another run's, a full disk
-# ------------------------------------------------------------------------------------------------------------------
+# ---- Damaged, another run's, a full disk -----------------------------------------------------------------------------
 
 
 def cut_short(path):

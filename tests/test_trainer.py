@@ -111,9 +111,7 @@ def make_trainer(tmp_path, *, model=None, **changes):
     return Trainer(settings, some_data(settings), None, model or small_model())
 
 
-# --------------------------------------------------------------------------------------------------------------
-# A run is a function of its config and data
-# --------------------------------------------------------------------------------------------------------------
+# ---- A run is a function of its config and data ----------------------------------------------------------------------
 
 
 def test_same_seed_same_bits_whatever_the_callers_random_state(tmp_path):
@@ -247,9 +245,7 @@ def test_timesteps_span_the_chain_and_epochs_are_shuffled(tmp_path):
     assert noise.unique().numel() == noise.numel()
 
 
-# --------------------------------------------------------------------------------------------------------------
-# Ours against the reference
-# --------------------------------------------------------------------------------------------------------------
+# ---- Ours against the reference --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -277,9 +273,7 @@ def test_the_fused_model_trains_as_the_reference_does(tmp_path, precision):
     assert_drift(drift(models, precision), drift(reference, precision), exact)
 
 
-# --------------------------------------------------------------------------------------------------------------
-# Nothing waits for the host
-# --------------------------------------------------------------------------------------------------------------
+# ---- Nothing waits for the host --------------------------------------------------------------------------------------
 
 SYNCHRONISING = {
     "_local_scalar_dense",
@@ -354,9 +348,7 @@ def test_metrics_reach_the_host_one_step_late():
     assert late.pop() is None
 
 
-# --------------------------------------------------------------------------------------------------------------
-# Optimizer, moving average, schedule
-# --------------------------------------------------------------------------------------------------------------
+# ---- Optimizer, moving average, schedule -----------------------------------------------------------------------------
 
 
 class Affine(nn.Module):
@@ -474,9 +466,7 @@ def test_the_rate_reaches_the_optimizer(tmp_path):
     assert found == [0.0025, 0.005, 0.0075, 0.01]
 
 
-# --------------------------------------------------------------------------------------------------------------
-# Steps that are skipped
-# --------------------------------------------------------------------------------------------------------------
+# ---- Steps that are skipped ------------------------------------------------------------------------------------------
 
 
 class Poisoned:
@@ -501,9 +491,7 @@ def poison(monkeypatch, *steps):
 def test_a_skipped_step_is_counted_and_spares_the_weights(tmp_path, monkeypatch):
     poison(monkeypatch, 2)
     run(tmp_path, steps=5, ckpt_every=1, keep_last=9)
-    before, after, later = (
-        load_checkpoint(tmp_path / "run" / "checkpoints" / f"step-{step:08d}") for step in (2, 3, 4)
-    )
+    before, after, later = (load_checkpoint(tmp_path / "run" / "checkpoints" / f"step-{step:08d}") for step in (2, 3, 4))
     for name in before.model:
         assert torch.equal(before.model[name], after.model[name])
     assert any(not torch.equal(after.model[name], later.model[name]) for name in after.model)
@@ -537,14 +525,10 @@ def test_scattered_skips_do_not_stop_the_run(tmp_path, monkeypatch):
     assert run(tmp_path, steps=7, max_skipped=1).step == 7
 
 
-# --------------------------------------------------------------------------------------------------------------
-# Precision, recomputation, compilation
-# --------------------------------------------------------------------------------------------------------------
+# ---- Precision, recomputation, compilation ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "precision, dtype", [("bf16", torch.bfloat16), ("fp16", torch.float16), ("fp32", torch.float32)]
-)
+@pytest.mark.parametrize("precision, dtype", [("bf16", torch.bfloat16), ("fp16", torch.float16), ("fp32", torch.float32)])
 def test_products_run_in_the_precision_asked_for(tmp_path, precision, dtype):
     seen = []
     model = small_model()
@@ -569,9 +553,7 @@ def test_compiling_compiles_every_block_and_the_final_layer(tmp_path, monkeypatc
     assert compiled == ["DiTBlock", "DiTBlock", "FinalLayer"]
 
 
-# --------------------------------------------------------------------------------------------------------------
-# Starting from weights
-# --------------------------------------------------------------------------------------------------------------
+# ---- Starting from weights -------------------------------------------------------------------------------------------
 
 
 def test_weights_of_a_checkpoint_start_a_run(tmp_path):
@@ -604,9 +586,7 @@ def test_another_size_and_other_classes_fit(tmp_path):
 def test_the_same_classes_keep_their_rows_with_and_without_a_null_class(tmp_path, given_dropout, own_dropout):
     given = small_model(random=True, class_dropout_prob=given_dropout)
     torch.save(given.state_dict(), tmp_path / "public.pt")
-    trainer = make_trainer(
-        tmp_path, model=small_model(class_dropout_prob=own_dropout), label_dropout=own_dropout
-    )
+    trainer = make_trainer(tmp_path, model=small_model(class_dropout_prob=own_dropout), label_dropout=own_dropout)
     beginning.initialise(trainer, str(tmp_path / "public.pt"))
     mine, theirs = (m.y_embedder.embedding_table.weight for m in (trainer.model, given))
     assert torch.equal(mine[:CLASSES], theirs[:CLASSES])
@@ -618,9 +598,7 @@ def test_weights_that_do_not_fit_are_listed(tmp_path):
         beginning.initialise(make_trainer(tmp_path), str(tmp_path / "public.pt"))
 
 
-# --------------------------------------------------------------------------------------------------------------
-# Validation and samples
-# --------------------------------------------------------------------------------------------------------------
+# ---- Validation and samples ------------------------------------------------------------------------------------------
 
 
 def test_the_validation_loss_is_that_of_the_moving_average_on_fixed_noise(tmp_path):
@@ -669,9 +647,7 @@ def brightness(images):
 
 
 def evaluated(tmp_path, **changes):
-    np.savez(
-        tmp_path / "reference.npz", arr_0=np.random.default_rng(0).integers(0, 256, (20, 4, 4, 3), np.uint8)
-    )
+    np.savez(tmp_path / "reference.npz", arr_0=np.random.default_rng(0).integers(0, 256, (20, 4, 4, 3), np.uint8))
     settings = {
         "eval_every": 2,
         "eval_reference": str(tmp_path / "reference.npz"),
@@ -735,9 +711,7 @@ def test_a_grid_lies_row_by_row(tmp_path):
         ]
 
 
-# --------------------------------------------------------------------------------------------------------------
-# The command
-# --------------------------------------------------------------------------------------------------------------
+# ---- The command -----------------------------------------------------------------------------------------------------
 
 DIGITS = [
     *("--data-path", "digits", "--vae", "none", "--image-size", "8", "--num-classes", "10"),

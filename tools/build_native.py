@@ -34,9 +34,7 @@ class BuildError(RuntimeError):
     """The library cannot be built; the message names what to set."""
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# What to build for, and with
-# ------------------------------------------------------------------------------------------------------------------
+# ---- What to build for, and with -------------------------------------------------------------------------------------
 
 
 class Architecture(NamedTuple):
@@ -119,9 +117,7 @@ def _available_memory() -> int:
     return int(pages.group(1)) * 1024 if pages else BYTES_A_JOB
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# Building
-# ------------------------------------------------------------------------------------------------------------------
+# ---- Building --------------------------------------------------------------------------------------------------------
 
 
 class Toolchain(NamedTuple):
@@ -141,9 +137,7 @@ def sources(folder: Path = CSRC) -> list[Path]:
     return sorted(folder.glob("*.cu"))
 
 
-def build_library(
-    out: Path, tools: Toolchain, targets: Sequence[Architecture], files: Sequence[Path] | None = None
-) -> Path:
+def build_library(out: Path, tools: Toolchain, targets: Sequence[Architecture], files: Sequence[Path] | None = None) -> Path:
     """Compiles and links the library into the folder ``out``; what is up to date stays.
 
     Returns:
@@ -167,9 +161,7 @@ def build_library(
         " -Xlinker --exclude-libs=ALL -Xlinker --strip-debug -o $out.tmp && mv $out.tmp $out",
         f"build {LIBRARY}: link {' '.join(objects)}",
     ]
-    _run_ninja(
-        out, ["rule compile", "  depfile = $out.d", "  deps = gcc", "  " + lines[0], *lines[1:]], workers
-    )
+    _run_ninja(out, ["rule compile", "  depfile = $out.d", "  deps = gcc", "  " + lines[0], *lines[1:]], workers)
     return out / LIBRARY
 
 
@@ -220,9 +212,7 @@ def _refuse_unknown(nvcc: str, targets: Sequence[Architecture]) -> None:
     known = {word.removeprefix("sm_") for word in listed.split()}
     for target in targets:
         if target.name.rstrip("af") not in known:
-            raise BuildError(
-                f"TORCH_CUDA_ARCH_LIST: got {target}, this nvcc knows {', '.join(sorted(known, key=int))}"
-            )
+            raise BuildError(f"TORCH_CUDA_ARCH_LIST: got {target}, this nvcc knows {', '.join(sorted(known, key=int))}")
 
 
 def _escaped(path: Path) -> str:
@@ -245,9 +235,7 @@ def main() -> None:
     spec = importlib.util.find_spec("torch")
     compiler = find_nvcc()
     if len(sys.argv) != 2 or compiler is None or spec is None or spec.origin is None:
-        raise SystemExit(
-            "usage: python tools/build_native.py FOLDER, with nvcc on the PATH and torch installed"
-        )
+        raise SystemExit("usage: python tools/build_native.py FOLDER, with nvcc on the PATH and torch installed")
     targets = architectures(os.environ.get("TORCH_CUDA_ARCH_LIST"))
     print(build_library(Path(sys.argv[1]), Toolchain(compiler, Path(spec.origin).parent), targets))
 

@@ -39,9 +39,7 @@ constexpr int64_t UNIT = 16;  // floats in a line of the cache
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t padded(int64_t width) { return ceil_div(width, UNIT) * UNIT; }
 
-// ---------------------------------------------------------------------------------------------------------------------
-// Tensors
-// ---------------------------------------------------------------------------------------------------------------------
+// ---- Tensors --------------------------------------------------------------------------------------------------------
 
 // Asks Linux for large pages under a large result: it is new memory, and the first touch of each small page costs more than
 // computing what goes there.
@@ -73,8 +71,7 @@ inline int dtype_of(const Tensor& tensor) {
   int32_t dtype = 0;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &dtype));
   STD_TORCH_CHECK(
-      dtype == FLOAT || dtype == BFLOAT16 || dtype == HALF, "the cpu backend takes fp32, bf16 and fp16, got dtype number ",
-      dtype);
+      dtype == FLOAT || dtype == BFLOAT16 || dtype == HALF, "the cpu backend takes fp32, bf16 and fp16, got dtype number ", dtype);
   return dtype;
 }
 
@@ -100,9 +97,7 @@ inline Vector vector(const OptionalTensor& tensor) {
   return {tensor->data_ptr(), last == 0 ? 0 : tensor->stride(0), tensor->stride(last), dtype_of(*tensor)};
 }
 
-// ---------------------------------------------------------------------------------------------------------------------
-// Work
-// ---------------------------------------------------------------------------------------------------------------------
+// ---- Work -----------------------------------------------------------------------------------------------------------
 
 // Floats that a thread works in, at an address that is a multiple of 64 bytes. One allocation for all rows of a thread.
 class Scratch {

@@ -57,9 +57,7 @@ namespace {
 void make_factor(const Vector& scale, const Vector& weight, int64_t sample, int64_t width, float* factor, float* buffer) {
   read(scale, sample, 0, width, 0.0f, factor);
   read(weight, sample, 0, width, 1.0f, buffer);
-  each(width, [&](int64_t i, auto reach) {
-    store(factor + i, reach, (1.0f + load(factor + i, reach)) * load(buffer + i, reach));
-  });
+  each(width, [&](int64_t i, auto reach) { store(factor + i, reach, (1.0f + load(factor + i, reach)) * load(buffer + i, reach)); });
 }
 
 // offset = (1 + scale) · bias + shift, which is added to the norm.
@@ -70,9 +68,7 @@ void make_offset(const NormForward& a, int64_t sample, float* offset, float* buf
   each(a.width, [&](int64_t i, auto reach) { store(offset + i, reach, load(offset + i, reach) + load(buffer + i, reach)); });
 }
 
-// ---------------------------------------------------------------------------------------------------------------------
-// Forward
-// ---------------------------------------------------------------------------------------------------------------------
+// ---- Forward --------------------------------------------------------------------------------------------------------
 
 struct Moments {
   float mean, rstd;
@@ -197,9 +193,7 @@ void forward(const NormForward& a, int64_t begin, int64_t end, float* scratch) {
   by_dtypes(a.x.dtype, a.branch.dtype, [&](auto x, auto u) { residual_rows<decltype(x), decltype(u)>(a, begin, end, scratch); });
 }
 
-// ---------------------------------------------------------------------------------------------------------------------
-// Backward
-// ---------------------------------------------------------------------------------------------------------------------
+// ---- Backward -------------------------------------------------------------------------------------------------------
 
 // What the second loop does with dx beside storing it.
 enum class Branch { NONE, GRADIENT, SUMS };
@@ -250,8 +244,7 @@ struct Rows {
 };
 
 template <Branch WANTED, typename X, typename U>
-void second_loop(
-    int64_t width, const Rows<X, U>& row, const float* factor, Moments m, Means means, const float* gate, float* rs) {
+void second_loop(int64_t width, const Rows<X, U>& row, const float* factor, Moments m, Means means, const float* gate, float* rs) {
   const auto value = [&](int64_t i, auto reach) {
     const Lanes normed = (load(row.x1 + i, reach) - m.mean) * m.rstd;
     const Lanes dnormed = load(row.dh + i, reach) * load(factor + i, reach);
@@ -335,9 +328,7 @@ void backward(const NormBackward& a, int64_t begin, int64_t end, float* scratch)
   });
 }
 
-// ---------------------------------------------------------------------------------------------------------------------
-// The gradients of the vectors
-// ---------------------------------------------------------------------------------------------------------------------
+// ---- The gradients of the vectors -----------------------------------------------------------------------------------
 
 // Two sums over the tokens of a sample, for the channels of a block.
 struct Sums {
@@ -421,8 +412,8 @@ bool is_rms(const std::string& norm) { return norm == "rmsnorm"; }
 int64_t columns(const std::string& norm) { return is_rms(norm) ? 1 : 2; }
 
 std::tuple<Tensor, Tensor> modulate_norm(
-    Tensor x, OptionalTensor shift, OptionalTensor scale, OptionalTensor weight, OptionalTensor bias, std::string norm,
-    double eps, ScalarType out_dtype, bool keep) {
+    Tensor x, OptionalTensor shift, OptionalTensor scale, OptionalTensor weight, OptionalTensor bias, std::string norm, double eps,
+    ScalarType out_dtype, bool keep) {
   const int64_t samples = x.size(0), length = x.size(1), width = x.size(2);
   const Tensor h = empty({samples, length, width}, number(out_dtype));
   const Tensor stats = empty_if(keep, {samples, length, columns(norm)}, FLOAT);
@@ -559,8 +550,7 @@ std::tuple<Tensor, Tensor, Tensor> gated_residual_backward(
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gated_residual_norm_backward(
     OptionalTensor dx1, OptionalTensor dh, OptionalTensor x1, OptionalTensor branch, OptionalTensor gate, OptionalTensor scale,
-    OptionalTensor branch_bias, OptionalTensor weight, OptionalTensor bias, OptionalTensor stats, std::string norm,
-    Wanted wanted) {
+    OptionalTensor branch_bias, OptionalTensor weight, OptionalTensor bias, OptionalTensor stats, std::string norm, Wanted wanted) {
   const int64_t samples = x1->size(0), length = x1->size(1), width = x1->size(2);
   const Tensor dx = gradient(wanted[0], {samples, length, width}), dbranch = gradient(wanted[1], {samples, length, width});
   const Tensor dgate = gradient(wanted[2], {samples, width}), dshift = gradient(wanted[3], {samples, width});

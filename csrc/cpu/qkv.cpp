@@ -63,8 +63,8 @@ void stack(const Stack& a, int64_t begin, int64_t end, float* scratch) {
       for (int64_t row = chunk * a.chunk_rows; row < a.rows && row < (chunk + 1) * a.chunk_rows; ++row)
         for (int64_t p = 0; p < a.count; ++p)
           stack_part(
-              a.parts[p], row / a.tokens, row % a.tokens, static_cast<T*>(a.dpacked) + row * all + p * a.width,
-              sums + p * a.width, reinterpret_cast<T*>(scratch));
+              a.parts[p], row / a.tokens, row % a.tokens, static_cast<T*>(a.dpacked) + row * all + p * a.width, sums + p * a.width,
+              reinterpret_cast<T*>(scratch));
     }
   });
 }

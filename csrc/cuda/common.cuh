@@ -50,9 +50,7 @@ constexpr int UNIT = 8;
 constexpr int WARP = 32;
 constexpr unsigned EVERY_LANE = 0xffffffffu;
 
-// ---------------------------------------------------------------------------------------------------------------------
-// Tensors as kernels see them
-// ---------------------------------------------------------------------------------------------------------------------
+// ---- Tensors as kernels see them ------------------------------------------------------------------------------------
 
 struct Any {};
 
@@ -201,8 +199,7 @@ __device__ __forceinline__ Tokens<T> with_stride_anew(Tokens<T> tensor) {
 template <bool VECTORISED, typename T>
 __device__ __forceinline__ Unit load(const Tokens<T>& from, int64_t sample, int64_t token, int column, int width) {
   if constexpr (std::is_same_v<T, Any>) {
-    return with_dtype(
-        from.dtype, [&](auto t) { return load<VECTORISED>(typed<decltype(t)>(from), sample, token, column, width); });
+    return with_dtype(from.dtype, [&](auto t) { return load<VECTORISED>(typed<decltype(t)>(from), sample, token, column, width); });
   } else if constexpr (VECTORISED) {
     return as_floats(load_words(from, sample, token, column));
   } else {
@@ -213,8 +210,7 @@ __device__ __forceinline__ Unit load(const Tokens<T>& from, int64_t sample, int6
 }
 
 template <bool VECTORISED, typename T>
-__device__ __forceinline__ void store(
-    const Tokens<T>& to, int64_t sample, int64_t token, int column, int width, const Unit& unit) {
+__device__ __forceinline__ void store(const Tokens<T>& to, int64_t sample, int64_t token, int column, int width, const Unit& unit) {
   if constexpr (std::is_same_v<T, Any>) {
     with_dtype(to.dtype, [&](auto t) { store<VECTORISED>(typed<decltype(t)>(to), sample, token, column, width, unit); });
   } else if constexpr (VECTORISED) {
@@ -252,9 +248,7 @@ __device__ __forceinline__ void store_one(const Vector& to, int64_t sample, int6
   if (to.data != nullptr) store_one(as_tokens(to), sample, 0, column, value);
 }
 
-// ---------------------------------------------------------------------------------------------------------------------
-// Shared memory: a launch says how many bytes it needs, a kernel cuts them up
-// ---------------------------------------------------------------------------------------------------------------------
+// ---- Shared memory: a launch says how many bytes it needs, a kernel cuts them up ------------------------------------
 
 #ifndef DITKERNELS_EMULATION
 __device__ __forceinline__ char* shared_at(int offset, int, bool) {
@@ -300,9 +294,7 @@ __device__ __forceinline__ float warp_sum(float value) {
   return value;
 }
 
-// ---------------------------------------------------------------------------------------------------------------------
-// Host side: tensors
-// ---------------------------------------------------------------------------------------------------------------------
+// ---- Host side: tensors ---------------------------------------------------------------------------------------------
 
 __host__ __device__ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 __host__ __device__ inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
@@ -404,9 +396,7 @@ bool all_vectorised(const Tensors&... tensors) {
   return (is_vectorised(tensors) && ...);
 }
 
-// ---------------------------------------------------------------------------------------------------------------------
-// Host side: dispatch
-// ---------------------------------------------------------------------------------------------------------------------
+// ---- Host side: dispatch --------------------------------------------------------------------------------------------
 
 // The pairs of a stream's dtype and a branch's that models use: one for both, or an fp32 stream. Any other pair is Any.
 template <typename Body>
@@ -484,9 +474,7 @@ void by_row(ScalarType stream, ScalarType branch, int64_t width, bool vectorised
   });
 }
 
-// ---------------------------------------------------------------------------------------------------------------------
-// Host side: launch
-// ---------------------------------------------------------------------------------------------------------------------
+// ---- Host side: launch ----------------------------------------------------------------------------------------------
 
 // Bytes of shared memory that a launch may use without asking for them.
 constexpr int SHARED_UNASKED = 48 * 1024;

@@ -105,9 +105,7 @@ __global__ void __launch_bounds__(THREADS) backward_tiles(const Backward<T, U> a
   if (a.partial.data != nullptr) store<VECTORISED>(a.partial, 0, chunk, column, a.width, total);
 }
 
-// ---------------------------------------------------------------------------------------------------------------------
-// Launch
-// ---------------------------------------------------------------------------------------------------------------------
+// ---- Launch ---------------------------------------------------------------------------------------------------------
 
 struct Rows {
   int64_t batch, length;
@@ -141,8 +139,7 @@ Tensor bias_gelu(Tensor x, OptionalTensor bias) {
   return y;
 }
 
-std::tuple<Tensor, Tensor> bias_gelu_backward(
-    Tensor dy, OptionalTensor given_x, OptionalTensor bias, std::vector<int64_t> wanted) {
+std::tuple<Tensor, Tensor> bias_gelu_backward(Tensor dy, OptionalTensor given_x, OptionalTensor bias, std::vector<int64_t> wanted) {
   const char* op = "bias_gelu_backward";
   STD_TORCH_CHECK(given_x.has_value(), op, ": called without x");
   const Tensor& x = *given_x;

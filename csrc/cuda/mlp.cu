@@ -43,9 +43,7 @@ constexpr uint64_t LARGEST_ALIGNMENT = 256;
 constexpr uint64_t LARGEST_ALIGNMENT = 64;
 #endif
 
-// ---------------------------------------------------------------------------------------------------------------------
-// The library
-// ---------------------------------------------------------------------------------------------------------------------
+// ---- The library ----------------------------------------------------------------------------------------------------
 
 #define DITKERNELS_EACH(DO)                \
   DO(cublasLtCreate)                       \
@@ -111,9 +109,7 @@ cublasLtHandle_t handle_of(const char* op, int device) {
   return handles[device] = made;
 }
 
-// ---------------------------------------------------------------------------------------------------------------------
-// What cuBLASLt is told
-// ---------------------------------------------------------------------------------------------------------------------
+// ---- What cuBLASLt is told ------------------------------------------------------------------------------------------
 
 // A descriptor, which ends with its owner.
 template <typename Handle>
@@ -266,14 +262,12 @@ void multiply(const Product& product, const Tensor& out) {
   require(
       blas().cublasLtMatmul(
           handle, described.operation.get(), &one, product.weight, described.a.get(), product.left, described.b.get(), &zero,
-          product.out, described.d.get(), product.out, described.d.get(), &found->algo, workspace.data_ptr(),
-          found->workspaceSize, static_cast<cudaStream_t>(stream)),
+          product.out, described.d.get(), product.out, described.d.get(), &found->algo, workspace.data_ptr(), found->workspaceSize,
+          static_cast<cudaStream_t>(stream)),
       op, "cublasLtMatmul");
 }
 
-// ---------------------------------------------------------------------------------------------------------------------
-// The two halves
-// ---------------------------------------------------------------------------------------------------------------------
+// ---- The two halves -------------------------------------------------------------------------------------------------
 
 cudaDataType_t type_of(ScalarType dtype) { return dtype == ScalarType::Half ? CUDA_R_16F : CUDA_R_16BF; }
 

@@ -296,9 +296,7 @@ __global__ void __launch_bounds__(GROUP_THREADS) add_samples(const Gradients a) 
   store_one(a.gradients.branch_bias, 0, column, total[2]);
 }
 
-// ---------------------------------------------------------------------------------------------------------------------
-// Launch
-// ---------------------------------------------------------------------------------------------------------------------
+// ---- Launch ---------------------------------------------------------------------------------------------------------
 
 void check_width(const char* op, int64_t width) {
   STD_TORCH_CHECK(width <= WIDEST, op, ": a row of ", width, " channels is wider than a block; the widest taken is ", WIDEST);
@@ -414,9 +412,7 @@ void backward(const char* op, BackwardTensors t) {
   if (partial.has_value()) add_up(op, t, *partial, norm_sums, residual_sums);
 }
 
-// ---------------------------------------------------------------------------------------------------------------------
-// The operators; arguments have been checked by their declarations in ditkernels/ops/norm/__init__.py
-// ---------------------------------------------------------------------------------------------------------------------
+// ---- The operators; arguments have been checked by their declarations in ditkernels/ops/norm/__init__.py ------------
 
 using Numbers = std::vector<int64_t>;
 
@@ -436,8 +432,8 @@ void check_saved(const char* op, const OptionalTensor& x, const OptionalTensor& 
 }
 
 std::tuple<Tensor, Tensor> modulate_norm(
-    Tensor x, OptionalTensor shift, OptionalTensor scale, OptionalTensor weight, OptionalTensor bias, std::string norm,
-    double eps, ScalarType out_dtype, bool keep) {
+    Tensor x, OptionalTensor shift, OptionalTensor scale, OptionalTensor weight, OptionalTensor bias, std::string norm, double eps,
+    ScalarType out_dtype, bool keep) {
   const bool centred = norm != "rmsnorm";
   const OptionalTensor stats = statistics(x, centred, keep);
   const Tensor h = empty(x, shape_of(x), out_dtype);

@@ -37,9 +37,7 @@ _TOKENS = 7
 _PROCESSOR = "AttnProcessor2_0"
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# The fused forwards
-# ------------------------------------------------------------------------------------------------------------------
+# ---- The fused forwards ----------------------------------------------------------------------------------------------
 
 
 class Attention(Fused):
@@ -147,25 +145,19 @@ class Model(Fused):
         side = int(tokens**0.5)
         checkpoints = self.gradient_checkpointing and torch.is_grad_enabled()
         if checkpoints or cross_attention_kwargs is not None or side * side != tokens:
-            return super().forward(
-                hidden_states, timestep, class_labels, cross_attention_kwargs, return_dict=return_dict
-            )
+            return super().forward(hidden_states, timestep, class_labels, cross_attention_kwargs, return_dict=return_dict)
         stream = Stream(self.pos_embed(hidden_states))
         for block in self.transformer_blocks:
             stream = parts.through(block, stream, timestep=timestep, class_labels=class_labels)
         stream = parts.promoted(stream)
-        conditioning = self.transformer_blocks[0].norm1.emb(
-            timestep, class_labels, hidden_dtype=stream.x.dtype
-        )
+        conditioning = self.transformer_blocks[0].norm1.emb(timestep, class_labels, hidden_dtype=stream.x.dtype)
         shift, scale = self.proj_out_1(F.silu(conditioning)).chunk(2, dim=1)
         end = (self.proj_out_2, (side, side), p, self.norm_out, self._ditkernels["norm"])
         image = parts.finished(stream, shift, scale, *end)
         return self._ditkernels["output"](sample=image) if return_dict else (image,)
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# Recognition
-# ------------------------------------------------------------------------------------------------------------------
+# ---- Recognition -----------------------------------------------------------------------------------------------------
 
 
 def is_block(module: Any) -> bool:
@@ -253,9 +245,7 @@ def _classes(block: Any) -> int:
     return tables[0].num_embeddings
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# Across blocks
-# ------------------------------------------------------------------------------------------------------------------
+# ---- Across blocks ---------------------------------------------------------------------------------------------------
 
 
 class ProbeBlock(nn.Module):

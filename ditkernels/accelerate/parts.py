@@ -15,9 +15,7 @@ from ditkernels.models import Stream, closed, product_with_bias
 from ditkernels.ops import dispatch
 from ditkernels.ops.attention import BACKENDS, choose, describe
 
-# ------------------------------------------------------------------------------------------------------------------
-# Norms and residuals
-# ------------------------------------------------------------------------------------------------------------------
+# ---- Norms and residuals ---------------------------------------------------------------------------------------------
 
 
 def kind_of_norm(name: str, norm: nn.Module, width: int) -> str:
@@ -47,18 +45,14 @@ def norm_arguments(norm: nn.Module, kind: str) -> dict[str, Any]:
     return {"weight": weight, "bias": bias, "norm": kind, "eps": eps_of("norm", norm)}
 
 
-def normed(
-    stream: Stream, norm: nn.Module, kind: str, shift: Tensor | None, scale: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def normed(stream: Stream, norm: nn.Module, kind: str, shift: Tensor | None, scale: Tensor | None) -> tuple[Tensor, Tensor]:
     """Closes the open residual of ``stream``; returns the new x and its modulated norm."""
     arguments = norm_arguments(norm, kind)
     x, branch, gate, bias = promoted(stream)
     out_dtype = dispatch.autocast_dtype(x) or _promoted_dtype(x, shift, scale, arguments["weight"])
     if branch is None:
         return x, ops.modulate_norm(x, shift, scale, **arguments, out_dtype=out_dtype)
-    return ops.gated_residual_norm(
-        x, branch, gate, shift, scale, branch_bias=bias, **arguments, out_dtype=out_dtype
-    )
+    return ops.gated_residual_norm(x, branch, gate, shift, scale, branch_bias=bias, **arguments, out_dtype=out_dtype)
 
 
 def promoted(stream: Stream) -> Stream:
@@ -88,9 +82,7 @@ def through(block: nn.Module, stream: Stream, *args: Any, **kwargs: Any) -> Stre
     return Stream(block(plain(stream), *args, **kwargs))
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# Attention
-# ------------------------------------------------------------------------------------------------------------------
+# ---- Attention -------------------------------------------------------------------------------------------------------
 
 
 def given(*options: Any) -> bool:
@@ -160,9 +152,7 @@ def check_attention(attn: Any) -> bool:
     return not all(isinstance(norm, nn.Identity) for norm in norms)
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# Patches
-# ------------------------------------------------------------------------------------------------------------------
+# ---- Patches ---------------------------------------------------------------------------------------------------------
 
 
 class PatchEmbed(Fused):

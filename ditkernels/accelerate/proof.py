@@ -59,9 +59,7 @@ class Draw:
         """As ``normal``, rows of sizes from 2^-6 to 4, so that an eps of 1e-5 shows beside one of 1e-6."""
         sizes = 2.0 ** torch.linspace(-6, 2, batch * length).round().reshape(batch, length, 1)
         with torch.no_grad():
-            return (
-                self.normal(batch, length, width).mul_(sizes.to(self.dtype).to(self.device)).requires_grad_()
-            )
+            return self.normal(batch, length, width).mul_(sizes.to(self.dtype).to(self.device)).requires_grad_()
 
     def integers(self, high: int, *shape: int) -> Tensor:
         return torch.randint(high, shape, generator=self._generator).to(self.device)
@@ -226,10 +224,7 @@ def _wide_bounds(want: Results, tolerance: float) -> dict[str, float]:
 
 
 def _own_bounds(want: Results, low: Results, eps: float) -> dict[str, float]:
-    return {
-        name: OWN_FACTOR * _distance(low[name], want[name]) + OWN_ULPS * eps * scale
-        for name, scale in _scales(want).items()
-    }
+    return {name: OWN_FACTOR * _distance(low[name], want[name]) + OWN_ULPS * eps * scale for name, scale in _scales(want).items()}
 
 
 def _largest_violation(got: Results, want: Results, bounds: Mapping[str, float]) -> str | None:

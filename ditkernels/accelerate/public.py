@@ -35,9 +35,7 @@ _CHILDREN = ("norm1", "attn", "norm2", "mlp", "adaLN_modulation")
 _TOKENS = 7
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# The fused forwards
-# ------------------------------------------------------------------------------------------------------------------
+# ---- The fused forwards ----------------------------------------------------------------------------------------------
 
 
 class Block(Fused):
@@ -87,9 +85,7 @@ class FinalLayer(Fused):
     linear: nn.Linear
     adaLN_modulation: nn.Module
 
-    def forward(
-        self, x: Tensor | Stream, c: Tensor, grid: tuple[int, int] | None = None, patch_size: int = 0
-    ) -> Tensor:
+    def forward(self, x: Tensor | Stream, c: Tensor, grid: tuple[int, int] | None = None, patch_size: int = 0) -> Tensor:
         shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
         stream = x if isinstance(x, Stream) else Stream(x)
         kind = self._ditkernels["norm"]
@@ -138,9 +134,7 @@ class Model(Fused):
         return self.final_layer(stream, c, (shape[2] // p, shape[3] // p), p)
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# Recognition
-# ------------------------------------------------------------------------------------------------------------------
+# ---- Recognition -----------------------------------------------------------------------------------------------------
 
 
 def is_block(module: nn.Module) -> bool:
@@ -213,9 +207,7 @@ def _plan_block(name: str, block: Any, rope: Any) -> Iterator[Found]:
 
 
 def _described(mlp: Any) -> str:
-    inner = ", ".join(
-        str(m) for m in mlp.children() if not isinstance(m, (nn.Linear, nn.Dropout, nn.Identity))
-    )
+    inner = ", ".join(str(m) for m in mlp.children() if not isinstance(m, (nn.Linear, nn.Dropout, nn.Identity)))
     return f"{type(mlp).__name__}: {inner}" if inner else type(mlp).__name__
 
 
@@ -269,9 +261,7 @@ def _plan_final(root: Any) -> Planned:
     return ("modulate_norm",), proven(layer, [swap], inputs)
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# Across blocks
-# ------------------------------------------------------------------------------------------------------------------
+# ---- Across blocks ---------------------------------------------------------------------------------------------------
 
 
 class ProbeBlock(nn.Module):

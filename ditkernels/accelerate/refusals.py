@@ -34,9 +34,7 @@ def refuse_wrapped(model: nn.Module) -> None:
     for name, module in model.named_modules():
         wrapper = next((cls.__name__ for cls in type(module).__mro__ if cls.__name__ in _WRAPPERS), None)
         if wrapper is not None:
-            raise ValueError(
-                f"{name or 'the model'} is already wrapped in {wrapper}; accelerate the model first, then wrap it"
-            )
+            raise ValueError(f"{name or 'the model'} is already wrapped in {wrapper}; accelerate the model first, then wrap it")
 
 
 def refuse_intercepted(module: nn.Module, called: str = "", *, below: bool = True) -> None:
@@ -54,11 +52,7 @@ def refuse_random(module: nn.Module) -> None:
     """Raises Refused on dropout or drop-path above zero, wherever in the module."""
     for name, inner in module.named_modules():
         probability = next(
-            (
-                p
-                for p in (getattr(inner, key, 0) for key in ("p", "drop_prob"))
-                if isinstance(p, float) and p > 0
-            ),
+            (p for p in (getattr(inner, key, 0) for key in ("p", "drop_prob")) if isinstance(p, float) and p > 0),
             0,
         )
         if probability and "drop" in type(inner).__name__.lower():
@@ -68,14 +62,10 @@ def refuse_random(module: nn.Module) -> None:
 def require_plain(name: str, module: nn.Module, kind: type[nn.Module]) -> None:
     """Raises Refused unless ``module`` is torch's own layer with ordinary weights, which a kernel may read."""
     if type(module) is not kind:
-        raise Refused(
-            f"{name} is {type(module).__module__}.{type(module).__qualname__}, not torch's {kind.__name__}"
-        )
+        raise Refused(f"{name} is {type(module).__module__}.{type(module).__qualname__}, not torch's {kind.__name__}")
     for key, parameter in module.named_parameters(recurse=False):
         if type(parameter.data) is not torch.Tensor or not parameter.is_floating_point():
-            raise Refused(
-                f"{name}.{key} is {type(parameter.data).__name__} of {parameter.dtype}, not ordinary weights"
-            )
+            raise Refused(f"{name}.{key} is {type(parameter.data).__name__} of {parameter.dtype}, not ordinary weights")
 
 
 def require_children(module: nn.Module, *names: str) -> None:

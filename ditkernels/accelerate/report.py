@@ -56,11 +56,7 @@ class Report:
         by_kind: dict[str, list[Part]] = {}
         for part in self.parts:
             by_kind.setdefault(_INDEX.sub(".*", part.name, count=1), []).append(part)
-        return [
-            (said, list(run))
-            for parts in by_kind.values()
-            for said, run in groupby(parts, key=lambda part: part._said)
-        ]
+        return [(said, list(run)) for parts in by_kind.values() for said, run in groupby(parts, key=lambda part: part._said)]
 
 
 def _range(names: list[str]) -> str:

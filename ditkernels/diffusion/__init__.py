@@ -59,7 +59,5 @@ def _timesteps(betas: FloatArray, respacing: str | int | Sequence[int] | None) -
         return space_timesteps(len(betas), respacing)
     number = respacing.removeprefix("logsnr")
     if not number.isdecimal():
-        raise ValueError(
-            f"timestep_respacing: got {respacing!r}, allowed after 'logsnr' is a number, as in 'logsnr20'"
-        )
+        raise ValueError(f"timestep_respacing: got {respacing!r}, allowed after 'logsnr' is a number, as in 'logsnr20'")
     return uniform_log_snr_timesteps(betas, int(number))

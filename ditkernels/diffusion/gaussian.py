@@ -136,9 +136,7 @@ class DiffusionProcess:
         x_start, t = self._check(x_start, t)
         return diffuse(self.schedule.at(t, x_start), x_start, noise_for(x_start, noise, generator))
 
-    def q_posterior_mean_variance(
-        self, x_start: Tensor, x_t: Tensor, t: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def q_posterior_mean_variance(self, x_start: Tensor, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Mean, variance β̃ and clipped log variance of q(x_{t−1} | x_t, x_0), each of x_t's shape.
 
         The log variance at t = 0, where β̃ is 0, is that of t = 1.
@@ -187,8 +185,7 @@ class DiffusionProcess:
         if not isinstance(output, Tensor) or output.shape != expected:
             came = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
             raise ValueError(
-                f"model: got output {came} for x {tuple(x.shape)}, allowed is {expected} "
-                f"with a variance that is {self.variance!r}"
+                f"model: got output {came} for x {tuple(x.shape)}, allowed is {expected} with a variance that is {self.variance!r}"
             )
         output = output.to(x.dtype)
         if not learned:
@@ -202,9 +199,7 @@ class DiffusionProcess:
             pred_xstart = denoiser.denoised_fn(pred_xstart)
         return pred_xstart.clamp(-1, 1) if denoiser.clip_denoised else pred_xstart
 
-    def _interpret(
-        self, denoiser: Denoiser, c: Coefficients, x: Tensor, output: Tensor, v: Tensor | None
-    ) -> Reverse:
+    def _interpret(self, denoiser: Denoiser, c: Coefficients, x: Tensor, output: Tensor, v: Tensor | None) -> Reverse:
         pred_xstart = self._predict_xstart(denoiser, c, x, output)
         variance, log_variance = self._variance(c, v)
         mean = posterior_mean(c, pred_xstart, x)
@@ -260,9 +255,7 @@ class DiffusionProcess:
             vb = vb * (self.num_timesteps / 1000)
         return {"loss": mse + vb, "mse": mse, "vb": vb}
 
-    def _variational_term(
-        self, reverse: Reverse, c: Coefficients, x_start: Tensor, x_t: Tensor, t: Tensor
-    ) -> Tensor:
+    def _variational_term(self, reverse: Reverse, c: Coefficients, x_start: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
         """One term of the bound, (B,) bits per dimension: KL(q || p), at t = 0 the decoder's NLL."""
         true_mean = posterior_mean(c, x_start, x_t)
         kl = normal_kl(true_mean, c.posterior_log_variance_clipped, reverse.mean, reverse.log_variance)
@@ -302,9 +295,7 @@ class DiffusionProcess:
             "mse": mse,
         }
 
-    def _bound_terms(
-        self, denoiser: Denoiser, x_start: Tensor, t: Tensor, noise: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def _bound_terms(self, denoiser: Denoiser, x_start: Tensor, t: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         c = self.schedule.at(t, x_start)
         x_t = diffuse(c, x_start, noise)
         reverse = self._reverse(denoiser, c, x_t, t)
@@ -333,9 +324,7 @@ def step_of(x: Tensor, index: int) -> Tensor:
     return torch.full(x.shape[:1], index, dtype=torch.int64, device=x.device)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Formulas, elementwise over x (B, C, …) with coefficients (B, 1, …)
-# ------------------------------------------------------------------------------------------------------------
+# ---- Formulas, elementwise over x (B, C, …) with coefficients (B, 1, …) ----------------------------------------------
 
 
 def diffuse(c: Coefficients, x_start: Tensor, noise: Tensor) -> Tensor:

@@ -25,10 +25,7 @@ def check_like(name: str, value: Tensor, x: Tensor) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: got {type(value).__name__}, allowed is a tensor")
     if value.shape != x.shape or value.device != x.device:
-        raise ValueError(
-            f"{name}: got shape {tuple(value.shape)} on {value.device}, "
-            f"allowed is {tuple(x.shape)} on {x.device}"
-        )
+        raise ValueError(f"{name}: got shape {tuple(value.shape)} on {value.device}, allowed is {tuple(x.shape)} on {x.device}")
 
 
 def widened(x: Tensor, name: str = "x") -> Tensor:
@@ -47,9 +44,7 @@ def check_timesteps(t: Tensor, x: Tensor, steps: int) -> None:
         came = t.dtype if isinstance(t, Tensor) else type(t).__name__
         raise TypeError(f"t: got {came}, allowed is a tensor of int64 or int32")
     if t.shape != x.shape[:1] or t.device != x.device:
-        raise ValueError(
-            f"t: got shape {tuple(t.shape)} on {t.device}, allowed is {tuple(x.shape[:1])} on {x.device}"
-        )
+        raise ValueError(f"t: got shape {tuple(t.shape)} on {t.device}, allowed is {tuple(x.shape[:1])} on {x.device}")
     inside = ((t >= 0) & (t < steps)).all()
     if t.device.type != "cpu" or torch.compiler.is_compiling():
         # Reading the answer would stall the host at every step; this lets the device itself complain.

@@ -33,9 +33,7 @@ def discretized_gaussian_log_likelihood(x: Tensor, mean: Tensor, log_std: Tensor
     offset = x - mean
     # Symmetry puts every difference into the lower tail, where the distribution function is small and keeps
     # its digits.
-    inner = _normal_cdf((_HALF_BIN - offset.abs()) * inverse_std) - _normal_cdf(
-        (-_HALF_BIN - offset.abs()) * inverse_std
-    )
+    inner = _normal_cdf((_HALF_BIN - offset.abs()) * inverse_std) - _normal_cdf((-_HALF_BIN - offset.abs()) * inverse_std)
     outer = _normal_cdf((_HALF_BIN - offset * x.sign()) * inverse_std)
     mass = torch.where(x.abs() > 0.999, outer, inner)
     return mass.clamp(min=_PROBABILITY_FLOOR).log()

@@ -94,9 +94,7 @@ class GaussianDiffusion(DiffusionProcess):
         denoiser = Denoiser(model, clip_denoised, denoised_fn, cond_fn, model_kwargs)
         return self._ddim_step(denoiser, x, t, eta, noise_for(x, noise, generator) if eta else None)
 
-    def _ddim_step(
-        self, denoiser: Denoiser, x: Tensor, t: Tensor, eta: float, noise: Tensor | None
-    ) -> Sample:
+    def _ddim_step(self, denoiser: Denoiser, x: Tensor, t: Tensor, eta: float, noise: Tensor | None) -> Sample:
         c = self.schedule.at(t, x)
         pred_xstart, epsilon = self._denoise(denoiser, c, x, t)
         # 1 − ᾱ_prev − σ² without the difference, which would cancel, even to below zero, at long strides.
@@ -393,14 +391,10 @@ class GaussianDiffusion(DiffusionProcess):
         return _trajectory(step, x, range(self.num_timesteps - 1), progress)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Trajectories
-# ------------------------------------------------------------------------------------------------------------
+# ---- Trajectories ----------------------------------------------------------------------------------------------------
 
 
-def _trajectory(
-    step: Callable[[Tensor, Tensor], Sample], x: Tensor, steps: Sequence[int], progress: bool
-) -> Iterator[Sample]:
+def _trajectory(step: Callable[[Tensor, Tensor], Sample], x: Tensor, steps: Sequence[int], progress: bool) -> Iterator[Sample]:
     """Feeds x through ``step(x, t)`` for each of ``steps``, yielding its results; "sample" is the next x.
 
     The one loop of all samplers: one that looks back at earlier predictions keeps them in its ``step``.
@@ -431,9 +425,7 @@ def _starting_noise(
 ) -> Tensor:
     shape = tuple(shape)
     if noise is None:
-        return widened(
-            torch.randn(shape, device=_device_for(model, device), dtype=torch.float32, generator=generator)
-        )
+        return widened(torch.randn(shape, device=_device_for(model, device), dtype=torch.float32, generator=generator))
     noise = widened(noise, "noise")
     if tuple(noise.shape) != shape:
         raise ValueError(f"noise: got shape {tuple(noise.shape)}, allowed is that of the samples, {shape}")
@@ -452,9 +444,7 @@ def _device_for(model: Model, device: torch.device | str | None) -> torch.device
     owner = model if isinstance(model, nn.Module) else getattr(model, "__self__", None)
     parameter = next(owner.parameters(), None) if isinstance(owner, nn.Module) else None
     if parameter is None:
-        raise ValueError(
-            "device: got None, and no noise or model parameters to take it from; allowed is any torch device"
-        )
+        raise ValueError("device: got None, and no noise or model parameters to take it from; allowed is any torch device")
     return parameter.device
 
 

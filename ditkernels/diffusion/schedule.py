@@ -22,9 +22,7 @@ from ditkernels.diffusion.inputs import check_count
 FloatArray = npt.NDArray[np.floating[Any]]
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Betas
-# ------------------------------------------------------------------------------------------------------------
+# ---- Betas -----------------------------------------------------------------------------------------------------------
 
 
 def _linear_betas(steps: int) -> FloatArray:
@@ -65,9 +63,7 @@ def named_beta_schedule(name: str, diffusion_steps: int) -> FloatArray:
     return BETA_SCHEDULES[name](diffusion_steps)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Respacing
-# ------------------------------------------------------------------------------------------------------------
+# ---- Respacing -------------------------------------------------------------------------------------------------------
 
 
 def space_timesteps(diffusion_steps: int, timestep_respacing: str | int | Sequence[int] | None) -> list[int]:
@@ -126,9 +122,7 @@ def _section_counts(diffusion_steps: int, respacing: str | int | Sequence[int] |
 def _strided_timesteps(diffusion_steps: int, respacing: str) -> list[int]:
     number = respacing.removeprefix("ddim")
     if not number.isdecimal():
-        raise ValueError(
-            f"timestep_respacing: got {respacing!r}, allowed after 'ddim' is a number, as in 'ddim50'"
-        )
+        raise ValueError(f"timestep_respacing: got {respacing!r}, allowed after 'ddim' is a number, as in 'ddim50'")
     # Stride s keeps ceil(T / s) steps; the smallest stride that gives N is ceil(T / N), if any stride does.
     wanted = int(number)
     if wanted > 0:
@@ -170,9 +164,7 @@ def _alphas_cumprod_at(betas: FloatArray, timesteps: Sequence[float]) -> FloatAr
     return 1 / (1 + np.exp(-2 * half))
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Tables
-# ------------------------------------------------------------------------------------------------------------
+# ---- Tables ----------------------------------------------------------------------------------------------------------
 
 
 class Coefficients(NamedTuple):
@@ -223,9 +215,7 @@ class NoiseSchedule:
     def __init__(self, betas: npt.ArrayLike, timesteps: Sequence[float] | None = None) -> None:
         original = np.asarray(betas, dtype=np.float64)
         if original.ndim != 1 or not ((original > 0) & (original < 1)).all():
-            raise ValueError(
-                f"betas: got shape {original.shape}, allowed is one axis of values inside (0, 1)"
-            )
+            raise ValueError(f"betas: got shape {original.shape}, allowed is one axis of values inside (0, 1)")
         self.original_num_steps = len(original)
         self.timestep_map: list[Any] = list(range(len(original)) if timesteps is None else timesteps)
         _check_kept(self.timestep_map, self.original_num_steps)
@@ -260,9 +250,7 @@ class NoiseSchedule:
 
 def _check_kept(kept: list[Any], steps: int) -> None:
     if len(kept) < 2:
-        raise ValueError(
-            f"timestep_respacing: got {len(kept)} step(s) out of {steps}, a chain needs at least 2"
-        )
+        raise ValueError(f"timestep_respacing: got {len(kept)} step(s) out of {steps}, a chain needs at least 2")
     if kept[0] < 0 or kept[-1] > steps - 1 or any(a >= b for a, b in pairwise(kept)):
         raise ValueError(f"timesteps: got {kept}, allowed are ascending steps out of 0..{steps - 1}")
 

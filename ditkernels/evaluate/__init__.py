@@ -150,11 +150,7 @@ def evaluate(
     unknown = sorted(set(metrics or ()) - set(METRICS))
     if unknown:
         raise ValueError(f"metrics: got {', '.join(unknown)}, allowed are {', '.join(METRICS)}")
-    known = (
-        reference
-        if isinstance(reference, Reference)
-        else load_reference(reference, extractor=extractor, batch_size=batch_size)
-    )
+    known = reference if isinstance(reference, Reference) else load_reference(reference, extractor=extractor, batch_size=batch_size)
     totals = _Totals(split_size, keep_pool=known.pool_features is not None)
     for features in _features_of(samples, extractor, batch_size):
         totals.add(features)
@@ -195,9 +191,7 @@ def _evaluation(
         fid = frechet_distance(totals.pool.gaussian(), reference.pool)
         width = len(reference.pool.mu)
         if count <= width:
-            notes.append(
-                f"FID of {count} images with {width} features each: the covariance is singular and FID too large"
-            )
+            notes.append(f"FID of {count} images with {width} features each: the covariance is singular and FID too large")
     if "sfid" not in absent and totals.spatial is not None and reference.spatial is not None:
         sfid = frechet_distance(totals.spatial.gaussian(), reference.spatial)
     if "inception_score" not in absent and totals.score is not None:
@@ -229,14 +223,10 @@ def _evaluation(
     )
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Sources
-# ------------------------------------------------------------------------------------------------------------
+# ---- Sources ---------------------------------------------------------------------------------------------------------
 
 
-def load_reference(
-    reference: Source, *, extractor: Extractor | None = None, batch_size: int = 64
-) -> Reference:
+def load_reference(reference: Source, *, extractor: Extractor | None = None, batch_size: int = 64) -> Reference:
     """Reads a reference once, to compare several sets of samples with it. Arguments and errors as of ``evaluate``."""
     statistics: dict[str, Gaussian] = {}
     if isinstance(reference, (str, Path)) and Path(reference).suffix == ".npz":
@@ -250,9 +240,7 @@ def load_reference(
     for features in _features_of(reference, extractor, batch_size):
         totals.add(features)
     if statistics:
-        return Reference(
-            statistics.get("mu"), statistics.get("mu_s"), totals.pool_features, totals.pool.count
-        )
+        return Reference(statistics.get("mu"), statistics.get("mu_s"), totals.pool_features, totals.pool.count)
     spatial = None if totals.spatial is None else totals.spatial.gaussian()
     return Reference(totals.pool.gaussian(), spatial, totals.pool_features, totals.pool.count)
 
@@ -264,9 +252,7 @@ def _statistics(path: Path, held: dict[str, sources.Header]) -> dict[str, Gaussi
             continue
         shapes = [held[name].shape if name in held else None for name in (mean, covariance)]
         if shapes[0] is None or len(shapes[0]) != 1 or shapes[1] != shapes[0] * 2:
-            raise ValueError(
-                f"{path}: {mean}, {covariance}: got shapes {shapes[0]} and {shapes[1]}, allowed are (F,) and (F, F)"
-            )
+            raise ValueError(f"{path}: {mean}, {covariance}: got shapes {shapes[0]} and {shapes[1]}, allowed are (F,) and (F, F)")
         with np.load(path) as arrays:
             gaussian = Gaussian(arrays[mean].astype(np.float64), arrays[covariance].astype(np.float64))
         if not all(np.isfinite(array).all() for array in gaussian):

@@ -31,23 +31,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("samples", type=Path, help=".npz of images or features, or a folder of PNG files")
     parser.add_argument("reference", type=Path, help="the same, or an .npz of statistics")
     features = parser.add_mutually_exclusive_group()
-    features.add_argument(
-        "--weights", type=Path, help="Inception's weights for torch-fidelity; nothing is downloaded"
-    )
+    features.add_argument("--weights", type=Path, help="Inception's weights for torch-fidelity; nothing is downloaded")
     features.add_argument("--extractor", metavar="MODULE:NAME", help="a function from images to features")
-    parser.add_argument(
-        "--metrics", help=f"comma-separated, of {', '.join(METRICS)} (default: all that can be)"
-    )
+    parser.add_argument("--metrics", help=f"comma-separated, of {', '.join(METRICS)} (default: all that can be)")
     parser.add_argument("--batch-size", type=int, default=64, help=f"images at once {default}")
-    parser.add_argument(
-        "--split-size", type=int, default=SPLIT_SIZE, help=f"of the Inception Score {default}"
-    )
-    parser.add_argument(
-        "--neighbours", type=int, default=NEIGHBOURS, help=f"of precision and recall {default}"
-    )
-    parser.add_argument(
-        "--device", default="auto", help="cpu, cuda, cuda:1 ...; auto is cuda if there is one"
-    )
+    parser.add_argument("--split-size", type=int, default=SPLIT_SIZE, help=f"of the Inception Score {default}")
+    parser.add_argument("--neighbours", type=int, default=NEIGHBOURS, help=f"of precision and recall {default}")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 ...; auto is cuda if there is one")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers here too")
 
 

@@ -43,9 +43,7 @@ def as_features(value: Any, count: int | None = None) -> Features:
     if isinstance(value, Mapping):
         unknown = sorted(set(value) - set(Features._fields))
         if unknown or "pool" not in value:
-            raise ValueError(
-                f"features: got {', '.join(sorted(value))}, allowed are pool (needed), spatial and logits"
-            )
+            raise ValueError(f"features: got {', '.join(sorted(value))}, allowed are pool (needed), spatial and logits")
         value = Features(**value)
     elif isinstance(value, Tensor):
         value = Features(value)
@@ -59,9 +57,7 @@ def as_features(value: Any, count: int | None = None) -> Features:
             came = array.dtype if isinstance(array, Tensor) else type(array).__name__
             raise TypeError(f"features: {name}: got {came}, allowed is a floating-point tensor")
         if array.ndim != 2 or len(array) != expected:
-            raise ValueError(
-                f"features: {name}: got shape {tuple(array.shape)}, allowed is ({expected}, any width)"
-            )
+            raise ValueError(f"features: {name}: got shape {tuple(array.shape)}, allowed is ({expected}, any width)")
     return value
 
 

@@ -45,9 +45,7 @@ def _read_header(file: IO[bytes]) -> Header:
     read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
     shape, fortran, dtype = read(file)
     if fortran or dtype.hasobject:
-        raise ValueError(
-            f"an array of dtype {dtype} in {'Fortran' if fortran else 'C'} order cannot be streamed"
-        )
+        raise ValueError(f"an array of dtype {dtype} in {'Fortran' if fortran else 'C'} order cannot be streamed")
     return Header(shape, dtype)
 
 
@@ -94,8 +92,7 @@ def folder_batches(files: list[Path], batch_size: int) -> Iterator[Tensor]:
                 size = size or image.size
                 if image.size != size:
                     raise ValueError(
-                        f"{file}: got {image.size[0]} x {image.size[1]}, the images before it are "
-                        f"{size[0]} x {size[1]}"
+                        f"{file}: got {image.size[0]} x {image.size[1]}, the images before it are {size[0]} x {size[1]}"
                     )
                 batch.append(np.array(image.convert("RGB")))
         yield torch.from_numpy(np.stack(batch).transpose(0, 3, 1, 2).copy())

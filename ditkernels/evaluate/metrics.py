@@ -80,9 +80,7 @@ def frechet_distance(first: Gaussian, second: Gaussian) -> float:
         ValueError: the two have features of different width.
     """
     if first.mu.shape != second.mu.shape:
-        raise ValueError(
-            f"features: got {first.mu.shape[0]} per image, but the reference has {second.mu.shape[0]}"
-        )
+        raise ValueError(f"features: got {first.mu.shape[0]} per image, but the reference has {second.mu.shape[0]}")
     values, vectors = np.linalg.eigh(first.sigma)
     root = (vectors * np.sqrt(values.clip(0))) @ vectors.T
     product = np.linalg.eigvalsh(root @ second.sigma @ root)
@@ -157,9 +155,7 @@ class InceptionScore:
         return (chi_squared - freedom) / (2 * freedom) ** 0.5 > ORDER_DEVIATIONS
 
 
-def precision_recall(
-    samples: Tensor, reference: Tensor, *, neighbours: int = NEIGHBOURS
-) -> tuple[float, float]:
+def precision_recall(samples: Tensor, reference: Tensor, *, neighbours: int = NEIGHBOURS) -> tuple[float, float]:
     """Shares of the samples inside the reference's manifold, and of the reference inside the samples'.
 
     A manifold is the union of balls around its points, each reaching to the ``neighbours``-th nearest other point.
@@ -173,15 +169,12 @@ def precision_recall(
     for name, features in (("samples", samples), ("reference", reference)):
         if len(features) <= neighbours:
             raise ValueError(
-                f"precision_recall: got {len(features)} {name}, needs at least {neighbours + 1} "
-                f"for {neighbours} neighbours"
+                f"precision_recall: got {len(features)} {name}, needs at least {neighbours + 1} for {neighbours} neighbours"
             )
         if not torch.isfinite(features).all():
             raise ValueError(f"precision_recall: got {name} with features that are not finite")
     if samples.shape[1] != reference.shape[1]:
-        raise ValueError(
-            f"features: got {samples.shape[1]} per image, but the reference has {reference.shape[1]}"
-        )
+        raise ValueError(f"features: got {samples.shape[1]} per image, but the reference has {reference.shape[1]}")
     return (
         _share_covered(samples, reference, neighbours),
         _share_covered(reference, samples, neighbours),
@@ -191,8 +184,6 @@ def precision_recall(
 def _share_covered(points: Tensor, centres: Tensor, neighbours: int) -> float:
     rows = max(1, DISTANCE_BYTES // (centres.element_size() * len(centres)))
     # A point's nearest is itself, so the k-th other one comes k + 1st.
-    radii = torch.cat(
-        [torch.cdist(part, centres).kthvalue(neighbours + 1, dim=1).values for part in centres.split(rows)]
-    )
+    radii = torch.cat([torch.cdist(part, centres).kthvalue(neighbours + 1, dim=1).values for part in centres.split(rows)])
     inside = sum(int((torch.cdist(part, centres) <= radii).any(1).sum()) for part in points.split(rows))
     return inside / len(points)

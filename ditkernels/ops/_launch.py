@@ -85,9 +85,7 @@ def launch(
     run(programs, 1, 1, stream, function, metadata, None, None, None, *args, *rest)
 
 
-def _launch_plainly(
-    kernel: Any, programs: int, tile: Tile, args: tuple[Any, ...], constants: dict[str, Any]
-) -> Any:
+def _launch_plainly(kernel: Any, programs: int, tile: Tile, args: tuple[Any, ...], constants: dict[str, Any]) -> Any:
     return kernel[(programs,)](*args, **constants, **_options(tile))
 
 

@@ -63,9 +63,7 @@ def _mend_interpreter() -> None:
 if INTERPRETED:
     _mend_interpreter()
 
-# ------------------------------------------------------------------------------------------------------------------
-# When the kernels can serve
-# ------------------------------------------------------------------------------------------------------------------
+# ---- When the kernels can serve --------------------------------------------------------------------------------------
 
 
 @functools.cache
@@ -106,9 +104,7 @@ def refuse(op: Op, args: Sequence[Any]) -> str | None:
     return None
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# How a row is cut
-# ------------------------------------------------------------------------------------------------------------------
+# ---- How a row is cut ------------------------------------------------------------------------------------------------
 
 
 class Tile(NamedTuple):
@@ -156,14 +152,10 @@ def remembered_by_shape(function: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# Launch
-# ------------------------------------------------------------------------------------------------------------------
+# ---- Launch ----------------------------------------------------------------------------------------------------------
 
 
-def launch(
-    kernel: Any, programs: int, tile: Tile, device: torch.device, *args: Any, **constants: Any
-) -> None:
+def launch(kernel: Any, programs: int, tile: Tile, device: torch.device, *args: Any, **constants: Any) -> None:
     """Runs ``programs`` programs of ``kernel`` on ``device``; none at all is allowed. Every launch of ours goes through here.
 
     The grid has one axis, so that its size is bounded by 2^31 - 1 and not by the 65,535 of the others.

@@ -76,8 +76,7 @@ def describe(q: Tensor, k: Tensor, v: Tensor) -> Problem:
         unit_stride=all(t.stride(-1) == 1 for t in tensors),
         aligned=q.device.type != "cuda" or all(_rows_aligned(t) for t in tensors),
         needs_grad=_needs_grad(*tensors),
-        deterministic=torch.are_deterministic_algorithms_enabled()
-        and not torch.is_deterministic_algorithms_warn_only_enabled(),
+        deterministic=torch.are_deterministic_algorithms_enabled() and not torch.is_deterministic_algorithms_warn_only_enabled(),
         forward_ad=_carries_tangent(*tensors),
     )
 
@@ -95,9 +94,7 @@ def _carries_tangent(*tensors: Tensor) -> bool:
     return False
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Facts about the machine and what is installed: torch.compile bakes them in as they are at compilation
-# ------------------------------------------------------------------------------------------------------------
+# ---- Facts about the machine and what is installed: torch.compile bakes them in as they are at compilation -----------
 
 
 @dispatch.constant_when_traced
@@ -156,9 +153,7 @@ def _package_function(module: str, function: str) -> Callable[..., Any]:
     return cast(Callable[..., Any], _loaded[module, function])
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Backends
-# ------------------------------------------------------------------------------------------------------------
+# ---- Backends --------------------------------------------------------------------------------------------------------
 
 
 class Backend:
@@ -267,10 +262,7 @@ class CuDNN(TorchBackend):
         if problem.kv_len == 1:
             return "it does not take a single key"
         if problem.needs_grad and (problem.q_len % 128 or problem.kv_len % 128):
-            return (
-                "cuDNN's backward has returned NaN at lengths that are no multiple of 128 "
-                "(pytorch#196678, cudnn-frontend#1072)"
-            )
+            return "cuDNN's backward has returned NaN at lengths that are no multiple of 128 (pytorch#196678, cudnn-frontend#1072)"
         return None
 
 
@@ -313,76 +305,63 @@ class PackageBackend(Backend):
     function: str
 
     def refuse(self, problem: Problem) -> str | None:
-        return (
-            _cuda_device_reason(problem)
-            or _package_reason(self.module, self.function)
-            or super().refuse(problem)
-        )
+        return _cuda_device_reason(problem) or _package_reason(self.module, self.function) or super().refuse(problem)
+
+    def call(self, function: str, *tensors: Tensor, **options: Any) -> Tensor:
+        """The result of a function of the package; some versions return the log-sum-exp along with it."""
+        out = _package_function(self.module, function)(*tensors, **options)
+        return out[0] if isinstance(out, tuple) else out  # type: ignore[no-any-return]
 
 
-class FlashAttention2(PackageBackend):
+class FlashAttention(PackageBackend):
+    """A generation of flash-attention, whose functions have one signature."""
+
+    function = "flash_attn_func"
+
+    def run(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        return self.call(self.function, q, k, v, softmax_scale=scale, deterministic=_determinism())
+
+
+class PackedFlashAttention(FlashAttention):
+    """One whose packed function writes dq, dk and dv into one tensor, where a split would have to stack them."""
+
+    def run_packed(self, qkv: Tensor, bias: Tensor | None, scale: float) -> Tensor:
+        qkv = qkv if bias is None else carry_bias(qkv, bias)
+        return self.call("flash_attn_qkvpacked_func", qkv, softmax_scale=scale, deterministic=_determinism())
+
+
+class FlashAttention2(PackedFlashAttention):
     """``flash_attn.flash_attn_func`` (flash-attn 2.4.1 or newer)."""
 
     name = "flash_attn_2"
     module = "flash_attn"
-    function = "flash_attn_func"
 
     def refuse(self, problem: Problem) -> str | None:
         # flash-attn pads a head_dim that is no multiple of 8 in Python, which copies q, k and v.
         reason = super().refuse(problem) or _cuda_reason(problem, HALF, multiple=8, largest=256)
         return reason or _consumer_backward_reason(problem)
 
-    def run(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        return _package_function(self.module, self.function)(
-            q, k, v, softmax_scale=scale, deterministic=_determinism()
-        )
 
-    def run_packed(self, qkv: Tensor, bias: Tensor | None, scale: float) -> Tensor:
-        # The packed function writes dq, dk and dv into one tensor, where a split would have to stack them.
-        function = _package_function(self.module, "flash_attn_qkvpacked_func")
-        qkv = qkv if bias is None else carry_bias(qkv, bias)
-        return function(qkv, softmax_scale=scale, deterministic=_determinism())
-
-
-class FlashAttention3(PackageBackend):
+class FlashAttention3(PackedFlashAttention):
     """``flash_attn_interface.flash_attn_func`` (flash-attention 3, Hopper)."""
 
     name = "flash_attn_3"
     module = "flash_attn_interface"
-    function = "flash_attn_func"
 
     def refuse(self, problem: Problem) -> str | None:
         reason = super().refuse(problem) or _cuda_reason(problem, HALF, multiple=8, largest=256)
         return reason or _architecture_reason(problem, (9,))
 
-    def run(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        out = _package_function(self.module, self.function)(
-            q, k, v, softmax_scale=scale, deterministic=_determinism()
-        )
-        return _without_lse(out)
 
-    def run_packed(self, qkv: Tensor, bias: Tensor | None, scale: float) -> Tensor:
-        function = _package_function(self.module, "flash_attn_qkvpacked_func")
-        qkv = qkv if bias is None else carry_bias(qkv, bias)
-        return _without_lse(function(qkv, softmax_scale=scale, deterministic=_determinism()))
-
-
-class FlashAttention4(PackageBackend):
+class FlashAttention4(FlashAttention):
     """``flash_attn.cute.flash_attn_func`` (flash-attn-4, CuTe DSL, Hopper and Blackwell)."""
 
     name = "flash_attn_4"
     module = "flash_attn.cute"
-    function = "flash_attn_func"
 
     def refuse(self, problem: Problem) -> str | None:
         reason = super().refuse(problem) or _cuda_reason(problem, HALF, multiple=8, largest=128)
         return reason or _architecture_reason(problem, (9, 10)) or _flash_4_backward_reason(problem)
-
-    def run(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        out = _package_function(self.module, self.function)(
-            q, k, v, softmax_scale=scale, deterministic=_determinism()
-        )
-        return _without_lse(out)
 
 
 class Xformers(PackageBackend):
@@ -398,16 +377,11 @@ class Xformers(PackageBackend):
         return super().refuse(problem) or _cuda_reason(problem, HALF, multiple=8, largest=256)
 
     def run(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        return _package_function(self.module, self.function)(q, k, v, scale=scale)
+        return self.call(self.function, q, k, v, scale=scale)
 
 
 def _determinism() -> bool:
     return torch.are_deterministic_algorithms_enabled()
-
-
-def _without_lse(out: Tensor | tuple[Tensor, ...]) -> Tensor:
-    """Versions of flash-attention 3 and 4 differ in whether the log-sum-exp comes along."""
-    return out[0] if isinstance(out, tuple) else out
 
 
 def _cuda_device_reason(problem: Problem) -> str | None:
@@ -418,9 +392,7 @@ def _cuda_device_reason(problem: Problem) -> str | None:
     return None
 
 
-def _cuda_reason(
-    problem: Problem, dtypes: tuple[torch.dtype, ...], *, multiple: int, largest: int
-) -> str | None:
+def _cuda_reason(problem: Problem, dtypes: tuple[torch.dtype, ...], *, multiple: int, largest: int) -> str | None:
     """What every fused CUDA kernel asks of the GPU, the dtype, head_dim and the alignment of rows."""
     reason = _cuda_device_reason(problem)
     if reason is not None:
@@ -480,9 +452,7 @@ BACKENDS: dict[str, Backend] = {
 }
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Choice
-# ------------------------------------------------------------------------------------------------------------
+# ---- Choice ----------------------------------------------------------------------------------------------------------
 
 
 def _auto_order(problem: Problem) -> tuple[str, ...]:
@@ -518,9 +488,7 @@ def choose(problem: Problem, backend: str | None = None) -> str:
     reason = BACKENDS[forced].refuse(problem)
     if reason is not None:
         rest = (f"{name}: {why or 'can serve'}" for name, why in explain_problem(problem) if name != forced)
-        raise BackendError(
-            f"attention: backend {forced!r} cannot serve: {reason}. The others: {'; '.join(rest)}"
-        )
+        raise BackendError(f"attention: backend {forced!r} cannot serve: {reason}. The others: {'; '.join(rest)}")
     return forced
 
 
@@ -539,9 +507,7 @@ def explain(q: Tensor, k: Tensor, v: Tensor) -> list[tuple[str, str | None]]:
     return explain_problem(describe(q, k, v))
 
 
-# ------------------------------------------------------------------------------------------------------------
-# What an eager call remembers
-# ------------------------------------------------------------------------------------------------------------
+# ---- What an eager call remembers ------------------------------------------------------------------------------------
 
 
 class Plan(NamedTuple):
@@ -618,9 +584,7 @@ def _unasked(plan: Plan, q: Tensor, kv: Tensor | None, bias: Tensor | None) -> P
     return plan._replace(unasked=torch._fused_sdp_choice(query, key, value) == plan.backend.kernel.value)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Public function
-# ------------------------------------------------------------------------------------------------------------
+# ---- Public function -------------------------------------------------------------------------------------------------
 
 
 def attention(
@@ -710,10 +674,7 @@ def _check(qkv_or_q: Tensor, kv: Tensor | None) -> None:
     _check_tensor("kv", kv, "(B, M, 2, heads, head_dim)", 2)
     q = qkv_or_q
     if (kv.shape[0], *kv.shape[3:]) != (q.shape[0], *q.shape[2:]):
-        raise ValueError(
-            f"kv: got shape {tuple(kv.shape)}, but q is {tuple(q.shape)}; "
-            "batch, heads and head_dim must agree"
-        )
+        raise ValueError(f"kv: got shape {tuple(kv.shape)}, but q is {tuple(q.shape)}; batch, heads and head_dim must agree")
     if kv.shape[1] == 0:
         raise ValueError(f"kv: got shape {tuple(kv.shape)}; attention over no keys is undefined")
     if kv.dtype != q.dtype:
@@ -725,8 +686,6 @@ def _check(qkv_or_q: Tensor, kv: Tensor | None) -> None:
 def _check_tensor(name: str, t: Tensor, layout: str, packed: int | None) -> None:
     expected = 4 if packed is None else 5
     if t.ndim != expected or (packed is not None and t.shape[2] != packed) or 0 in t.shape[2:]:
-        raise ValueError(
-            f"{name}: got shape {tuple(t.shape)}, expected {layout} with heads and head_dim at least 1"
-        )
+        raise ValueError(f"{name}: got shape {tuple(t.shape)}, expected {layout} with heads and head_dim at least 1")
     if t.dtype not in FLOATS:
         raise TypeError(f"{name}: got dtype {t.dtype}, allowed are {', '.join(map(str, FLOATS))}")

@@ -63,9 +63,7 @@ class BackendError(RuntimeError):
     """The backend that was asked for cannot serve; the message says why, and what the others say."""
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# Which way a call takes
-# ------------------------------------------------------------------------------------------------------------------
+# ---- Which way a call takes ------------------------------------------------------------------------------------------
 
 _functorch = torch._C._functorch
 _profiler_enabled = torch.autograd._profiler_enabled
@@ -85,10 +83,7 @@ def refuse_forward_ad(name: str, *tensors: Tensor | None) -> None:
         return
     if torch.compiler.is_dynamo_compiling():
         raise NotImplementedError(_no_forward_mode(name))
-    inside_jvp = any(
-        interpreter.key() == _functorch.TransformType.Jvp
-        for interpreter in _functorch.get_interpreter_stack() or ()
-    )
+    inside_jvp = any(interpreter.key() == _functorch.TransformType.Jvp for interpreter in _functorch.get_interpreter_stack() or ())
     if inside_jvp:
         raise NotImplementedError(_no_forward_mode(name))
     _refuse_tangents(name, [t for t in tensors if t is not None])
@@ -96,9 +91,7 @@ def refuse_forward_ad(name: str, *tensors: Tensor | None) -> None:
 
 def _refuse_tangents(name: str, tensors: Sequence[Tensor]) -> None:
     # Where Dynamo has fallen back to eager for a caller, it starts again with this frame, and cannot see tangents here either.
-    if torch.compiler.is_dynamo_compiling() or any(
-        forward_ad.unpack_dual(t).tangent is not None for t in tensors
-    ):
+    if torch.compiler.is_dynamo_compiling() or any(forward_ad.unpack_dual(t).tangent is not None for t in tensors):
         raise NotImplementedError(_no_forward_mode(name))
 
 
@@ -108,12 +101,7 @@ def _no_forward_mode(name: str) -> str:
 
 def watched_by_torch() -> bool:
     """Whether a tool of torch looks at calls: a mode, a functorch transform, forward-mode AD."""
-    return (
-        forward_ad._current_level >= 0
-        or _dispatch_modes() > 0
-        or _in_function_mode()
-        or _transform() is not None
-    )
+    return forward_ad._current_level >= 0 or _dispatch_modes() > 0 or _in_function_mode() or _transform() is not None
 
 
 def is_plain(tensor: Tensor) -> bool:
@@ -144,9 +132,7 @@ def without_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
     return torch.autocast(tensor.device.type, enabled=False)
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# Under torch.compile
-# ------------------------------------------------------------------------------------------------------------------
+# ---- Under torch.compile ---------------------------------------------------------------------------------------------
 
 _TRACED = (Tensor, FunctionalTensor)
 _OPENED = ("triton", "torch")
@@ -208,9 +194,7 @@ def _opening(op: Op) -> Callable[..., Any]:
     return rule
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# Ops
-# ------------------------------------------------------------------------------------------------------------------
+# ---- Ops -------------------------------------------------------------------------------------------------------------
 
 Kernel = Callable[..., Any]
 Refusal = Callable[["Op", Sequence[Any]], "str | None"]
@@ -349,11 +333,7 @@ class Op:
         if chosen == backend:
             return None
         measured = fastest(self.name, _device_of(args)) is not None
-        why = (
-            f"{chosen} was measured to be faster on this device"
-            if measured
-            else f"not measured, {chosen} is chosen"
-        )
+        why = f"{chosen} was measured to be faster on this device" if measured else f"not measured, {chosen} is chosen"
         return f"{why}; DITKERNELS_BACKEND={backend} asks for it"
 
     def _explain(self, forced: str | None, args: Sequence[Any]) -> str:
@@ -363,9 +343,7 @@ class Op:
 
     # ---------------------------------------------------------------------------------------------------------- call
 
-    def __call__(
-        self, tensors: tuple[Tensor | None, ...], options: tuple[Any, ...] = (), asked: str | None = None
-    ) -> Any:
+    def __call__(self, tensors: tuple[Tensor | None, ...], options: tuple[Any, ...] = (), asked: str | None = None) -> Any:
         """Runs the op on its inputs and options, ``keep`` left out, and returns the outputs that are not kept.
 
         Args:
@@ -421,9 +399,7 @@ class Op:
         self.memory.clear()
         self.newest = (None, None)
 
-    def _whole(
-        self, backend: str | None, tensors: tuple[Tensor | None, ...], options: tuple[Any, ...]
-    ) -> Any:
+    def _whole(self, backend: str | None, tensors: tuple[Tensor | None, ...], options: tuple[Any, ...]) -> Any:
         """The call through torch's dispatcher."""
         refuse_forward_ad(self.name, *tensors)
         declaration = self.declaration
@@ -487,9 +463,7 @@ def _through(declaration: Declaration, call: Any, *rest: Any) -> Kernel:
 
     def through(*args: Any) -> Any:
         outputs = call(*_in_schema(declaration, args), *rest)
-        return _absent_as_none(
-            (outputs,) if declaration.is_backward and isinstance(outputs, Tensor) else outputs
-        )
+        return _absent_as_none((outputs,) if declaration.is_backward and isinstance(outputs, Tensor) else outputs)
 
     return through
 
@@ -502,9 +476,7 @@ def fastest(op: str, device: torch.device) -> str | None:
     return PREFERRED.get((capability, op))
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# Backward, either way
-# ------------------------------------------------------------------------------------------------------------------
+# ---- Backward, either way --------------------------------------------------------------------------------------------
 
 
 class Whole:
@@ -523,9 +495,7 @@ class Whole:
         """An op on the backend that was forced around the forward; takes and returns what the op's kernels do."""
         return _through(op.declaration, op.call, self.text)(*args)
 
-    def differentiate(
-        self, op: Op, options: tuple[Any, ...], grads: Any, read: Any, wanted: Wanted
-    ) -> Sequence[Tensor | None]:
+    def differentiate(self, op: Op, options: tuple[Any, ...], grads: Any, read: Any, wanted: Wanted) -> Sequence[Tensor | None]:
         """The gradients of all inputs of another op, for a formula that is made of ops."""
         return _gradients(op, self.of(op, options), grads, read, options, wanted)  # type: ignore[no-any-return]
 
@@ -608,9 +578,7 @@ def _gradients(op: Op, call: Whole, grads: Any, read: Any, options: Any, wanted:
     return _Refusing.apply(f"{op.name}_backward", len(grads) + len(read), *grads, *read, *made)
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# The thin way
-# ------------------------------------------------------------------------------------------------------------------
+# ---- The thin way ----------------------------------------------------------------------------------------------------
 
 
 class Plan:
@@ -640,9 +608,7 @@ class Plan:
         self.function: type[torch.autograd.Function] | None = None
         if any(needed):
             self.function = op.function
-            self.wanted = tuple(
-                t.dtype if need and t is not None else None for t, need in zip(tensors, needed)
-            )
+            self.wanted = tuple(t.dtype if need and t is not None else None for t, need in zip(tensors, needed))
             saved = declaration.saved(needed)
             self.pick_saved = _picker([declaration.tensors.index(name) for name in saved])
             places = (saved.index(name) if name in saved else len(saved) for name in declaration.reads)
@@ -693,9 +659,7 @@ def _picker(places: list[int]) -> Callable[[tuple[Any, ...]], tuple[Any, ...]]:
     return lambda values: tuple(values[at] for at in places)
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# The whole way: registration with torch.library, the only place that touches it
-# ------------------------------------------------------------------------------------------------------------------
+# ---- The whole way: registration with torch.library, the only place that touches it ----------------------------------
 
 
 def declare(name: str, *, inputs: str, options: str = "", outputs: str, **rest: Any) -> Op:
@@ -733,9 +697,7 @@ def register(declaration: Declaration) -> Op:
 
     _LIBRARY.impl(declaration.name, dispatch, "CompositeExplicitAutograd")
     torch.library.register_fake(f"ditkernels::{declaration.name}", fake, lib=_LIBRARY)
-    torch.library.register_torch_dispatch(
-        f"ditkernels::{declaration.name}", FunctionalTensorMode, _opening(op), lib=_LIBRARY
-    )
+    torch.library.register_torch_dispatch(f"ditkernels::{declaration.name}", FunctionalTensorMode, _opening(op), lib=_LIBRARY)
     op.call = getattr(torch.ops.ditkernels, declaration.name).default
     if declaration.flops is not None:
         _register_flops(op, declaration.flops)

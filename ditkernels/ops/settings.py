@@ -130,9 +130,7 @@ class use_backend:
             _enter(self.ops or _forced.ops, self.attention or _forced.attention)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if torch.compiler.is_dynamo_compiling():
             before, _traced.outer = _traced.outer
             _traced.ops, _traced.attention = before
@@ -198,9 +196,7 @@ class _Again:
         return self.inside.__exit__(*error)
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# What is in force
-# ------------------------------------------------------------------------------------------------------------------
+# ---- What is in force ------------------------------------------------------------------------------------------------
 
 # The dict below os.environ: reading it costs a tenth, and Dynamo guards on it.
 _environment: dict[Any, Any] = os.environ._data  # type: ignore[attr-defined]
@@ -216,9 +212,7 @@ def _known(allowed: Iterable[str]) -> dict[Any, str | None]:
 _OPS_VALUES, _ATTENTION_VALUES = _known(BACKENDS), _known(ATTENTION_BACKENDS)
 
 
-def _in_force(
-    kind: str, key: Any, values: dict[Any, str | None], variable: str, allowed: Iterable[str]
-) -> str | None:
+def _in_force(kind: str, key: Any, values: dict[Any, str | None], variable: str, allowed: Iterable[str]) -> str | None:
     name = getattr(_traced, kind) if torch.compiler.is_dynamo_compiling() else None
     if name is None:
         name = getattr(_forced, kind)

@@ -54,9 +54,7 @@ def decoded(codes: Sequence[int]) -> Wanted:
     return tuple(_DTYPES[code] for code in codes)
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# Checks. Every message names the argument, what came and what is allowed.
-# ------------------------------------------------------------------------------------------------------------------
+# ---- Checks. Every message names the argument, what came and what is allowed. ----------------------------------------
 
 
 def check_dtype(name: str, value: torch.dtype) -> None:
@@ -96,9 +94,7 @@ def check_comes_with(given: Given, name: str, needed: str) -> None:
         raise ValueError(f"{name}: given without {needed}")
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# Declarations
-# ------------------------------------------------------------------------------------------------------------------
+# ---- Declarations ----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -349,10 +345,7 @@ class Declaration:
         assert self.gradient is not None
         wanted = {i.name for i, need in zip(self.inputs, needed) if need}
         needs = {
-            name
-            for gradients, names in self.gradient.needs.items()
-            if wanted & set(gradients.split())
-            for name in names.split()
+            name for gradients, names in self.gradient.needs.items() if wanted & set(gradients.split()) for name in names.split()
         }
         return tuple(name for name in self.reads if name in needs)
 

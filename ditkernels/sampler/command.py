@@ -91,9 +91,7 @@ def run(args: argparse.Namespace) -> int:
             generate(model, diffusion, job, args.out, decode=_decoder(args.vae, device), world=world)
         if world.rank == 0:
             seconds = time.perf_counter() - started
-            print(
-                f"{counted(args.count, 'image')} in {args.out}, {seconds:.1f} s; what made them: {args.out / METADATA}"
-            )
+            print(f"{counted(args.count, 'image')} in {args.out}, {seconds:.1f} s; what made them: {args.out / METADATA}")
     return 0
 
 

@@ -92,16 +92,13 @@ class Denoiser:
         return doubled[: len(x)]
 
 
-def _guided_steps(
-    model: DiT, timesteps: Sequence[float], scale: float, interval: tuple[float, float] | None
-) -> list[bool]:
+def _guided_steps(model: DiT, timesteps: Sequence[float], scale: float, interval: tuple[float, float] | None) -> list[bool]:
     """For each step, whether it is guided."""
     if scale == 1:
         return [False] * len(timesteps)
     if model.y_embedder.embedding_table.num_embeddings == model.num_classes:
         raise ValueError(
-            f"guidance_scale: got {scale}, allowed is 1: the model has no null class, "
-            "as it was made with class_dropout_prob 0"
+            f"guidance_scale: got {scale}, allowed is 1: the model has no null class, as it was made with class_dropout_prob 0"
         )
     if interval is None:
         return [True] * len(timesteps)
@@ -109,15 +106,12 @@ def _guided_steps(
     guided = [low <= timestep <= high for timestep in timesteps]
     if not any(guided):
         raise ValueError(
-            f"guidance_interval: got {low} to {high}, which holds no step; the steps lie from {timesteps[0]:g} to "
-            f"{timesteps[-1]:g}"
+            f"guidance_interval: got {low} to {high}, which holds no step; the steps lie from {timesteps[0]:g} to {timesteps[-1]:g}"
         )
     return guided
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Modulation computed ahead
-# ------------------------------------------------------------------------------------------------------------
+# ---- Modulation computed ahead ---------------------------------------------------------------------------------------
 
 
 class _Rows(nn.Module):
@@ -237,9 +231,7 @@ def _shallow(module: Any) -> Any:
     return found
 
 
-# ------------------------------------------------------------------------------------------------------------
-# CUDA graphs
-# ------------------------------------------------------------------------------------------------------------
+# ---- CUDA graphs -----------------------------------------------------------------------------------------------------
 
 
 class Graphed:

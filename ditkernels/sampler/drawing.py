@@ -58,9 +58,7 @@ class SampleConfig:
         if self.guidance_interval is not None:
             low, high = self.guidance_interval
             if not low <= high:
-                raise ValueError(
-                    f"guidance_interval: got {low} to {high}, which is empty; allowed is low <= high"
-                )
+                raise ValueError(f"guidance_interval: got {low} to {high}, which is empty; allowed is low <= high")
 
 
 def sample(
@@ -157,9 +155,7 @@ def _trajectory(
         yield x
 
 
-def _solver(
-    denoiser: Denoiser, diffusion: GaussianDiffusion, config: SampleConfig, noise: Callable[[int], Tensor]
-) -> Step:
+def _solver(denoiser: Denoiser, diffusion: GaussianDiffusion, config: SampleConfig, noise: Callable[[int], Tensor]) -> Step:
     """One step (x, t, number of the step, counted from 1) -> x of the config's solver."""
     clip = config.clip_denoised
     if config.solver == "ddim":
@@ -206,7 +202,5 @@ def _check_indices(indices: Tensor | None, labels: Tensor) -> Tensor:
     if indices is None:
         return torch.arange(len(labels), device=labels.device)
     if indices.shape != labels.shape or indices.dtype != torch.int64:
-        raise ValueError(
-            f"indices: got {indices.dtype} of shape {tuple(indices.shape)}, allowed is int64 of {tuple(labels.shape)}"
-        )
+        raise ValueError(f"indices: got {indices.dtype} of shape {tuple(indices.shape)}, allowed is int64 of {tuple(labels.shape)}")
     return indices.to(labels.device)

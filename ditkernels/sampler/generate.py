@@ -86,9 +86,7 @@ def draw_batch(
     return drawn[: batches.length(batch)]
 
 
-def draw(
-    model: DiT, diffusion: GaussianDiffusion, labels: Labels, config: SampleConfig, batches: Batches
-) -> Iterator[Tensor]:
+def draw(model: DiT, diffusion: GaussianDiffusion, labels: Labels, config: SampleConfig, batches: Batches) -> Iterator[Tensor]:
     """The samples of all batches in turn, each (length, C, H, W) float32."""
     for batch in range(len(batches)):
         yield draw_batch(model, diffusion, labels, config, batches, batch)
@@ -135,8 +133,7 @@ class Job:
             raise ValueError(f"threads: got {self.threads}, allowed is 1 or more")
         if self.labels.scheme == "listed" and len(self.labels.classes) < self.batches.count:
             raise ValueError(
-                f"labels: got a list of {len(self.labels.classes)} for {self.batches.count} images, "
-                "allowed is one for each"
+                f"labels: got a list of {len(self.labels.classes)} for {self.batches.count} images, allowed is one for each"
             )
 
     @property
@@ -187,8 +184,7 @@ def generate(
     job.labels.check(model.num_classes)
     if decode is None and job.with_images and model.in_channels not in (1, 3):
         raise ValueError(
-            f"formats: got {', '.join(job.formats)} of a model with {model.in_channels} channels and no VAE; "
-            "allowed is latents"
+            f"formats: got {', '.join(job.formats)} of a model with {model.in_channels} channels and no VAE; allowed is latents"
         )
     settings = job.settings(model, diffusion)
     if world.rank == 0:
@@ -223,9 +219,7 @@ def _check_same(out: Path, settings: dict[str, Any]) -> None:
         if there.get(name) != settings.get(name)
     ]
     if different:
-        raise ValueError(
-            f"{out} holds a run with other settings, which cannot be resumed: {'; '.join(different)}"
-        )
+        raise ValueError(f"{out} holds a run with other settings, which cannot be resumed: {'; '.join(different)}")
 
 
 def _part(out: Path, batch: int) -> Path:
@@ -259,9 +253,7 @@ def _draw_missing(
             bar.update(job.batches.length(batch))
 
 
-def _write_part(
-    out: Path, job: Job, batch: int, drawn: Tensor, decode: Callable[[Tensor], Tensor] | None
-) -> None:
+def _write_part(out: Path, job: Job, batch: int, drawn: Tensor, decode: Callable[[Tensor], Tensor] | None) -> None:
     arrays: dict[str, np.ndarray] = {}
     if "latents" in job.formats:
         arrays["latents"] = drawn.cpu().numpy()

@@ -49,9 +49,7 @@ class Labels:
         if self.scheme == "random":
             return classes[below(len(classes), self.seed, Stream.SAMPLING_LABEL, 0, indices)]
         if self.scheme == "listed" and int(indices.max()) >= len(classes):
-            raise ValueError(
-                f"labels: got image {int(indices.max())}, but the list has {len(classes)} labels"
-            )
+            raise ValueError(f"labels: got image {int(indices.max())}, but the list has {len(classes)} labels")
         return classes[indices % len(classes)]
 
     def check(self, num_classes: int) -> None:

@@ -75,9 +75,7 @@ def _newest(folder: Path) -> Path:
     return [folder, *checkpoints_of(folder).values()][-1]
 
 
-def architecture(
-    state: Mapping[str, Tensor], config: Mapping[str, Any], num_heads: int | None = None
-) -> dict[str, Any]:
+def architecture(state: Mapping[str, Tensor], config: Mapping[str, Any], num_heads: int | None = None) -> dict[str, Any]:
     """Arguments of the DiT that has this state dict.
 
     Raises:

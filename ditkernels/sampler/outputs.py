@@ -37,13 +37,9 @@ def to_pixels(images: Tensor) -> Pixels:
     One channel becomes grey. Raises ValueError for other than 1 or 3 channels, or values that are not finite.
     """
     if images.shape[1] not in (1, 3):
-        raise ValueError(
-            f"images: got {images.shape[1]} channels, allowed are 1 or 3; latents need a VAE to become images"
-        )
+        raise ValueError(f"images: got {images.shape[1]} channels, allowed are 1 or 3; latents need a VAE to become images")
     if not torch.isfinite(images).all():
-        raise ValueError(
-            "images: got values that are not finite; the model may be damaged or the scale too large"
-        )
+        raise ValueError("images: got values that are not finite; the model may be damaged or the scale too large")
     pixels = (127.5 * images.float() + 128).clamp(0, 255).to(torch.uint8)
     return pixels.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).contiguous().cpu().numpy()
 

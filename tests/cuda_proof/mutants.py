@@ -82,9 +82,7 @@ MUTANTS = {
     "x̂'s share not subtracted": (NORM, "normed[k].at[i] * «along_normed»);", "0.0f"),
     "rstd forgotten in dx": (NORM, "stream[k].at[i] += «rstd[k]» *", "1.0f"),
     "dbranch without the gate": (NORM, "dbranch.at[i] = «gate.at[i]» *", "1.0f"),
-    "every chunk starts at the first": (
-        *(NORM, "first = «blockIdx.x % a.chunks * a.chunk_rows»;", "int64_t{0}"),
-    ),
+    "every chunk starts at the first": (*(NORM, "first = «blockIdx.x % a.chunks * a.chunk_rows»;", "int64_t{0}"),),
     "the last chunk runs on": (
         NORM,
         "first + a.chunk_rows < «a.length» ? a.chunk_rows",
@@ -109,9 +107,7 @@ MUTANTS = {
     "scale forgotten in dweight": (NORM, "sample, 0, column, «modulation» * q", "1.0f"),
     "scale forgotten in dbias": (NORM, "sample, 1, column, «modulation» * p", "1.0f"),
     "gate forgotten in dbranch_bias": (NORM, "«load_one(a.vectors.gate, sample, column, 1.0f)» * s", "1.0f"),
-    "one sample's terms lost": (
-        *(NORM, "for (int64_t sample = «threadIdx.x / WARP»; sample", "1 + threadIdx.x / WARP"),
-    ),
+    "one sample's terms lost": (*(NORM, "for (int64_t sample = «threadIdx.x / WARP»; sample", "1 + threadIdx.x / WARP"),),
     "samples added twice": (NORM, "sample < batch; sample += «GROUP_WARPS»", "1"),
     "samples beyond the first round lost": (NORM, "sample < batch; sample += «GROUP_WARPS»)", "a.batch"),
     "mean kept beside its place": (NORM, "store_one(a.stats, sample, first + r, «0», mean)", "1"),
@@ -156,9 +152,7 @@ MUTANTS = {
     "a value's channel taken for its place": (
         *(IMAGE, "channel = CHANNELS_FIRST ? «value / area» : value", "value % grid.channels"),
     ),
-    "channels first where they are last": (
-        *(IMAGE, ": «value % grid.channels»;\n  const int within", "value / area"),
-    ),
+    "channels first where they are last": (*(IMAGE, ": «value % grid.channels»;\n  const int within", "value / area"),),
     "row of the patch ignored": (IMAGE, "row * grid.patch + «within / grid.patch», column", "0"),
     "column of the patch ignored": (IMAGE, "column * grid.patch + «within % grid.patch»};", "0"),
     "rows and columns of the grid swapped": (
@@ -166,24 +160,18 @@ MUTANTS = {
         "row = «token / grid.columns», column",
         "token % grid.columns",
     ),
-    "unpatchify's row and column swapped": (
-        *(IMAGE, "within = «row % p * p + column % p»;", "column % p * p + row % p"),
-    ),
+    "unpatchify's row and column swapped": (*(IMAGE, "within = «row % p * p + column % p»;", "column % p * p + row % p"),),
     "unpatchify's channel ignored": (IMAGE, "within * a.grid.channels + «channel»;", "0"),
     "unpatchify's order of values ignored": (IMAGE, "value = «a.channels_first» ? channel", "false"),
     "sample of the tokens dropped": (IMAGE, "moved = load_one(a.tokens, «sample», row", "0"),
     "sample of the gathered image dropped": (IMAGE, "value, load_one(a.image, «sample», place));", "0"),
     "order of the gathered values ignored": (IMAGE, "place = «a.channels_first» ? place_of", "false"),
-    "dtype of the gathered values ignored": (
-        *(IMAGE, "grid_h * grid_w, values}, «dtype»);", "image_in.scalar_type()"),
-    ),
+    "dtype of the gathered values ignored": (*(IMAGE, "grid_h * grid_w, values}, «dtype»);", "image_in.scalar_type()"),),
     "sample of a line ignored": (IMAGE, "value = load_one(a.image, «sample», place_of", "0"),
     "line mask dropped": (IMAGE, "const bool live = «start + row < a.lines»;", "true"),
     "bias of the embedding ignored": (IMAGE, "unit.at[i] += «bias.at[i]» + pos.at[i];", "0.0f"),
     "positions ignored": (IMAGE, "+= bias.at[i] + «pos.at[i]»;", "0.0f"),
-    "positions of the line and not of the token": (
-        *(IMAGE, "load<VECTORISED>(a.pos, 0, «line % a.length»", "line"),
-    ),
+    "positions of the line and not of the token": (*(IMAGE, "load<VECTORISED>(a.pos, 0, «line % a.length»", "line"),),
     "line mask of y dropped": (IMAGE, "if («line >= a.lines || column >= a.width») return;", "false"),
     "values beyond the first tile lost": (IMAGE, "for (int from = 0; from < «a.values»", "1"),
     "only the first slice of values": (IMAGE, "depth < VALUES && «from + depth < a.values»;", "depth < 1"),
@@ -297,23 +285,17 @@ MUTANTS = {
     "units beyond the last head": (QKV, "const bool inside = «head < a.heads»;", "true"),
     "a unit written over the next head": (QKV, "end = «(head + 1)» * a.head_dim;", "(head + 2)"),
     "every part in one place": (QKV, "«p * width» + to, p * width + end", "0"),
-    "a chunk of qkv runs into the next": (
-        *(QKV, "int>(«first + a.chunk_rows < a.length» ? a.chunk_rows", "true"),
-    ),
+    "a chunk of qkv runs into the next": (*(QKV, "int>(«first + a.chunk_rows < a.length» ? a.chunk_rows", "true"),),
     "sample of a part dropped": (QKV, "load<VECTORISED>(from[3 - PARTS + p], «sample», first", "0"),
     "sample of the packed rows dropped": (QKV, "store<VECTORISED>(a.dpacked, «sample», first", "0"),
     "every chunk of qkv is the first": (QKV, "first = «chunk % a.chunks» * a.chunk_rows", "0"),
     "dk for dq": (QKV, "from[0] = «shifted(a.dq, inside ? head * a.dq_apart : 0)»;", "from[1]"),
-    "half the rows of a warp in the sum": (
-        *(QKV, "+ «__shfl_xor_sync(EVERY_LANE, total[p].at[i], UNITS)»;", "0.0f"),
-    ),
+    "half the rows of a warp in the sum": (*(QKV, "+ «__shfl_xor_sync(EVERY_LANE, total[p].at[i], UNITS)»;", "0.0f"),),
     "one warp in the sum": (QKV, "sums.read((«warp» * PARTS + p)", "0"),
     "one part in the sum": (QKV, "sums.read((warp * PARTS + «p»)", "0"),
     "one channel in the sum": (QKV, "SUMS_OF_A_PART + «channel» * UNITS + mine)", "0"),
     "a sum beside its place": (QKV, "chunk, «p» * width + to + channel, sum", "0"),
-    "sum of the last rows alone": (
-        *(QKV, "total[p].at[i] += «held[r][p].at[i]»;", "held[r][p].at[i] - total[p].at[i]"),
-    ),
+    "sum of the last rows alone": (*(QKV, "total[p].at[i] += «held[r][p].at[i]»;", "held[r][p].at[i] - total[p].at[i]"),),
     "heads with gaps taken as one": (
         *(
             QKV,
@@ -322,9 +304,7 @@ MUTANTS = {
         ),
     ),
     "one part's heads decide": (QKV, "heads = «heads» && (shape.heads == 1", "true"),
-    "samples of qkv joined across gaps": (
-        *(QKV, "samples = «samples && t->stride(0) == shape.length * t->stride(1)»;", "true"),
-    ),
+    "samples of qkv joined across gaps": (*(QKV, "samples = «samples && t->stride(0) == shape.length * t->stride(1)»;", "true"),),
     # ------------------------------------------------------------------------------------------------ mlp
     "weight taken as it lies": (MLP, "DESC_TRANSA, «p.transposed» ? CUBLAS_OP_T", "false"),
     "weight's layout transposed": (
@@ -334,22 +314,14 @@ MUTANTS = {
     ),
     "rows for columns": (MLP, "make_layout(p.op, p.type, «p.depth», p.rows)", "p.columns"),
     "stride of z": (MLP, "DESC_EPILOGUE_AUX_LD, «p.columns»);", "p.depth"),
-    "kept without the bias": (
-        *(MLP, "biased ? «CUBLASLT_EPILOGUE_GELU_AUX_BIAS» :", "CUBLASLT_EPILOGUE_GELU_AUX"),
-    ),
-    "no GELU where nothing is kept": (
-        *(MLP, "biased ? «CUBLASLT_EPILOGUE_GELU_BIAS» :", "CUBLASLT_EPILOGUE_BIAS"),
-    ),
+    "kept without the bias": (*(MLP, "biased ? «CUBLASLT_EPILOGUE_GELU_AUX_BIAS» :", "CUBLASLT_EPILOGUE_GELU_AUX"),),
+    "no GELU where nothing is kept": (*(MLP, "biased ? «CUBLASLT_EPILOGUE_GELU_BIAS» :", "CUBLASLT_EPILOGUE_BIAS"),),
     "z not kept": (MLP, "h.data_ptr(), address(bias), «address(z)»}", "nullptr"),
     "dh for dz": (*(MLP, "biased ? «CUBLASLT_EPILOGUE_DGELU_BGRAD» :", "CUBLASLT_EPILOGUE_DEFAULT"),),
     "bias' gradient not asked for": (MLP, "dz.data_ptr(), «address(dbias)», z", "nullptr"),
     "added to what was there": (MLP, "one = 1.0f, zero = «0.0f»;", "1.0f"),
-    "sums in 16 bits": (
-        *(MLP, "CUBLASLT_REDUCTION_SCHEME_NONE | «CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE»", "4"),
-    ),
-    "alignment of the weight promised": (
-        *(MLP, "ALIGNMENT_A_BYTES, «alignment(product.weight)»);", "uint32_t{256}"),
-    ),
+    "sums in 16 bits": (*(MLP, "CUBLASLT_REDUCTION_SCHEME_NONE | «CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE»", "4"),),
+    "alignment of the weight promised": (*(MLP, "ALIGNMENT_A_BYTES, «alignment(product.weight)»);", "uint32_t{256}"),),
     "alignment of x promised": (MLP, "ALIGNMENT_B_BYTES, «alignment(product.left)»);", "uint32_t{256}"),
     "an operand taken wherever it begins": (MLP, "const Tensor taken = «aligned» ? tensor", "true"),
     "one choice for all lengths": (MLP, "return {device,           «product.rows»,", "0"),
@@ -387,9 +359,7 @@ def mutated() -> dict[str, str]:
     a, b = texts[COMMON].split(only_general)
     texts[COMMON] = (
         a
-        + only_general.replace(
-            "if (!vectorised) return ", "(void)stream, (void)branch, (void)vectorised;\n  "
-        )
+        + only_general.replace("if (!vectorised) return ", "(void)stream, (void)branch, (void)vectorised;\n  ")
         + b[b.index("}\n") :]
     )
     return texts
@@ -416,9 +386,7 @@ def check_norm() -> None:
     assert_parity("gated_residual", make_inputs("gated_residual", 2, 5, 23, F32, F32))
     x, branch = (torch.randn(2, 3, 96) for _ in range(2))
     made = [
-        torch.ops.ditkernels.gated_residual_norm_cuda(
-            x.to(BF16), branch, *[None] * 6, "layernorm", 1e-6, F32, keep
-        )
+        torch.ops.ditkernels.gated_residual_norm_cuda(x.to(BF16), branch, *[None] * 6, "layernorm", 1e-6, F32, keep)
         for keep in (True, False)
     ]
     for x1, _, stats in made[:1]:
@@ -432,9 +400,7 @@ def check_wanted() -> None:
         check_what_is_wanted(*case, 23, "layernorm", build_of_mutants())
     dy, x, bias = torch.randn(2, 70, 13), torch.randn(2, 70, 13), torch.randn(13)
     backward = torch.ops.ditkernels.bias_gelu_backward_cuda
-    torch.testing.assert_close(
-        backward(dy, x, bias, encoded((None, F32)))[1], backward(dy, x, bias, encoded((F32, F32)))[1]
-    )
+    torch.testing.assert_close(backward(dy, x, bias, encoded((None, F32)))[1], backward(dy, x, bias, encoded((F32, F32)))[1])
 
 
 def check_moves() -> None:

@@ -238,9 +238,7 @@ inline cublasStatus_t cublasLtMatmulPreferenceCreate(cublasLtMatmulPreference_t*
   return CUBLAS_STATUS_SUCCESS;
 }
 
-inline cublasStatus_t cublasLtMatmulPreferenceDestroy(cublasLtMatmulPreference_t preference) {
-  return emulation::end(preference);
-}
+inline cublasStatus_t cublasLtMatmulPreferenceDestroy(cublasLtMatmulPreference_t preference) { return emulation::end(preference); }
 
 inline cublasStatus_t cublasLtMatmulPreferenceSetAttribute(
     cublasLtMatmulPreference_t preference, cublasLtMatmulPreferenceAttributes_t attribute, const void* value, size_t bytes) {
@@ -277,8 +275,7 @@ inline cublasStatus_t cublasLtMatmulAlgoGetHeuristic(
 inline cublasStatus_t cublasLtMatmul(
     cublasLtHandle_t handle, cublasLtMatmulDesc_t operation, const void* alpha, const void* a, cublasLtMatrixLayout_t a_layout,
     const void* b, cublasLtMatrixLayout_t b_layout, const void* beta, const void* c, cublasLtMatrixLayout_t c_layout, void* d,
-    cublasLtMatrixLayout_t d_layout, const cublasLtMatmulAlgo_t* algorithm, void* workspace, size_t workspace_bytes,
-    cudaStream_t) {
+    cublasLtMatrixLayout_t d_layout, const cublasLtMatmulAlgo_t* algorithm, void* workspace, size_t workspace_bytes, cudaStream_t) {
   using namespace emulation;
   demand(handle != nullptr && *handle == 1, "no handle");
   const Layout &of_a = alive(a_layout), &of_b = alive(b_layout), &of_d = alive(d_layout);
@@ -287,8 +284,7 @@ inline cublasStatus_t cublasLtMatmul(
   const std::array<const void*, 4> pointers{a, b, c, d};
   for (size_t i = 0; i < pointers.size(); ++i)
     demand(
-        reinterpret_cast<uintptr_t>(pointers[i]) % algorithm->alignments[i] == 0,
-        "an alignment that was promised and is not kept");
+        reinterpret_cast<uintptr_t>(pointers[i]) % algorithm->alignments[i] == 0, "an alignment that was promised and is not kept");
   demand(workspace != nullptr && workspace_bytes == WORKSPACE, "another workspace than was asked for");
   std::memset(workspace, 0xff, workspace_bytes);
   demand(*static_cast<const float*>(alpha) == 1.0f && *static_cast<const float*>(beta) == 0.0f, "a scaled product");

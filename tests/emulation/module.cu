@@ -94,8 +94,7 @@ std::string fault_of(const std::string& kernel) {
   return "";
 }
 
-void reset(
-    bool tracing, int order, bool last_block_only, std::function<std::vector<int64_t>(const std::string&, int64_t)> sample) {
+void reset(bool tracing, int order, bool last_block_only, std::function<std::vector<int64_t>(const std::string&, int64_t)> sample) {
   emulation::counts.clear();
   emulation::sampled.clear();
   emulation::ranges.clear();

@@ -36,9 +36,7 @@ def _on_triton():
         yield
 
 
-def make_inputs(
-    op: str, batch: int, length: int, width: int, stream: torch.dtype, branch: torch.dtype
-) -> dict[str, Tensor]:
+def make_inputs(op: str, batch: int, length: int, width: int, stream: torch.dtype, branch: torch.dtype) -> dict[str, Tensor]:
     generator = torch.Generator("cuda").manual_seed(width + length)
 
     def normal(*shape: int) -> Tensor:
@@ -101,10 +99,7 @@ def test_repeats_bit_for_bit(op: str) -> None:
 def test_auto_chooses_triton() -> None:
     with dispatch.use_backend("auto"):
         x = torch.zeros(1, 2, 384, device="cuda")
-        assert (
-            dispatch.OPS["modulate_norm"].choose(x, None, None, None, None, "layernorm", 1e-6, F32, False)
-            == "triton"
-        )
+        assert dispatch.OPS["modulate_norm"].choose(x, None, None, None, None, "layernorm", 1e-6, F32, False) == "triton"
 
 
 @pytest.mark.parametrize("op", TAKES)
@@ -128,9 +123,7 @@ def test_checkpointing_gives_equal_bits(op: str) -> None:
     def checkpointed(**leaves: Tensor) -> object:
         return checkpoint(lambda: getattr(ops, op)(**leaves), use_reentrant=False)
 
-    assert all(
-        map(torch.equal, there_and_back(checkpointed, inputs), there_and_back(getattr(ops, op), inputs))
-    )
+    assert all(map(torch.equal, there_and_back(checkpointed, inputs), there_and_back(getattr(ops, op), inputs)))
 
 
 @pytest.mark.parametrize("op", TAKES)

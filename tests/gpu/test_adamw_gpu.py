@@ -98,9 +98,7 @@ def test_more_than_2_to_the_31_elements() -> None:
     small = {name: [tensors[0][-16:].clone()] for name, tensors in state.items()}
     for chosen in (state, small):
         ops.adamw_ema(**chosen, steps=[torch.zeros((), device=DEVICE)], lr=1e-2)
-    assert_equal(
-        {name: [tensors[0][-16:]] for name, tensors in state.items()}, small, "weights", "exp_avg_sqs"
-    )
+    assert_equal({name: [tensors[0][-16:]] for name, tensors in state.items()}, small, "weights", "exp_avg_sqs")
 
 
 def test_training_with_it_is_training() -> None:

@@ -54,9 +54,7 @@ def last_of(near: Tensor, batch: int) -> Tensor:
     return far
 
 
-def there_and_back(
-    function: object, case: Case, inputs: Mapping[str, Tensor], cotangents: list[Tensor]
-) -> list[Tensor]:
+def there_and_back(function: object, case: Case, inputs: Mapping[str, Tensor], cotangents: list[Tensor]) -> list[Tensor]:
     """Outputs, then the gradient of every input."""
     leaves = {name: value.detach().requires_grad_() for name, value in inputs.items()}
     out = function(**leaves, **case.options)
@@ -72,9 +70,7 @@ def check_beyond(case: Case, backend: dispatch.use_backend, device: torch.device
     plain = getattr(reference, case.op)
     out = plain(**near, **case.options)
     # Sixteenths are exact in every dtype, so that all computations start from one cotangent.
-    cotangents = [
-        (torch.randn_like(o) * 16).round() / 16 for o in (out if isinstance(out, tuple) else (out,))
-    ]
+    cotangents = [(torch.randn_like(o) * 16).round() / 16 for o in (out if isinstance(out, tuple) else (out,))]
     low = there_and_back(plain, case, near, cotangents)
     wide = {name: value.double() for name, value in near.items()}
     exact = there_and_back(plain, case, wide, [cotangent.double() for cotangent in cotangents])

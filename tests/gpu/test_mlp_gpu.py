@@ -33,9 +33,7 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
 def on_gpu(inputs: dict[str, Tensor | None]) -> dict[str, Tensor | None]:
     """With the strides they have."""
     return {
-        name: None
-        if v is None
-        else torch.empty_strided(v.shape, v.stride(), dtype=v.dtype, device="cuda").copy_(v)
+        name: None if v is None else torch.empty_strided(v.shape, v.stride(), dtype=v.dtype, device="cuda").copy_(v)
         for name, v in inputs.items()
     }
 
@@ -93,8 +91,4 @@ def test_nothing_but_products_passes_over_the_hidden_layer(backend: str) -> None
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         run(ops.mlp, inputs)
     names = [event.key for event in profile.key_averages()]
-    assert not [
-        name
-        for name in names
-        if "forward_tiles" in name or "backward_tiles" in name or "gelu_kernel" in name.lower()
-    ]
+    assert not [name for name in names if "forward_tiles" in name or "backward_tiles" in name or "gelu_kernel" in name.lower()]

@@ -122,9 +122,7 @@ def test_values_moved_by_unpatchify(patch: int, channels: int) -> None:
     want = reference.unpatchify(tokens, grid=(8, 12), patch_size=patch)
     assert torch.equal(got, want)
     cotangent = torch.randn_like(got)
-    assert torch.equal(
-        torch.autograd.grad(got, tokens, cotangent)[0], torch.autograd.grad(want, tokens, cotangent)[0]
-    )
+    assert torch.equal(torch.autograd.grad(got, tokens, cotangent)[0], torch.autograd.grad(want, tokens, cotangent)[0])
 
 
 def test_one_graph_checkpointing_and_cuda_graphs_give_the_same_bits() -> None:

@@ -76,8 +76,7 @@ def test_attention_gives_the_bias_its_gradient_compiled_too() -> None:
     """The layouts of dq, dk and dv are those of the attention that this GPU is given."""
     torch.manual_seed(0)
     leaves = [
-        (torch.randn(shape, device=DEVICE) / 8).to(BF16).requires_grad_()
-        for shape in ((4, 256, 1152), (3456, 1152), (3456,))
+        (torch.randn(shape, device=DEVICE) / 8).to(BF16).requires_grad_() for shape in ((4, 256, 1152), (3456, 1152), (3456,))
     ]
     got = results(attended, leaves)
     want = results(lambda x, w, b: ops.attention(F.linear(x, w, b).unflatten(-1, (3, 16, 72))), leaves)

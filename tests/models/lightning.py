@@ -86,8 +86,7 @@ class LightningBlock(nn.Module):
     ) -> None:
         super().__init__()
         self.norm1, self.norm2 = (
-            RMSNorm(width) if rms else nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
-            for _ in range(2)
+            RMSNorm(width) if rms else nn.LayerNorm(width, elementwise_affine=False, eps=1e-6) for _ in range(2)
         )
         self.attn = Attention(width, heads, qk_norm, rms)
         hidden = int(width * ratio)

@@ -71,12 +71,9 @@ def passes(launches: list[Launch], shape: tuple[int, ...]) -> int:
 
 @pytest.mark.parametrize(
     "op, present, forward, backward, width, length",
-    [(*case, 100, 17) for case in PASSES]
-    + [(*case, width, 5) for case in PASSES if case[1] == ALL for width in (384, 768, 1152)],
+    [(*case, 100, 17) for case in PASSES] + [(*case, width, 5) for case in PASSES if case[1] == ALL for width in (384, 768, 1152)],
 )
-def test_every_tensor_is_touched_once_per_pass(
-    op: str, present: str, forward: int, backward: int, width: int, length: int
-) -> None:
+def test_every_tensor_is_touched_once_per_pass(op: str, present: str, forward: int, backward: int, width: int, length: int) -> None:
     inputs = make_inputs(op, 2, length, width, F32, BF16, present)
     with traced() as launches:
         run(getattr(norm, op), inputs)
@@ -94,9 +91,7 @@ def test_a_backward_touches_what_the_wanted_gradients_need(op: str, needs: str, 
     outputs = getattr(norm, op)(**leaves)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     with traced() as launches:
-        torch.autograd.grad(
-            outputs, [leaves[n] for n in needs.split()], [torch.randn_like(o) for o in outputs]
-        )
+        torch.autograd.grad(outputs, [leaves[n] for n in needs.split()], [torch.randn_like(o) for o in outputs])
     assert passes(launches, inputs["x"].shape) == backward
 
 
@@ -114,9 +109,7 @@ def test_without_gradients_no_statistics_are_written(op: str) -> None:
 @pytest.mark.parametrize("op", OPS)
 def test_no_program_depends_on_another(op: str, width: int) -> None:
     """Disjoint writes, no reads of another program's writes, nothing outside the arguments, equal bits in any order."""
-    inputs = (
-        make_inputs(op, 2, 19, width, F32, BF16) if width == 100 else make_inputs(op, 2, 3, width, F32, F32)
-    )
+    inputs = make_inputs(op, 2, 19, width, F32, BF16) if width == 100 else make_inputs(op, 2, 3, width, F32, F32)
     with traced() as launches:
         straight = run(getattr(norm, op), inputs)
     for launch in launches:
@@ -145,9 +138,7 @@ def test_the_number_of_chunks_depends_on_the_shape_alone_and_fills_a_gpu() -> No
     assert kernels.chunking(1, 256, 1) == (16, 16)
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# Offsets beyond 2^31
-# ------------------------------------------------------------------------------------------------------------------
+# ---- Offsets beyond 2^31 ---------------------------------------------------------------------------------------------
 
 FAR = 1 << 31
 
@@ -164,9 +155,7 @@ def norm_there_and_back(kernels: dict, tensors: list[Tensor], vectors: list[Tens
     x, branch, dx1, dh = tensors
     gate, shift, scale = vectors
     nothing = (None, None, None)
-    x1, h, stats = kernels["gated_residual_norm"](
-        x, branch, gate, shift, scale, *nothing, "layernorm", 1e-6, BF16, True
-    )
+    x1, h, stats = kernels["gated_residual_norm"](x, branch, gate, shift, scale, *nothing, "layernorm", 1e-6, BF16, True)
     wanted = (*[BF16] * 5, *nothing)
     dx, dbranch, *_ = kernels["gated_residual_norm_backward"](
         dx1, dh, x1, branch, gate, scale, *nothing, stats, "layernorm", wanted
@@ -251,8 +240,7 @@ def check_sums_beyond(kernels: object) -> None:
 
 
 KERNELS = {
-    name: dispatch.OPS[name].implementations["triton"].kernel
-    for name in ("gated_residual_norm", "gated_residual_norm_backward")
+    name: dispatch.OPS[name].implementations["triton"].kernel for name in ("gated_residual_norm", "gated_residual_norm_backward")
 }
 
 

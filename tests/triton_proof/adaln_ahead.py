@@ -32,9 +32,7 @@ TOUCHED = {
 }
 
 
-def compile_op(
-    op: str, width: int, stream: torch.dtype, branch: torch.dtype, kind: str, capability: int
-) -> list[Compiled]:
+def compile_op(op: str, width: int, stream: torch.dtype, branch: torch.dtype, kind: str, capability: int) -> list[Compiled]:
     """Every kernel of the op's forward and backward, as launched with all vectors, those of a sample being chunks of one tensor."""
     x, dx = (torch.empty(BATCH, TOKENS, width, dtype=stream) for _ in range(2))
     u, dh = (torch.empty(BATCH, TOKENS, width, dtype=branch) for _ in range(2))
@@ -107,9 +105,7 @@ def test_absent_arguments_and_channel_strides_compile() -> None:
         norm.modulate_norm_backward(x, x, None, None, None, stats[..., 1:], "rmsnorm", (F32, *[None] * 4))
         norm.gated_residual(x, x, None, None)
         norm.gated_residual_backward(x, None, None, torch.empty(384), (None, None, F32))
-        norm.gated_residual_norm_backward(
-            *(None, x, x, x, *[None] * 5, stats, "layernorm"), (F32, F32, *[None] * 6)
-        )
+        norm.gated_residual_norm_backward(*(None, x, x, x, *[None] * 5, stats, "layernorm"), (F32, F32, *[None] * 6))
     assert all(k.cubin for k in kernels)
 
 

@@ -166,9 +166,7 @@ def check() -> None:
         assert_parity("gated_residual_norm", masked, eps=0.1)
         assert_parity("modulate_norm", make_inputs("modulate_norm", 2, 3, 384, F32, F32), eps=0.1)
         for needs in NEEDS:
-            assert_parity(
-                "gated_residual_norm", make_inputs("gated_residual_norm", 2, 3, 11, F32, F32), needs
-            )
+            assert_parity("gated_residual_norm", make_inputs("gated_residual_norm", 2, 3, 11, F32, F32), needs)
         rounded_statistics()
 
 

@@ -159,9 +159,7 @@ def test_gradient_through_one_output_alone(which: int) -> None:
 def test_the_statistics_are_those_of_the_stream_as_stored() -> None:
     x, branch = torch.randn(2, 3, 96, dtype=BF16), torch.randn(2, 3, 96)
     x1, _, stats = kernels.gated_residual_norm(x, branch, *[None] * 6, "layernorm", 1e-6, F32, True)
-    numerics.assert_contract(
-        stats[..., 0], x1.float().mean(-1), x1.double().mean(-1), "mean of the stored stream"
-    )
+    numerics.assert_contract(stats[..., 0], x1.float().mean(-1), x1.double().mean(-1), "mean of the stored stream")
 
 
 @pytest.mark.parametrize("op", OPS)

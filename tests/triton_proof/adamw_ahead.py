@@ -20,9 +20,7 @@ def compiled(capability: int, elements: int, gradient: torch.dtype, copied: bool
     number = torch.zeros(())
     lists = (tensors(), tensors(gradient), tensors(), tensors(), [number], tensors())
     with recorded(capability) as found:
-        kernels.update(
-            *lists, tensors(BF16) if copied else [], number, number, 1e-4, 0.9, 0.999, 1e-8, 0.0, 0.9999
-        )
+        kernels.update(*lists, tensors(BF16) if copied else [], number, number, 1e-4, 0.9, 0.999, 1e-8, 0.0, 0.9999)
     assert [kernel.name for kernel in found] == ["advance_steps", "update_chunks"]
     assert [kernel.spills for kernel in found] == [0, 0]
     return found
@@ -38,9 +36,7 @@ def moved(kernel: Compiled) -> dict[bool, Counter[int]]:
 
 @pytest.mark.parametrize("capability", [80, 90, 100])
 @pytest.mark.parametrize("gradient, copied", [(F32, False), (BF16, True)])
-def test_every_element_moves_in_128_bit_accesses(
-    capability: int, gradient: torch.dtype, copied: bool
-) -> None:
+def test_every_element_moves_in_128_bit_accesses(capability: int, gradient: torch.dtype, copied: bool) -> None:
     _, update = compiled(capability, 1152 * 24, gradient, copied)
     elements = kernels.BLOCK // (32 * kernels.TILE.warps)
     bytes_moved = moved(update)

@@ -100,9 +100,7 @@ def test_views_that_begin_at_odd_addresses() -> None:
     ):
         with traced() as launches:
             ops.adamw_ema(**state, **OPTIONS)
-        assert [
-            launch.arguments["VECTORISED"] for launch in launches if launch.kernel == "update_chunks"
-        ] == [vectorised]
+        assert [launch.arguments["VECTORISED"] for launch in launches if launch.kernel == "update_chunks"] == [vectorised]
 
 
 def test_more_than_2_to_the_31_elements() -> None:

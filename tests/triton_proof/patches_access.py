@@ -56,9 +56,7 @@ def passes(launches: list[Launch], shape: tuple[int, int, int]) -> Counter[str]:
     for launch in launches:
         for name, tensor in launch.tensors().items():
             if tuple(tensor.shape) != shape:
-                assert tensor.numel() < shape[0] * shape[1] * shape[2], (
-                    f"{launch.kernel}: {name} is a temporary"
-                )
+                assert tensor.numel() < shape[0] * shape[1] * shape[2], f"{launch.kernel}: {name} is a temporary"
                 continue
             for store in (False, True):
                 counts = launch.counts(name, store=store).unique().tolist()
@@ -75,9 +73,7 @@ def passes(launches: list[Launch], shape: tuple[int, int, int]) -> Counter[str]:
         (("shift", "scale", "bias"), {"final_rows": 1, "forward_rows": 2, "backward_rows": 3}),
     ],
 )
-def test_final_layer_touches_every_tensor_once_a_pass(
-    width: int, kept: tuple[str, ...], expected: dict[str, int]
-) -> None:
+def test_final_layer_touches_every_tensor_once_a_pass(width: int, kept: tuple[str, ...], expected: dict[str, int]) -> None:
     """Beside the norm family's passes the products of the backward read h and write dh: 11 in all, 7 without a branch."""
     with traced() as launches:
         run_final_layer(width, kept=kept, grid=(17, 8))
@@ -107,9 +103,7 @@ def test_no_program_depends_on_another(run: Callable[[], list[Tensor]]) -> None:
         assert all(torch.equal(a, b) for a, b in zip(straight, run()))
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# Offsets beyond 2^31
-# ------------------------------------------------------------------------------------------------------------------
+# ---- Offsets beyond 2^31 ---------------------------------------------------------------------------------------------
 
 FAR = 1 << 31
 
@@ -236,8 +230,7 @@ BEYOND = {
 
 
 KERNELS = {
-    name: dispatch.OPS[name].implementations["triton"].kernel
-    for name in ("final_layer", "patch_embed", "unpatchify", "patchify")
+    name: dispatch.OPS[name].implementations["triton"].kernel for name in ("final_layer", "patch_embed", "unpatchify", "patchify")
 }
 
 

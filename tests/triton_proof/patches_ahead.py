@@ -32,9 +32,7 @@ def compile_final_layer(
     return kernels
 
 
-def compile_patch_embed(
-    width: int, patch: int, stream: torch.dtype, rest: torch.dtype, capability: int
-) -> list[Compiled]:
+def compile_patch_embed(width: int, patch: int, stream: torch.dtype, rest: torch.dtype, capability: int) -> list[Compiled]:
     x, pos = torch.empty(BATCH, CHANNELS, SIDE, SIDE), torch.empty(1, (SIDE // patch) ** 2, width)
     weight, bias = torch.empty(width, CHANNELS, patch, patch, dtype=rest), torch.empty(width, dtype=rest)
     with recorded(capability) as kernels:
@@ -69,16 +67,12 @@ CASES += [(384, 2, BF16, BF16), (1152, 8, BF16, BF16), (384, 8, F32, F32), (1152
 
 
 @pytest.mark.parametrize("width, patch, stream, rest", CASES)
-def test_final_layer_on_hopper(
-    width: int, patch: int, stream: torch.dtype, rest: torch.dtype, seen: set[bytes]
-) -> None:
+def test_final_layer_on_hopper(width: int, patch: int, stream: torch.dtype, rest: torch.dtype, seen: set[bytes]) -> None:
     check(compile_final_layer(width, patch, stream, rest, 90), seen)
 
 
 @pytest.mark.parametrize("width, patch, stream, rest", CASES)
-def test_patch_embed_on_hopper(
-    width: int, patch: int, stream: torch.dtype, rest: torch.dtype, seen: set[bytes]
-) -> None:
+def test_patch_embed_on_hopper(width: int, patch: int, stream: torch.dtype, rest: torch.dtype, seen: set[bytes]) -> None:
     check(compile_patch_embed(width, patch, stream, rest, 90), seen)
 
 

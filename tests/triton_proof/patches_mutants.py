@@ -106,9 +106,7 @@ def check_final_layer() -> None:
         want = reference.unpatchify(tokens, grid=(3, 2), patch_size=2)
         torch.testing.assert_close(image, want, rtol=0, atol=0)
         cotangent = image.detach().flip(0)
-        for got, expected in zip(
-            torch.autograd.grad(image, tokens, cotangent), torch.autograd.grad(want, tokens, cotangent)
-        ):
+        for got, expected in zip(torch.autograd.grad(image, tokens, cotangent), torch.autograd.grad(want, tokens, cotangent)):
             torch.testing.assert_close(got, expected, rtol=0, atol=0)
 
 
@@ -156,9 +154,7 @@ def assert_killed(fault: tuple[str, str], check: Callable[[], None], folder: Pat
     with mutant(triton, *fault, folder), pytest.raises((AssertionError, InterpreterError)) as caught:
         check()
     died_of = str(caught.value)
-    assert any(
-        word in died_of for word in ("contract", "OutOfBounds", "not finite", "not close", "not equal")
-    ), died_of
+    assert any(word in died_of for word in ("contract", "OutOfBounds", "not finite", "not close", "not equal")), died_of
 
 
 @pytest.mark.parametrize("name", FINAL)

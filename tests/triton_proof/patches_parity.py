@@ -211,6 +211,4 @@ def test_what_the_kernels_cannot_take_is_refused_before_launch() -> None:
     with dispatch.use_backend("auto"):
         nothing = (None,) * 7
         assert FINAL_LAYER.choose(x, *nothing, weight, None, 1, 1, 2, "layernorm", 1e-6, F32) == "torch"
-        assert (
-            PATCH_EMBED.choose(torch.zeros(1, 0, 2, 2), torch.zeros(4, 0, 2, 2), None, None, F32) == "torch"
-        )
+        assert PATCH_EMBED.choose(torch.zeros(1, 0, 2, 2), torch.zeros(4, 0, 2, 2), None, None, F32) == "torch"

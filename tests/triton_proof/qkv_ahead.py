@@ -15,9 +15,7 @@ F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 BIG = ("dq", "dk", "dv", "dpacked")
 
 
-def compiled(
-    capability: int, dtype: torch.dtype, heads: int, head_dim: int, layout: str, parts: int = 3
-) -> Compiled:
+def compiled(capability: int, dtype: torch.dtype, heads: int, head_dim: int, layout: str, parts: int = 3) -> Compiled:
     """The kernel that stacks; neither it nor the one that adds spills."""
     *dq, dk, dv = gradients((2, 256, parts, heads, head_dim), dtype, layout)
     with recorded(capability) as found:

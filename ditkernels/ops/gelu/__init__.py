@@ -34,9 +34,7 @@ __all__ = ["bias_gelu"]
 ROOT = math.sqrt(2 / math.pi)
 KAPPA = 0.044715
 
-# ------------------------------------------------------------------------------------------------------------------
-# Public function and declaration
-# ------------------------------------------------------------------------------------------------------------------
+# ---- Public function and declaration ---------------------------------------------------------------------------------
 
 
 def bias_gelu(x: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -70,9 +68,7 @@ BIAS_GELU = declare(
 )
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# The torch backend: the formulas at the top of this file
-# ------------------------------------------------------------------------------------------------------------------
+# ---- The torch backend: the formulas at the top of this file ---------------------------------------------------------
 
 
 def _biased(x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -91,9 +87,7 @@ def forward(x: Tensor, bias: Tensor | None) -> Tensor:
 
 
 @BIAS_GELU.gradients.implement("torch")
-def backward(
-    dy: Tensor, x: Tensor, bias: Tensor | None, wanted: Wanted
-) -> tuple[Tensor | None, Tensor | None]:
+def backward(dy: Tensor, x: Tensor, bias: Tensor | None, wanted: Wanted) -> tuple[Tensor | None, Tensor | None]:
     """dx and dbias, as far as they are wanted."""
     of_x, of_bias = wanted
     z, double_u = _biased(x, bias)

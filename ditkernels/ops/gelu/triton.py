@@ -30,9 +30,7 @@ from ditkernels.ops.spec import Wanted
 
 COLUMNS = 128
 
-# ------------------------------------------------------------------------------------------------------------------
-# Kernels
-# ------------------------------------------------------------------------------------------------------------------
+# ---- Kernels ---------------------------------------------------------------------------------------------------------
 
 
 @jit
@@ -102,9 +100,7 @@ def backward_tiles(  # type: ignore[no-untyped-def]
         tl.store(partial + chunk.to(tl.int64) * D + columns, over_rows(total), inside)
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# How the work is divided
-# ------------------------------------------------------------------------------------------------------------------
+# ---- How the work is divided -----------------------------------------------------------------------------------------
 
 _PROGRAMS = 4096
 _SHORTEST_CHUNK = 64
@@ -148,9 +144,7 @@ def _forward_plan(shape: tuple[int, ...], strides: tuple[int, ...], itemsize: in
 
 
 @remembered_by_shape
-def _backward_plan(
-    shape: tuple[int, ...], of_dy: tuple[int, ...], of_x: tuple[int, ...], *dtypes: torch.dtype
-) -> Any:
+def _backward_plan(shape: tuple[int, ...], of_dy: tuple[int, ...], of_x: tuple[int, ...], *dtypes: torch.dtype) -> Any:
     """Programs, tile, strides of dy and of x, shape of the partial sums, (N, chunks, rows of a chunk), constants."""
     batch, length, (of_dy, of_x) = joined(shape, of_dy, of_x)
     width, chosen = shape[2], tile(min(dtype.itemsize for dtype in dtypes))
@@ -167,9 +161,7 @@ def _sum_plan(width: int, chunks_at_once: int) -> tuple[int, dict[str, Any]]:
     return ceil_div(width, _SUM_COLUMNS), constants
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# Launch
-# ------------------------------------------------------------------------------------------------------------------
+# ---- Launch ----------------------------------------------------------------------------------------------------------
 
 
 @BIAS_GELU.implement("triton", refuse=_triton.refuse)
@@ -182,13 +174,9 @@ def forward(x: Tensor, bias: Tensor | None) -> Tensor:
 
 
 @BIAS_GELU.gradients.implement("triton", refuse=_triton.refuse)
-def backward(
-    dy: Tensor, x: Tensor, bias: Tensor | None, wanted: Wanted
-) -> tuple[Tensor | None, Tensor | None]:
+def backward(dy: Tensor, x: Tensor, bias: Tensor | None, wanted: Wanted) -> tuple[Tensor | None, Tensor | None]:
     of_x, of_bias = wanted
-    programs, chosen, dy_at, x_at, sums, walk, constants = _backward_plan(
-        x.shape, dy.stride(), x.stride(), dy.dtype, x.dtype
-    )
+    programs, chosen, dy_at, x_at, sums, walk, constants = _backward_plan(x.shape, dy.stride(), x.stride(), dy.dtype, x.dtype)
     device = x.device
     dx = contiguous(x, of_x) if of_x else None
     partial = torch.empty(*sums, dtype=torch.float32, device=device) if of_bias else None

@@ -58,9 +58,7 @@ __all__ = ["final_layer", "patch_embed", "unpatchify"]
 
 Gradients = tuple[Tensor | None, ...]
 
-# ------------------------------------------------------------------------------------------------------------------
-# Public functions
-# ------------------------------------------------------------------------------------------------------------------
+# ---- Public functions ------------------------------------------------------------------------------------------------
 
 
 def patch_embed(
@@ -225,9 +223,7 @@ def _lines(tokens: Tensor) -> Tensor:
     return tokens.flatten(0, 1)
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# Gradients, made of other ops
-# ------------------------------------------------------------------------------------------------------------------
+# ---- Gradients, made of other ops ------------------------------------------------------------------------------------
 
 
 def _patch_embed_gradients(call: Whole, grads: Any, read: Any, options: Any, wanted: Wanted) -> Gradients:
@@ -304,9 +300,7 @@ def _bias_gradient(dout: Tensor, grid_h: int, grid_w: int, patch_size: int) -> T
     return patches.sum((0, 2, 4), dtype=accumulator(dout)).permute(1, 2, 0).flatten()
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# Checks and sizes: what the letters of a declaration do not say
-# ------------------------------------------------------------------------------------------------------------------
+# ---- Checks and sizes: what the letters of a declaration do not say --------------------------------------------------
 
 
 def _check_patch_size(patch_size: int) -> None:
@@ -329,9 +323,7 @@ def _check_grid(given: Given, name: str, values_of: str, axis: int) -> None:
     if grid_h < 0 or grid_w < 0 or grid_h * grid_w != length:
         raise ValueError(f"grid: got ({grid_h}, {grid_w}), but {name} has {length} tokens")
     if shape[axis] % (p * p):
-        raise ValueError(
-            f"{values_of}: got shape {shape}; axis {axis} must be a multiple of patch_size² = {p * p}"
-        )
+        raise ValueError(f"{values_of}: got shape {shape}; axis {axis} must be a multiple of patch_size² = {p * p}")
 
 
 def _check_patch_embed(given: Given) -> None:
@@ -365,9 +357,7 @@ def _token_sizes(given: Given, sizes: Sizes) -> Sizes:
     return {"N": _length(given["image"], p), "V": sizes["O"] * p * p}
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# Declarations
-# ------------------------------------------------------------------------------------------------------------------
+# ---- Declarations ----------------------------------------------------------------------------------------------------
 
 _TOKENS = {"B": 3, "N": 15, "D": 45, "V": 12}
 _GRID = {"grid": (3, 5), "patch_size": 2}
@@ -401,9 +391,7 @@ PATCH_EMBED = declare(
     check=_check_patch_embed,
     flops=lambda given: 2 * given["x"].numel() * given["weight"][0],
     # Of x and of the weight one gradient needs the values, the other the shape.
-    gradient=Gradient(
-        reads="x weight", needs={"x weight": "x weight"}, formula=_patch_embed_gradients, by_op=False
-    ),
+    gradient=Gradient(reads="x weight", needs={"x weight": "x weight"}, formula=_patch_embed_gradients, by_op=False),
     examples=(
         Example({"B": 3, "C": 3, "H": 6, "W": 10, "P": 2, "Q": 2, "E": 45, "L": 1, "N": 15}),
         Example({"B": 3, "C": 4, "H": 12, "W": 4, "P": 4, "Q": 4, "E": 45}, present=""),
@@ -437,16 +425,12 @@ FINAL_LAYER = declare(
     examples=(
         Example(_TOKENS, _GRID, present="shift scale bias"),
         Example(_TOKENS, _GRID, present="branch gate branch_bias shift scale bias"),
-        Example(
-            {**_TOKENS, "V": 48}, {**_GRID, "patch_size": 4, **_NO_ADALN}, present="norm_weight norm_bias"
-        ),
+        Example({**_TOKENS, "V": 48}, {**_GRID, "patch_size": 4, **_NO_ADALN}, present="norm_weight norm_bias"),
     ),
 )
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# The torch backend: the formulas at the top of this file
-# ------------------------------------------------------------------------------------------------------------------
+# ---- The torch backend: the formulas at the top of this file ---------------------------------------------------------
 
 
 @PATCHIFY.implement("torch")
@@ -470,9 +454,7 @@ def _unpatchify(tokens: Tensor, grid_h: int, grid_w: int, patch_size: int, chann
 
 
 @PATCH_EMBED.implement("torch")
-def _patch_embed(
-    x: Tensor, weight: Tensor, bias: Tensor | None, pos_embed: Tensor | None, out_dtype: torch.dtype
-) -> Tensor:
+def _patch_embed(x: Tensor, weight: Tensor, bias: Tensor | None, pos_embed: Tensor | None, out_dtype: torch.dtype) -> Tensor:
     wide = accumulator(weight)
     y = product(_patchify(x, weight.shape[-1], True, weight.dtype).to(wide), weight.to(wide).flatten(1).t())
     if bias is not None:

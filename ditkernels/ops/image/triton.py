@@ -41,9 +41,7 @@ from ditkernels.ops._rows import (
 from ditkernels.ops._triton import Tile, ceil_div, jit, packed, per_sample, tl, with_strides
 from ditkernels.ops.image import FINAL_LAYER, PATCH_EMBED, PATCHIFY, UNPATCHIFY, refusing_empty_weights
 
-# ------------------------------------------------------------------------------------------------------------------
-# Where the values of a patch lie in an image
-# ------------------------------------------------------------------------------------------------------------------
+# ---- Where the values of a patch lie in an image ---------------------------------------------------------------------
 
 
 @jit
@@ -102,9 +100,7 @@ def gather_values(  # type: ignore[no-untyped-def]
     tl.store(tokens + band.to(tl.int64) * grid_w * V + element, value, live)
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# patch_embed
-# ------------------------------------------------------------------------------------------------------------------
+# ---- patch_embed -----------------------------------------------------------------------------------------------------
 
 
 @jit
@@ -143,9 +139,7 @@ def embed(  # type: ignore[no-untyped-def]
     tl.store(y + line * D + columns, product.to(y.dtype.element_ty), mask)
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# final_layer
-# ------------------------------------------------------------------------------------------------------------------
+# ---- final_layer -----------------------------------------------------------------------------------------------------
 
 
 @jit
@@ -188,11 +182,7 @@ def final_rows(  # type: ignore[no-untyped-def]
     tokens = (program % blocks) * ROWS + tl.arange(0, ROWS)[:, None]
     live = tokens < N
     x = rows_of((x, x_b, x_n, x_d), sample, tokens.to(tl.int64))
-    branch = (
-        rows_of((branch, branch_b, branch_n, branch_d), sample, tokens.to(tl.int64))
-        if branch is not None
-        else None
-    )
+    branch = rows_of((branch, branch_b, branch_n, branch_d), sample, tokens.to(tl.int64)) if branch is not None else None
     gate = of_sample((gate, gate_b), sample) if gate is not None else None
     shift = of_sample((shift, shift_b), sample) if shift is not None else None
     scale = of_sample((scale, scale_b), sample) if scale is not None else None
@@ -229,9 +219,7 @@ def final_rows(  # type: ignore[no-untyped-def]
     if HELD:
         for i in tl.static_range(PIECES):
             normed = (stream[i] - mu) * scaling
-            h = modulated(
-                normed, shift, scale, norm_weight, norm_bias, _columns(i, PIECE), (i + 1) * PIECE, D
-            )
+            h = modulated(normed, shift, scale, norm_weight, norm_bias, _columns(i, PIECE), (i + 1) * PIECE, D)
             hidden = hidden + (h.to(weight[0].dtype.element_ty).to(PRODUCT),)  # type: ignore[assignment]  # noqa: RUF005
 
     for first in range(0, V, VALUES):
@@ -239,9 +227,7 @@ def final_rows(  # type: ignore[no-untyped-def]
         z = tl.zeros([ROWS, VALUES], tl.float32)
         if HELD:
             for i in tl.static_range(PIECES):
-                z = _add_product(
-                    z, hidden[i], weight, places, _columns(i, PIECE), V, (i + 1) * PIECE, D, PRODUCT
-                )
+                z = _add_product(z, hidden[i], weight, places, _columns(i, PIECE), V, (i + 1) * PIECE, D, PRODUCT)
         else:
             for i in range(PIECES):
                 columns = _columns(i, PIECE)
@@ -256,9 +242,7 @@ def final_rows(  # type: ignore[no-untyped-def]
         tl.store(at, z.to(out.dtype.element_ty), live & (values < V))
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# Tiles
-# ------------------------------------------------------------------------------------------------------------------
+# ---- Tiles -----------------------------------------------------------------------------------------------------------
 
 _ELEMENTS = 1024  # of a program that moves values
 
@@ -299,9 +283,7 @@ def product_dtype(weight: Tensor) -> Any:
     return {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}[weight.dtype]
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# Launch
-# ------------------------------------------------------------------------------------------------------------------
+# ---- Launch ----------------------------------------------------------------------------------------------------------
 
 
 @PATCHIFY.implement("triton", refuse=_triton.refuse)
@@ -343,9 +325,7 @@ def _move(
 
 
 @PATCH_EMBED.implement("triton", refuse=refusing_empty_weights(_triton.refuse))
-def _patch_embed(
-    x: Tensor, weight: Tensor, bias: Tensor | None, pos_embed: Tensor | None, out_dtype: torch.dtype
-) -> Tensor:
+def _patch_embed(x: Tensor, weight: Tensor, bias: Tensor | None, pos_embed: Tensor | None, out_dtype: torch.dtype) -> Tensor:
     batch, channels, height, columns = x.shape
     width, _, p, _ = weight.shape
     grid_w, values = columns // p, channels * p * p

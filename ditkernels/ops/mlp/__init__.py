@@ -46,9 +46,7 @@ from ditkernels.ops.spec import Example, Given, Gradient, Wanted
 
 __all__ = ["mlp"]
 
-# ------------------------------------------------------------------------------------------------------------------
-# Public function and declaration
-# ------------------------------------------------------------------------------------------------------------------
+# ---- Public function and declaration ---------------------------------------------------------------------------------
 
 
 def mlp(x: Tensor, fc1_weight: Tensor, fc1_bias: Tensor | None, fc2_weight: Tensor) -> Tensor:
@@ -85,9 +83,7 @@ def _check(given: Given) -> None:
     weights = ("fc1_weight", "fc2_weight")
     for name in weights:
         if given[name].shape[0] < 1:
-            raise ValueError(
-                f"{name}: got shape {tuple(given[name].shape)}; the first axis must not be empty"
-            )
+            raise ValueError(f"{name}: got shape {tuple(given[name].shape)}; the first axis must not be empty")
     x = given["x"]
     for name in ("fc1_weight", "fc1_bias", "fc2_weight"):
         value = given[name]
@@ -133,9 +129,7 @@ MLP = declare(
 )
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# The op from what a backend makes of its two halves
-# ------------------------------------------------------------------------------------------------------------------
+# ---- The op from what a backend makes of its two halves --------------------------------------------------------------
 
 # (x (B, N, D), fc1_weight, fc1_bias, keep) -> z and h (B, N, F); z may be None unless keep is set.
 Hidden = Callable[[Tensor, Tensor, "Tensor | None", bool], "tuple[Tensor | None, Tensor]"]
@@ -148,9 +142,7 @@ def _rows(tensor: Tensor) -> Tensor:
     return tensor.reshape(-1, tensor.shape[-1]).contiguous()
 
 
-def _implement(
-    backend: str, hidden: Hidden, hidden_backward: HiddenBackward, refuse: Refusal, refuse_backward: Refusal
-) -> None:
+def _implement(backend: str, hidden: Hidden, hidden_backward: HiddenBackward, refuse: Refusal, refuse_backward: Refusal) -> None:
     """Gives the op to a backend that has its two halves; the products beside them are torch's."""
 
     @MLP.implement(backend, refuse=refuse)
@@ -202,15 +194,11 @@ _through_bias_gelu("torch", lambda op, args: None)
 _through_bias_gelu("triton", _triton.refuse)
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# The CUDA C++ backend: GELU as an epilogue of cuBLASLt's products
-# ------------------------------------------------------------------------------------------------------------------
+# ---- The CUDA C++ backend: GELU as an epilogue of cuBLASLt's products ------------------------------------------------
 
 # Of the compiled library, on packed matrices; z and dbias are empty unless ``keep`` or ``biased`` is set.
 define("linear_gelu_cuda(Tensor x, Tensor weight, Tensor? bias, bool keep) -> (Tensor h, Tensor z)")
-define(
-    "gelu_linear_backward_cuda(Tensor dy, Tensor weight, Tensor z, bool biased) -> (Tensor dz, Tensor dbias)"
-)
+define("gelu_linear_backward_cuda(Tensor dy, Tensor weight, Tensor z, bool biased) -> (Tensor dz, Tensor dbias)")
 # Why cuBLASLt cannot be used, and why its epilogues cannot serve these sizes on the current device; "" if they can.
 define("cuda_blas() -> str")
 define("mlp_algorithms_cuda(ScalarType dtype, int rows, int width, int hidden, int out) -> str")
@@ -225,17 +213,13 @@ def _cuda_hidden(x: Tensor, weight: Tensor, bias: Tensor | None, keep: bool) -> 
     return z.unflatten(0, x.shape[:2]) if keep else None, h.unflatten(0, x.shape[:2])
 
 
-def _cuda_hidden_backward(
-    dy: Tensor, weight: Tensor, z: Tensor, wanted: Wanted
-) -> tuple[Tensor, Tensor | None]:
+def _cuda_hidden_backward(dy: Tensor, weight: Tensor, z: Tensor, wanted: Wanted) -> tuple[Tensor, Tensor | None]:
     biased = wanted[1] is not None
     dz, dbias = torch.ops.ditkernels.gelu_linear_backward_cuda(dy, weight.contiguous(), _rows(z), biased)
     return dz, dbias if biased else None
 
 
-def reason(
-    device: torch.device, dtype: torch.dtype, width: int, hidden: int, out: int, rows: int | None = None
-) -> str | None:
+def reason(device: torch.device, dtype: torch.dtype, width: int, hidden: int, out: int, rows: int | None = None) -> str | None:
     """Why the epilogues cannot serve on a device, for x (B, N, width) and weights (hidden, width) and (out, hidden), or None.
 
     With ``rows``, B·N, cuBLASLt is asked whether it has algorithms for these products.
@@ -249,17 +233,13 @@ def reason(
         if size % ALIGNED:
             return f"{name} is {size}; the products need a multiple of {ALIGNED}"
     no_library = torch.ops.ditkernels.cuda_blas()
-    if (
-        no_library or not rows or type(rows) is not int
-    ):  # a compiler's symbolic number of rows cannot be asked about
+    if no_library or not rows or type(rows) is not int:  # a compiler's symbolic number of rows cannot be asked about
         return no_library or None
     return _no_algorithms(device, dtype, rows, int(width), int(hidden), int(out))
 
 
 @functools.lru_cache(maxsize=1024)
-def _no_algorithms(
-    device: torch.device, dtype: torch.dtype, rows: int, width: int, hidden: int, out: int
-) -> str | None:
+def _no_algorithms(device: torch.device, dtype: torch.dtype, rows: int, width: int, hidden: int, out: int) -> str | None:
     op = "mlp_algorithms_cuda"
     if not torch._C._dispatch_has_kernel_for_dispatch_key(f"ditkernels::{op}", "CompositeExplicitAutograd"):
         return None

@@ -40,9 +40,7 @@ from ditkernels.ops.spec import Example, Given, Gradient, Sizes, Wanted, accumul
 
 __all__ = ["gated_residual", "gated_residual_norm", "modulate_norm"]
 
-# ------------------------------------------------------------------------------------------------------------------
-# Public functions
-# ------------------------------------------------------------------------------------------------------------------
+# ---- Public functions ------------------------------------------------------------------------------------------------
 
 
 def modulate_norm(
@@ -80,9 +78,7 @@ def modulate_norm(
     return MODULATE_NORM((x, shift, scale, weight, bias), (norm, eps, out_dtype))  # type: ignore[no-any-return]
 
 
-def gated_residual(
-    x: Tensor, branch: Tensor, gate: Tensor | None = None, *, branch_bias: Tensor | None = None
-) -> Tensor:
+def gated_residual(x: Tensor, branch: Tensor, gate: Tensor | None = None, *, branch_bias: Tensor | None = None) -> Tensor:
     """x + gate·(branch + branch_bias), in x's dtype.
 
     Args:
@@ -120,14 +116,10 @@ def gated_residual_norm(
     return GATED_RESIDUAL_NORM(tensors, (norm, eps, out_dtype))  # type: ignore[no-any-return]
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# Gradients: what the backward ops leave to plain PyTorch
-# ------------------------------------------------------------------------------------------------------------------
+# ---- Gradients: what the backward ops leave to plain PyTorch ---------------------------------------------------------
 
 
-def _norm_gradients(
-    call: Whole, grads: Any, read: Any, options: Any, wanted: Wanted
-) -> tuple[Tensor | None, ...]:
+def _norm_gradients(call: Whole, grads: Any, read: Any, options: Any, wanted: Wanted) -> tuple[Tensor | None, ...]:
     (dh,) = grads
     x, scale, *_ = read
     if x is None:
@@ -136,9 +128,7 @@ def _norm_gradients(
     return call(grads, read, wanted)  # type: ignore[no-any-return]
 
 
-def _residual_gradients(
-    call: Whole, grads: Any, read: Any, options: Any, wanted: Wanted
-) -> tuple[Tensor | None, ...]:
+def _residual_gradients(call: Whole, grads: Any, read: Any, options: Any, wanted: Wanted) -> tuple[Tensor | None, ...]:
     """The gradient of x is the one of x1, and so is that of a branch without a gate."""
     (dx1,) = grads
     dx = None if wanted[0] is None else dx1
@@ -152,9 +142,7 @@ def _residual_gradients(
     return dx, dbranch if by_op is None else by_op, dgate, dbranch_bias
 
 
-def _residual_norm_gradients(
-    call: Whole, grads: Any, read: Any, options: Any, wanted: Wanted
-) -> tuple[Tensor | None, ...]:
+def _residual_norm_gradients(call: Whole, grads: Any, read: Any, options: Any, wanted: Wanted) -> tuple[Tensor | None, ...]:
     dx1, dh = grads
     x1, _, gate, scale, *_ = read
     if x1 is None:
@@ -178,14 +166,10 @@ def _offset_gradients(
         return None, None
     p = dh.sum(1, dtype=accumulator(dh))
     dbias = p if scale is None else (1 + scale.to(p.dtype)) * p
-    return (None if of_shift is None else p.to(of_shift)), (
-        None if of_bias is None else dbias.sum(0).to(of_bias)
-    )
+    return (None if of_shift is None else p.to(of_shift)), (None if of_bias is None else dbias.sum(0).to(of_bias))
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# Declarations
-# ------------------------------------------------------------------------------------------------------------------
+# ---- Declarations ----------------------------------------------------------------------------------------------------
 
 
 def _sizes(given: Given, sizes: Sizes) -> Sizes:
@@ -260,9 +244,7 @@ GATED_RESIDUAL_NORM = declare(
 )
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# The torch backend: the formulas at the top of this file, one by one
-# ------------------------------------------------------------------------------------------------------------------
+# ---- The torch backend: the formulas at the top of this file, one by one ---------------------------------------------
 
 
 def per_token(vector: Tensor | None, dtype: torch.dtype) -> Tensor | None:
@@ -326,9 +308,7 @@ def residual_norm_forward(
     return (x1, *norm_forward(x1, shift, scale, weight, bias, norm, eps, out_dtype, keep))
 
 
-def through_norm(
-    dh: Tensor, normed: Tensor, scale: Tensor | None, weight: Tensor | None, stats: Tensor
-) -> Tensor:
+def through_norm(dh: Tensor, normed: Tensor, scale: Tensor | None, weight: Tensor | None, stats: Tensor) -> Tensor:
     """The norm's dx in the accumulation dtype."""
     dnormed = dh
     if scale is not None:

@@ -65,9 +65,7 @@ from ditkernels.ops._triton import (
 from ditkernels.ops.norm import GATED_RESIDUAL, GATED_RESIDUAL_NORM, MODULATE_NORM
 from ditkernels.ops.spec import Wanted
 
-# ------------------------------------------------------------------------------------------------------------------
-# Forward
-# ------------------------------------------------------------------------------------------------------------------
+# ---- Forward ---------------------------------------------------------------------------------------------------------
 
 
 @jit
@@ -138,9 +136,7 @@ def forward_rows(  # type: ignore[no-untyped-def]
             _store(h, line * D + tail, tail_value, tail_mask)
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# Backward
-# ------------------------------------------------------------------------------------------------------------------
+# ---- Backward --------------------------------------------------------------------------------------------------------
 
 
 @jit
@@ -253,9 +249,7 @@ def backward_rows(  # type: ignore[no-untyped-def]
         line = sample * N + rows
         mask = mask_of(live, head, HEAD, D)
         stream_rows = rows_of((dx1, dx1_b, dx1_n, dx1_d), sample, rows) if dx1 is not None else None
-        branch_rows = (
-            rows_of((branch, branch_b, branch_n, branch_d), sample, rows) if branch is not None else None
-        )
+        branch_rows = rows_of((branch, branch_b, branch_n, branch_d), sample, rows) if branch is not None else None
         if TAIL > 0:
             tail_mask = mask_of(live, tail, HEAD + TAIL, D)
 
@@ -419,9 +413,7 @@ def add_chunks(  # type: ignore[no-untyped-def]
             tl.store(terms, s, inside)
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# Tiles, and what else follows from dtypes and from what is wanted: found once and remembered
-# ------------------------------------------------------------------------------------------------------------------
+# ---- Tiles, and what else follows from dtypes and from what is wanted: found once and remembered ---------------------
 
 # By width, and by the bytes of an element of the narrowest (B, N, D) tensor: rows and warps such that 128-bit accesses move the
 # head, and where it can be the tail, and that nothing spills.
@@ -461,9 +453,7 @@ def _other_width(width: int) -> Tile:
     return Tile(max(1, min(8, 1024 // head)), max(4, min(32, head // 256)))
 
 
-def _laid_out(
-    tiles: dict[tuple[int, int], Tile], width: int, dtypes: Dtypes, norm: str
-) -> tuple[Tile, Constants]:
+def _laid_out(tiles: dict[tuple[int, int], Tile], width: int, dtypes: Dtypes, norm: str) -> tuple[Tile, Constants]:
     """How rows are held, by the dtypes of the (B, N, D) tensors (None: absent), and the constants that say so to a kernel."""
     narrowest = min(dtype.itemsize for dtype in dtypes if dtype is not None)
     tile = tiles.get((width, narrowest)) or _other_width(width)
@@ -483,9 +473,7 @@ def backward_plan(
     width: int, norm: str, wanted: Wanted, has_branch_bias: bool, has_bias: bool, *dtypes: torch.dtype | None
 ) -> tuple[Tile, Constants, Constants, Constants]:
     """The tile and the constants of ``backward_rows``, and the constants of ``add_chunks`` and of ``add_samples``."""
-    of_x, of_branch, of_gate, of_shift, of_scale, of_branch_bias, of_weight, of_bias = (
-        dtype is not None for dtype in wanted
-    )
+    of_x, of_branch, of_gate, of_shift, of_scale, of_branch_bias, of_weight, of_bias = (dtype is not None for dtype in wanted)
     needed = {
         "SUM_P": of_shift or of_bias or (of_scale and has_bias),
         "SUM_Q": of_scale or of_weight,
@@ -515,9 +503,7 @@ def chunking(batch: int, length: int, rows: int) -> tuple[int, int]:
     return ceil_div(length, chunk_rows), chunk_rows
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# The kernels of the ops. The one of ``gated_residual_norm`` serves all three: what an op has not is absent.
-# ------------------------------------------------------------------------------------------------------------------
+# ---- The kernels of the ops. The one of ``gated_residual_norm`` serves all three: what an op has not is absent. ------
 
 
 def _new(dtype: torch.dtype | None, device: torch.device, *shape: int) -> Tensor | None:
@@ -545,25 +531,19 @@ def gated_residual_norm(  # type: ignore[no-untyped-def]
     of_samples = (*per_sample(gate), *per_sample(shift), *per_sample(scale))
     parameters = (packed(branch_bias), packed(weight), packed(bias))
     outs = (x1, h, stats, length, blocks, eps)
-    _triton.launch(
-        forward_rows, batch * blocks, tile, device, *rows, *of_samples, *parameters, *outs, **constants
-    )
+    _triton.launch(forward_rows, batch * blocks, tile, device, *rows, *of_samples, *parameters, *outs, **constants)
     return x1, h, stats
 
 
 @MODULATE_NORM.implement("triton", refuse=_triton.refuse)
 def modulate_norm(x, shift, scale, weight, bias, norm, eps, out_dtype, keep):  # type: ignore[no-untyped-def]
-    _, h, stats = gated_residual_norm(
-        x, None, None, shift, scale, None, weight, bias, norm, eps, out_dtype, keep
-    )
+    _, h, stats = gated_residual_norm(x, None, None, shift, scale, None, weight, bias, norm, eps, out_dtype, keep)
     return h, stats
 
 
 @GATED_RESIDUAL.implement("triton", refuse=_triton.refuse)
 def gated_residual(x, branch, gate, branch_bias):  # type: ignore[no-untyped-def]
-    x1, _, _ = gated_residual_norm(
-        x, branch, gate, None, None, branch_bias, None, None, "layernorm", 0.0, None, False
-    )
+    x1, _, _ = gated_residual_norm(x, branch, gate, None, None, branch_bias, None, None, "layernorm", 0.0, None, False)
     return x1
 
 

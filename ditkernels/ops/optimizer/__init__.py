@@ -38,9 +38,7 @@ __all__ = ["adamw_ema"]
 
 STATE_DTYPES = (torch.float32, torch.float64)
 
-# ------------------------------------------------------------------------------------------------------------------
-# Public function
-# ------------------------------------------------------------------------------------------------------------------
+# ---- Public function -------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -85,11 +83,7 @@ def adamw_ema(
         _check(*lists, *numbers)
         return
     plain = (Tensor, torch.nn.Parameter)
-    if (
-        torch.compiler.is_compiling()
-        or watched_by_torch()
-        or not all(type(t) in plain for t in itertools.chain(*lists))
-    ):
+    if torch.compiler.is_compiling() or watched_by_torch() or not all(type(t) in plain for t in itertools.chain(*lists)):
         forced = None if torch.compiler._is_exporting_flag else backend_setting()
         ADAMW_EMA.call(*lists, *numbers, forced or "")
     else:
@@ -103,33 +97,23 @@ def adamw_ema(
         torch.autograd.graph.increment_version(itertools.chain(*lists))
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# Checks
-# ------------------------------------------------------------------------------------------------------------------
+# ---- Checks ----------------------------------------------------------------------------------------------------------
 
 
-def _check_list(
-    name: str, tensors: Sequence[Tensor], weights: Sequence[Tensor], dtypes: Sequence[torch.dtype]
-) -> None:
+def _check_list(name: str, tensors: Sequence[Tensor], weights: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> None:
     """One tensor a weight, of its shape, on its device, all in one of ``dtypes``."""
     if len(tensors) != len(weights):
-        raise ValueError(
-            f"{name}: got {len(tensors)} tensors, expected one for each of {len(weights)} weights"
-        )
+        raise ValueError(f"{name}: got {len(tensors)} tensors, expected one for each of {len(weights)} weights")
     for index, (tensor, weight) in enumerate(zip(tensors, weights)):
         if tensor.dtype not in dtypes or tensor.dtype != tensors[0].dtype:
             allowed = ", ".join(map(str, dtypes))
-            raise TypeError(
-                f"{name}[{index}]: got dtype {tensor.dtype}, allowed is one of {allowed} for all of them"
-            )
+            raise TypeError(f"{name}[{index}]: got dtype {tensor.dtype}, allowed is one of {allowed} for all of them")
         check_tensor(f"{name}[{index}]", tensor, tuple(weight.shape), weights[0])
 
 
 def _check_number(name: str, value: Tensor, weights: Sequence[Tensor]) -> None:
     if value.numel() != 1 or value.dtype != torch.float32:
-        raise ValueError(
-            f"{name}: got shape {tuple(value.shape)} of {value.dtype}, expected one number of torch.float32"
-        )
+        raise ValueError(f"{name}: got shape {tuple(value.shape)} of {value.dtype}, expected one number of torch.float32")
     if weights and value.device != weights[0].device:
         raise ValueError(f"{name}: got device {value.device}, but the weights are on {weights[0].device}")
 
@@ -178,9 +162,7 @@ def not_contiguous(args: Sequence[Any]) -> str | None:
     return None
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# Declaration, and the torch backend: torch's own two passes
-# ------------------------------------------------------------------------------------------------------------------
+# ---- Declaration, and the torch backend: torch's own two passes ------------------------------------------------------
 
 _SCHEMA = (
     "(Tensor(a!)[] weights, Tensor(b!)[] gradients, Tensor(c!)[] exp_avgs, Tensor(d!)[] exp_avg_sqs, Tensor(e!)[] steps,"

@@ -33,9 +33,7 @@ from ditkernels.ops.spec import Given, Sizes, accumulator, check_dtype, check_te
 
 __all__ = ["split_qkv"]
 
-# ------------------------------------------------------------------------------------------------------------------
-# Public functions
-# ------------------------------------------------------------------------------------------------------------------
+# ---- Public functions ------------------------------------------------------------------------------------------------
 
 
 def split_qkv(packed: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
@@ -145,9 +143,7 @@ def _thin(function: Any) -> Function:
 _ThinSplit, _ThinCarry = _thin(_Split), _thin(_Carry)
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# The backward: its declaration, and the torch backend
-# ------------------------------------------------------------------------------------------------------------------
+# ---- The backward: its declaration, and the torch backend ------------------------------------------------------------
 
 
 def _check(given: Given) -> None:

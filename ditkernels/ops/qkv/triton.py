@@ -27,9 +27,7 @@ from ditkernels.ops._triton import Tile, ceil_div, jit, remembered_by_shape, tl
 from ditkernels.ops.gelu.triton import COLUMNS, added, chunking, joined
 from ditkernels.ops.qkv import SPLIT_QKV_BACKWARD, parts_of
 
-# ------------------------------------------------------------------------------------------------------------------
-# Kernels
-# ------------------------------------------------------------------------------------------------------------------
+# ---- Kernels ---------------------------------------------------------------------------------------------------------
 
 
 @jit
@@ -89,9 +87,7 @@ def stack_tiles(  # type: ignore[no-untyped-def]
     tl.store(sums + begin_v, over_rows(total_v), inside)
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# Launch
-# ------------------------------------------------------------------------------------------------------------------
+# ---- Launch ----------------------------------------------------------------------------------------------------------
 
 _CHUNKS_AT_ONCE = 128
 
@@ -123,9 +119,7 @@ def _plan(shape: tuple[int, ...], strides: tuple[tuple[int, ...], ...], itemsize
 @SPLIT_QKV_BACKWARD.implement("triton", refuse=_triton.refuse)
 def backward(dq: Tensor | None, dk: Tensor, dv: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
     parts = parts_of(dq, dk, dv)
-    programs, chosen, strides, sums, walk, constants = _plan(
-        dk.shape, tuple([part.stride() for part in parts]), dk.element_size()
-    )
+    programs, chosen, strides, sums, walk, constants = _plan(dk.shape, tuple([part.stride() for part in parts]), dk.element_size())
     (batch, length, heads, head_dim), device = dk.shape, dk.device
     dpacked = torch.empty(batch, length, len(parts), heads, head_dim, dtype=dk.dtype, device=device)
     partial = torch.empty(*sums, dtype=torch.float32, device=device)
