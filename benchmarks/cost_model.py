@@ -7,8 +7,12 @@
 
 No step is run. One forward and backward of the model passes through fake tensors, which have shapes and no values, while every
 kernel is counted: a product by its operations, anything else by the bytes of its inputs and outputs, each once. Time is
-operations over ``--tflops`` plus bytes over ``--bandwidth``: launches are free and every kernel runs at the device's ceiling,
-so a measured step is slower. What the models differ in is right all the same, because both are counted in one way.
+operations over ``--tflops`` plus bytes over ``--bandwidth``: every kernel runs at the device's ceiling and none waits for its
+launch, so a measured step is slower. What the models differ in is right all the same, because both are counted in one way.
+
+The host enqueues the kernels of a step one by one. They are counted in a step of a narrow model of the same depth. Each kernel of
+plain PyTorch is taken to cost the host ``--host-us``, and a step of ours ``--host-ratio`` of what a plain step costs. A batch whose
+step on the device is shorter than that leaves the device waiting: the host bounds the model.
 
 The optimizer reads weight, gradient and two moments and writes three of them back; the moving average reads two and writes
 one: 40 bytes a parameter in all, 36 where one pass does both (``train --optimizer fused``). With master weights it is 36 too: a
@@ -19,6 +23,8 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
+import math
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
@@ -26,6 +32,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import host
 import measure
 import torch
 from torch import Tensor
@@ -37,9 +44,12 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 import ditkernels
 from ditkernels import models, reference
 from ditkernels.masters import lowered
+from ditkernels.ops import _triton
 
 # An H200's, as design figures: 790 TFLOP/s of bf16 products, 4300 GB/s of copying. Assumed here, not measured.
 ASSUMED_TFLOPS, ASSUMED_GBPS = 790.0, 4300.0
+# What eager PyTorch's host needs for a kernel, autograd included: assumed. A step of ours needs about as much; host.py measures it.
+ASSUMED_HOST_US, ASSUMED_HOST_RATIO = 8.0, 1.0
 OPTIMIZER_BYTES, FUSED_OPTIMIZER_BYTES = 40, 36
 FREE = {"aten::detach", "aten::empty_like", "aten::_unsafe_view", "prim::device"}
 # Of products with epilogues: what they move beside operands and result, the argument of GELU, among outputs or arguments.
@@ -157,6 +167,57 @@ def count(variant: Variant, model: str, input_size: int, batch: int) -> Counted:
     return Counted(counter.get_total_flops(), moved.moved, variant.optimizer_bytes * trainable)
 
 
+class _Kernels(TorchDispatchMode):
+    """Counts kernels: one for each op that is no view, and for an op of ours the launches of its Triton kernels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        ours = func.namespace == "ditkernels"
+        self.count += not (ours or func.is_view or func.name().split(".")[0] in FREE)
+        return func(*args, **(kwargs or {}))
+
+    def launch(self, *args: Any, **constants: Any) -> None:
+        """Stands for ``_triton.launch``."""
+        self.count += 1
+
+
+@functools.cache
+def kernels(ours: bool, depth: int) -> int:
+    """How many kernels a forward and backward launches under bf16 autocast; their number depends on the depth alone."""
+    counter = _Kernels()
+    sizes = {"input_size": 4, "hidden_size": host.WIDTH, "num_heads": 4, "num_classes": 10}
+    net = (ditkernels.DiT if ours else reference.DiT)(depth=depth, **sizes).eval()
+    t, y = torch.tensor([3, 500]), torch.tensor([1, 7])
+    with host.without_kernels(), mock.patch.object(_triton, "launch", counter.launch), counter:
+        with torch.autocast("cpu", torch.bfloat16):
+            out = net(torch.empty(2, 4, 4, 4), t, y)
+        out.float().square().mean().backward()
+    return counter.count
+
+
+def host_row(model: str, steps: dict[str, dict[str, Any]], args: argparse.Namespace) -> dict[str, Any]:
+    """Kernels of a step, what the host needs for them, and up to which batch the device needs less, plain and ours.
+
+    Args:
+        steps: the rows of the model's variants at ``args.batch``.
+    """
+    depth = int(reference.SIZES[model.removeprefix("DiT-").partition("/")[0]]["depth"])
+    made: dict[str, Any] = {"model": model, "variant": HOST, "origin": "predicted"}
+    for name in ("plain", "ours"):
+        count_of = kernels(name == "ours", depth)
+        host_ms = kernels(False, depth) * args.host_us * (args.host_ratio if name == "ours" else 1.0) / 1e3
+        # What grows with the batch, and what does not: weights, their casts and the optimizer.
+        more = row(model, name, count(VARIANTS[name], model, args.input_size, 2 * args.batch), args)["step_ms"]
+        of_images = (more - steps[name]["step_ms"]) / args.batch
+        fixed = steps[name]["step_ms"] - of_images * args.batch
+        bound = max(0, math.floor((host_ms - fixed) / of_images))
+        made |= {f"{name}_kernels": count_of, f"{name}_host_ms": host_ms, f"{name}_host_bound_to": bound}
+    return made
+
+
 def _mlps_as_one_op(answer: bool) -> AbstractContextManager[Any]:
     """What a GPU with cuBLASLt's epilogues would answer."""
     return mock.patch.multiple(models, serves=mock.Mock(return_value=answer), asked_for=mock.Mock(return_value=answer))
@@ -170,16 +231,17 @@ def _values_unseen() -> AbstractContextManager[Any]:
 def rows(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Every model in every variant, then the bound: products and optimizer alone."""
     for model in args.models:
-        plain_ms = None
+        plain_ms, steps = None, {}
         for name, variant in VARIANTS.items():
             counted = count(variant, model, args.input_size, args.batch)
             made = row(model, name, counted, args)
-            plain_ms = plain_ms or made["step_ms"]
+            plain_ms, steps[name] = plain_ms or made["step_ms"], made
             yield {**made, "of_plain": made["step_ms"] / plain_ms}
             if args.detail:
                 yield from detail(model, name, counted, args)
         bound = row(model, BOUND, dataclasses.replace(counted, moved=Counter()), args)
         yield {**bound, "of_plain": bound["step_ms"] / plain_ms}
+        yield host_row(model, steps, args)
 
 
 def row(model: str, name: str, counted: Counted, args: argparse.Namespace) -> dict[str, Any]:
@@ -218,6 +280,7 @@ def detail(model: str, name: str, counted: Counted, args: argparse.Namespace) ->
 
 ALL_LEVERS = list(VARIANTS)[-1]
 BOUND = "nothing but products"
+HOST = "the host"
 SHOWN = "DiT-XL/2"
 
 
@@ -230,13 +293,17 @@ def tables(found: list[dict[str, Any]]) -> list[list[str]]:
         "images/s, all levers | products alone",
         [_model_cells(model, steps) for model in models],
     )
+    of_hosts = measure.markdown(
+        "model | kernels a step: plain | ours | the host, ms | bound by the host up to batch: plain | ours",
+        [_host_cells(row) for row in found if row["variant"] == HOST],
+    )
     if SHOWN not in models:
-        return [of_models]
+        return [of_models, of_hosts]
     of_variants = measure.markdown(
         "variant of XL/2 | moving | optimizer | step | of plain | images/s",
         [_variant_cells(name, steps[SHOWN, name]) for name in (*VARIANTS, BOUND)],
     )
-    return [of_models, of_variants]
+    return [of_models, of_hosts, of_variants]
 
 
 def _model_cells(model: str, steps: dict[tuple[str, str], dict[str, Any]]) -> list[str]:
@@ -248,6 +315,11 @@ def _model_cells(model: str, steps: dict[tuple[str, str], dict[str, Any]]) -> li
         *(f"{row['of_plain']:.2f}" for row in (ours, best)),
         *(f"{row['images_per_s']:,.0f}" for row in (best, bound)),
     ]
+
+
+def _host_cells(row: dict[str, Any]) -> list[str]:
+    names = ("plain_kernels", "ours_kernels", "plain_host_ms", "plain_host_bound_to", "ours_host_bound_to")
+    return [row["model"].removeprefix("DiT-"), *(f"{row[name]:,.0f}" for name in names)]
 
 
 def _variant_cells(name: str, row: dict[str, Any]) -> list[str]:
@@ -268,12 +340,15 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--batch", type=measure.positive, default=256)
     parser.add_argument("--tflops", type=float, default=ASSUMED_TFLOPS, help="of bf16 products")
     parser.add_argument("--bandwidth", type=float, default=ASSUMED_GBPS, help="GB/s of copying")
+    parser.add_argument("--host-us", type=float, default=ASSUMED_HOST_US, help="of the host for a kernel of eager PyTorch")
+    parser.add_argument("--host-ratio", type=float, default=ASSUMED_HOST_RATIO, help="of a step of ours to plain on the host")
     parser.add_argument("--detail", action="store_true", help="bytes by kind of kernel")
     parser.add_argument("--docs", type=Path, metavar="FILE", help="a page whose tables are to be written anew")
     args = parser.parse_args(argv)
     columns = (
         *("model", "variant", "kernel", "gbytes", "products_ms", "moving_ms", "optimizer_ms"),
-        *("step_ms", "images_per_s", "of_plain"),
+        *("step_ms", "images_per_s", "of_plain", "plain_kernels", "ours_kernels", "plain_host_ms"),
+        *("plain_host_bound_to", "ours_host_bound_to"),
     )
     journal = measure.Journal("cost_model", args)
     for found in rows(args):

@@ -314,6 +314,21 @@ def test_cost_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     batch, tokens, width = 64, 16, 384
     moved = 24 * (batch * tokens * width * 12 + 3 * batch * width * 2 + width * 4 + 2 * batch * tokens * 4)
     assert fused["gbytes"] == moved / 1e9
+    (of_host,) = [row for row in rows if row["variant"] == "the host"]
+    assert of_host["ours_kernels"] < 0.6 * of_host["plain_kernels"]
+    assert math.isclose(of_host["plain_host_ms"], of_host["plain_kernels"] * 8e-3)
+    for name in ("plain", "ours"):
+        # A step grows by less than its images where the optimizer is part of it, so that the bound lies above the proportion.
+        assert of_host[f"{name}_host_bound_to"] > 0.9 * 64 * (of_host["plain_host_ms"] - 1.4) / steps[name]["step_ms"]
+
+
+def test_more_layers_are_more_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import cost_model
+
+    for ours in (False, True):
+        of_two, of_three, of_four = (cost_model.kernels(ours, depth) for depth in (2, 3, 4))
+        assert of_four - of_three == of_three - of_two > 10
 
 
 @pytest.mark.parametrize(

@@ -41,14 +41,7 @@ _readers: dict[tuple[type, ...], Reader] = {}
 _known: dict[tuple[Any, ...], tuple[Any, ...]] = {}
 
 
-def launch(
-    kernel: Any,
-    programs: int,
-    tile: Tile,
-    device: torch.device,
-    args: tuple[Any, ...],
-    constants: dict[str, Any],
-) -> None:
+def launch(kernel: Any, programs: int, tile: Tile, device: torch.device, args: tuple[Any, ...], constants: dict[str, Any]) -> None:
     """Runs ``programs`` programs of ``kernel`` on ``device``; none at all is allowed.
 
     The grid has one axis, so that its size is bounded by 2^31 - 1 and not by the 65,535 of the others.
@@ -105,14 +98,7 @@ def _watched(kernel: Any) -> bool:
     return bool(kernel.pre_run_hooks) or runtime.add_stages_inspection_hook is not None
 
 
-def _key(
-    kernel: Any,
-    tile: Tile,
-    driver: Any,
-    device: int,
-    args: tuple[Any, ...],
-    constants: dict[str, Any],
-) -> tuple[Any, ...]:
+def _key(kernel: Any, tile: Tile, driver: Any, device: int, args: tuple[Any, ...], constants: dict[str, Any]) -> tuple[Any, ...]:
     """What decides which compiled kernel a launch runs. ``kernel.fn`` stands for the kernel, whose own hash is slow."""
     kinds = tuple(map(type, args))
     reader = _readers.get(kinds) or _make_reader(kinds)

@@ -104,15 +104,7 @@ def over_rows(piece):  # type: ignore[no-untyped-def]
 
 @jit
 def add_samples(  # type: ignore[no-untyped-def]
-    terms,
-    batch,
-    out_0,
-    out_1,
-    out_2,
-    D: tl.constexpr,
-    KINDS: tl.constexpr,
-    SAMPLES: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    terms, batch, out_0, out_1, out_2, D: tl.constexpr, KINDS: tl.constexpr, SAMPLES: tl.constexpr, COLUMNS: tl.constexpr
 ):
     """A program owns ``COLUMNS`` channels: adds the terms (batch, KINDS, D) of all samples in order, writes each kind's sum (D,).
 

@@ -371,13 +371,7 @@ class Op:
         outputs = run(*tensors, *plan.options)
         return outputs if plan.public is None else outputs[plan.public]
 
-    def _found(
-        self,
-        key: list[Any],
-        backend: str | None,
-        tensors: tuple[Tensor | None, ...],
-        options: tuple[Any, ...],
-    ) -> Any:
+    def _found(self, key: list[Any], backend: str | None, tensors: tuple[Tensor | None, ...], options: tuple[Any, ...]) -> Any:
         """The plan remembered for a call, or a new one; None where torch must handle the call."""
         # Asked before anything is hashed: sizes of a subclass may be symbols, which have no hash.
         if not all(t is None or is_plain(t) for t in tensors):
@@ -410,11 +404,7 @@ class Op:
         return outputs if declaration.public is None else outputs[declaration.public]
 
     def _plan(
-        self,
-        forced: str | None,
-        tensors: tuple[Tensor | None, ...],
-        options: tuple[Any, ...],
-        differentiable: bool,
+        self, forced: str | None, tensors: tuple[Tensor | None, ...], options: tuple[Any, ...], differentiable: bool
     ) -> Plan | None:
         """Checks the arguments and chooses; None where it has no gradient to give: torch's way refuses that."""
         needed = tuple(differentiable and t is not None and t.requires_grad for t in tensors)

@@ -235,7 +235,4 @@ def backend_setting() -> str | None:
 
 def attention_setting() -> str | None:
     """As :func:`backend_setting` for attention, with DITKERNELS_ATTENTION_BACKEND."""
-    return _in_force(
-        *("attention", _ATTENTION_VARIABLE, _ATTENTION_VALUES),
-        *("DITKERNELS_ATTENTION_BACKEND", ATTENTION_BACKENDS),
-    )
+    return _in_force(*("attention", _ATTENTION_VARIABLE, _ATTENTION_VALUES), *("DITKERNELS_ATTENTION_BACKEND", ATTENTION_BACKENDS))

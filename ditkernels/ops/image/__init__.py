@@ -36,23 +36,8 @@ from torch import Tensor
 
 from ditkernels.ops import _native
 from ditkernels.ops.dispatch import Op, Refusal, Whole, declare, refuse_forward_ad
-from ditkernels.ops.norm import (
-    GATED_RESIDUAL_NORM,
-    MODULATE_NORM,
-    norm_forward,
-    residual_forward,
-)
-from ditkernels.ops.spec import (
-    Example,
-    Given,
-    Gradient,
-    Sizes,
-    Wanted,
-    accumulator,
-    check_comes_with,
-    check_norm,
-    check_tensor,
-)
+from ditkernels.ops.norm import GATED_RESIDUAL_NORM, MODULATE_NORM, norm_forward, residual_forward
+from ditkernels.ops.spec import Example, Given, Gradient, Sizes, Wanted, accumulator, check_comes_with, check_norm, check_tensor
 
 __all__ = ["final_layer", "patch_embed", "unpatchify"]
 
@@ -62,12 +47,7 @@ Gradients = tuple[Tensor | None, ...]
 
 
 def patch_embed(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    pos_embed: Tensor | None = None,
-    *,
-    out_dtype: torch.dtype | None = None,
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, pos_embed: Tensor | None = None, *, out_dtype: torch.dtype | None = None
 ) -> Tensor:
     """p x p convolution with stride p, flattened to tokens in row-major order, plus bias and positions.
 

@@ -29,15 +29,7 @@ import torch
 from torch import Tensor
 
 from ditkernels.ops import _triton
-from ditkernels.ops._rows import (
-    centred,
-    load_piece,
-    mask_of,
-    modulated,
-    of_sample,
-    rows_of,
-    stream_piece,
-)
+from ditkernels.ops._rows import centred, load_piece, mask_of, modulated, of_sample, rows_of, stream_piece
 from ditkernels.ops._triton import Tile, ceil_div, jit, packed, per_sample, tl, with_strides
 from ditkernels.ops.image import FINAL_LAYER, PATCH_EMBED, PATCHIFY, UNPATCHIFY, refusing_empty_weights
 

@@ -30,16 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ditkernels.ops import _native, _triton
-from ditkernels.ops.dispatch import (
-    Op,
-    Refusal,
-    backend_setting,
-    constant_when_traced,
-    declare,
-    define,
-    fastest,
-    without_autocast,
-)
+from ditkernels.ops.dispatch import Op, Refusal, backend_setting, constant_when_traced, declare, define, fastest, without_autocast
 from ditkernels.ops.gelu import BIAS_GELU
 from ditkernels.ops.gelu import triton as _kernels  # noqa: F401 (they give it a backend)
 from ditkernels.ops.spec import Example, Given, Gradient, Wanted
@@ -114,18 +105,10 @@ MLP = declare(
     flops=_flops,
     gradient=Gradient(
         reads="x fc1_weight fc2_weight z h",
-        needs={
-            "x": "fc1_weight fc2_weight z",
-            "fc1_weight": "x fc2_weight z",
-            "fc1_bias": "fc2_weight z",
-            "fc2_weight": "h",
-        },
+        needs={"x": "fc1_weight fc2_weight z", "fc1_weight": "x fc2_weight z", "fc1_bias": "fc2_weight z", "fc2_weight": "h"},
         flops=_backward_flops,
     ),
-    examples=(
-        Example({"B": 3, "N": 7, "D": 45, "F": 31, "E": 13}),
-        Example({"B": 3, "N": 37, "D": 96, "F": 384, "E": 96}),
-    ),
+    examples=(Example({"B": 3, "N": 7, "D": 45, "F": 31, "E": 13}), Example({"B": 3, "N": 37, "D": 96, "F": 384, "E": 96})),
 )
 
 

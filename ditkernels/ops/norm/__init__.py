@@ -192,12 +192,7 @@ MODULATE_NORM = declare(
     gradient=Gradient(
         reads="x scale weight bias stats",
         options="norm",
-        needs={
-            "x": "x scale weight stats",
-            "scale": "x weight bias stats",
-            "weight": "x scale stats",
-            "bias": "scale",
-        },
+        needs={"x": "x scale weight stats", "scale": "x weight bias stats", "weight": "x scale stats", "bias": "scale"},
         formula=_norm_gradients,
     ),
     examples=(Example(_ODD, present="shift scale"), Example(_ODD, present="weight bias"), Example(_XL, _RMS)),
@@ -236,11 +231,7 @@ GATED_RESIDUAL_NORM = declare(
         },
         formula=_residual_norm_gradients,
     ),
-    examples=(
-        Example(_ODD, present="gate shift scale"),
-        Example(_ODD, present="branch_bias weight bias"),
-        Example(_XL, _RMS),
-    ),
+    examples=(Example(_ODD, present="gate shift scale"), Example(_ODD, present="branch_bias weight bias"), Example(_XL, _RMS)),
 )
 
 

@@ -51,17 +51,7 @@ from ditkernels.ops._rows import (
     rows_of,
     stream_piece,
 )
-from ditkernels.ops._triton import (
-    Tile,
-    ceil_div,
-    jit,
-    packed,
-    per_sample,
-    pieces,
-    remembered_by_shape,
-    tl,
-    with_strides,
-)
+from ditkernels.ops._triton import Tile, ceil_div, jit, packed, per_sample, pieces, remembered_by_shape, tl, with_strides
 from ditkernels.ops.norm import GATED_RESIDUAL, GATED_RESIDUAL_NORM, MODULATE_NORM
 from ditkernels.ops.spec import Wanted
 
@@ -572,10 +562,7 @@ def gated_residual_norm_backward(  # type: ignore[no-untyped-def]
     rows = (*with_strides(dx1), *with_strides(dh), *with_strides(x1), *with_strides(branch))
     gate, scale, weight = per_sample(gate), per_sample(scale), packed(weight)
     outs = (dx, dbranch, partial, length, chunks, chunk_rows)
-    _triton.launch(
-        *(backward_rows, batch * chunks, tile, device, *rows, *gate, *scale, weight, packed(stats), *outs),
-        **constants,
-    )
+    _triton.launch(*(backward_rows, batch * chunks, tile, device, *rows, *gate, *scale, weight, packed(stats), *outs), **constants)
     if not sums:
         return dx, dbranch, None, None, None, None, None, None
 
