@@ -1,11 +1,12 @@
 # make demo   train a small DiT on real handwritten digits, sample it with guidance, show the picture
 # make test   lint, then the test suite        make lint   only the lint        make format   rewrite in place
-# make wheel  dist/: one wheel for every Python and torch, CUDA library included; needs nvcc
+# make wheel  dist/: one wheel for every Python and torch, CPU library included, CUDA library where there is nvcc
 # make gpu    everything that needs a GPU, with this machine's own python; results go to benchmarks/results
 #
 # All but the last make their own virtual environment first. Settings:
 #   OUT=dir                            where the demo writes
 #   TORCH=2.11.0 PYTHON=python3.12     another stack (requirements/torch-$(TORCH).txt must exist)
+#   DITKERNELS_BUILD_CPU=0             demo and test: without the CPU library, which is built where there is a C++ compiler
 #   WHEELS=dir                         attention packages that make gpu tries: wheels of xformers, flash-attn 2, 3, 4
 #   ARGS="-k adaln"                    passed on to pytest, to the demo, or to make gpu
 
@@ -21,14 +22,17 @@ VENV ?= $(if $(filter $(DEFAULT_TORCH),$(TORCH)),.venv,.venv-torch$(TORCH))
 BIN := $(VENV)/bin
 REQUIREMENTS := requirements/torch-$(TORCH).txt requirements/dev.txt
 STAMP := $(VENV)/.installed
+CXX_FOUND := $(shell command -v $${CXX:-c++} || command -v g++ || command -v clang++)
+DITKERNELS_BUILD_CPU ?= $(if $(CXX_FOUND),1,0)
+CPU_LIBRARY := $(if $(filter 1,$(DITKERNELS_BUILD_CPU)),ditkernels/_cpu.so)
 CPP := $(shell find csrc tests/emulation -name "*.cu" -o -name "*.cuh" -o -name "*.cpp" -o -name "*.h")
 
 .PHONY: demo test lint format wheel gpu clean
 
-demo: $(STAMP)
+demo: $(STAMP) $(CPU_LIBRARY)
 	$(BIN)/ditkernels demo --out "$(OUT)" $(ARGS)
 
-test: lint
+test: lint $(CPU_LIBRARY)
 	$(BIN)/python -m pytest -n $(JOBS) --maxschedchunk 1 $(ARGS)
 
 lint: $(STAMP)
@@ -46,7 +50,7 @@ format: $(STAMP)
 wheel: $(STAMP)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements/wheel.txt
 	rm -rf build/wheel build/lib* build/bdist*
-	DITKERNELS_BUILD_CUDA=1 $(BIN)/python -m pip wheel --disable-pip-version-check --no-build-isolation --no-deps -w build/wheel .
+	DITKERNELS_BUILD_CPU=1 $(BIN)/python -m pip wheel --disable-pip-version-check --no-build-isolation --no-deps -w build/wheel .
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/auditwheel repair --exclude libtorch_cpu.so -w dist build/wheel/*.whl
 
 gpu:
@@ -55,8 +59,14 @@ gpu:
 $(STAMP): $(REQUIREMENTS) pyproject.toml setup.py
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(addprefix -r ,$(REQUIREMENTS))
-	DITKERNELS_BUILD_CUDA=0 $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps -e .
+	DITKERNELS_BUILD_CUDA=0 DITKERNELS_BUILD_CPU=0 $(BIN)/python -m pip install --quiet --disable-pip-version-check \
+		--no-build-isolation --no-deps -e .
 	touch $@
+
+# One library serves every torch, so that all environments share it.
+ditkernels/_cpu.so: $(wildcard csrc/cpu/*) tools/build_native.py | $(STAMP)
+	$(BIN)/python tools/build_native.py cpu build/cpu
+	cp build/cpu/_cpu.so $@.tmp && mv $@.tmp $@
 
 clean:
 	rm -rf .venv .venv-* build *.egg-info .pytest_cache .mypy_cache .ruff_cache

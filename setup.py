@@ -1,11 +1,13 @@
 """Build script; the metadata is in pyproject.toml.
 
-Where there is nvcc and torch can be imported, so under pip install --no-build-isolation, the CUDA library is built:
-csrc/cuda -> ditkernels/_C.so. Otherwise the install is pure Python and `ditkernels info` says why. Settings:
+Where torch can be imported, so under pip install --no-build-isolation, the compiled libraries are built: csrc/cuda ->
+ditkernels/_C.so if there is nvcc, csrc/cpu -> ditkernels/_cpu.so if there is a C++ compiler. Without them the install is pure
+Python, and `ditkernels info` says why. Settings:
 
-    DITKERNELS_BUILD_CUDA=1    it is an error if the library cannot be built;  0: it is not built
+    DITKERNELS_BUILD_CUDA=1    it is an error if the CUDA library cannot be built;  0: it is not built
+    DITKERNELS_BUILD_CPU       the same for the CPU library
     TORCH_CUDA_ARCH_LIST       architectures, as in "8.0;9.0a;10.0+PTX"
-    CUDA_HOME                  the toolkit;  MAX_JOBS: compilers at a time
+    CUDA_HOME                  the toolkit;  CXX: the C++ compiler;  MAX_JOBS: compilers at a time
 """
 
 from __future__ import annotations
@@ -14,9 +16,11 @@ import importlib.util
 import json
 import os
 import shutil
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
@@ -24,9 +28,6 @@ from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
-SWITCH = "DITKERNELS_BUILD_CUDA"
-RECORD = "_cuda_build.json"
-NO_BUILD = f"{SWITCH}=0 installs without the CUDA library"
 
 
 def build_rules() -> ModuleType:
@@ -41,27 +42,57 @@ def build_rules() -> ModuleType:
 rules = build_rules()
 
 
-def why_not() -> str | None:
-    """Why the CUDA library is not built, or None if it is.
+class Library(NamedTuple):
+    """A library that an install may hold.
 
-    Raises:
-        RuntimeError: it was asked for and cannot be, or the switch is neither 0 nor 1.
+    Attributes:
+        kind: "CUDA" or "CPU".
+        file: its name in the package.
+        sources: what it is made of.
+        compiler: finds the compiler, or None.
+        lacking: the sentence that says that there is none.
+        build: (folder, compiler, folder of torch) -> the built library.
     """
-    asked = os.environ.get(SWITCH, "")
-    if asked not in ("", "0", "1"):
-        raise RuntimeError(f"{SWITCH}: got {asked!r}, allowed are 0 and 1")
-    if asked == "0":
-        return f"{SWITCH}=0 was set at installation"
-    reason = missing()
-    if reason and asked == "1":
-        raise RuntimeError(f"{SWITCH}=1, but {reason}; {NO_BUILD}")
-    return reason
+
+    kind: str
+    file: str
+    sources: tuple[Path, ...]
+    compiler: Callable[[], str | None]
+    lacking: str
+    build: Callable[[Path, str, Path], Path]
+
+    @property
+    def switch(self) -> str:
+        return f"DITKERNELS_BUILD_{self.kind}"
+
+    @property
+    def no_build(self) -> str:
+        return f"{self.switch}=0 installs without the {self.kind} library"
+
+    def why_not(self) -> str | None:
+        """Why the library is not built, or None if it is.
+
+        Raises:
+            RuntimeError: it was asked for and cannot be, or the switch is neither 0 nor 1.
+        """
+        asked = os.environ.get(self.switch, "")
+        if asked not in ("", "0", "1"):
+            raise RuntimeError(f"{self.switch}: got {asked!r}, allowed are 0 and 1")
+        if asked == "0":
+            return f"{self.switch}=0 was set at installation"
+        reason = self.lacking if self.compiler() is None else torch_missing()
+        if reason and asked == "1":
+            raise RuntimeError(f"{self.switch}=1, but {reason}; {self.no_build}")
+        return reason
+
+    def record(self, package: Path, reason: str | None) -> None:
+        """Notes beside the modules why there is no library, for `ditkernels info`."""
+        package.mkdir(parents=True, exist_ok=True)
+        (package / f"_{self.kind.lower()}_build.json").write_text(json.dumps({"absent": reason}) + "\n")
 
 
-def missing() -> str | None:
-    """What the build lacks here, or None."""
-    if rules.find_nvcc() is None:
-        return "no nvcc was found at installation (looked in CUDA_HOME, the PATH and /usr/local/cuda)"
+def torch_missing() -> str | None:
+    """Why torch cannot be built against, or None."""
     try:
         import torch
     except ImportError as error:
@@ -72,36 +103,81 @@ def missing() -> str | None:
     return None
 
 
+def build_cuda(out: Path, nvcc: str, torch: Path) -> Path:
+    targets = rules.architectures(os.environ.get("TORCH_CUDA_ARCH_LIST"))
+    built: Path = rules.build_library(out, rules.Toolchain(nvcc, torch), targets)
+    return built
+
+
+CUDA = Library(
+    "CUDA",
+    rules.LIBRARY,
+    tuple(rules.sources()),
+    rules.find_nvcc,
+    "no nvcc was found at installation (looked in CUDA_HOME, the PATH and /usr/local/cuda)",
+    build_cuda,
+)
+CPU = Library(
+    "CPU",
+    rules.CPU_LIBRARY,
+    tuple(rules.cpu_sources()),
+    rules.find_cxx,
+    "no C++ compiler was found at installation (looked for CXX, c++, g++ and clang++ on the PATH)",
+    rules.build_cpu_library,
+)
+REASONS = {library: library.why_not() for library in (CUDA, CPU)}
+
+
 class BuildPython(build_py):
-    """Notes beside the modules why there is no library, for `ditkernels info`."""
+    """Notes beside the modules which libraries there are."""
 
     def run(self) -> None:
         super().run()
         package = ROOT / "ditkernels" if self.editable_mode else Path(self.build_lib) / "ditkernels"
-        package.mkdir(parents=True, exist_ok=True)
-        (package / RECORD).write_text(json.dumps({"absent": REASON}) + "\n")
-        if REASON is not None:
-            (package / rules.LIBRARY).unlink(missing_ok=True)
+        for library, reason in REASONS.items():
+            library.record(package, reason)
+            if reason is not None and not self.editable_mode:  # one that an earlier build left
+                (package / library.file).unlink(missing_ok=True)
 
 
-class BuildLibrary(build_ext):
-    """Compiles csrc/cuda; the library fits every Python, so its name carries no ABI."""
+class NativeExtension(Extension):
+    """A library as setuptools sees it."""
+
+    def __init__(self, library: Library) -> None:
+        super().__init__(f"ditkernels.{Path(library.file).stem}", [str(p.relative_to(ROOT)) for p in library.sources])
+        self.library = library
+
+
+class BuildLibraries(build_ext):
+    """Compiles the libraries; each fits every Python, so its name carries no ABI."""
 
     def get_ext_filename(self, fullname: str) -> str:
         return str(Path(*fullname.split("."))) + ".so"
 
-    def build_extension(self, ext: Extension) -> None:
+    def build_extension(self, ext: NativeExtension) -> None:
         import torch
 
-        try:
-            targets = rules.architectures(os.environ.get("TORCH_CUDA_ARCH_LIST"))
-            tools = rules.Toolchain(rules.find_nvcc(), Path(torch.__file__).parent)
-            built = rules.build_library(Path(self.build_temp).resolve() / "csrc", tools, targets)
-        except rules.BuildError as error:
-            raise RuntimeError(f"the CUDA library cannot be built: {error}; {NO_BUILD}") from error
+        library = ext.library
         target = Path(self.get_ext_fullpath(ext.name))
+        out = Path(self.build_temp).resolve() / library.kind
+        try:
+            built = library.build(out, library.compiler(), Path(torch.__file__).parent)
+        except rules.BuildError as error:
+            if library is CUDA or os.environ.get(library.switch) == "1":
+                raise RuntimeError(f"the {library.kind} library cannot be built: {error}; {library.no_build}") from error
+            reason = f"{library.compiler()} failed at installation; CXX names another compiler, {library.switch}=1 shows its errors"
+            print(f"the {library.kind} library is left out: {reason}\n{error}", file=sys.stderr)
+            library.record(target.parent, reason)
+            return
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(built, target)
+
+    def get_outputs(self) -> list[str]:
+        return [output for output in super().get_outputs() if Path(output).exists()]
+
+    def copy_extensions_to_source(self) -> None:
+        self.extensions = [ext for ext in self.extensions if Path(self.get_ext_fullpath(ext.name)).exists()]
+        super().copy_extensions_to_source()
 
 
 class BuildWheel(bdist_wheel):
@@ -112,10 +188,9 @@ class BuildWheel(bdist_wheel):
         return "py3", "none", platform
 
 
-REASON = why_not()
 options: dict[str, Any] = {"cmdclass": {"build_py": BuildPython}}
-if REASON is None:
-    extension = Extension("ditkernels._C", [str(p.relative_to(ROOT)) for p in rules.sources()])
-    options["ext_modules"] = [extension]
-    options["cmdclass"] |= {"build_ext": BuildLibrary, "bdist_wheel": BuildWheel}
+extensions = [NativeExtension(library) for library, reason in REASONS.items() if reason is None]
+if extensions:
+    options["ext_modules"] = extensions
+    options["cmdclass"] |= {"build_ext": BuildLibraries, "bdist_wheel": BuildWheel}
 setup(**options)

@@ -97,7 +97,7 @@ def _rules(folder: Path, texts: dict[str, str]) -> str:
 @cache
 def load(path: Path) -> ModuleType:
     """Registers the library's kernels for the CPU and returns its module; one library only for each process."""
-    _native.load(path)
+    _native.CUDA.load(path)
     spec = importlib.util.spec_from_file_location(MODULE, path)
     assert spec is not None
     assert spec.loader is not None
@@ -135,9 +135,9 @@ def running(
         import pytest
 
         pytest.skip(reason)
-    with mock.patch.object(_native, "_absence", _native._absence):
+    with mock.patch.object(_native.CUDA, "absence", _native.CUDA.absence):
         module = module or as_they_are()
-        _native._absence = None
+        _native.CUDA.absence = None
         module.reset(tracing, order, last_block_only, sample)
         with dispatch.use_backend("cuda"):
             yield module

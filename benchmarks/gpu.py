@@ -142,7 +142,7 @@ def _build(machine: dict[str, Any]) -> Stage:
     capability = str(machine.get("compute_capability"))
     architecture = OWN_CODE.get(capability, capability)
     return Stage(
-        "build", ["python", "tools/build_native.py", str(LIBRARY)], 90, skip=skip,
+        "build", ["python", "tools/build_native.py", "cuda", str(LIBRARY)], 90, skip=skip,
         environment={"TORCH_CUDA_ARCH_LIST": architecture},
     )  # fmt: skip
 

@@ -161,7 +161,8 @@ _FORCED = "NONE: the backend that the environment asks for cannot serve"
 
 
 def _kernels(device: torch.device) -> Iterator[str]:
-    yield f"library: {_native.library()}"
+    yield f"CUDA library: {_native.cuda_library()}"
+    yield f"CPU library: {_native.cpu_library()}"
     if device.type != "cuda":
         yield f"registers, spills and occupancy: only a GPU tells them, and {device} is none"
         return

@@ -249,7 +249,7 @@ def test_cuda_is_not_chosen_unasked() -> None:
 def test_without_the_library_the_reason_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DITKERNELS_CUDA_LIBRARY", "/nowhere/_C.so")
     # Undone before the emulation's own change is, as monkeypatch, an older fixture, would not be.
-    with mock.patch.object(_native, "_absence", None):
-        _native.load_if_present()
+    with mock.patch.object(_native.CUDA, "absence", None):
+        _native.CUDA.load_if_present()
         with pytest.raises(dispatch.BackendError, match=r"/nowhere/_C.so does not load"):
             norm.modulate_norm(torch.zeros(1, 2, 8))

@@ -376,7 +376,7 @@ def test_errors_name_the_argument(change: dict, error: type, words: str) -> None
 
 
 def test_a_forced_backend_that_cannot_serve_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_native, "_absence", "the library is on holiday")
+    monkeypatch.setattr(_native.CUDA, "absence", "the library is on holiday")
     with (
         dispatch.use_backend("cuda"),
         pytest.raises(dispatch.BackendError, match="cuda: the library is on holiday"),

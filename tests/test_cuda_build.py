@@ -220,7 +220,7 @@ def test_a_device_that_the_library_was_not_built_for_is_refused(
     capability: tuple[int, int], said: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(_native, "architectures", lambda: "9.0a;8.0")
-    monkeypatch.setattr(_native, "_absence", None)
+    monkeypatch.setattr(_native.CUDA, "absence", None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch._C, "_cuda_getDriverVersion", lambda: 12080, raising=False)
     monkeypatch.setattr(torch._C, "_dispatch_has_kernel_for_dispatch_key", lambda op, key: True)
@@ -230,7 +230,7 @@ def test_a_device_that_the_library_was_not_built_for_is_refused(
 def assert_reason(said: str | None) -> None:
     """What a device, whose properties are patched, is told about an op."""
     x = mock.Mock(spec=torch.Tensor, device=torch.device("cuda:0"), dtype=torch.float32, shape=(1, 2, 384))
-    reason = _native.refuse(norm.MODULATE_NORM, (x, None, None, None, None, "layernorm", 1e-6, x.dtype, False))
+    reason = _native.refuse_cuda(norm.MODULATE_NORM, (x, None, None, None, None, "layernorm", 1e-6, x.dtype, False))
     assert reason is None if said is None else said in str(reason)
 
 
@@ -253,9 +253,9 @@ def test_a_driver_that_is_too_old_is_refused(
     for name, value in (
         ("architectures", lambda: built),
         ("runtime", lambda: built_with),
-        ("_absence", None),
     ):
         monkeypatch.setattr(_native, name, value)
+    monkeypatch.setattr(_native.CUDA, "absence", None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(torch._C, "_cuda_getDriverVersion", lambda: driver, raising=False)
     monkeypatch.setattr(torch._C, "_dispatch_has_kernel_for_dispatch_key", lambda op, key: True)
@@ -300,7 +300,7 @@ def assert_pure(made: Path, tmp_path: Path) -> None:
     modules = {p.relative_to(ROOT).as_posix() for p in package.rglob("*.py")}
     assert modules | {"ditkernels/py.typed", "ditkernels/_cuda_build.json"} <= names
     assert not [name for name in names if name.endswith((".so", ".cu", ".cuh"))]
-    said = _native._why_not_built(tmp_path / "ditkernels")
+    said = _native.CUDA.why_not_built(tmp_path / "ditkernels")
     assert said == "the CUDA library was not built: DITKERNELS_BUILD_CUDA=0 was set at installation"
 
 

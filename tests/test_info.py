@@ -119,7 +119,7 @@ def test_importing_it_initialises_no_cuda_and_asks_no_driver():
 
 def test_without_a_gpu_it_says_why_there_are_no_registers_to_show(capsys):
     text = shown(capsys, "--device", "cpu")
-    assert f"library: {_native.library()}" in text
+    assert f"CUDA library: {_native.cuda_library()}" in text
     assert "registers, spills and occupancy: only a GPU tells them, and cpu is none" in text
 
 
@@ -127,7 +127,7 @@ def test_a_device_tells_registers_spills_shared_memory_and_occupancy(monkeypatch
     table = torch.tensor([[168, 0, 1024, 144, 2, 90], [255, 8, 99328, 256, 1, 90], [168, 0, 1024, 144, 2, 90]])
     op = SimpleNamespace(cuda_kernel_attributes=lambda index: (table, "backward_rows<float>\nwide\nbackward_rows<float>"))
     monkeypatch.setattr(torch.ops, "ditkernels", op)
-    monkeypatch.setattr(_native, "_absence", None)
+    monkeypatch.setattr(_native.CUDA, "absence", None)
     monkeypatch.setattr(_native, "architectures", lambda: "9.0a")
     properties = SimpleNamespace(max_threads_per_multi_processor=2048)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)

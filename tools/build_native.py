@@ -1,6 +1,6 @@
-"""How csrc/cuda becomes one library, or PTX and machine code to read: nvcc's flags, the architectures, ninja's rules.
+"""How csrc/cuda and csrc/cpu each become a library, or PTX and machine code to read: flags, architectures, ninja's rules.
 
-setup.py, the tests and `make gpu` build through here. Nothing but the standard library is imported, so that it also runs where
+setup.py, the Makefile, the tests and `make gpu` build through here. Nothing but the standard library is imported, so that it also runs where
 torch cannot. Sources and headers are measured by ninja's dependency files: a changed header rebuilds what includes it.
 """
 
@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import platform
 import re
 import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -230,14 +232,99 @@ def _run_ninja(out: Path, lines: Sequence[str], workers: int) -> None:
         )
 
 
+# ---- The CPU library -------------------------------------------------------------------------------------------------
+
+CPU_CSRC = CSRC.parent / "cpu"
+CPU_LIBRARY = "_cpu.so"
+# Multiplications and additions may become one instruction; nothing else of the arithmetic is loosened.
+CPU_FLAGS = (
+    *("-std=c++20", "-O2", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-ffp-contract=fast", "-Wno-psabi"),
+    "-DTORCH_TARGET_VERSION=0x020a000000000000",
+)
+_AVX512 = ("-march=x86-64-v4", "-mprefer-vector-width=512")
+# By machine: the flags of what talks to torch, then those of the kernels for each instruction set of csrc/cpu/isa.h.
+INSTRUCTION_SETS: dict[str, tuple[tuple[str, ...], dict[str, tuple[str, ...]]]] = {
+    "x86_64": (
+        ("-march=x86-64",),
+        {"avx2": ("-march=x86-64-v3",), "avx512": _AVX512, "avx512_bf16": (*_AVX512, "-mavx512bf16")},
+    ),
+    "aarch64": ((), {"native": ()}),
+    "arm64": ((), {"native": ()}),
+}
+
+
+def find_cxx(environ: Mapping[str, str] = os.environ) -> str | None:
+    """The C++ compiler that CXX names, else c++, g++ or clang++ of the PATH; None if there is none."""
+    if environ.get("CXX"):
+        return shutil.which(shlex.split(environ["CXX"])[0], path=environ.get("PATH"))
+    found = (shutil.which(name, path=environ.get("PATH")) for name in ("c++", "g++", "clang++"))
+    return next(filter(None, found), None)
+
+
+def cpu_sources() -> list[Path]:
+    """The files of csrc/cpu that are compiled, each once without an instruction set and, if it has kernels, once for each."""
+    return sorted(CPU_CSRC.glob("*.cpp"))
+
+
+def cpu_objects(machine: str) -> Iterator[tuple[str, Path, tuple[str, ...]]]:
+    """(name, source, flags) of each object of the library.
+
+    Raises:
+        BuildError: there are no rules for the machine.
+    """
+    if machine not in INSTRUCTION_SETS or sys.platform == "win32":
+        raise BuildError(f"there is no rule for {machine} on {sys.platform}; csrc/cpu needs GCC or clang on x86_64 or aarch64")
+    host, sets = INSTRUCTION_SETS[machine]
+    for file in cpu_sources():
+        yield f"{file.stem}.o", file, host
+        if "#ifdef DITKERNELS_ISA" in file.read_text():
+            for isa, flags in sets.items():
+                yield f"{file.stem}.{isa}.o", file, (*flags, f"-DDITKERNELS_ISA={isa}")
+
+
+def build_cpu_library(out: Path, compiler: str, torch: Path, machine: str | None = None, extra: Sequence[str] = ()) -> Path:
+    """Compiles and links the library of csrc/cpu into the folder ``out``; the torch package's ``include`` and ``lib`` are used.
+
+    Args:
+        machine: to build for; this one's by default.
+        extra: further flags of compiler and linker, as for a sanitizer.
+
+    Returns:
+        the path of the library.
+
+    Raises:
+        BuildError: it does not compile, or there are no rules for the machine.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    made = list(cpu_objects(machine or platform.machine()))
+    start = [compiler, *CPU_FLAGS, *extra, "-isystem", str(torch / "include")]
+    commands = [[*start, *flags, "-c", str(file), "-o", str(out / name)] for name, file, flags in made]
+    with ThreadPoolExecutor(jobs()) as pool:
+        list(pool.map(_run, commands))
+    library, unfinished = out / CPU_LIBRARY, out / f"{CPU_LIBRARY}.tmp"
+    objects = [str(out / name) for name, _, _ in made]
+    _run([compiler, "-shared", *extra, *objects, f"-L{torch / 'lib'}", "-ltorch_cpu", "-o", str(unfinished)])
+    os.replace(unfinished, library)
+    return library
+
+
 def main() -> None:
-    """Builds the library into a folder, ``python tools/build_native.py FOLDER``; DITKERNELS_CUDA_LIBRARY=FOLDER/_C.so names it."""
+    """Builds a library into a folder: ``python tools/build_native.py cuda FOLDER``, or ``cpu FOLDER``.
+
+    DITKERNELS_CUDA_LIBRARY=FOLDER/_C.so, or DITKERNELS_CPU_LIBRARY=FOLDER/_cpu.so, then names it.
+    """
     spec = importlib.util.find_spec("torch")
-    compiler = find_nvcc()
-    if len(sys.argv) != 2 or compiler is None or spec is None or spec.origin is None:
-        raise SystemExit("usage: python tools/build_native.py FOLDER, with nvcc on the PATH and torch installed")
-    targets = architectures(os.environ.get("TORCH_CUDA_ARCH_LIST"))
-    print(build_library(Path(sys.argv[1]), Toolchain(compiler, Path(spec.origin).parent), targets))
+    kind = sys.argv[1] if len(sys.argv) == 3 else None
+    compiler = {"cuda": find_nvcc, "cpu": find_cxx}[kind]() if kind in ("cuda", "cpu") else None
+    if kind is None or compiler is None or spec is None or spec.origin is None:
+        raise SystemExit(
+            "usage: python tools/build_native.py cuda|cpu FOLDER, with nvcc or a C++ compiler on the PATH and torch installed"
+        )
+    out, torch = Path(sys.argv[2]), Path(spec.origin).parent
+    if kind == "cuda":
+        print(build_library(out, Toolchain(compiler, torch), architectures(os.environ.get("TORCH_CUDA_ARCH_LIST"))))
+    else:
+        print(build_cpu_library(out, compiler, torch))
 
 
 if __name__ == "__main__":

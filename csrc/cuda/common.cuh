@@ -1,13 +1,13 @@
 // What the CUDA kernels of all families share: access to memory, dispatch by dtype and width, launch.
 //
-// Every access to a tensor goes through the accessors below, every access to shared memory through Shared, so that the host
-// emulation of the tests (tests/emulation) can check and count them. Kernels hold channels in units of eight: one 16-byte access
-// of bf16 or fp16, two of fp32. A vectorised access is one of 16 bytes. Arithmetic is fp32. Offsets are 64-bit.
+// Kernels access tensors only through the functions below and shared memory only through Shared, so that the tests' emulation on the
+// host (tests/emulation) can check and count every access. A unit is eight channels: one 16-byte access of bf16 or fp16, two of
+// fp32. A vectorised access moves 16 bytes. Arithmetic is fp32. Offsets are 64-bit.
 //
-// Dtypes: the pairs that models use are known to the compiler; `Any` stands for a dtype known at run time, read by the same code.
+// The compiler knows the pairs of dtypes that models use. `Any` marks a dtype that is known only at run time; the code is the same.
 //
-// Operators are registered through torch's stable ABI; nothing here uses Python's API, so that one library serves every
-// torch from 2.10 and every Python. What is absent is an empty optional going in and a tensor of shape (0,) coming out.
+// Operators are registered through torch's stable ABI, and nothing here uses Python's API. One library therefore serves every Python
+// and every torch from 2.10 on. An absent argument is an empty optional; an absent result is a tensor of shape (0,).
 #pragma once
 
 #include <cstdint>
@@ -29,11 +29,11 @@
 #else
 #include <cuda_runtime.h>
 #define DITKERNELS_DEVICE CUDA
-// Weak, so that the library also loads beside a torch that is built without CUDA.
+// A weak symbol: the library also loads with a torch that was built without CUDA.
 extern "C" __attribute__((weak)) int aoti_torch_get_current_cuda_stream(int device, void** stream);
 #endif
 
-// Before a loop: all of its rounds, or so many at a time, are written out.
+// Placed before a loop, these unroll all of its iterations, or `count` of them.
 #define UNROLL _Pragma("unroll")
 #define UNROLL_BY(count) DITKERNELS_PRAGMA(unroll count)
 #define DITKERNELS_PRAGMA(text) _Pragma(#text)
@@ -54,7 +54,7 @@ constexpr unsigned EVERY_LANE = 0xffffffffu;
 
 struct Any {};
 
-// A (B, N, D) tensor at any strides, in elements; data is null where the tensor is absent.
+// A (B, N, D) tensor at any strides, which count elements; `data` is null where the tensor is absent.
 template <typename T>
 struct Tokens {
   std::conditional_t<std::is_same_v<T, Any>, void, T>* data = nullptr;
@@ -63,7 +63,7 @@ struct Tokens {
   int id = -1;
 };
 
-// A (B, D) or (D,) vector, channels side by side.
+// A (B, D) or (D,) vector with contiguous channels.
 struct Vector {
   void* data = nullptr;
   int64_t sample = 0;
@@ -71,7 +71,7 @@ struct Vector {
   int id = -1;
 };
 
-// Those of a residual, gate and branch_bias, and those of a norm; or their gradients.
+// The vectors of a residual (gate, branch_bias) and of a norm (the others), or the gradients of these vectors.
 struct Vectors {
   Vector gate, branch_bias, shift, scale, weight, bias;
 };
@@ -84,14 +84,14 @@ struct alignas(16) Word {
   uint32_t part[4];
 };
 
-// Eight values of a product's operand.
+// A unit in a tensor's own dtype.
 template <typename T>
 struct Fragment {
   Word words[UNIT * sizeof(T) / sizeof(Word)];
 };
 
-// Global memory, 16 bytes at once. The store is written out because nvcc splits some that it can see through; no kernel reads what
-// it has stored, so it need not be ordered.
+// Accesses of 16 bytes to global memory. The store is inline PTX because nvcc splits some 16-byte stores into narrower ones. It does
+// not clobber memory, because no kernel reads what it has stored.
 #ifndef DITKERNELS_EMULATION
 __device__ __forceinline__ void touch(int, const void*, int, int, bool) {}
 
@@ -117,7 +117,7 @@ __device__ __forceinline__ Tokens<T> typed(const Tokens<Any>& from) {
   return {static_cast<T*>(from.data), from.sample, from.token, from.channel, from.dtype, from.id};
 }
 
-// Calls body with a value of the dtype.
+// Calls `body` with a value of the C++ type of `dtype`.
 template <typename Body>
 __device__ __forceinline__ auto with_dtype(ScalarType dtype, const Body& body) {
   if (dtype == ScalarType::BFloat16) return body(BFloat16{});
@@ -125,7 +125,7 @@ __device__ __forceinline__ auto with_dtype(ScalarType dtype, const Body& body) {
   return body(float{});
 }
 
-// The value as a tensor of T would hold it; `dtype` counts only where T is Any.
+// The value rounded to T, or to `dtype` where T is Any.
 template <typename T>
 __device__ __forceinline__ float rounded(float value, ScalarType dtype) {
   if constexpr (std::is_same_v<T, Any>)
@@ -150,7 +150,7 @@ __device__ __forceinline__ Fragment<T> as_fragment(const Unit& unit) {
   return fragment;
 }
 
-// Eight channels from `column` on by 16-byte accesses, as they are stored.
+// Eight channels from `column` on, by 16-byte accesses, in the dtype in which they are stored.
 template <typename T>
 __device__ __forceinline__ Fragment<T> load_words(const Tokens<T>& from, int64_t sample, int64_t token, int column) {
   const T* row = from.data + sample * from.sample + token * from.token;
@@ -185,7 +185,7 @@ __device__ __forceinline__ void store_one(const Tokens<T>& to, int64_t sample, i
   }
 }
 
-// A stride that the compiler takes for another one each time, so that it does not keep all its multiples in registers.
+// Hides the value of the channel stride from the compiler, which would otherwise keep all multiples of the stride in registers.
 template <typename T>
 __device__ __forceinline__ Tokens<T> with_stride_anew(Tokens<T> tensor) {
 #ifdef __CUDA_ARCH__
@@ -194,8 +194,8 @@ __device__ __forceinline__ Tokens<T> with_stride_anew(Tokens<T> tensor) {
   return tensor;
 }
 
-// Eight channels from `column` on. VECTORISED: the caller has seen to alignment and that the unit lies in the row. Otherwise one by
-// one, zero beyond `width`.
+// Eight channels from `column` on. With VECTORISED, the caller guarantees that they are aligned and lie within the row. Otherwise they
+// are read one by one, and are zero from `width` on.
 template <bool VECTORISED, typename T>
 __device__ __forceinline__ Unit load(const Tokens<T>& from, int64_t sample, int64_t token, int column, int width) {
   if constexpr (std::is_same_v<T, Any>) {
@@ -231,7 +231,7 @@ __device__ __forceinline__ Tokens<Any> as_tokens(const Vector& vector) {
   return {vector.data, vector.sample, 0, 1, vector.dtype, vector.id};
 }
 
-// Eight channels of an optional vector; `absent` in each where it is not there.
+// Eight channels of an optional vector, or `absent` eight times without one.
 template <bool VECTORISED>
 __device__ __forceinline__ Unit load(const Vector& from, int64_t sample, int column, int width, float absent) {
   if (from.data != nullptr) return load<VECTORISED>(as_tokens(from), sample, 0, column, width);
@@ -248,7 +248,7 @@ __device__ __forceinline__ void store_one(const Vector& to, int64_t sample, int6
   if (to.data != nullptr) store_one(as_tokens(to), sample, 0, column, value);
 }
 
-// ---- Shared memory: a launch says how many bytes it needs, a kernel cuts them up ------------------------------------
+// ---- Shared memory: a launch sets its size, a kernel divides it -----------------------------------------------------
 
 #ifndef DITKERNELS_EMULATION
 __device__ __forceinline__ char* shared_at(int offset, int, bool) {
@@ -259,7 +259,7 @@ __device__ __forceinline__ char* shared_at(int offset, int, bool) {
 using emulation::shared_at;
 #endif
 
-// Values of type T from byte `first` on.
+// An array of T that begins at byte `first` of shared memory.
 template <typename T>
 struct Shared {
   int first;
@@ -270,7 +270,7 @@ struct Shared {
   __device__ __forceinline__ void write(int at, T value) const {
     *reinterpret_cast<T*>(shared_at(first + at * static_cast<int>(sizeof(T)), sizeof(T), true)) = value;
   }
-  // Eight values side by side; `at` is a multiple of eight.
+  // Eight consecutive values; `at` is a multiple of eight.
   __device__ __forceinline__ Fragment<T> read_unit(int at) const {
     Fragment<T> fragment;
     constexpr int WORDS = UNIT * sizeof(T) / sizeof(Word);
@@ -305,19 +305,19 @@ inline Tensor empty(const Tensor& like, const std::vector<int64_t>& shape, Scala
 
 inline std::vector<int64_t> shape_of(const Tensor& tensor) { return {tensor.sizes().begin(), tensor.sizes().end()}; }
 
-// The gradient at a place of `wanted`, which holds torch's number of its dtype, or -1 where it is not asked for.
+// An uninitialised gradient of the dtype that wanted[at] numbers; none where that entry is -1: the gradient is not wanted.
 inline OptionalTensor gradient(
     const std::vector<int64_t>& wanted, size_t at, const Tensor& like, const std::vector<int64_t>& shape) {
   if (wanted.at(at) < 0) return std::nullopt;
   return empty(like, shape, static_cast<ScalarType>(wanted[at]));
 }
 
-// A result as torch's schema language has it.
+// An optional result as a schema returns it: a tensor of shape (0,) where it is absent.
 inline Tensor or_nothing(const OptionalTensor& tensor, const Tensor& like) {
   return tensor.has_value() ? *tensor : empty(like, {0}, like.scalar_type());
 }
 
-// The emulation's number of a tensor, one more at every call; `index` where the tensor is one of a list.
+// Tells the emulation of a tensor and returns its id, one more at every call. `index`: the tensor's place in a list.
 inline int describe(const char* name, const Tensor& tensor, int64_t index = -1) {
 #ifdef DITKERNELS_EMULATION
   const std::string full = index < 0 ? name : std::string(name) + "[" + std::to_string(index) + "]";
@@ -330,7 +330,7 @@ inline int describe(const char* name, const Tensor& tensor, int64_t index = -1) 
 #endif
 }
 
-// The last two axes of a tensor: rows and columns of a matrix as the tokens and channels of one sample.
+// The matrix in a tensor's last two axes, as one sample: its rows are tokens, its columns are channels.
 template <typename T>
 Tokens<T> matrix(const char* name, const OptionalTensor& tensor) {
   if (!tensor.has_value()) return {};
@@ -351,7 +351,7 @@ Tokens<T> tokens(const char* name, const OptionalTensor& tensor) {
   return made;
 }
 
-// The tensor with its last axis side by side; only one that is strided there is copied.
+// The tensor with a contiguous last axis. It is copied only if that axis is strided.
 inline OptionalTensor packed(const OptionalTensor& tensor) {
   if (!tensor.has_value() || tensor->stride(tensor->dim() - 1) == 1) return tensor;
   return torch::stable::contiguous(*tensor);
@@ -362,7 +362,7 @@ inline Vector vector(const char* name, const OptionalTensor& tensor) {
   return {tensor->data_ptr(), tensor->dim() == 2 ? tensor->stride(0) : 0, tensor->scalar_type(), describe(name, *tensor)};
 }
 
-// Whether accesses to every unit of every row can be vectorised.
+// Whether vectorised accesses can move every unit of every row.
 inline bool is_vectorised(const OptionalTensor& tensor) {
   if (!tensor.has_value()) return true;
   const int64_t bytes = tensor->element_size(), last = tensor->dim() - 1;
@@ -398,7 +398,7 @@ bool all_vectorised(const Tensors&... tensors) {
 
 // ---- Host side: dispatch --------------------------------------------------------------------------------------------
 
-// The pairs of a stream's dtype and a branch's that models use: one for both, or an fp32 stream. Any other pair is Any.
+// The pairs of a stream's and a branch's dtype that models use: one dtype for both, or an fp32 stream. Any other pair is Any.
 template <typename Body>
 void by_dtypes(ScalarType stream, ScalarType branch, Body body) {
   constexpr ScalarType F = ScalarType::Float, B = ScalarType::BFloat16, H = ScalarType::Half;
@@ -410,10 +410,10 @@ void by_dtypes(ScalarType stream, ScalarType branch, Body body) {
   body(Any{}, Any{});
 }
 
-// Dtypes differ: selects the generic kernel.
+// The result of common_dtype where dtypes differ. by_dtypes then selects Any.
 constexpr ScalarType MIXED = ScalarType::Undefined;
 
-// The dtype of those that are given, `otherwise` where none is.
+// The dtype of all given tensors, MIXED if they differ, `otherwise` if none is given.
 template <typename... Tensors>
 ScalarType common_dtype(ScalarType otherwise, const Tensors&... tensors) {
   OptionalTensor first;
@@ -435,7 +435,7 @@ void by_dtype(ScalarType dtype, Body body) {
 template <int VALUE>
 using Number = std::integral_constant<int, VALUE>;
 
-// The paper's widths are known to the compiler; any other is 0.
+// The compiler knows the paper's widths; every other width is 0.
 template <typename Body>
 void by_width(int64_t width, Body body) {
   if (width == 384) return body(Number<384>{});
@@ -450,15 +450,15 @@ void by_truth(bool value, Body body) {
   return value ? body(std::true_type{}) : body(std::false_type{});
 }
 
-// body(stream's type, branch's type, whether accesses are vectorised): types known to the compiler only where they are.
+// Calls body(stream's type, branch's type, whether accesses are vectorised). If they are not, both types are Any.
 template <typename Body>
 void by_layout(ScalarType stream, ScalarType branch, bool vectorised, Body body) {
   if (!vectorised) return body(Any{}, Any{}, std::false_type{});
   by_dtypes(stream, branch, [&](auto t, auto u) { body(t, u, std::true_type{}); });
 }
 
-// body(stream's type, branch's type, width, whether accesses are vectorised): a known width goes with known types and vectorised
-// accesses.
+// Calls body(stream's type, branch's type, width, whether accesses are vectorised). Unless the types and the width are all known, the
+// types are Any and the width is 0.
 template <typename Body>
 void by_row(ScalarType stream, ScalarType branch, int64_t width, bool vectorised, Body body) {
   by_layout(stream, branch, vectorised, [&](auto t, auto u, auto by_words) {
@@ -476,10 +476,10 @@ void by_row(ScalarType stream, ScalarType branch, int64_t width, bool vectorised
 
 // ---- Host side: launch ----------------------------------------------------------------------------------------------
 
-// Bytes of shared memory that a launch may use without asking for them.
+// Bytes of dynamic shared memory that a launch may use without setting an attribute of the kernel.
 constexpr int SHARED_UNASKED = 48 * 1024;
 
-// Every kernel of the library, with the largest block and the most shared memory that it is launched with.
+// A kernel of the library, with the most threads of a block and the most bytes of shared memory that it is launched with.
 struct Kernel {
   std::string name;
   const void* function;
@@ -491,7 +491,7 @@ inline std::vector<Kernel>& kernels() {
   return all;
 }
 
-// The kernel's name and template arguments, from what the compiler calls this function.
+// The kernel's name and template arguments, cut from the name that the compiler gives this function.
 template <auto KERNEL>
 std::string kernel_name() {
   std::string name = __PRETTY_FUNCTION__;
@@ -513,7 +513,7 @@ template <auto KERNEL, int THREADS, int SHARED>
 const bool Registered<KERNEL, THREADS, SHARED>::done =
     (kernels().push_back({kernel_name<KERNEL>(), reinterpret_cast<const void*>(KERNEL), THREADS, SHARED}), true);
 
-// THREADS and SHARED bytes are the most the kernel is launched with, `threads` and `shared` what it gets now.
+// THREADS and SHARED (bytes) are the most that any launch of the kernel uses; `threads` and `shared` are those of this launch.
 template <auto KERNEL, int THREADS, int SHARED = 0, typename Arguments>
 void launch(
     const char* op, int64_t blocks, const Tensor& like, const Arguments& arguments, int threads = THREADS, int shared = SHARED) {

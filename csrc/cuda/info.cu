@@ -1,5 +1,5 @@
-// What the library was built for and with, so that devices and drivers that it cannot serve are refused before anything is launched;
-// and what the compiler and the device make of every kernel, for `ditkernels info`.
+// What the library was built for and with, by which Python refuses devices and drivers that it cannot serve before any launch. Also the
+// registers, memory and occupancy of every kernel on a device, for `ditkernels info`.
 #include "common.cuh"
 
 #ifndef DITKERNELS_EMULATION
@@ -7,10 +7,10 @@
 namespace ditkernels {
 namespace {
 
-// As in "8.0+PTX;9.0a;10.0+PTX".
+// For example "8.0+PTX;9.0a;10.0+PTX".
 std::string cuda_architectures() { return DITKERNELS_ARCHITECTURES; }
 
-// As in 13000 for CUDA 13.0.
+// For example 13000 for CUDA 13.0.
 int64_t cuda_runtime() { return CUDART_VERSION; }
 
 constexpr int COLUMNS = 6;
@@ -21,9 +21,9 @@ void check(cudaError_t error, const std::string& kernel) {
       DITKERNELS_ARCHITECTURES);
 }
 
-// One row a kernel, int64 on the CPU: registers of a thread, bytes of local memory of a thread (spills live there), bytes of shared
-// memory of a block, threads of a block, blocks that a multiprocessor holds, architecture of the code in use (90 for sm_90).
-// And the kernels' names in the same order, one a line.
+// A row for each kernel, int64 on the CPU: registers of a thread, bytes of local memory of a thread (where spilled registers lie), bytes
+// of shared memory of a block, threads of a block, blocks that a multiprocessor holds, architecture of the code in use (90 for sm_90).
+// The string holds the kernels' names in the same order, one on each line.
 std::tuple<Tensor, std::string> cuda_kernel_attributes(int64_t device) {
   const torch::stable::accelerator::DeviceGuard guard(static_cast<int32_t>(device));
   const Tensor table = torch::stable::empty({static_cast<int64_t>(kernels().size()), COLUMNS}, ScalarType::Long);

@@ -1,11 +1,11 @@
-// Products of a warp: tiles of 16 rows by 8 columns, summed over 32 at a time.
+// Matrix products of a warp, in tiles of 16 rows by 8 columns. One step adds 32 indices of the inner dimension.
 //
-// With r = lane / 4 and q = lane % 4, a lane holds of the left operand rows r (`low`) and r + 8 (`high`), of the right operand
-// column r, and of each the summands 8q to 8q + 7, which lie side by side in memory: one 16-byte access. Of the sum it holds, in this
-// order, (r, 2q), (r, 2q + 1), (r + 8, 2q), (r + 8, 2q + 1).
+// With r = lane / 4 and q = lane % 4, a lane holds rows r (`low`) and r + 8 (`high`) of the left operand and column r of the right
+// operand. Of each it holds inner indices 8q to 8q + 7, which are contiguous in memory. Of the result it holds, in this order, the
+// elements (r, 2q), (r, 2q + 1), (r + 8, 2q), (r + 8, 2q + 1).
 //
-// bf16 and fp16 are multiplied on the tensor cores, fp32 by shuffles and fused multiply-adds, never as TF32. The tests' emulation
-// runs the second on all three.
+// Products of bf16 and fp16 run on the tensor cores. Products of fp32 run as shuffles and fused multiply-adds, never in TF32. The
+// tests' emulation runs the latter for all three dtypes.
 #pragma once
 
 #include "common.cuh"
@@ -18,10 +18,10 @@ constexpr int TILE_ROWS = 16;
 __device__ __forceinline__ int lane_row() { return threadIdx.x % WARP / 4; }
 __device__ __forceinline__ int lane_quarter() { return threadIdx.x % 4; }
 
-// Four tiles side by side give a lane eight columns side by side, 8q to 8q + 7, if column r of tile j is this one.
+// The output column that column r of this tile computes. It makes a lane's results in four tiles eight contiguous columns, from 8q on.
 __device__ __forceinline__ int spread_column(int tile) { return lane_row() / 2 * UNIT + tile * 2 + lane_row() % 2; }
 
-// Rows r (half = 0) or r + 8 (half = 1) of four such tiles.
+// The eight contiguous results of a lane in four such tiles, in row r (half = 0) or r + 8 (half = 1).
 __device__ __forceinline__ Unit sums_of(const float (&sums)[4][4], int half) {
   Unit unit;
   UNROLL for (int i = 0; i < UNIT; ++i) unit.at[i] = half == 0 ? sums[i / 2][i % 2] : sums[i / 2][2 + i % 2];
@@ -59,7 +59,7 @@ __device__ __forceinline__ void multiply_by_shuffles(
 }
 
 #ifndef DITKERNELS_EMULATION
-// One half of a tile's 32 summands: the first or the second four of a lane's eight.
+// Half of the 32 inner indices: those of a lane's first four values (half = 0) or of its last four (half = 1).
 template <typename T>
 __device__ __forceinline__ void multiply_on_tensor_cores(
     float (&sums)[4], const Fragment<T>& low, const Fragment<T>& high, const Fragment<T>& right, int half) {
@@ -90,7 +90,7 @@ __device__ __forceinline__ void multiply(
     multiply_by_shuffles(sums, low, high, right);
 }
 
-// What a row of shared memory is longer than its values, so that a warp's accesses fall into different banks.
+// Padding of a row in shared memory, in elements, so that a warp's accesses fall into different banks.
 template <typename T>
 constexpr int UNITS_APART = sizeof(T) == 2 ? 32 : 4;
 

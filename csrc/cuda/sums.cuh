@@ -1,9 +1,9 @@
-// The second stage of every sum over rows: partial sums become totals, in a fixed order.
+// The second stage of every sum over rows: it adds partial sums in a fixed order.
 //
-//   add_groups   a block owns 32 columns of partial sums (groups, columns) and writes their totals.
+//   add_groups   A block owns 32 columns of partial sums (groups, columns), fp32. It reads them once and writes their totals.
 //
-// A lane has a column: each warp of a block adds every eighth row, in order, and the first adds up what they have. A thread that walked
-// through all rows alone would wait for some hundred loads one after another.
+// Each lane owns a column. Each of the eight warps of a block adds every eighth row, in order, and the first warp adds the eight results.
+// A single thread for a column would wait for some hundred loads, one after another.
 #pragma once
 
 #include "common.cuh"
@@ -15,7 +15,7 @@ constexpr int GROUP_WARPS = 8;
 constexpr int GROUP_THREADS = GROUP_WARPS * WARP;
 constexpr int GROUP_BYTES = GROUP_THREADS * sizeof(float);
 
-// The first warp's sums become those of all warps, lane by lane.
+// Adds the totals of all warps, lane by lane, to those of the first warp. The other warps' totals stay as they are.
 template <int COUNT>
 __device__ __forceinline__ void add_warps(float (&totals)[COUNT]) {
   const Shared<float> parts{0};
@@ -50,13 +50,13 @@ inline void sum_groups(const char* op, const char* name, const Tensor& partial, 
   launch<add_groups, GROUP_THREADS, GROUP_BYTES>(op, ceil_div(a.size, WARP), total, a);
 }
 
-// How the rows of each of `others` samples are cut into chunks, a block each.
+// The rows of a chunk, and the number of chunks of a sample.
 struct Chunks {
   int64_t rows, count;
 };
 
-// About `blocks` chunks in all, none shorter than `shortest`, of a multiple of `multiple` rows. From shapes alone: same inputs, same
-// bits.
+// Cuts `length` rows into chunks, each for `others` blocks: about `blocks` blocks in all, but at most one chunk for every `shortest`
+// rows. A chunk's rows are a multiple of `multiple`. All of this depends on shapes alone, so the same inputs give the same bits.
 inline Chunks cut(int64_t length, int64_t others, int64_t blocks, int64_t shortest, int64_t multiple) {
   int64_t wanted = ceil_div(blocks, others > 0 ? others : 1);
   const int64_t most = ceil_div(length, shortest);

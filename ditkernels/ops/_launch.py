@@ -1,18 +1,18 @@
-"""Launches Triton kernels for less of the host's time than ``kernel[grid](...)`` takes.
+"""Launches Triton kernels in less host time than ``kernel[grid](...)`` takes.
 
-Triton binds and specialises every argument anew at each launch, and makes a string of its options. Here its first launch of a
-kind is kept: a later launch of that kind finds the compiled kernel in one dict and calls it directly.
+Triton binds and specialises every argument again at each launch, and formats its options as a string. This module keeps the
+compiled kernel of the first launch; a later launch that Triton would serve with the same code finds it in one dict and calls it.
 
-What makes two launches one kind is what Triton compiles for:
+The key of that dict holds everything that Triton compiles for:
 
-- of a tensor the dtype, and whether its address is divisible by 16; on ROCm also whether its storage is below 2 GB;
-- of an int whether it is 1, whether it is divisible by 16, and whether it needs 32 bits, 64 bits or all 64 without a sign;
-- of every argument its type, so None, bool and float are told apart;
+- for each tensor, its dtype and whether its address is divisible by 16; on ROCm also whether its storage is below 2 GB;
+- for each int, whether it is 1, whether it is divisible by 16, and whether it fits in int32, in int64 or only in uint64;
+- the type of each argument, which distinguishes None, bool and float;
 - constants, tile, device, driver, and Triton's settings ``debug`` and ``instrumentation_mode``.
 
-It is finer than Triton's own key in three points, each of which costs one slow launch: a Parameter is no Tensor, a tile of other
-rows is another tile, and constants in another order are other constants. Triton also checks at each launch that no global a kernel
-reads has changed; this one does not, since our kernels read constants of their files only.
+The key also distinguishes what Triton's does not: a Parameter from a Tensor, tiles that differ only in rows, and orders of
+constants. Each such difference costs one slow launch. Triton also checks at each launch that the globals a kernel reads are
+unchanged. This module skips that check, because our kernels read only constants of their own modules.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ try:
     from triton.knobs import HookChain
     from triton.runtime.driver import driver as drivers
     from triton.runtime.jit import JITFunction
-except ImportError:  # no kernel is then ever launched; _triton.MISSING says why
+except ImportError:  # then no kernel is ever launched, and _triton.MISSING says why
     pass
 
 Reader = Callable[..., tuple[Any, ...]]
@@ -42,25 +42,25 @@ _known: dict[tuple[Any, ...], tuple[Any, ...]] = {}
 
 
 def launch(kernel: Any, programs: int, tile: Tile, device: torch.device, args: tuple[Any, ...], constants: dict[str, Any]) -> None:
-    """Runs ``programs`` programs of ``kernel`` on ``device``; none at all is allowed.
+    """Runs ``programs`` programs of ``kernel`` on ``device``; with zero programs it does nothing.
 
-    The grid has one axis, so that its size is bounded by 2^31 - 1 and not by the 65,535 of the others.
+    The grid uses its first axis only: that axis takes up to 2^31 - 1 programs, the other two 65,535.
 
     Args:
-        kernel: made by ``triton.jit``.
+        kernel: a function decorated with ``triton.jit``.
         args: the kernel's arguments in order: tensors, ints, floats, bools and None, no tuples.
-        constants: the kernel's constexpr parameters, which come after all others.
+        constants: the kernel's constexpr parameters, which follow all others in its signature.
     """
     if not programs:
         return
-    if type(kernel) is not JITFunction:  # the interpreter's
+    if type(kernel) is not JITFunction:  # Triton's interpreter
         _launch_plainly(kernel, programs, tile, args, constants)
         return
     driver = drivers.active
     current = driver.get_current_device()
     if device.index is not None and device.index != current and device.type == "cuda":
         with torch.cuda.device(device):
-            launch(kernel, programs, tile, torch.device("cuda"), args, constants)  # the current one
+            launch(kernel, programs, tile, torch.device("cuda"), args, constants)  # the device that is now current
         return
     if _watched(kernel):
         _launch_plainly(kernel, programs, tile, args, constants)
@@ -69,12 +69,12 @@ def launch(kernel: Any, programs: int, tile: Tile, device: torch.device, args: t
     known = _known.get(key)
     if known is None:
         compiled = _launch_plainly(kernel, programs, tile, args, constants)
-        if isinstance(compiled, CompiledKernel):  # a hook may have prevented it, or put it off
+        if isinstance(compiled, CompiledKernel):  # a hook may have prevented or deferred the compilation
             _known[key] = _plan(kernel, compiled, len(args), constants)
         return
     run, function, metadata, rest, _ = known
     stream = driver.get_current_stream(current)
-    # Not watched, so neither hook is given, nor what they would be told.
+    # The three None are the hooks and the metadata that they would receive: _watched found no hook.
     run(programs, 1, 1, stream, function, metadata, None, None, None, *args, *rest)
 
 
@@ -85,12 +85,12 @@ def _launch_plainly(kernel: Any, programs: int, tile: Tile, args: tuple[Any, ...
 def _options(tile: Tile) -> dict[str, Any]:
     options = dict(tile.options)
     if torch.version.hip is not None:
-        del options["maxnreg"]  # unknown there
+        del options["maxnreg"]  # ROCm does not know this option
     return options
 
 
 def _watched(kernel: Any) -> bool:
-    """Whether somebody wants to see each launch, a profiler for example: Triton's own way calls the hooks."""
+    """Whether a hook wants to see each launch, for example a profiler's. Only Triton's own launch calls hooks."""
     runtime = knobs.runtime
     for hook in (runtime.launch_enter_hook, runtime.launch_exit_hook):
         if hook is not None and (type(hook) is not HookChain or hook.calls):
@@ -99,7 +99,7 @@ def _watched(kernel: Any) -> bool:
 
 
 def _key(kernel: Any, tile: Tile, driver: Any, device: int, args: tuple[Any, ...], constants: dict[str, Any]) -> tuple[Any, ...]:
-    """What decides which compiled kernel a launch runs. ``kernel.fn`` stands for the kernel, whose own hash is slow."""
+    """The key of a launch's compiled kernel. It holds ``kernel.fn`` in place of ``kernel``, whose own hash is slow."""
     kinds = tuple(map(type, args))
     reader = _readers.get(kinds) or _make_reader(kinds)
     return (
@@ -117,7 +117,7 @@ def _key(kernel: Any, tile: Tile, driver: Any, device: int, args: tuple[Any, ...
 
 
 def _make_reader(kinds: tuple[type, ...]) -> Reader:
-    """A function of arguments of these types that returns what Triton specialises on; compiled, since it runs at every launch."""
+    """Compiles a function that returns what Triton specialises on in arguments of these types; it runs at every launch."""
     reads = [read for i, kind in enumerate(kinds) for read in _reads(f"a{i}", kind)]
     parameters = ", ".join(f"a{i}" for i in range(len(kinds)))
     reader: Reader = eval(f"lambda {parameters}: ({' '.join(f'{read},' for read in reads)})")
@@ -138,7 +138,7 @@ def _reads(name: str, kind: type) -> list[str]:
 
 
 def _plan(kernel: Any, compiled: Any, given: int, constants: dict[str, Any]) -> tuple[Any, ...]:
-    """What a direct call needs; the kernel itself is kept, since losing it unloads its code."""
+    """What a direct call needs. It keeps a reference to the compiled kernel, without which Triton would unload the code."""
     rest = kernel.params[given:]
     by_position = all(parameter.is_constexpr for parameter in rest)
     assert by_position, f"{kernel.fn.__name__} takes all but its constants by position"

@@ -1,7 +1,8 @@
-"""What the CUDA C++ kernels of all ops share: where their library comes from, and when they can serve.
+"""What the C++ kernels of all ops share: where their libraries come from, and when they can serve.
 
-The library (``csrc/cuda``, looked for as ``ditkernels/_C.so``) registers kernels for the internal ops that the package declares.
-Loading it initialises nothing on a device and works beside a torch without CUDA. Without it the package is whole, and says why.
+There are two: CUDA's (``csrc/cuda``, looked for as ``ditkernels/_C.so``) and the CPU's (``csrc/cpu``, ``ditkernels/_cpu.so``). A
+library registers kernels for the internal ops that the package declares. To load one initialises nothing on a device and works
+beside a torch without CUDA. Without them the package is whole, and says why.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import functools
 import json
 import os
 import re
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,59 +27,91 @@ MAX_WIDTH = 4096
 OLDEST_CAPABILITY = (8, 0)
 PACKAGE = Path(__file__).parent.parent
 
-_HOW = (
-    "`pip install --no-build-isolation .` with nvcc at hand builds it from csrc/cuda, "
-    "or DITKERNELS_CUDA_LIBRARY names one that is built"
-)
-_absence: str | None = "no library has been loaded"
-_path: Path | None = None
+# ---- The libraries ---------------------------------------------------------------------------------------------------
 
 
-# ---- The library -----------------------------------------------------------------------------------------------------
+class Library:
+    """A compiled library of kernels, or why there is none.
 
-
-def load(path: Path) -> None:
-    """Loads a library of kernels.
-
-    Raises:
-        OSError: the file is not there or does not fit this torch.
+    Attributes:
+        kind: "CUDA" or "CPU". The environment variable ``DITKERNELS_<kind>_LIBRARY`` names a library, or "none".
+        path: of the loaded library.
+        absence: why none is loaded, or None.
+        declined: whether the user, here or at installation, asked for none.
     """
-    global _absence, _path
-    torch.ops.load_library(path)
-    _absence, _path = None, path
-    architectures.cache_clear()
-    runtime.cache_clear()
-    dispatch.forget()
+
+    def __init__(self, kind: str, file: str, how: str) -> None:
+        self.kind, self.file, self.how = kind, file, how
+        self.path: Path | None = None
+        self.absence: str | None = "no library has been loaded"
+        self.declined = self.told = False
+
+    def load(self, path: Path) -> None:
+        """Loads a library of this kind.
+
+        Raises:
+            OSError: the file is not there or does not fit this torch.
+        """
+        torch.ops.load_library(path)
+        self.absence, self.path = None, path
+        for remembered in (architectures, runtime, cpu_isa):
+            remembered.cache_clear()
+        dispatch.forget()
+
+    def load_if_present(self) -> None:
+        """Loads the library that lies in the package or that the environment names; remembers why if it cannot."""
+        variable = f"DITKERNELS_{self.kind}_LIBRARY"
+        named = os.environ.get(variable)
+        if named == "none":
+            self.absence, self.declined = f"{variable}=none", True
+            return
+        path = Path(named) if named else PACKAGE / self.file
+        if not named and not path.exists():
+            self.absence = f"{self.why_not_built(PACKAGE)}; {self.how}"
+            self.declined = f"DITKERNELS_BUILD_{self.kind}=0" in self.absence
+            return
+        try:
+            self.load(path)
+        except OSError as error:
+            self.absence = f"the {self.kind} library {path} does not load: {error}"
+
+    def why_not_built(self, package: Path) -> str:
+        """What the installation noted down."""
+        record = package / f"_{self.kind.lower()}_build.json"
+        if not record.exists():
+            return f"the {self.kind} library has not been built in this tree"
+        reason = json.loads(record.read_text())["absent"]
+        return f"the {self.kind} library was not built: {reason}" if reason else f"{package / self.file} is gone"
+
+    def tell_of_absence(self) -> None:
+        """Warns once that calls run without the library, unless the user asked for none."""
+        if self.absence is not None and not (self.declined or self.told):
+            self.told = True
+            warnings.warn(f"ditkernels runs on plain PyTorch here, since {self.absence}", stacklevel=2)
 
 
-def load_if_present() -> None:
-    """Loads the library that lies in the package or is named by DITKERNELS_CUDA_LIBRARY; remembers why if it cannot."""
-    global _absence
-    named = os.environ.get("DITKERNELS_CUDA_LIBRARY")
-    path = Path(named) if named else PACKAGE / "_C.so"
-    if not named and not path.exists():
-        _absence = f"{_why_not_built(PACKAGE)}; {_HOW}"
-        return
-    try:
-        load(path)
-    except OSError as error:
-        _absence = f"the CUDA library {path} does not load: {error}"
+CUDA = Library(
+    "CUDA",
+    "_C.so",
+    "`pip install --no-build-isolation .` with nvcc at hand builds it from csrc/cuda, "
+    "or DITKERNELS_CUDA_LIBRARY names one that is built",
+)
+CPU = Library(
+    "CPU",
+    "_cpu.so",
+    "`pip install --no-build-isolation .` with a C++ compiler at hand builds it from csrc/cpu, "
+    "or DITKERNELS_CPU_LIBRARY names one that is built",
+)
 
 
-def _why_not_built(package: Path) -> str:
-    """What the installation noted down."""
-    record = package / "_cuda_build.json"
-    if not record.exists():
-        return "the CUDA library has not been built in this tree"
-    reason = json.loads(record.read_text())["absent"]
-    return f"the CUDA library was not built: {reason}" if reason else f"{package / '_C.so'} is gone"
+def cuda_library() -> str:
+    """The loaded CUDA library, or why there is none."""
+    return CUDA.absence or f"{CUDA.path}, built for {architectures() or 'the host'}"
 
 
-def library() -> str:
-    """The loaded library, or why there is none."""
-    if _absence is not None:
-        return _absence
-    return f"{_path}, built for {architectures() or 'the host'}"
+def cpu_library() -> str:
+    """The loaded CPU library and the instruction set in use, or why there is none."""
+    return CPU.absence or f"{CPU.path}, {_isa_reason() or f'runs on {cpu_isa()}'}"
 
 
 class Kernel(NamedTuple):
@@ -178,10 +212,10 @@ def _driver_reason(built_with: int, driver: int, path: str) -> str | None:
 # ---- Refusals --------------------------------------------------------------------------------------------------------
 
 
-def device_reason(internal: str, device: torch.device) -> str | None:
+def cuda_reason(internal: str, device: torch.device) -> str | None:
     """Why the library's kernels of an internal op cannot run on a device, or None if they can."""
-    if _absence is not None:
-        return _absence
+    if CUDA.absence is not None:
+        return CUDA.absence
     if device.type not in ("cpu", "cuda"):
         return f"the tensors are on {device.type}, the kernels need CUDA"
     if not torch._C._dispatch_has_kernel_for_dispatch_key(f"ditkernels::{internal}", device.type.upper()):
@@ -191,20 +225,62 @@ def device_reason(internal: str, device: torch.device) -> str | None:
     return None
 
 
-def refuse(op: Op, args: Sequence[Any]) -> str | None:
-    """Why the kernels of ``op`` cannot take these arguments, or None if they can."""
-    declaration = op.declaration
-    device = next(value for value in args if isinstance(value, Tensor)).device
-    reason = device_reason(f"{op.name}_cuda", device)
-    if reason is not None:
-        return reason
-    for dtype in declaration.dtypes(args):
+def _dtype_reason(op: Op, args: Sequence[Any]) -> str | None:
+    for dtype in op.declaration.dtypes(args):
         if dtype not in DTYPES:
             return f"{dtype} is not among the kernels' dtypes ({', '.join(map(str, DTYPES))})"
+    return None
+
+
+def refuse_cuda(op: Op, args: Sequence[Any]) -> str | None:
+    """Why the CUDA kernels of ``op`` cannot take these arguments, or None if they can."""
+    declaration = op.declaration
+    device = next(value for value in args if isinstance(value, Tensor)).device
+    reason = cuda_reason(f"{op.name}_cuda", device)
+    if reason is not None:
+        return reason
+    reason = _dtype_reason(op, args)
+    if reason is not None:
+        return reason
     width = declaration.size_of_row(args)
     if width > MAX_WIDTH:
         return f"a row of {width} channels is wider than a block; the widest taken is {MAX_WIDTH}"
     return None
 
 
-load_if_present()
+# ---- The CPU's library -----------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def cpu_isa() -> str:
+    """The instruction set that the loaded CPU library runs on.
+
+    Raises:
+        RuntimeError: the processor is too old, or DITKERNELS_CPU_ISA names a set that it has not.
+    """
+    return str(torch.ops.ditkernels.cpu_isa())
+
+
+def _isa_reason() -> str | None:
+    try:
+        cpu_isa()
+    except RuntimeError as error:
+        return str(error).partition("\n")[0]
+    return None
+
+
+def cpu_reason(device: torch.device) -> str | None:
+    """Why the CPU library's kernels cannot run on tensors of a device, or None if they can."""
+    if device.type != "cpu":
+        return f"the tensors are on {device.type}, the kernels run on a CPU"
+    return CPU.absence or _isa_reason()
+
+
+def refuse_cpu(op: Op, args: Sequence[Any]) -> str | None:
+    """Why the CPU kernels of ``op`` cannot take these arguments, or None if they can."""
+    device = next(value for value in args if isinstance(value, Tensor)).device
+    return cpu_reason(device) or _dtype_reason(op, args)
+
+
+CUDA.load_if_present()
+CPU.load_if_present()

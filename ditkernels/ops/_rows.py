@@ -1,11 +1,11 @@
-"""What the Triton kernels of several families share: pieces of rows of (B, N, D) tensors, and sums over samples.
+"""Helpers that the Triton kernels of several families share: pieces of rows of (B, N, D) tensors, and sums over samples.
 
-A launched kernel takes a tensor and its strides as arguments of their own (``_triton.with_strides``), and None for what is absent;
-code for absent arguments is not compiled. The helpers take a tensor with its strides as a tuple that the kernel makes. A helper is
-called for what is there only: in Triton 3.6 none can return None.
+A kernel takes a tensor and its strides as separate arguments (``_triton.with_strides``). An absent tensor is None, and Triton does
+not compile the code that uses it. A helper takes the tensor and its strides as one tuple, which the kernel builds. Kernels call a
+helper only for a tensor that is present, because a helper cannot return None in Triton 3.6.
 
-A piece is a tile of some rows, (ROWS, channels); its ``columns`` are (1, channels), 64-bit, and END is
-the channel it ends before: where END <= D nothing sticks out of the row and nothing is masked. Arithmetic is fp32.
+A piece is a (ROWS, channels) tile. Its ``columns``, (1, channels), are 64-bit channel indices below END. Where END <= D, all of the
+piece lies in the row, and its columns need no mask. Arithmetic is fp32.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from ditkernels.ops._triton import jit, tl
 
 @jit
 def rows_of(tensor, sample, rows):  # type: ignore[no-untyped-def]
-    """Some rows of a sample of a (B, N, D) tensor, given with its strides: (where they start, stride of the channels)."""
+    """Rows of one sample of a (B, N, D) tensor, given with its strides: (pointers to their first channels, stride of channels)."""
     return tensor[0] + sample * tensor[1] + rows * tensor[2], tensor[3]
 
 
 @jit
 def of_sample(vector, sample):  # type: ignore[no-untyped-def]
-    """The vector of a sample of a (B, D) tensor, given with the stride of its samples; its channels lie side by side."""
+    """A pointer to one sample's vector in a (B, D) tensor, given with its batch stride; the channels are contiguous."""
     return vector[0] + sample * vector[1]
 
 
 @jit
 def mask_of(live, columns, END: tl.constexpr, D: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The mask of a piece; its columns are tested only where it sticks out of the row."""
+    """The mask of a piece. Its columns are compared with D only where the piece reaches beyond the row."""
     mask = live
     if END > D:
         mask = live & (columns < D)
@@ -41,7 +41,7 @@ def mask_of(live, columns, END: tl.constexpr, D: tl.constexpr):  # type: ignore[
 
 @jit
 def channels_of(vector, columns, END: tl.constexpr, D: tl.constexpr):  # type: ignore[no-untyped-def]
-    """A vector's channels in fp32, (1, piece)."""
+    """A vector's channels in fp32, in the shape of ``columns``; zero beyond D."""
     if END > D:
         return tl.load(vector + columns, columns < D, 0.0).to(tl.float32)
     else:
@@ -50,7 +50,7 @@ def channels_of(vector, columns, END: tl.constexpr, D: tl.constexpr):  # type: i
 
 @jit
 def load_piece(lines, columns, mask):  # type: ignore[no-untyped-def]
-    """One piece of ``rows_of`` a tensor in the tensor's dtype, zero outside."""
+    """One piece of the rows that ``rows_of`` returned, in the tensor's dtype; zero where masked."""
     return tl.load(lines[0] + columns * lines[1], mask, 0.0)
 
 
@@ -58,7 +58,7 @@ def load_piece(lines, columns, mask):  # type: ignore[no-untyped-def]
 def stream_piece(  # type: ignore[no-untyped-def]
     x, u, gate, branch_bias, columns, mask, END: tl.constexpr, D: tl.constexpr
 ):
-    """One piece of x1 = x + gate·(branch + branch_bias) in fp32, rounded to x's dtype as the stored stream is; u: the branch."""
+    """One piece of x1 = x + gate·(u + branch_bias) in fp32, rounded to x's dtype as when it is stored. u: the branch's piece."""
     value = load_piece(x, columns, mask).to(tl.float32)
     if u is not None:
         through = u.to(tl.float32)
@@ -72,7 +72,7 @@ def stream_piece(  # type: ignore[no-untyped-def]
 
 @jit
 def centred(value, mean, columns, END: tl.constexpr, D: tl.constexpr):  # type: ignore[no-untyped-def]
-    """value - mean, zero outside the row so that squares can be summed."""
+    """value - mean; zero beyond D, so that the squares can be summed."""
     result = value - mean
     if END > D:
         result = tl.where(columns < D, result, 0.0)
@@ -81,7 +81,7 @@ def centred(value, mean, columns, END: tl.constexpr, D: tl.constexpr):  # type: 
 
 @jit
 def modulated(normed, shift, scale, weight, bias, columns, END: tl.constexpr, D: tl.constexpr):  # type: ignore[no-untyped-def]
-    """One piece of h = (x̂·weight + bias)·(1 + scale) + shift."""
+    """One piece of h = (x̂·weight + bias)·(1 + scale) + shift; ``normed`` is x̂."""
     if weight is not None:
         normed *= channels_of(weight, columns, END, D)
     if bias is not None:
@@ -95,7 +95,7 @@ def modulated(normed, shift, scale, weight, bias, columns, END: tl.constexpr, D:
 
 @jit
 def over_rows(piece):  # type: ignore[no-untyped-def]
-    """The sum of a piece's rows, (1, channels)."""
+    """The sum over the rows of a piece, (1, channels)."""
     return tl.sum(piece, 0, keep_dims=True)
 
 
@@ -106,9 +106,9 @@ def over_rows(piece):  # type: ignore[no-untyped-def]
 def add_samples(  # type: ignore[no-untyped-def]
     terms, batch, out_0, out_1, out_2, D: tl.constexpr, KINDS: tl.constexpr, SAMPLES: tl.constexpr, COLUMNS: tl.constexpr
 ):
-    """A program owns ``COLUMNS`` channels: adds the terms (batch, KINDS, D) of all samples in order, writes each kind's sum (D,).
+    """Adds fp32 terms (batch, KINDS, D) over the batch. out_0, out_1 and out_2, (D,), take the sum of one kind each.
 
-    The stages before this one leave their sums in fp32. Nothing is added atomically.
+    A program owns ``COLUMNS`` channels and adds their terms in a fixed order. Nothing is added atomically.
     """
     columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     inside = columns < D
@@ -130,5 +130,5 @@ def add_samples(  # type: ignore[no-untyped-def]
 
 
 def contiguous(like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """An output of the shape of ``like``, whatever the strides of that are; ``empty_like`` is the cheapest way to one."""
+    """An uninitialised contiguous tensor of ``like``'s shape. ``empty_like`` is torch's fastest way to make one."""
     return torch.empty_like(like, dtype=dtype, memory_format=torch.contiguous_format)

@@ -1,6 +1,6 @@
-"""What the Triton kernels of all ops share: when they can serve, how a row is cut into tiles, how they are launched.
+"""What the Triton kernels of all ops share: when they can run, how a row is cut into pieces, how a kernel is launched.
 
-Importing this file never compiles and never initialises CUDA; where Triton is missing it leaves a reason, not an ImportError.
+Importing this module neither compiles a kernel nor initialises CUDA. Without Triton the import succeeds, and ``MISSING`` says why.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ else:
     MISSING = None
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-MAX_WIDTH = 16384  # rows wider than 4096 are right, but the backward spills
+MAX_WIDTH = 16384  # above 4096 the results are right, but the backward spills registers
 OLDEST_CAPABILITY = (8, 0)
 
 
 def jit(function: Callable[..., Any]) -> Any:
-    """``triton.jit``, or the function as it is where Triton is missing (it is then never called)."""
+    """``triton.jit``, or without Triton the function itself, which is then never called."""
     return function if triton is None else triton.jit(function)
 
 
@@ -48,7 +48,7 @@ INTERPRETED = type(_probe).__name__ == "InterpretedFunction"
 
 
 def _mend_interpreter() -> None:
-    """Lets loops run to a bound that is an argument: Triton 3.6's interpreter makes it an index in a way NumPy 2.4 refuses."""
+    """Lets a kernel argument bound a loop: Triton 3.6's interpreter converts it to an index in a way that NumPy 2.4 rejects."""
     from triton.runtime import interpreter
 
     patch = interpreter._patch_lang_tensor
@@ -63,7 +63,7 @@ def _mend_interpreter() -> None:
 if INTERPRETED:
     _mend_interpreter()
 
-# ---- When the kernels can serve --------------------------------------------------------------------------------------
+# ---- When the kernels can run ----------------------------------------------------------------------------------------
 
 
 @functools.cache
@@ -108,9 +108,9 @@ def refuse(op: Op, args: Sequence[Any]) -> str | None:
 
 
 class Tile(NamedTuple):
-    """How one program works: rows held at a time, warps, pipeline stages, registers a thread may hold.
+    """How one program works: rows held at a time, warps, pipeline stages, and the most registers a thread may use.
 
-    Without that number ptxas chooses it, by how many programs it would like on a multiprocessor.
+    With None, ptxas sets the limit on registers from the number of programs that it wants on a multiprocessor.
     """
 
     rows: int
@@ -120,14 +120,14 @@ class Tile(NamedTuple):
 
     @property
     def options(self) -> dict[str, int | None]:
-        """What a launch says of it."""
+        """The options that a launch passes to Triton; ``rows`` is a constant of the kernel instead."""
         return {"num_warps": self.warps, "num_stages": self.stages, "maxnreg": self.registers}
 
 
 def pieces(width: int) -> tuple[int, int]:
-    """The two power-of-two pieces a row is held in: (head, tail); tail 0 for a power of two.
+    """Widths of the two power-of-two pieces that hold a row: (head, tail). The tail of a power of two is 0.
 
-    Exact for the paper's widths, 1152 = 1024 + 128, 1024, 768 = 512 + 256 and 384 = 256 + 128; otherwise the tail is masked.
+    They add up to the paper's widths exactly: 1152 = 1024 + 128, 1024, 768 = 512 + 256, 384 = 256 + 128. Others mask the tail.
     """
     head = 1 << (width.bit_length() - 1)
     rest = width - head
@@ -139,7 +139,7 @@ def ceil_div(a: int, b: int) -> int:
 
 
 def remembered_by_shape(function: Callable[..., Any]) -> Callable[..., Any]:
-    """``functools.lru_cache`` for what follows from shapes. Symbolic ones, a compiler's, have no hash; they are worked out anew."""
+    """``functools.lru_cache`` for functions of shapes. A compiler's symbolic sizes have no hash; their results are not cached."""
     known = functools.lru_cache(maxsize=1024)(function)
 
     @functools.wraps(function)
@@ -156,13 +156,13 @@ def remembered_by_shape(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def launch(kernel: Any, programs: int, tile: Tile, device: torch.device, *args: Any, **constants: Any) -> None:
-    """Runs ``programs`` programs of ``kernel`` on ``device``; none at all is allowed. Every launch of ours goes through here.
+    """Runs ``programs`` programs of ``kernel`` on ``device``; with zero programs it does nothing. Every op launches through it.
 
-    The grid has one axis, so that its size is bounded by 2^31 - 1 and not by the 65,535 of the others.
+    The grid uses its first axis only: that axis takes up to 2^31 - 1 programs, the other two 65,535.
     """
     if getattr(_tracing, "on", False):
         if programs:
-            # Wrapped anew each time: torch._dynamo.reset() forgets what was wrapped.
+            # Wrapped at each call, because torch._dynamo.reset() forgets the kernels that were wrapped before it.
             wrapped = torch.library.wrap_triton(_configured(kernel, tile))
             wrapped[(programs,)](*args, **constants, num_warps=tile.warps, num_stages=tile.stages)
         return
@@ -174,7 +174,7 @@ _tracing = threading.local()
 
 @functools.cache
 def _configured(kernel: Any, tile: Tile) -> Any:
-    """The kernel for a graph: Inductor loses ``maxnreg`` as an option of a launch, and keeps it in a configuration."""
+    """The kernel for a compiler's graph. Inductor drops ``maxnreg`` from a launch's options but not from an autotuner's config."""
     if tile.registers is None or torch.version.hip is not None:
         return kernel
     config = triton.Config({"maxnreg": tile.registers}, num_warps=tile.warps, num_stages=tile.stages)
@@ -183,7 +183,7 @@ def _configured(kernel: Any, tile: Tile) -> Any:
 
 @contextmanager
 def traced() -> Iterator[None]:
-    """Makes each launch of this thread a node of the graph that a compiler is tracing."""
+    """Within this context, each launch of this thread becomes a node of the graph that a compiler is tracing."""
     _tracing.on = True
     try:
         yield
@@ -192,17 +192,17 @@ def traced() -> Iterator[None]:
 
 
 def with_strides(tensor: Tensor | None, axes: int = 3) -> tuple[Any, ...]:
-    """A tensor as a kernel takes it: the tensor and its strides, as many times None for an absent one of so many axes."""
+    """The tensor followed by its strides, as a kernel takes them; for None, ``axes`` + 1 times None."""
     return (None,) * (axes + 1) if tensor is None else (tensor, *tensor.stride())
 
 
 def packed(vector: Tensor | None) -> Tensor | None:
-    """A vector whose channels lie side by side; only a strided one is copied."""
+    """The vector with contiguous channels; only a strided vector is copied."""
     return None if vector is None else vector.contiguous()
 
 
 def per_sample(vector: Tensor | None) -> tuple[Tensor | None, int | None]:
-    """A (B, D) vector as a kernel takes it: its channels side by side, and the stride of its samples; None twice for none."""
+    """A (B, D) vector with contiguous channels and its batch stride, as a kernel takes them; (None, None) for None."""
     if vector is None:
         return None, None
     samples, channels = vector.stride()

@@ -46,7 +46,7 @@ from ditkernels.ops.settings import (  # noqa: F401 (others import them from her
 )
 from ditkernels.ops.spec import Declaration, Wanted, decoded, encoded
 
-AUTOMATIC = ["triton", "cuda", "torch"]
+AUTOMATIC = ["cpu", "triton", "cuda", "torch"]
 """The order in which ``auto`` asks the backends where ``PREFERRED`` says nothing."""
 
 # The backend that was measured to be fastest, by compute capability and op, as in ("9.0", "modulate_norm"): "cuda".
@@ -169,7 +169,7 @@ def _fingerprint() -> str:
         digest.update(path.read_bytes())
     from ditkernels.ops import _native
 
-    facts = (sorted(PREFERRED.items()), _native.library(), _triton.MISSING, _triton.INTERPRETED)
+    facts = (sorted(PREFERRED.items()), _native.cuda_library(), _native.cpu_library(), _triton.MISSING, _triton.INTERPRETED)
     digest.update(repr(facts).encode())
     return digest.hexdigest()[:16]
 
@@ -413,8 +413,12 @@ class Op:
         keep = (any(needed),) if self.declaration.keeps else ()
         args = (*tensors, *options, *keep)
         self.declaration.checked(args)
-        implementation = self.implementations[self.choose(*args, forced=forced)]
-        return Plan(self, implementation, (*options, *keep), tensors, needed, forced)
+        chosen = self.choose(*args, forced=forced)
+        if chosen == "torch" and forced is None and _device_of(args).type == "cpu":
+            from ditkernels.ops import _native
+
+            _native.CPU.tell_of_absence()
+        return Plan(self, self.implementations[chosen], (*options, *keep), tensors, needed, forced)
 
 
 OPS: dict[str, Op] = {}

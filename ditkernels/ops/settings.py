@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 import torch
 
-BACKENDS = ["cuda", "triton", "torch"]
+BACKENDS = ["cpu", "cuda", "triton", "torch"]
 ATTENTION_BACKENDS = (
     "cudnn",
     "flash_attn_4",
@@ -104,7 +104,7 @@ class use_backend:
     ... def exact(x): ...
 
     Args:
-        ops: "auto", "cuda", "triton" or "torch"; None leaves the setting as it is.
+        ops: "auto", "cpu", "cuda", "triton" or "torch"; None leaves the setting as it is.
         attention: "auto" or a backend of ``attention``; None leaves the setting as it is.
 
     Blocks nest, and one object may be entered many times. A forward inside the block takes its setting along to its backward,

@@ -94,7 +94,7 @@ def skip_without_room() -> None:
 def test_the_last_of_many_samples(case: Case, backend: str) -> None:
     skip_without_room()
     if backend == "cuda" and not _native.architectures():
-        pytest.skip(_native.library())
+        pytest.skip(_native.cuda_library())
     check_beyond(case, dispatch.use_backend(backend), torch.device("cuda"), FAR)
 
 

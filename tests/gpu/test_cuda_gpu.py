@@ -34,7 +34,7 @@ from ditkernels.ops import _native, dispatch, norm
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-    pytest.mark.skipif(not _native.architectures(), reason=_native.library()),
+    pytest.mark.skipif(not _native.architectures(), reason=_native.cuda_library()),
 ]
 
 

@@ -24,7 +24,7 @@ WIDTHS = [4 * size["hidden_size"] for size in SIZES.values()]
 @pytest.fixture(autouse=True, params=["triton", "cuda"])
 def _backend(request: pytest.FixtureRequest) -> Iterator[None]:
     if request.param == "cuda" and not _native.architectures():
-        pytest.skip(_native.library())
+        pytest.skip(_native.cuda_library())
     with dispatch.use_backend(request.param):
         yield
 

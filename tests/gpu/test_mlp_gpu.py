@@ -25,7 +25,7 @@ WIDTHS = [size["hidden_size"] for size in SIZES.values()]
 @pytest.fixture(autouse=True, params=["triton", "cuda"])
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     if request.param == "cuda" and not _native.architectures():
-        pytest.skip(_native.library())
+        pytest.skip(_native.cuda_library())
     with dispatch.use_backend(request.param):
         yield request.param
 

@@ -36,7 +36,7 @@ DEVICE = torch.device("cuda")
 @pytest.fixture(autouse=True, params=["triton", "cuda"])
 def _backend(request: pytest.FixtureRequest) -> Iterator[None]:
     if request.param == "cuda" and not _native.architectures():
-        pytest.skip(_native.library())
+        pytest.skip(_native.cuda_library())
     with dispatch.use_backend(request.param):
         yield
 

@@ -1,17 +1,17 @@
 """The Triton kernels of ``bias_gelu``. Names and formulas are those at the top of __init__.py.
 
-    forward_tiles     a program owns ``ROWS`` rows and ``COLUMNS`` channels of one sample: reads x, writes y. 2 passes.
+    forward_tiles     A program owns ``ROWS`` rows and ``COLUMNS`` channels of one sample. It reads x and writes y: 2 passes.
 
-    backward_tiles    a program owns ``COLUMNS`` channels of one chunk of the rows of one sample and walks through it, ``ROWS`` rows
-                      at a time: reads dy and x, writes dx. 3 passes, 2 where dx is not wanted. It adds up Σ dx in fp32, row by row
-                      of its tile, and writes the sum to partial sums (B·chunks, D), fp32, if dbias is wanted.
+    backward_tiles    A program owns ``COLUMNS`` channels of one chunk of the rows of one sample and walks through it, ``ROWS`` rows
+                      at a time. It reads dy and x and writes dx: 3 passes, 2 where dx is not wanted. If dbias is wanted, it sums dx
+                      in fp32, separately for each row of its tile until the end, and writes partial sums (B·chunks, D), fp32.
 
-    add_samples       of _rows.py brings the partial sums together: dbias.
+    add_samples       (in _rows.py) adds the partial sums: dbias.
 
-Arithmetic is fp32 on values widened after the load. Nothing is added atomically, no two programs write one element, and the number
-of chunks depends on shapes alone: same inputs, same bits.
+Arithmetic is fp32 on values that are widened after the load. The same inputs give the same bits: nothing is added atomically, no
+two programs write one element, and the number of chunks depends on shapes alone.
 
-Samples that follow each other without a gap are taken as one long sample, so that short ones fill a tile. Tensors are read in
+Samples that are adjacent in memory are merged into one long sample, so that short samples fill a tile. The kernels read tensors in
 place at any strides. Offsets are 64-bit.
 """
 
@@ -35,7 +35,7 @@ COLUMNS = 128
 
 @jit
 def _sigmas(z, ROOT: tl.constexpr, KAPPA: tl.constexpr):  # type: ignore[no-untyped-def]
-    """σ and σ'. The exponential is of a negative number: it overflows nowhere, and nothing cancels."""
+    """σ and σ' = σ·(1 − σ), without a 1 − σ that could cancel. The exponential cannot overflow: its argument is never positive."""
     double_u = 2.0 * ROOT * z * (1.0 + KAPPA * z * z)
     small = tl.exp(-tl.abs(double_u))
     nearer = 1.0 / (1.0 + small)
@@ -109,12 +109,12 @@ _SUM_TILE = Tile(1, 4)
 
 
 def tile(itemsize: int) -> Tile:
-    """By the bytes of an element of the narrowest tensor: every access 16 bytes, and registers to spare."""
+    """The tile by the bytes of an element of the narrowest tensor: each access moves 16 bytes, and no registers spill."""
     return Tile(32, 4) if itemsize == 2 else Tile(16, 4)
 
 
 def joined(shape: tuple[int, ...], *strides: tuple[int, ...]) -> tuple[int, int, tuple[tuple[int, ...], ...]]:
-    """(samples, rows of one, strides) of tensors (B, N, ...): one long sample where each begins where the one before ends."""
+    """(samples, rows of a sample, strides) of tensors (B, N, ...): one long sample if the samples of each tensor are adjacent."""
     batch, length = shape[:2]
     if batch == 1 or any(of_sample != length * of_row for of_sample, of_row, *_ in strides):
         return batch, length, strides
@@ -122,7 +122,7 @@ def joined(shape: tuple[int, ...], *strides: tuple[int, ...]) -> tuple[int, int,
 
 
 def chunking(batch: int, length: int, width: int, rows: int) -> tuple[int, int]:
-    """(chunks of a sample, rows of a chunk) from shapes alone: some thousand programs, but no chunk of a few rows."""
+    """(chunks of a sample, rows of a chunk) from shapes alone: about ``_PROGRAMS`` programs, but no chunk of only a few rows."""
     others = max(batch, 1) * ceil_div(width, COLUMNS)
     wanted = max(1, min(ceil_div(_PROGRAMS, others), ceil_div(length, _SHORTEST_CHUNK)))
     chunk_rows = ceil_div(max(ceil_div(length, wanted), 1), rows) * rows
@@ -189,7 +189,7 @@ def added(
     partial: Tensor, shape: tuple[int, int], device: torch.device, dtype: torch.dtype | None,
     chunks_at_once: int = 32,
 ) -> Tensor:  # fmt: skip
-    """The sum of ``partial``, of that shape (chunks, D) and on that device, over its chunks in their order, in ``dtype``."""
+    """``partial``, of ``shape`` (chunks, D) on ``device``, summed over its chunks in a fixed order: (D,) in ``dtype``."""
     chunks, width = shape
     total = torch.empty(width, dtype=dtype, device=device)
     programs, constants = _sum_plan(width, chunks_at_once)

@@ -471,6 +471,8 @@ def refusing_empty_weights(refuse: Refusal) -> Refusal:
 
 
 for _op in (PATCH_EMBED, FINAL_LAYER):
-    _op.implement_elsewhere("cuda", refuse=refusing_empty_weights(_native.refuse))
+    _op.implement_elsewhere("cuda", refuse=refusing_empty_weights(_native.refuse_cuda))
+    _op.implement_elsewhere("cpu", refuse=refusing_empty_weights(_native.refuse_cpu))
 for _op in (PATCHIFY, UNPATCHIFY):
-    _op.implement_elsewhere("cuda", refuse=_native.refuse)
+    _op.implement_elsewhere("cuda", refuse=_native.refuse_cuda)
+    _op.implement_elsewhere("cpu", refuse=_native.refuse_cpu)

@@ -1,24 +1,24 @@
 """The Triton kernels of ``patch_embed``, ``final_layer``, ``unpatchify`` and ``patchify``, by the formulas of __init__.py.
 
-An absent argument (branch, gate, scale ...) is None and its code is not compiled. V is the number of values of a patch. A line is
-one token of one sample, B·N in all.
+An absent argument (branch, gate, scale ...) is None, and Triton does not compile the code that uses it. V is the number of values
+of a patch. A line is one token of one sample; there are B·N lines. A pass is one read or one write of a (B, N, D) tensor.
 
-    embed            a program owns ``ROWS`` lines and ``COLUMNS`` channels. Gathers the patches of its lines, writes y: 1 pass.
+    embed            A program owns ``ROWS`` lines and ``COLUMNS`` channels. It gathers the lines' patches and writes y: 1 pass.
 
-    final_rows       a program owns ``ROWS`` tokens of one sample. Reads x (and the branch), writes the image: 1 pass (2 with a
-                     branch). Rows of up to 4096 channels are ``HELD`` in registers. Over wider ones it walks once for the mean,
-                     once for the variance and once for every 64 values.
+    final_rows       A program owns ``ROWS`` tokens of one sample. It reads x (and the branch) and writes the image: 1 pass (2 with
+                     a branch). Rows of up to 4096 channels are ``HELD`` in registers. Wider rows are read once for the mean, once
+                     for the variance, and once for every 64 values (32 in fp32 products).
 
-    place_values     a program owns part of one row of patches of one sample. ``unpatchify``: it writes the image side by side.
-    gather_values    The same the other way round: ``patchify``.
+    place_values     ``unpatchify``. A program owns part of one row of patches of one sample, in the order of the image.
+    gather_values    ``patchify``. A program owns part of one row of patches of one sample, in the order of the tokens.
 
-Arithmetic is fp32 on values that are widened after the load; patches, x1 and h are rounded as the formulas say. Operands
-of products are in the weight's dtype, sums in fp32, and nothing is ever TF32. No two programs write one element, so that the same
-inputs give the same bits.
+Arithmetic is fp32 on values that are widened after the load; patches, x1 and h are rounded as the formulas say. Products take
+operands in the weight's dtype and accumulate in fp32, never in TF32. The same inputs give the same bits: each sum has a fixed order,
+and no two programs write one element.
 
-A row is held in ``PIECES`` pieces of ``PIECE`` channels: 128 divides every width of the paper; other widths mask the last piece.
-Tensors are read in place at any strides, but a weight of ``patch_embed`` or a vector whose channels are strided is copied. Offsets
-are 64-bit.
+``PIECES`` pieces of ``PIECE`` channels hold a row. 128 channels (64 in fp32 products) divide the paper's widths; other widths mask
+the last piece. The kernels read tensors in place at any strides; a strided weight of ``patch_embed`` and a vector with strided
+channels are copied first. Offsets are 64-bit.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from ditkernels.ops.image import FINAL_LAYER, PATCH_EMBED, PATCHIFY, UNPATCHIFY,
 def places_of(  # type: ignore[no-untyped-def]
     image, sample, tokens, values, grid_w, V: tl.constexpr, P: tl.constexpr, CHANNELS_FIRST: tl.constexpr
 ):
-    """Values (1, ..) of tokens (.., 1) in an image that comes with its strides."""
+    """Pointers to ``values`` (1, ...) of ``tokens`` (..., 1) in an image that is given with its strides."""
     if CHANNELS_FIRST:
         channel, row, column = values // (P * P), values // P % P, values % P
     else:
@@ -62,7 +62,7 @@ def place_values(  # type: ignore[no-untyped-def]
     patch_row = band % grid_h
     O: tl.constexpr = V // (P * P)  # noqa: E741
     width = grid_w * P
-    # In the order of the image: channel, row in the patch, column of the image.
+    # Ordered like the image, so that stores are contiguous: channel, row in the patch, column of the image.
     element = (program % parts) * ELEMENTS + tl.arange(0, ELEMENTS)
     live = element < width * (P * O)
     line, column = element // width, element % width
@@ -82,7 +82,7 @@ def gather_values(  # type: ignore[no-untyped-def]
     program = tl.program_id(0)
     band = program // parts
     sample = (band // grid_h).to(tl.int64)
-    # In the order of the tokens: token of the row of patches, value.
+    # Ordered like the tokens, so that stores are contiguous: token of the row of patches, value.
     element = (program % parts) * ELEMENTS + tl.arange(0, ELEMENTS)
     live = element < grid_w * V
     token = (band % grid_h) * grid_w + element // V
@@ -109,7 +109,7 @@ def embed(  # type: ignore[no-untyped-def]
     first = (program // tiles).to(tl.int64) * ROWS
     line = first + tl.arange(0, ROWS)[:, None]
     live = line < lines
-    # The first line's sample is 64-bit, tokens are 32-bit.
+    # Only the first line's sample takes a 64-bit division; the other lines' samples and tokens take 32-bit ones.
     sample = first // N
     token = (first - sample * N).to(tl.int32) + tl.arange(0, ROWS)[:, None]
     sample, token = sample + token // N, token % N
@@ -136,7 +136,7 @@ def embed(  # type: ignore[no-untyped-def]
 
 @jit
 def _columns(piece, PIECE: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The channels of a piece, 64-bit, (1, PIECE)."""
+    """The 64-bit channel indices of a piece, (1, PIECE)."""
     return (piece * PIECE + tl.arange(0, PIECE)).to(tl.int64)[None, :]
 
 
@@ -152,7 +152,7 @@ def _x1(x, branch, gate, branch_bias, live, columns, END: tl.constexpr, D: tl.co
 def _add_product(  # type: ignore[no-untyped-def]
     z, h, weight, places, columns, V: tl.constexpr, END: tl.constexpr, D: tl.constexpr, PRODUCT: tl.constexpr
 ):
-    """z plus the product of one piece of the rounded h with the weight."""
+    """z plus the product of one piece of h, rounded to the weight's dtype, with the weight."""
     at = weight[0] + places[:, None].to(tl.int64) * weight[1] + columns * weight[2]
     w = tl.load(at, mask_of(places[:, None] < V, columns, END, D), 0.0)
     h = h.to(weight[0].dtype.element_ty).to(PRODUCT)
@@ -180,7 +180,7 @@ def final_rows(  # type: ignore[no-untyped-def]
     scale = of_sample((scale, scale_b), sample) if scale is not None else None
     weight = (weight, weight_v, weight_d)
 
-    # Sums along a row are kept per column of a piece to the end, so that warps meet once and not at every piece.
+    # A row's sums stay separate for each column of a piece until the end: one reduction across warps, not one for each piece.
     sums = tl.zeros([ROWS, PIECE], tl.float32)
     stream = ()
     if HELD:
@@ -236,7 +236,7 @@ def final_rows(  # type: ignore[no-untyped-def]
 
 # ---- Tiles -----------------------------------------------------------------------------------------------------------
 
-_ELEMENTS = 1024  # of a program that moves values
+_ELEMENTS = 1024  # that a program of place_values or gather_values moves
 
 _COLUMNS = 128
 _EMBED = Tile(64, 4)
@@ -245,18 +245,18 @@ _EMBED_VALUES = 64
 _WIDEST_HELD = 4096
 _PIECE = 128
 _MOST_PIECES = 32
-_ROWS = 16  # the least a product takes on tensor cores
+_ROWS = 16  # the fewest that tl.dot takes on tensor cores
 _WARPS = {384: 8, 768: 8, 1024: 8, 1152: 8}
 _WIDE = Tile(_ROWS, 8)
 
 
 def value_tile(values: int, most: int) -> int:
-    """Values of a patch held at a time: a power of two, at least the 16 a product takes."""
+    """Values of a patch held at a time: a power of two, at least the 16 that tl.dot needs, at most ``most``."""
     return min(most, max(16, 1 << (values - 1).bit_length()))
 
 
 def row_piece(width: int, product: Any) -> int:
-    """Channels of a piece: as few as keeps the number of pieces small enough to be written out."""
+    """Channels of a piece: 128 (64 in fp32 products), fewer for narrow rows, more where too many pieces would be unrolled."""
     narrowest = max(16, 1 << (min(width, _WIDEST_HELD) - 1).bit_length())
     usual = _PIECE // 2 if product == tl.float32 else _PIECE
     return min(narrowest, max(usual, narrowest // _MOST_PIECES))
@@ -269,7 +269,7 @@ def row_tile(width: int) -> Tile:
 
 
 def product_dtype(weight: Tensor) -> Any:
-    """The dtype of a product's operands: the weight's. The interpreter knows only fp32."""
+    """The dtype of a product's operands: the weight's, or fp32 in Triton's interpreter, whose products support no other."""
     if _triton.INTERPRETED:
         return tl.float32
     return {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}[weight.dtype]

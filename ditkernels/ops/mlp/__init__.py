@@ -175,6 +175,7 @@ def _through_bias_gelu(backend: str, refuse: Refusal) -> None:
 
 _through_bias_gelu("torch", lambda op, args: None)
 _through_bias_gelu("triton", _triton.refuse)
+_through_bias_gelu("cpu", _native.refuse_cpu)
 
 
 # ---- The CUDA C++ backend: GELU as an epilogue of cuBLASLt's products ------------------------------------------------
@@ -207,7 +208,7 @@ def reason(device: torch.device, dtype: torch.dtype, width: int, hidden: int, ou
 
     With ``rows``, B·N, cuBLASLt is asked whether it has algorithms for these products.
     """
-    missing = _native.device_reason("linear_gelu_cuda", device)
+    missing = _native.cuda_reason("linear_gelu_cuda", device)
     if missing is not None:
         return missing
     if dtype not in DTYPES:

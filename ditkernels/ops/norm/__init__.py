@@ -388,5 +388,6 @@ def residual_norm_backward(
 
 
 for _op in (MODULATE_NORM, GATED_RESIDUAL, GATED_RESIDUAL_NORM):
-    _op.implement_elsewhere("cuda", refuse=_native.refuse)
-    _op.gradients.implement_elsewhere("cuda", refuse=_native.refuse)
+    for _each in (_op, _op.gradients):
+        _each.implement_elsewhere("cuda", refuse=_native.refuse_cuda)
+        _each.implement_elsewhere("cpu", refuse=_native.refuse_cpu)

@@ -1,32 +1,32 @@
 """The Triton kernels of the norm family. Names and formulas are those at the top of norm/__init__.py.
 
-The same kernels serve the three ops and their backwards: an absent argument (gate, shift, dx1 ...) is None, and its code is not
-compiled. Passes count how often each element of a (B, N, D) tensor is read or written, where all gradients are wanted.
+The three ops and their backwards share these kernels. An absent argument (gate, shift, dx1 ...) is None, and Triton does not
+compile the code that uses it. A pass is one read or one write of a (B, N, D) tensor, counted where all gradients are wanted.
 
-    forward_rows   a program owns ``ROWS`` rows of one sample.
+    forward_rows   A program owns ``ROWS`` rows of one sample.
                    modulate_norm        reads x              writes h           2 passes
                    gated_residual       reads x, branch      writes x1          3 passes
                    gated_residual_norm  reads x, branch      writes x1, h       4 passes
-                   and writes ``stats`` (B, N, S), fp32, if they are kept. The statistics are those of x1 as stored.
+                   If ``keep`` is set, it also writes ``stats`` (B, N, S), fp32: mean and rstd (rmsnorm: rstd) of x1 as stored.
 
-    backward_rows  a program owns one chunk of the tokens of one sample and walks through it, ``ROWS`` rows at a time.
+    backward_rows  A program owns one chunk of the tokens of one sample and walks through it, ``ROWS`` rows at a time.
                    modulate_norm        reads dh, x                 writes dx            3 passes
                    gated_residual       reads dx1, branch           writes dbranch       3 passes
                    gated_residual_norm  reads dx1, dh, x1, branch   writes dx, dbranch   6 passes
-                   and adds up P = Σ dh, Q = Σ dh·x̂, R = Σ dx·branch, S = Σ dx in fp32, those that are needed, in
-                   partial sums (B, chunks, sums, D), fp32. It reads, computes and writes what the wanted gradients need.
+                   It also writes each chunk's P = Σ dh, Q = Σ dh·x̂, R = Σ dx·branch and S = Σ dx, as far as they are needed, to
+                   partial sums (B, chunks, sums, D), fp32. It reads and writes only what the wanted gradients need.
 
-    add_chunks     a program owns ``COLUMNS`` channels of one sample: adds the chunks in order, writes dshift, dscale,
-                   dgate (B, D), and the sample's terms of dweight, dbias, dbranch_bias (B, terms, D), fp32.
+    add_chunks     A program owns ``COLUMNS`` channels of one sample. It adds the chunks in order, and writes dshift, dscale and
+                   dgate (B, D) and the sample's terms of dweight, dbias and dbranch_bias (B, terms, D), fp32.
 
-    add_samples    of _rows.py adds the samples' terms: dweight, dbias, dbranch_bias (D,).
+    add_samples    (in _rows.py) adds these terms over the samples: dweight, dbias, dbranch_bias (D,).
 
-Arithmetic is fp32 on values widened after the load. Nothing is added atomically, no two programs write one element, and the
-number of chunks depends on shapes alone: same inputs, same bits.
+Arithmetic is fp32 on values that are widened after the load. The same inputs give the same bits: nothing is added atomically, no
+two programs write one element, and the number of chunks depends on shapes alone.
 
-A row is held in two power-of-two pieces, HEAD and TAIL channels wide (``_triton.pieces``), so that the paper's widths leave no lane
-idle; other widths mask the tail. (B, N, D) tensors are read in place at any strides; (B, D) vectors at any batch stride (one with
-strided channels is copied). Offsets are 64-bit.
+Two power-of-two pieces, HEAD and TAIL channels wide (``_triton.pieces``), hold a row. They fill all lanes at the paper's widths;
+other widths mask the tail. The kernels read (B, N, D) tensors in place at any strides and (B, D) vectors at any batch stride; a
+vector with strided channels is copied first. Offsets are 64-bit.
 """
 
 from __future__ import annotations
@@ -60,16 +60,16 @@ from ditkernels.ops.spec import Wanted
 
 @jit
 def _tail_columns(HEAD: tl.constexpr, TAIL: tl.constexpr, ROWS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The tail's channels, (ROWS, TAIL): spread over the rows, so that vectors are loaded in the layout of the rows.
+    """The tail's channels, repeated for each row, (ROWS, TAIL), so that a vector is loaded in the layout of the rows.
 
-    A narrow piece of one row would be laid out differently, and every use of the vector would pass through shared memory.
+    Triton gives a narrow (1, TAIL) vector another layout, and would convert it through shared memory at each use.
     """
     return HEAD + tl.arange(0, TAIL).to(tl.int64)[None, :] + tl.zeros([ROWS, 1], tl.int64)
 
 
 @jit
 def _store(tensor, at, value, mask):  # type: ignore[no-untyped-def]
-    """Stores a piece in the tensor's dtype, if the tensor is there."""
+    """Stores a piece in the tensor's dtype, unless the tensor is None."""
     if tensor is not None:
         tl.store(tensor + at, value.to(tensor.dtype.element_ty), mask)
 
@@ -131,7 +131,7 @@ def forward_rows(  # type: ignore[no-untyped-def]
 
 @jit
 def _factor(scale, weight, columns, END: tl.constexpr, D: tl.constexpr):  # type: ignore[no-untyped-def]
-    """a = (1 + scale)·weight, by which h grows with x̂, (1, piece)."""
+    """a = (1 + scale)·weight, the derivative of h by x̂, in the shape of ``columns``."""
     factor = tl.full(columns.shape, 1.0, tl.float32)
     if scale is not None:
         factor += channels_of(scale, columns, END, D)
@@ -142,7 +142,7 @@ def _factor(scale, weight, columns, END: tl.constexpr, D: tl.constexpr):  # type
 
 @jit
 def _normed(x1, mu, r, columns, mask):  # type: ignore[no-untyped-def]
-    """One piece of x̂ = (x1 - mean)·rstd; outside the row it is not zero, but there dh is."""
+    """One piece of x̂ = (x1 - mean)·rstd. It is not zero outside the row, but sums multiply it by dh, which is zero there."""
     value = load_piece(x1, columns, mask).to(tl.float32)
     if mu is not None:
         value -= mu
@@ -151,7 +151,7 @@ def _normed(x1, mu, r, columns, mask):  # type: ignore[no-untyped-def]
 
 @jit
 def _through_norm(dnormed, normed, r, along_mean, along_normed):  # type: ignore[no-untyped-def]
-    """One piece of rstd·(dx̂ - mean_d(dx̂) - x̂·mean_d(dx̂·x̂)); along_mean is None for rmsnorm."""
+    """One piece of rstd·(dx̂ - mean_d(dx̂) - x̂·mean_d(dx̂·x̂)). ``along_mean`` is mean_d(dx̂), None for rmsnorm."""
     dx = dnormed - normed * along_normed
     if along_mean is not None:
         dx -= along_mean
@@ -160,10 +160,10 @@ def _through_norm(dnormed, normed, r, along_mean, along_normed):  # type: ignore
 
 @jit
 def _along(piece, ROWS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The sum of each row of a piece.
+    """The sum of each row of a piece, (ROWS, 1), or a scalar for a single row.
 
-    Of a single row it is a scalar: as a tensor it would have the layout of its piece, and to add those of head and tail
-    the compiler would move a whole piece through shared memory.
+    A scalar has no layout. A tensor has the layout of its piece, and to add the sums of head and tail, the compiler would
+    convert a whole piece through shared memory.
     """
     if ROWS == 1:
         return tl.sum(tl.sum(piece, 1), 0)
@@ -173,7 +173,7 @@ def _along(piece, ROWS: tl.constexpr):  # type: ignore[no-untyped-def]
 
 @jit
 def _folded(piece, FOLD: tl.constexpr):  # type: ignore[no-untyped-def]
-    """What is added to a sum over the tail: one row where folding is cheap, else row by row, to be folded at the end."""
+    """A tail piece in the form that a sum over rows accumulates: one row if FOLD is set, else all rows, to be summed at the end."""
     if FOLD:
         return over_rows(piece)
     else:
@@ -184,7 +184,7 @@ def _folded(piece, FOLD: tl.constexpr):  # type: ignore[no-untyped-def]
 def _store_sum(  # type: ignore[no-untyped-def]
     partial, at: tl.constexpr, total, tail_total, D: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr
 ):
-    """Stores the sum of a chunk as the one at this place among its sums; -1: it is not needed."""
+    """Stores one of P, Q, R and S as entry ``at`` of its chunk's sums; -1 marks a sum that is not needed."""
     if at >= 0:
         tl.store(partial + at * D + tl.arange(0, HEAD)[None, :], total)
         if TAIL > 0:
@@ -203,7 +203,7 @@ def backward_rows(  # type: ignore[no-untyped-def]
     ONE_WARP: tl.constexpr, OF_ROWS: tl.constexpr,
     SUM_P: tl.constexpr, SUM_Q: tl.constexpr, SUM_R: tl.constexpr, SUM_S: tl.constexpr, SUMS: tl.constexpr,
 ):  # fmt: skip
-    """OF_ROWS: the gradient of the rows of x is needed, for itself or for what comes from it. SUMS: how many sums are."""
+    """OF_ROWS: dx is needed, as an output or for dbranch, dgate or dbranch_bias. SUMS: how many of P, Q, R and S are needed."""
     program = tl.program_id(0)
     sample = (program // chunks).to(tl.int64)
     first = (program % chunks) * chunk_rows
@@ -243,9 +243,9 @@ def backward_rows(  # type: ignore[no-untyped-def]
         if TAIL > 0:
             tail_mask = mask_of(live, tail, HEAD + TAIL, D)
 
-        # Between warps a reduction is a barrier that no load is moved across, so the loads that are needed last are issued
-        # before it, and stay in their own dtype, which takes fewer registers. One warp has no barrier, and no registers
-        # to spare: it loads what it needs when it needs it, vectors too.
+        # A reduction across warps is a barrier, and the compiler moves no load across it. So loads that are used last are issued
+        # before it, and their values keep their own dtype, which takes fewer registers. One warp has no barrier but too few
+        # registers for that, so it loads each value, also of vectors, where it is used.
         if not ONE_WARP:
             if dx1 is not None:
                 stream = load_piece(stream_rows, head, mask)
@@ -348,7 +348,7 @@ def add_chunks(  # type: ignore[no-untyped-def]
     SUMS: tl.constexpr, OF_WEIGHT: tl.constexpr, OF_BIAS: tl.constexpr, OF_BRANCH_BIAS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """OF_WEIGHT, OF_BIAS, OF_BRANCH_BIAS: which gradients need terms, in this order."""
+    """OF_WEIGHT, OF_BIAS, OF_BRANCH_BIAS: which of these gradients are wanted. ``terms`` holds their terms in this order."""
     program = tl.program_id(0)
     blocks: tl.constexpr = (D + COLUMNS - 1) // COLUMNS
     sample = (program // blocks).to(tl.int64)
@@ -403,10 +403,10 @@ def add_chunks(  # type: ignore[no-untyped-def]
             tl.store(terms, s, inside)
 
 
-# ---- Tiles, and what else follows from dtypes and from what is wanted: found once and remembered ---------------------
+# ---- Tiles and constants, computed once for each combination of width, dtypes and wanted gradients -------------------
 
-# By width, and by the bytes of an element of the narrowest (B, N, D) tensor: rows and warps such that 128-bit accesses move the
-# head, and where it can be the tail, and that nothing spills.
+# The keys are the width and the bytes of an element of the narrowest (B, N, D) tensor. Rows and warps are chosen so that 128-bit
+# accesses move the head, and where possible the tail, and no registers spill.
 _FORWARD = {
     (384, 2): Tile(2, 1),
     (384, 4): Tile(2, 1),
@@ -438,13 +438,13 @@ Dtypes = tuple["torch.dtype | None", ...]
 
 
 def _other_width(width: int) -> Tile:
-    """About 1024 channels at a time, in warps of 256; rows wider than that one by one."""
+    """The tile for a width without an entry: about 1024 channels at a time, 256 a warp; wider rows one at a time, in more warps."""
     head, _ = pieces(width)
     return Tile(max(1, min(8, 1024 // head)), max(4, min(32, head // 256)))
 
 
 def _laid_out(tiles: dict[tuple[int, int], Tile], width: int, dtypes: Dtypes, norm: str) -> tuple[Tile, Constants]:
-    """How rows are held, by the dtypes of the (B, N, D) tensors (None: absent), and the constants that say so to a kernel."""
+    """The tile, and the constants that describe it to a kernel, from the dtypes of the (B, N, D) tensors (None: absent)."""
     narrowest = min(dtype.itemsize for dtype in dtypes if dtype is not None)
     tile = tiles.get((width, narrowest)) or _other_width(width)
     head, tail = pieces(width)
@@ -462,7 +462,7 @@ def forward_plan(width: int, norm: str, *dtypes: torch.dtype | None) -> tuple[Ti
 def backward_plan(
     width: int, norm: str, wanted: Wanted, has_branch_bias: bool, has_bias: bool, *dtypes: torch.dtype | None
 ) -> tuple[Tile, Constants, Constants, Constants]:
-    """The tile and the constants of ``backward_rows``, and the constants of ``add_chunks`` and of ``add_samples``."""
+    """The tile and the constants of ``backward_rows``, the constants of ``add_chunks``, and those of ``add_samples``."""
     of_x, of_branch, of_gate, of_shift, of_scale, of_branch_bias, of_weight, of_bias = (dtype is not None for dtype in wanted)
     needed = {
         "SUM_P": of_shift or of_bias or (of_scale and has_bias),
@@ -484,20 +484,20 @@ def backward_plan(
 
 @remembered_by_shape
 def chunking(batch: int, length: int, rows: int) -> tuple[int, int]:
-    """(chunks of a sample, rows of a chunk) of a backward that walks through tokens, from shapes alone.
+    """(chunks of a sample, rows of a chunk) for a backward that walks through tokens, from shapes alone.
 
-    About ``_PROGRAMS`` programs in all, so that a GPU is filled, but no chunk so short that its partial sums would outweigh it.
+    About ``_PROGRAMS`` programs in all fill a GPU. In a chunk of few rows, the traffic of its partial sums would outweigh theirs.
     """
     wanted = max(1, min(ceil_div(_PROGRAMS, max(batch, 1)), ceil_div(length, _SHORTEST_CHUNK)))
     chunk_rows = ceil_div(max(ceil_div(length, wanted), 1), rows) * rows
     return ceil_div(length, chunk_rows), chunk_rows
 
 
-# ---- The kernels of the ops. The one of ``gated_residual_norm`` serves all three: what an op has not is absent. ------
+# ---- Launch. ``gated_residual_norm`` serves all three ops, which pass None for the arguments that they do not have. --
 
 
 def _new(dtype: torch.dtype | None, device: torch.device, *shape: int) -> Tensor | None:
-    """An output, None without a dtype; sizes one by one, since ``torch.empty`` takes twice the time for a tuple of them."""
+    """An uninitialised tensor, or None without a dtype. ``torch.empty`` takes twice as long with a tuple as with separate sizes."""
     return None if dtype is None else torch.empty(*shape, dtype=dtype, device=device)
 
 
@@ -509,7 +509,7 @@ def _dtype(tensor: Tensor | None) -> torch.dtype | None:
 def gated_residual_norm(  # type: ignore[no-untyped-def]
     x, branch, gate, shift, scale, branch_bias, weight, bias, norm, eps, out_dtype, keep
 ):
-    """x1, h and stats; no x1 without a branch, no h without its dtype."""
+    """x1, h and stats. x1 is None without a branch, h without ``out_dtype``, stats without ``keep``."""
     device = x.device
     batch, length, width = x.shape
     tile, constants = forward_plan(int(width), norm, x.dtype, _dtype(branch), out_dtype)
@@ -541,7 +541,7 @@ def gated_residual(x, branch, gate, branch_bias):  # type: ignore[no-untyped-def
 def gated_residual_norm_backward(  # type: ignore[no-untyped-def]
     dx1, dh, x1, branch, gate, scale, branch_bias, weight, bias, stats, norm, wanted
 ):
-    """The gradients of all inputs, as far as they are wanted: those of rows, and from their sums those of vectors."""
+    """The wanted gradients, None for the others: first those of (B, N, D) inputs, then those of vectors, from sums over rows."""
     of_x, of_branch, of_gate, of_shift, of_scale, of_branch_bias, of_weight, of_bias = wanted
     like = dx1 if dh is None else dh
     device = like.device

@@ -222,7 +222,12 @@ def update(
 
 
 def _cuda_reason(op: Op, args: Sequence[Any]) -> str | None:
-    return _native.refuse(op, args[0]) or not_contiguous(args)
+    return _native.refuse_cuda(op, args[0]) or not_contiguous(args)
+
+
+def _cpu_reason(op: Op, args: Sequence[Any]) -> str | None:
+    return _native.refuse_cpu(op, args[0]) or not_contiguous(args)
 
 
 ADAMW_EMA.implement_elsewhere("cuda", refuse=_cuda_reason)
+ADAMW_EMA.implement_elsewhere("cpu", refuse=_cpu_reason)

@@ -1,19 +1,19 @@
 """The Triton kernels of ``adamw_ema``. Names and formulas are those at the top of __init__.py.
 
-One launch serves all weights: the addresses of the tensors lie in a table on the device, one row a weight, and each program looks
-up whose chunk of ``CHUNK`` elements it owns.
+One launch of each kernel serves all weights: a table on the device holds the addresses of the tensors, one row for each weight, and
+each program looks up the weight whose chunk of ``CHUNK`` elements it owns.
 
-    advance_steps    a program owns ``ROWS`` weights: writes t + 1, unless the step is skipped, and ``factors`` (weights, 2), fp32:
-                     the step size lr / (1 − β₁ᵗ) and √(1 − β₂ᵗ), which are taken in fp64: in fp32 1 − β₂ cancels.
+    advance_steps    A program owns ``ROWS`` weights. It writes t + 1, unless the step is skipped, and to ``factors`` (weights, 2),
+                     fp32, lr / (1 − β₁ᵗ) and √(1 − β₂ᵗ). It computes both in fp64, because 1 − βᵗ cancels in fp32.
 
-    update_chunks    a program owns one chunk of one weight: reads w, gradient, m, v and the average once, writes w, m, v, the
-                     average and the copy once. 36 bytes a parameter in fp32, and with both gradient and copy in bf16.
+    update_chunks    A program owns one chunk of one weight. It reads w, gradient, m, v and the average once, and writes w, m, v,
+                     the average and the copy once: 36 bytes a parameter in fp32, and also with gradient and copy both in bf16.
 
-Arithmetic is fp32, products, quotients and roots rounded to nearest. No element is touched by two programs: same inputs, same bits.
-Offsets and addresses are 64-bit. Weights whose tensors all begin at multiples of 16 bytes and hold a multiple of 8 elements are
-moved by 128-bit accesses; a second launch takes the others.
+Arithmetic is fp32, with quotients and roots rounded to nearest. The same inputs give the same bits: no two programs touch one
+element. Offsets and addresses are 64-bit. 128-bit accesses move the weights whose tensors all begin at multiples of 16 bytes and
+hold a multiple of 8 elements. A second launch of each kernel takes the other weights.
 
-The table is built on the host and copied without waiting, so the step cannot be captured in a CUDA graph.
+The host builds the table at every step and copies it without waiting, so a CUDA graph cannot capture the step.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ TILE = Tile(1, 4)
 STEP_ROWS = 128
 VECTOR_BYTES, VECTOR_ELEMENTS = 16, 8
 
-# Columns of the table: addresses, then the number of elements and the index of the first chunk.
+# Columns of the table: seven addresses, the number of elements, the index of the first chunk.
 COLUMNS = 9
 STEP_COLUMN = 4
 
@@ -68,7 +68,7 @@ def advance_steps(  # type: ignore[no-untyped-def]
 
 @jit
 def _address(row, column: tl.constexpr, dtype: tl.constexpr, VECTORISED: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The tensor whose address stands in this column of a weight's row."""
+    """The tensor whose address this column of a weight's row holds."""
     address = tl.load(row + column).to(tl.pointer_type(dtype))
     if VECTORISED:
         address = tl.multiple_of(address, 16)
@@ -133,24 +133,24 @@ def update_chunks(  # type: ignore[no-untyped-def]
 
 @functools.lru_cache(maxsize=8)
 def _owners(sizes: tuple[int, ...], device: torch.device) -> tuple[Tensor, tuple[int, ...]]:
-    """Which weight each chunk belongs to, int32 on the device, and the first chunk of each weight."""
+    """The index of each chunk's weight, int32 on the device, and the index of each weight's first chunk."""
     chunks = torch.tensor([ceil_div(size, CHUNK) for size in sizes])
     owners = torch.repeat_interleave(torch.arange(len(sizes), dtype=torch.int32), chunks)
     return owners.to(device), tuple((chunks.cumsum(0) - chunks).tolist())
 
 
 def _table(rows: list[tuple[int, ...]], device: torch.device) -> Tensor:
-    """Int64 on the device. The copy waits for nothing: pinned memory is kept until it is done."""
+    """``rows`` as int64 on the device. The copy does not block: torch does not reuse pinned memory until the copy is done."""
     host = torch.tensor(rows, dtype=torch.int64, pin_memory=device.type == "cuda")
     return host.to(device, non_blocking=True)
 
 
-# A weight's tensors in the order of the table's columns: weight, gradient, moments, step, average, copy; None for an absent one.
+# A weight's tensors in the order of the table's columns: weight, gradient, both moments, step, average, copy. None: absent.
 Row = tuple[Any, ...]
 
 
 def _is_vectorised(row: Row) -> bool:
-    """Whether a weight and all that is as large as it can be moved by 128-bit accesses."""
+    """Whether 128-bit accesses can move the weight and every other tensor of its size."""
     tensors = [t for index, t in enumerate(row) if t is not None and index != STEP_COLUMN]
     return row[0].numel() % VECTOR_ELEMENTS == 0 and all(t.data_ptr() % VECTOR_BYTES == 0 for t in tensors)
 
@@ -200,7 +200,7 @@ def _dtype(tensor: Tensor) -> Any:
 
 
 def _log(beta: float) -> float:
-    """ln β; that of the smallest number for 0, whose powers vanish beside 1 as well."""
+    """ln β. 0 is replaced by the smallest normal number, whose powers also vanish beside 1."""
     return math.log(max(beta, sys.float_info.min))
 
 

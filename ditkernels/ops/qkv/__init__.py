@@ -188,4 +188,5 @@ def backward(dq: Tensor | None, dk: Tensor, dv: Tensor, dtype: torch.dtype) -> t
     return dpacked, _summed(dpacked, dtype)
 
 
-SPLIT_QKV_BACKWARD.implement_elsewhere("cuda", refuse=_native.refuse)
+SPLIT_QKV_BACKWARD.implement_elsewhere("cuda", refuse=_native.refuse_cuda)
+SPLIT_QKV_BACKWARD.implement_elsewhere("cpu", refuse=_native.refuse_cpu)

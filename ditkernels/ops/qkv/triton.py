@@ -1,17 +1,17 @@
 """The Triton kernels of ``split_qkv``'s backward. Names and formulas are those at the top of __init__.py.
 
-    stack_tiles    a program owns the same ``COLUMNS`` channels of dq, of dk and of dv, in one chunk of the rows of one sample, and
-                   walks through it, ``ROWS`` rows at a time: reads them, writes dpacked. Two passes over (B, N, parts·D), with
-                   D = heads·head_dim. It adds up what it reads in fp32, row by row of its tile, and writes the sums to partial
-                   sums (B·chunks, parts·D), fp32.
+    stack_tiles    A program owns the same ``COLUMNS`` channels of dq, dk and dv in one chunk of the rows of one sample and walks
+                   through it, ``ROWS`` rows at a time. It reads them and writes dpacked: 2 passes over (B, N, parts·D), with
+                   D = heads·head_dim. It also sums what it reads in fp32, separately for each row of its tile until the end, and
+                   writes partial sums (B·chunks, parts·D), fp32.
 
-    add_samples    of _rows.py brings the partial sums together: dbias.
+    add_samples    (in _rows.py) adds the partial sums: dbias.
 
-Bits are moved, not numbers: dpacked holds what was read. Nothing is added atomically, no two programs write one element, and the
-number of chunks depends on shapes alone: same inputs, same bits.
+dpacked holds the bits that were read, without conversion. The same inputs give the same bits: nothing is added atomically, no two
+programs write one element, and the number of chunks depends on shapes alone.
 
-Each of dq, dk and dv is read in place at its own strides. Heads that lie side by side are taken as one long head, and samples that
-follow each other without a gap as one long sample, so that short ones fill a tile. Offsets are 64-bit.
+The kernel reads each of dq, dk and dv in place at its own strides. Heads that are adjacent in memory are merged into one long head,
+and adjacent samples into one long sample, so that short ones fill a tile. Offsets are 64-bit.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from ditkernels.ops.qkv import SPLIT_QKV_BACKWARD, parts_of
 
 @jit
 def _offsets(source, columns, D: tl.constexpr, HEAD: tl.constexpr):  # type: ignore[no-untyped-def]
-    """How far from the start of a row its columns lie in dq, dk or dv."""
+    """Offsets of a row's columns from its start in dq, dk or dv."""
     if HEAD < D:
         return (columns // HEAD) * source[3] + (columns % HEAD) * source[4]
     else:
@@ -93,12 +93,12 @@ _CHUNKS_AT_ONCE = 128
 
 
 def tile(itemsize: int) -> Tile:
-    """By the bytes of an element: every access 16 bytes, and registers to spare."""
+    """The tile by the bytes of an element: each access moves 16 bytes, and no registers spill."""
     return Tile(16, 4) if itemsize == 2 else Tile(8, 4)
 
 
 def _head(shape: tuple[int, ...], strides: tuple[tuple[int, ...], ...]) -> int:
-    """Channels that lie in step: those of a head, or of all heads."""
+    """How many channels have one common stride: those of all heads if the heads are adjacent, else those of one head."""
     heads, head_dim = shape[2:]
     together = all(heads == 1 or of_head == head_dim * of_channel for *_, of_head, of_channel in strides)
     return heads * head_dim if together else head_dim
