@@ -1,13 +1,13 @@
 // What the CUDA kernels of all families share: access to memory, dispatch by dtype and width, launch.
 //
-// Kernels access tensors only through the functions below and shared memory only through Shared, so that the tests' emulation on the
-// host (tests/emulation) can check and count every access. A unit is eight channels: one 16-byte access of bf16 or fp16, two of
-// fp32. A vectorised access moves 16 bytes. Arithmetic is fp32. Offsets are 64-bit.
+// Kernels access tensors only through the functions below and shared memory only through Shared, so that the tests' host emulation
+// (tests/emulation) can check and count every access. A unit is eight channels: one 16-byte access of bf16 or fp16, two of fp32.
+// A vectorised access moves 16 bytes. Arithmetic is fp32. Offsets are 64-bit.
 //
 // The compiler knows the pairs of dtypes that models use. `Any` marks a dtype that is known only at run time; the code is the same.
 //
-// Operators are registered through torch's stable ABI, and nothing here uses Python's API. One library therefore serves every Python
-// and every torch from 2.10 on. An absent argument is an empty optional; an absent result is a tensor of shape (0,).
+// Operators are registered through torch's stable ABI, and nothing here uses Python's API. So one library serves every Python and
+// every torch from 2.10 on. An absent argument is an empty optional; an absent result is a tensor of shape (0,).
 #pragma once
 
 #include <cstdint>
@@ -90,8 +90,8 @@ struct Fragment {
   Word words[UNIT * sizeof(T) / sizeof(Word)];
 };
 
-// Accesses of 16 bytes to global memory. The store is inline PTX because nvcc splits some 16-byte stores into narrower ones. It does
-// not clobber memory, because no kernel reads what it has stored.
+// Accesses of 16 bytes to global memory. The store is inline PTX because nvcc splits some 16-byte stores into narrower ones. It has
+// no memory clobber, because no kernel reads what it has stored.
 #ifndef DITKERNELS_EMULATION
 __device__ __forceinline__ void touch(int, const void*, int, int, bool) {}
 
@@ -194,8 +194,8 @@ __device__ __forceinline__ Tokens<T> with_stride_anew(Tokens<T> tensor) {
   return tensor;
 }
 
-// Eight channels from `column` on. With VECTORISED, the caller guarantees that they are aligned and lie within the row. Otherwise they
-// are read one by one, and are zero from `width` on.
+// Eight channels from `column` on. With VECTORISED, the caller guarantees that they are aligned and lie within the row. Otherwise
+// they are read one by one, and those from `width` on are zero.
 template <bool VECTORISED, typename T>
 __device__ __forceinline__ Unit load(const Tokens<T>& from, int64_t sample, int64_t token, int column, int width) {
   if constexpr (std::is_same_v<T, Any>) {
@@ -305,7 +305,7 @@ inline Tensor empty(const Tensor& like, const std::vector<int64_t>& shape, Scala
 
 inline std::vector<int64_t> shape_of(const Tensor& tensor) { return {tensor.sizes().begin(), tensor.sizes().end()}; }
 
-// An uninitialised gradient of the dtype that wanted[at] numbers; none where that entry is -1: the gradient is not wanted.
+// An uninitialised gradient. wanted[at] is the number of its ScalarType, or -1 if the gradient is not wanted.
 inline OptionalTensor gradient(
     const std::vector<int64_t>& wanted, size_t at, const Tensor& like, const std::vector<int64_t>& shape) {
   if (wanted.at(at) < 0) return std::nullopt;
@@ -457,8 +457,8 @@ void by_layout(ScalarType stream, ScalarType branch, bool vectorised, Body body)
   by_dtypes(stream, branch, [&](auto t, auto u) { body(t, u, std::true_type{}); });
 }
 
-// Calls body(stream's type, branch's type, width, whether accesses are vectorised). Unless the types and the width are all known, the
-// types are Any and the width is 0.
+// Calls body(stream's type, branch's type, width, whether accesses are vectorised). Unless types and width are all known, the types
+// are Any and the width is 0.
 template <typename Body>
 void by_row(ScalarType stream, ScalarType branch, int64_t width, bool vectorised, Body body) {
   by_layout(stream, branch, vectorised, [&](auto t, auto u, auto by_words) {

@@ -1,14 +1,14 @@
 // The CUDA kernels of `bias_gelu` and its backward. Formulas and names are those at the top of ditkernels/ops/gelu/__init__.py.
 //
-//   forward_tiles   a thread owns eight channels of some rows of one sample: reads x, writes y. 2 passes.
+//   forward_tiles   A thread owns eight channels of some rows of one sample. It reads x and writes y: 2 passes.
 //
-//   backward_tiles  a thread owns eight channels of one chunk of the rows of one sample and walks through it: reads dy and x, writes
-//                   dx, if it is wanted. 3 passes. If dbias is wanted it adds up dx in fp32 and writes partial sums (B * chunks, D),
-//                   fp32, of which add_groups of sums.cuh makes dbias.
+//   backward_tiles  A thread owns eight channels of one chunk of the rows of one sample and walks through it. It reads dy and x and
+//                   writes dx: 3 passes, 2 where dx is not wanted. If dbias is wanted, it sums dx in fp32 and writes partial sums
+//                   (B * chunks, D), fp32; add_groups (in sums.cuh) adds them.
 //
-// Threads share nothing: no barrier, no shared memory. Blocks are of 64 threads, 512 channels, which divide the hidden widths of all
-// models; a row takes `column_blocks` of them. Samples that follow each other without a gap are taken as one long sample. The number
-// of chunks depends on shapes alone: same inputs, same bits.
+// These kernels need no barrier and no shared memory. A block of 64 threads owns 512 channels, which divide the hidden widths of
+// the paper; a row takes `column_blocks` blocks. Samples that are adjacent in memory are merged into one long sample. The same
+// inputs give the same bits: nothing is added atomically, and the number of chunks depends on shapes and strides alone.
 #include "common.cuh"
 #include "sums.cuh"
 
@@ -24,10 +24,10 @@ constexpr float ROOT = 0.7978845608028654f;  // sqrt(2 / pi)
 constexpr float KAPPA = 0.044715f;
 
 struct Sigmas {
-  float sigma, product;  // the second is sigma * (1 - sigma)
+  float sigma, product;  // product = sigma * (1 - sigma)
 };
 
-// The exponential is of a negative number: it overflows nowhere, and nothing cancels.
+// The exponential cannot overflow, because its argument is never positive. No 1 - sigma is taken, which would cancel.
 __device__ __forceinline__ Sigmas sigmas(float z) {
   const float argument = 2.0f * ROOT * z * (1.0f + KAPPA * z * z);
   const float small = expf(-fabsf(argument));
@@ -111,7 +111,7 @@ struct Rows {
   int64_t batch, length;
 };
 
-// All samples as one, if each sample of each tensor begins where the one before ends.
+// One long sample, if in each tensor every sample begins where the one before it ends.
 Rows joined(const Tensor& x, const OptionalTensor& dy) {
   const int64_t batch = x.size(0), length = x.size(1);
   for (const OptionalTensor& t : {OptionalTensor(x), dy})

@@ -1,24 +1,24 @@
 // The CUDA kernels between an image and its tokens: patch_embed, final_layer, unpatchify, patchify. Formulas and names are those at
-// the top of ditkernels/ops/image/__init__.py; K = C·p·p are the values of a patch going in, V = p·p·O those going out; a line is one
-// token of one sample, B·N in all. Backward, patch_embed and final_layer are made of other ops.
+// the top of ditkernels/ops/image/__init__.py. K = C·p·p is the number of values of a patch that goes in, V = p·p·O of one that
+// goes out. A line is one token of one sample, B·N in all. The backwards of patch_embed and final_layer are made of other ops.
 //
-//   embed          patch_embed. A block owns 64 lines (32 in fp32 products) and every `parts`-th tile of 128 channels. It gathers the
-//                  patches of its lines into shared memory once (again for every tile where K is beyond 256, or 128 in fp32
-//                  products), and writes y: 1 pass. Of a tile of y a lane has eight channels side by side of rows r and r + 8, because
-//                  the columns of the product are dealt out so; no value of y passes through shared memory.
+//   embed          patch_embed. A block owns 64 lines (32 in fp32 products) and every `parts`-th tile of 128 channels. It gathers
+//                  the patches of its lines into shared memory once (once for each tile if K exceeds 256, or 128 in fp32 products)
+//                  and writes y: 1 pass. A lane's results in a tile of y are eight contiguous channels of rows r and r + 8, which
+//                  it writes from registers.
 //
-//   final_rows     final_layer. A block owns 32 rows of one sample (16 in fp32 products; fewer where rows are long). A warp holds a
-//                  row in registers (at other widths than the paper's in shared memory), norms and modulates it, rounds it to the
-//                  weight's dtype and leaves it in shared memory. Then the warps share the product among them by channels and values
-//                  and add up their parts in order. Reads x (and the branch), writes the image: 1 pass (2 with a branch). A lane has
-//                  every 32nd unit of eight channels of a row. x1 is rounded to x's dtype and h to the weight's.
+//   final_rows     final_layer. A block owns 32 rows of one sample (16 in fp32 products; fewer where rows are long). It reads x
+//                  (and the branch) and writes the image: 1 pass (2 with a branch). Each warp normalises and modulates one row at a
+//                  time, which it holds in registers (in shared memory at widths other than the paper's), and leaves it in shared
+//                  memory as an operand; a lane holds every 32nd unit of the row. The warps then divide the product by channels and
+//                  values, and add up their parts in order. x1 is rounded to x's dtype, h to the weight's.
 //
 //   place_values   unpatchify: a thread owns one value of the image.
 //   gather_values  patchify: a thread owns one value of the tokens.
 //
-// Products take operands in the weight's dtype where all have it and accumulate in fp32; otherwise they are fp32 products. The patches
-// are rounded to the weight's dtype first. Tiles of channels divide the paper's widths; any other width leaves the last tile partly
-// empty. Nothing is added atomically: same inputs, same bits.
+// embed multiplies in the weight's dtype, to which it rounds the patches. final_rows does so too if by_row knows the dtypes and the
+// width; otherwise it multiplies in fp32. Sums are fp32. Tiles of channels divide the paper's widths; at other widths the last tile
+// is partly empty. The same inputs give the same bits: nothing is added atomically.
 #include "common.cuh"
 #include "products.cuh"
 
@@ -45,7 +45,7 @@ struct Place {
   int64_t row, column;
 };
 
-// A row of an image as a row of tokens.
+// One row of one channel of an image, as a token whose channels are the columns of the image.
 __device__ __forceinline__ Tokens<Any> row_of(const Image& image, const Place& place) {
   const int64_t bytes = image.dtype == ScalarType::Float ? sizeof(float) : sizeof(Half);
   char* data = static_cast<char*>(image.data) + (place.channel * image.channel + place.row * image.row) * bytes;
@@ -64,7 +64,7 @@ struct Grid {
   int columns, patch, channels;
 };
 
-// Where a token's value lies in the image. Its values are ordered (channel, row, column) or (row, column, channel).
+// The place in the image of a token's value. The token orders its values (channel, row, column) or (row, column, channel).
 template <bool CHANNELS_FIRST, typename Token>
 __device__ __forceinline__ Place place_of(const Grid& grid, Token token, int value) {
   const int area = grid.patch * grid.patch;
@@ -115,7 +115,7 @@ Grid grid_of(int64_t grid_w, int64_t patch, int64_t values) {
   return {static_cast<int>(grid_w), static_cast<int>(patch), static_cast<int>(values / (patch * patch))};
 }
 
-// fp32 holds every value of the dtypes taken, so moving through it changes none.
+// The values pass through fp32, which represents every value of bf16 and fp16 exactly.
 Tensor unpatchify(Tensor tokens_in, int64_t grid_h, int64_t grid_w, int64_t patch, bool channels_first) {
   const int64_t batch = tokens_in.size(0), values = tokens_in.size(2);
   const Grid grid = grid_of(grid_w, patch, values);
@@ -161,8 +161,8 @@ struct Embed {
   int parts, width, values;
 };
 
-// Values first to first + EMBED_VALUES - 1 of a block's lines, zero beyond K and beyond the last line, into rows of shared memory.
-// A thread keeps to one line, whose place costs a division.
+// Copies values `first` to `first` + EMBED_VALUES - 1 of a block's lines into rows of shared memory, with zeros beyond K and beyond
+// the last line. A thread copies from one line only, because finding a line's place takes a division.
 template <typename T>
 __device__ __forceinline__ void gather_patches(const Embed<T>& a, const Shared<T>& tile, int64_t start, int first) {
   constexpr int LINES = EMBED_LINES<T>;
@@ -186,7 +186,7 @@ __device__ __forceinline__ void store_line(const Embed<T>& a, int64_t line, int 
   store<VECTORISED>(a.y, 0, line, column, a.width, unit);
 }
 
-// Eight values, from `value` on, of a row of the weight as the right operand; zero outside.
+// Eight values of a row of the weight, from `value` on, as the right operand; zero outside the weight.
 template <typename H, bool VECTORISED, typename T>
 __device__ __forceinline__ Fragment<H> weight_unit(const Tokens<T>& weight, int row, int rows, int value, int values) {
   if (row >= rows || value >= values) return as_fragment<H>(Unit{});
@@ -271,8 +271,8 @@ Tensor patch_embed(Tensor x, Tensor weight, OptionalTensor bias, OptionalTensor 
 
 constexpr int THREADS = 256;
 constexpr int WARPS = THREADS / WARP;
-constexpr int GENERAL_BYTES = 96 * 1024;  // of shared memory, what every device since 8.0 has
-constexpr int APART = DEPTH + 1;          // of rows of 32 sums, so that a column of them falls into different banks
+constexpr int GENERAL_BYTES = 96 * 1024;  // of shared memory, which every device from 8.0 on can give a block
+constexpr int APART = DEPTH + 1;          // stride of rows of 32 sums: a column falls into different banks
 
 template <typename H>
 constexpr int MOST_ROWS = sizeof(H) == 2 ? 32 : 16;
@@ -293,10 +293,10 @@ struct Final {
   bool centred;
 };
 
-// The first channel of a lane's i-th unit.
+// The first channel of the lane's i-th unit.
 __device__ __forceinline__ int own_column(int i) { return (i * WARP + threadIdx.x % WARP) * UNIT; }
 
-// A lane's share of a row.
+// A lane's units of a row: in registers at a width known to the compiler, else in shared memory.
 template <int WIDTH>
 struct Row {
   static constexpr int UNITS = (WIDTH + WARP * UNIT - 1) / (WARP * UNIT);
@@ -331,7 +331,7 @@ __device__ __forceinline__ Unit stream_unit(const Final<T, U>& a, int64_t sample
   return unit;
 }
 
-// Eight channels of h from those of x̂, rounded to the weight's dtype, as an operand of the product.
+// Eight channels of h from those of x̂, rounded to the weight's dtype, as the left operand.
 template <typename H, bool VECTORISED, typename T, typename U>
 __device__ __forceinline__ Fragment<H> modulated(const Final<T, U>& a, Unit unit, int64_t sample, int column, int width) {
   const Unit weight = load<VECTORISED>(a.vectors.weight, 0, column, width, 1.0f);
@@ -345,7 +345,7 @@ __device__ __forceinline__ Fragment<H> modulated(const Final<T, U>& a, Unit unit
   return as_fragment<H>(unit);
 }
 
-// By a warp: h of one row as operands in shared memory.
+// Run by a warp: computes h of one row and leaves it in shared memory as the left operand.
 template <typename H, int WIDTH, bool VECTORISED, typename T, typename U>
 __device__ __forceinline__ void norm_row(const Final<T, U>& a, const Shared<H>& tile, int at, int64_t sample, int64_t token) {
   const int width = WIDTH > 0 ? WIDTH : a.width;
@@ -376,14 +376,14 @@ __device__ __forceinline__ void norm_row(const Final<T, U>& a, const Shared<H>& 
   }
 }
 
-// Zeros in the columns `from` to `to` - 1 of a row of shared memory, both multiples of eight, by a warp.
+// Run by a warp: writes zeros to columns `from` to `to` - 1 of a row of shared memory. Both are multiples of eight.
 template <typename H>
 __device__ __forceinline__ void clear(const Shared<H>& tile, int at, int from, int to) {
   for (int column = from + threadIdx.x % WARP * UNIT; column < to; column += WARP * UNIT)
     tile.write_unit(at + column, as_fragment<H>(Unit{}));
 }
 
-// Blocks on a multiprocessor, which bounds the registers: fp32 products need more than half of them.
+// The blocks that a multiprocessor must hold. Two would leave fp32 products too few registers.
 template <typename U>
 constexpr int BLOCKS_AT_ONCE = std::is_same_v<U, float> || std::is_same_v<U, Any> ? 1 : 2;
 
@@ -405,7 +405,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_AT_ONCE<U>) final_rows(const F
   }
   __syncthreads();
 
-  // As many warps side by side as there are tiles of 32 values, up to all; the others share the channels.
+  // `abreast` warps take one tile of 32 values each; the `deep` warps on one tile divide its channels among them.
   const int tiles = (a.values + DEPTH - 1) / DEPTH;
   const int abreast = tiles >= 8 ? 8 : tiles >= 4 ? 4 : tiles >= 2 ? 2 : 1;
   const int deep = WARPS / abreast;
@@ -444,7 +444,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_AT_ONCE<U>) final_rows(const F
   }
 }
 
-// Rows a block holds, and what they take in shared memory beside the sums.
+// The rows of a block that fit in shared memory beside the sums, at a width that the compiler does not know.
 int rows_held(int64_t width) {
   const int64_t bytes = 4 * (round_up(width, DEPTH) + UNITS_APART<float>);
   const int64_t most = (GENERAL_BYTES - SUMS_BYTES<float>) / bytes;

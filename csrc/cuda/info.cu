@@ -1,5 +1,5 @@
-// What the library was built for and with, by which Python refuses devices and drivers that it cannot serve before any launch. Also the
-// registers, memory and occupancy of every kernel on a device, for `ditkernels info`.
+// What the library was built for and with: Python uses it to refuse devices and drivers before any launch. Also the registers,
+// memory and occupancy of every kernel on a device, for `ditkernels info`.
 #include "common.cuh"
 
 #ifndef DITKERNELS_EMULATION
@@ -21,9 +21,9 @@ void check(cudaError_t error, const std::string& kernel) {
       DITKERNELS_ARCHITECTURES);
 }
 
-// A row for each kernel, int64 on the CPU: registers of a thread, bytes of local memory of a thread (where spilled registers lie), bytes
-// of shared memory of a block, threads of a block, blocks that a multiprocessor holds, architecture of the code in use (90 for sm_90).
-// The string holds the kernels' names in the same order, one on each line.
+// One row for each kernel, int64 on the CPU: registers of a thread, bytes of local memory of a thread (it holds spilled registers),
+// bytes of shared memory of a block, threads of a block, blocks that a multiprocessor holds, architecture of the code in use (90 is
+// sm_90). The string holds the kernels' names in the same order, one on each line.
 std::tuple<Tensor, std::string> cuda_kernel_attributes(int64_t device) {
   const torch::stable::accelerator::DeviceGuard guard(static_cast<int32_t>(device));
   const Tensor table = torch::stable::empty({static_cast<int64_t>(kernels().size()), COLUMNS}, ScalarType::Long);

@@ -1,18 +1,18 @@
-// The halves of `mlp` that touch its hidden layer: products by cuBLASLt with GELU and the sum of its bias' gradient as epilogues.
-// Formulas and names are those at the top of ditkernels/ops/mlp/__init__.py; matrices are packed, row by row.
+// The two halves of `mlp` around its hidden layer: cuBLASLt's matrix products with GELU, and with its gradient, as epilogues.
+// Formulas and names are those at the top of ditkernels/ops/mlp/__init__.py. All matrices are contiguous and row-major.
 //
-//   linear_gelu            h (M, F) = GELU(z), z = x (M, D) · weightᵀ (F, D) + bias. Reads x and the weight, writes h, and z if `keep` is
-//                          set, in its dtype; GELU is taken of z as summed, in fp32.
-//   gelu_linear_backward   dz (M, F) = (dy (M, E) · weight (E, F)) ⊙ GELU'(z), dbias = sum of dz over rows. Reads dy, the weight and z,
-//                          writes dz and dbias: the gradient of h never exists.
-//   mlp_algorithms         whether cuBLASLt can do both at these sizes on the current device: `mlp` asks before it chooses them.
+//   linear_gelu            h (M, F) = GELU(z), z = x (M, D) · weightᵀ (F, D) + bias. It reads x and the weight, and writes h and,
+//                          if `keep` is set, z in x's dtype. GELU is applied to the fp32 sums, before z is rounded.
+//   gelu_linear_backward   dz (M, F) = (dy (M, E) · weight (E, F)) ⊙ GELU'(z), dbias = sum of dz over rows. It reads dy, the weight
+//                          and z, and writes dz and dbias. The gradient of h is never written.
+//   mlp_algorithms         whether cuBLASLt has algorithms for both at these sizes on the current device; `mlp` asks first.
 //
-// cuBLASLt's GELU is the tanh form. Its matrices lie column by column, so that each of ours is its transpose: it computes
-// outᵀ (F, M) = op(weight) · leftᵀ, and its epilogues add the bias to, and sum the gradient over, what are columns to it.
+// cuBLASLt's GELU is the tanh form. cuBLASLt takes matrices column-major, and so sees the transpose of each of ours: it computes
+// outᵀ = op(weight) · leftᵀ, of shape (F, M). Its epilogues add the bias to each column of outᵀ and sum over its columns.
 //
-// cuBLASLt is looked for when first asked for, among the libraries that torch has loaded: this library then also loads beside a
-// torch without it. The algorithm is its own first choice for a shape and the alignments of the tensors, the same each time;
-// partial sums over the inner dimension are kept in fp32. Same inputs, aligned alike, on the same kind of GPU, same bits.
+// cuBLASLt is opened at its first use, by a file name for which the loader returns the copy that torch has loaded. So this library
+// also loads with a torch that has none. The algorithm is cuBLASLt's first choice for the sizes and alignments of the tensors, and
+// is kept. Partial sums over the inner dimension are fp32. The same inputs, aligned alike, give the same bits on one kind of GPU.
 #include "common.cuh"
 
 #ifdef DITKERNELS_EMULATION
@@ -35,8 +35,8 @@ namespace ditkernels {
 namespace {
 
 constexpr uint64_t MOST_WORKSPACE = 32 << 20;
-constexpr uint64_t LEAST_ALIGNMENT = 16;  // an operand that begins elsewhere is copied
-// cuBLASLt asks for no more; torch allocates at 512 bytes, the emulation at 64.
+constexpr uint64_t LEAST_ALIGNMENT = 16;  // an operand with less is copied
+// cuBLASLt assumes 256 bytes by default. On a GPU, torch aligns allocations to 512; the emulation's are aligned to 64.
 #ifndef DITKERNELS_EMULATION
 constexpr uint64_t LARGEST_ALIGNMENT = 256;
 #else
@@ -60,7 +60,7 @@ constexpr uint64_t LARGEST_ALIGNMENT = 64;
   DO(cublasLtMatrixLayoutDestroy)
 
 struct Blas {
-  std::string missing;  // why there is none, or ""
+  std::string missing;  // why cuBLASLt cannot be used, or ""
 #define DITKERNELS_MEMBER(name) decltype(&::name) name;
   DITKERNELS_EACH(DITKERNELS_MEMBER)
 };
@@ -99,7 +99,7 @@ void require(cublasStatus_t status, const char* op, const char* what) {
   STD_TORCH_CHECK(status == CUBLAS_STATUS_SUCCESS, op, ": ", what, ": ", blas().cublasLtGetStatusString(status));
 }
 
-// One handle a device, for as long as the process lives.
+// Each device has one handle, which is never destroyed.
 cublasLtHandle_t handle_of(const char* op, int device) {
   static std::map<int, cublasLtHandle_t> handles;
   const auto known = handles.find(device);
@@ -111,7 +111,7 @@ cublasLtHandle_t handle_of(const char* op, int device) {
 
 // ---- What cuBLASLt is told ------------------------------------------------------------------------------------------
 
-// A descriptor, which ends with its owner.
+// A descriptor that is destroyed with its owner.
 template <typename Handle>
 using Owned = std::unique_ptr<std::remove_pointer_t<Handle>, cublasStatus_t (*)(Handle)>;
 using Operation = Owned<cublasLtMatmulDesc_t>;
@@ -124,7 +124,7 @@ Operation make_operation(const char* op) {
   return {made, blas().cublasLtMatmulDescDestroy};
 }
 
-// As cuBLASLt sees it: column by column.
+// `rows` and `columns` are those that cuBLASLt sees, in column-major order.
 Layout make_layout(const char* op, cudaDataType_t type, int64_t rows, int64_t columns) {
   cublasLtMatrixLayout_t made = nullptr;
   require(blas().cublasLtMatrixLayoutCreate(&made, type, rows, columns, rows), op, "cublasLtMatrixLayoutCreate");
@@ -156,7 +156,7 @@ uint32_t alignment(const void* data) {
   return static_cast<uint32_t>(bytes);
 }
 
-// out (M, F) = epilogue(left (M, K) · op(weight)): the weight is (F, K), transposed, or (K, F).
+// out (M, F) = epilogue(left (M, K) · op(weight)). The weight is (F, K) if `transposed` is set, else (K, F).
 struct Product {
   const char* op;
   int64_t rows, columns, depth;
@@ -167,7 +167,7 @@ struct Product {
   void *bias, *aux;  // null where the epilogue has none
 };
 
-// Sizes, dtype and alignments: with these the choice of an algorithm is made.
+// Device, sizes, dtype, epilogue and alignments: all that the choice of an algorithm depends on.
 using Key = std::array<int64_t, 10>;
 
 Key key_of(const Product& product, int device) {
@@ -179,7 +179,7 @@ Key key_of(const Product& product, int device) {
           of(product.out),  of(product.bias) * 1024 + of(product.aux)};
 }
 
-// The product as cuBLASLt is told of it.
+// The product as cuBLASLt's descriptors. cuBLASLt's operand a is the weight, b is `left`, d is `out`.
 struct Described {
   Operation operation;
   Layout a, b, d;
@@ -225,7 +225,7 @@ struct Choice {
   Found found;
 };
 
-// Made once for a key: a handle and an algorithm serve every thread.
+// Asks cuBLASLt once for each key, under a lock: all threads share the handles and the choices.
 Choice choice_of(const Product& product, int device, const Described& described) {
   static std::mutex one_at_a_time;
   static std::map<Key, Found> chosen;
@@ -271,7 +271,7 @@ void multiply(const Product& product, const Tensor& out) {
 
 cudaDataType_t type_of(ScalarType dtype) { return dtype == ScalarType::Half ? CUDA_R_16F : CUDA_R_16BF; }
 
-// An operand, copied if it is not aligned.
+// The operand itself, or an aligned copy of it. It must be contiguous.
 Tensor operand(const char* op, const char* name, const Tensor& tensor) {
   STD_TORCH_CHECK(tensor.is_contiguous(), op, ": ", name, " has gaps");
   const bool aligned = reinterpret_cast<uintptr_t>(tensor.data_ptr()) % LEAST_ALIGNMENT == 0;
@@ -324,15 +324,15 @@ std::tuple<Tensor, Tensor> gelu_linear_backward(Tensor dy, Tensor weight, Tensor
   return {dz, or_nothing(dbias, z)};
 }
 
-// "", or why not both products can be done for x (rows, width) and weights (hidden, width) and (out, hidden). It asks for the least
-// alignment that operands have: better aligned ones have an algorithm too.
+// Returns "" if cuBLASLt has an algorithm for both products of x (rows, width) and weights (hidden, width) and (out, hidden), else
+// the reason. It asks with the least alignment that operands have, since an algorithm for it also serves better aligned operands.
 std::string mlp_algorithms(ScalarType dtype, int64_t rows, int64_t width, int64_t hidden, int64_t out) {
   if (!blas().missing.empty() || rows == 0) return blas().missing;
   int device = 0;
 #ifndef DITKERNELS_EMULATION
   STD_TORCH_CHECK(cudaGetDevice(&device) == cudaSuccess, "mlp_algorithms: there is no current device");
 #endif
-  // Addresses are not followed.
+  // The heuristic looks at alignments only and does not dereference this address.
   void* const place = reinterpret_cast<void*>(LEAST_ALIGNMENT);
   const auto lacks = [&](const Product& product) { return !choice_of(product, device, Described(product)).found.has_value(); };
   for (bool biased : {true, false}) {

@@ -1,28 +1,28 @@
 // The CUDA kernels of the norm family: modulate_norm, gated_residual, gated_residual_norm and their backwards.
 // Formulas and the names P, Q, R, S are those at the top of ditkernels/ops/norm/__init__.py.
 //
-//   forward_rows   a block owns some rows of one sample.
+//   forward_rows   A block owns some rows of one sample.
 //                  modulate_norm        reads x              writes h           2 passes
 //                  gated_residual       reads x, branch      writes x1          3 passes
 //                  gated_residual_norm  reads x, branch      writes x1, h       4 passes
-//                  With `keep` it also writes stats (B, N, S), fp32: mean and rstd, or rstd alone. They are those of x1 as stored.
+//                  If `keep` is set, it also writes stats (B, N, S), fp32: mean and rstd (rmsnorm: rstd) of x1 as stored.
 //
-//   backward_rows  a block owns one chunk of the tokens of one sample and walks through it, some rows at a time.
+//   backward_rows  A block owns one chunk of the tokens of one sample and walks through it, some rows at a time.
 //                  modulate_norm        reads dh, x                 writes dx            3 passes
 //                  gated_residual       reads dx1, branch           writes dbranch       3 passes
 //                  gated_residual_norm  reads dx1, dh, x1, branch   writes dx, dbranch   6 passes
-//                  What is not wanted is not written, and what no wanted gradient needs is not read: the branch without dgate, dx1
-//                  where only the norm's own vectors are wanted. P, Q, R, S go to partial sums (B, chunks, 4, D), fp32.
+//                  It writes only wanted gradients and reads only what they need: not the branch without dgate, nor dx1 where only
+//                  the norm's own vectors are wanted. P, Q, R and S go to partial sums (B, chunks, 4, D), fp32, if needed.
 //
-//   add_chunks     a thread owns one channel of one sample: adds the chunks in order, writes dshift, dscale, dgate (B, D), and the
-//                  sample's terms of dweight, dbias, dbranch_bias (B, 3, D), fp32.
-//   add_samples    a block owns 32 channels: adds the samples' terms, writes dweight, dbias, dbranch_bias (D,).
+//   add_chunks     A thread owns one channel of one sample. It adds the chunks in order, and writes dshift, dscale, dgate (B, D)
+//                  and the sample's terms of dweight, dbias, dbranch_bias (B, 3, D), fp32.
+//   add_samples    A block owns 32 channels. It adds the samples' terms and writes dweight, dbias, dbranch_bias (D,).
 //
-// Layout: thread t holds channels 8t to 8t + 7 of every row its block owns, so that a thread's share of a row is one 16-byte
-// access of bf16 and two of fp32, neighbours read side by side, and a thread's four sums are 32 registers at any width. 384, 768,
-// 1024 and 1152 channels are 48, 96, 128 and 144 threads, rounded up to whole warps. Several rows at a time keep several loads in
-// flight and share the barrier of the row sums. Nothing is added atomically, and the number of chunks depends on shapes alone: same
-// inputs, same bits.
+// Thread t holds channels 8t to 8t + 7 of every row that its block owns. Its share of a row is then one 16-byte access of bf16 or
+// two of fp32, accesses of neighbouring threads coalesce, and its four sums take 32 registers at any width. Rows of 384, 768, 1024
+// and 1152 channels take 48, 96, 128 and 144 threads, rounded up to whole warps. A block holds several rows at a time: several
+// loads are in flight, and one barrier serves the sums of all these rows. The same inputs give the same bits: nothing is added
+// atomically, and the number of chunks depends on shapes alone.
 #include "common.cuh"
 #include "sums.cuh"
 
@@ -39,15 +39,15 @@ constexpr int TERMS = 3;  // of dweight, dbias, dbranch_bias
 constexpr int SUM_THREADS = 128;
 
 constexpr int threads_for(int width) { return (width + UNIT * WARP - 1) / (UNIT * WARP) * WARP; }
-// Rows a thread holds at a time: fewer where blocks may be large and a thread's registers are few.
+// Rows that a block holds at a time: one at widths unknown to the compiler, whose blocks may be large and leave few registers.
 __host__ __device__ constexpr int forward_rows_held(int width) { return width == 0 ? 1 : FORWARD_ROWS; }
 __host__ __device__ constexpr int backward_rows_held(int width) { return width == 0 ? 1 : BACKWARD_ROWS; }
 __host__ __device__ constexpr int forward_shared(int width) { return 2 * forward_rows_held(width) * WARP * 4; }
 __host__ __device__ constexpr int backward_shared(int width) { return 2 * 2 * backward_rows_held(width) * WARP * 4; }
 constexpr int most_threads(int width) { return width == 0 ? threads_for(WIDEST) : threads_for(width); }
 
-// Replaces each of COUNT values by its sum over the block, in an order fixed by the block's size. `scratch` holds
-// 2 * COUNT * WARP floats; `phase` alternates between its halves, which saves the barrier before it is written again.
+// Replaces each of COUNT values by its sum over the block, in an order that depends on the block's size alone. `scratch` holds
+// 2 * COUNT * WARP floats. Calls alternate between its halves by `phase`, which saves the barrier before the next write.
 template <int COUNT>
 __device__ __forceinline__ void block_sums(float (&values)[COUNT], const Shared<float>& scratch, int& phase) {
   const int warps = blockDim.x / WARP;
@@ -157,8 +157,8 @@ struct Backward {
   bool centred, beyond_norm, norm_sums, residual_sums;
 };
 
-// Absent tensors are neither read nor written; `beyond_norm`: a gradient that passes through the norm is wanted.
-// One block on a multiprocessor is asked for: without a number the compiler aims at more than fit and keeps registers in memory.
+// Absent tensors are neither read nor written. `beyond_norm`: dx, or a gradient that depends on it, is wanted.
+// The launch bound asks for one block on a multiprocessor. Without it the compiler aims at more than fit and spills registers.
 template <typename T, typename U, int WIDTH, bool VECTORISED, bool RESIDUAL, bool NORM>
 __global__ void __launch_bounds__(most_threads(WIDTH), 1) backward_rows(const Backward<T, U> a) {
   constexpr int ROWS = backward_rows_held(WIDTH);
@@ -412,11 +412,11 @@ void backward(const char* op, BackwardTensors t) {
   if (partial.has_value()) add_up(op, t, *partial, norm_sums, residual_sums);
 }
 
-// ---- The operators; arguments have been checked by their declarations in ditkernels/ops/norm/__init__.py ------------
+// ---- Operators. Their declarations in ditkernels/ops/norm/__init__.py have checked the arguments --------------------
 
 using Numbers = std::vector<int64_t>;
 
-// Mean and rstd of each row, or rstd alone; nothing unless `keep` is set.
+// An uninitialised tensor for mean and rstd (rmsnorm: rstd alone) of each row; none unless `keep` is set.
 OptionalTensor statistics(const Tensor& x, bool centred, bool keep) {
   if (!keep) return std::nullopt;
   return empty(x, {x.size(0), x.size(1), centred ? 2 : 1}, ScalarType::Float);

@@ -1,18 +1,18 @@
 // The CUDA kernels of `adamw_ema`. Formulas and names are those at the top of ditkernels/ops/optimizer/__init__.py.
 //
-//   advance_steps   a thread owns a weight: reads its step, writes t + 1, unless the step is skipped, and `factors` (weights, 2),
-//                   fp32: the step size lr / (1 - beta1^t) and sqrt(1 - beta2^t), taken in fp64: in fp32 1 - beta2 cancels.
+//   advance_steps   A thread owns a weight. It writes t + 1, unless the step is skipped, and to `factors` (weights, 2), fp32,
+//                   lr / (1 - beta1^t) and sqrt(1 - beta2^t). It computes both in fp64, because 1 - beta^t cancels in fp32.
 //
-//   update_chunks   a block owns a chunk of CHUNK elements of one weight, a thread eight of them at a time: reads w, gradient, m, v
-//                   and the average once, writes w, m, v, the average and the copy once. 36 bytes a parameter in fp32, and with
-//                   both gradient and copy in bf16.
+//   update_chunks   A block owns a chunk of CHUNK elements of one weight, and a thread moves eight of them at a time. It reads w,
+//                   gradient, m, v and the average once, and writes w, m, v, the average and the copy once: 36 bytes a parameter in
+//                   fp32, and also with gradient and copy both in bf16.
 //
-// The tensors' addresses are among a launch's arguments, 4 KB of them: STEPS steps, WEIGHTS weights. So nothing is copied to the
-// device, nothing waits, and a CUDA graph captures the step; what it replays goes to the tensors that it was captured with.
+// A launch's arguments, at most 4 KB, hold the addresses of its tensors: STEPS steps or WEIGHTS weights. So nothing is copied to
+// the device, the host does not wait, and a CUDA graph can capture the step. A replay updates the tensors that were captured.
 //
-// Weights whose tensors all begin at multiples of 16 bytes and hold a multiple of eight elements are moved by vectorised accesses; the
-// others come after them, in launches of their own. Threads share nothing: no barrier, no shared memory. No element is touched by two
-// of them: same inputs, same bits.
+// Vectorised accesses move the weights whose tensors all begin at multiples of 16 bytes and hold a multiple of eight elements.
+// Launches of their own move the other weights afterwards. These kernels need no barrier and no shared memory. The same inputs give
+// the same bits: no two threads touch one element.
 #include <algorithm>
 #include <cmath>
 
@@ -29,7 +29,7 @@ constexpr int KINDS = 6;
 constexpr int ARGUMENT_BYTES = 4096;
 constexpr int NO_CHUNK = 0x7fffffff;
 
-// The steps, and the rows of `factors`, of some weights that follow each other.
+// The arguments of advance_steps: the steps of some consecutive weights, and the rows of `factors` for them.
 struct Steps {
   void* steps[STEPS];
   Tokens<float> factors;
@@ -51,7 +51,7 @@ __global__ void __launch_bounds__(THREADS) advance_steps(const Steps a) {
   store_one(step, 0, 0, 0, skipped ? before : before + 1.0f);
 }
 
-// Some weights that follow each other; averages and copies are null where there are none.
+// The arguments of update_chunks: some consecutive weights. Averages and copies are null where they are absent.
 struct Update {
   void* weights[WEIGHTS];
   void* gradients[WEIGHTS];
@@ -70,7 +70,7 @@ struct Update {
 
 static_assert(sizeof(Steps) <= ARGUMENT_BYTES && sizeof(Update) <= ARGUMENT_BYTES);
 
-// Whose chunk the block owns: the last weight whose first chunk is not behind it. One without elements has none.
+// The weight of the block's chunk: the last one whose first chunk is not after it. So a weight without elements is never found.
 __device__ __forceinline__ int owner(const int (&first_chunks)[WEIGHTS]) {
   int weight = 0;
   UNROLL for (int apart = WEIGHTS / 2; apart > 0; apart /= 2) {
@@ -79,7 +79,7 @@ __device__ __forceinline__ int owner(const int (&first_chunks)[WEIGHTS]) {
   return weight;
 }
 
-// A tensor cut into chunks, as tokens of CHUNK channels.
+// A tensor whose chunks are tokens of CHUNK channels.
 template <typename T>
 __device__ __forceinline__ Tokens<T> chunks_of(void* data, ScalarType dtype, int id) {
   Tokens<T> tensor;
@@ -139,14 +139,14 @@ __global__ void __launch_bounds__(THREADS) update_chunks(const Update a) {
 
 using Tensors = std::vector<Tensor>;
 
-// A list of tensors, one a weight or none at all, and where their addresses go.
+// A list with one tensor for each weight, or an empty list, and the member of Update that takes the addresses.
 struct Kind {
   const char* name;
   const Tensors& tensors;
   void* (Update::*addresses)[WEIGHTS];
 };
 
-// What is alike in all launches of a step. `order`: the weights as they are updated, vectorised ones before the others.
+// What all launches of a step share. `order`: the indices of the weights, those with vectorised accesses before the others.
 struct Step {
   const Kind (&kinds)[KINDS];
   const Tensors& steps;
@@ -177,7 +177,7 @@ void advance(const Step& step, int64_t first) {
   launch<advance_steps, THREADS>("adamw_ema", ceil_div(a.count, THREADS), step.steps[0], a);
 }
 
-// Updates the weights from `first` up to `end` in the order, as many as a launch takes.
+// Updates the weights at places `first` to `end` - 1 of `order`, but at most as many as one launch takes.
 void update(const Step& step, int64_t first, int64_t end, bool vectorised) {
   Update a = step.updated;
   std::fill_n(a.first_chunks, WEIGHTS, NO_CHUNK);
@@ -186,7 +186,7 @@ void update(const Step& step, int64_t first, int64_t end, bool vectorised) {
     const int64_t weight = step.order[first + i];
     const Tensor& own = step.kinds[0].tensors[weight];
     for (const Kind& kind : step.kinds) {
-      // A kind that is absent is described too: numbers count the kinds.
+      // An absent kind is described too, because the kernel computes a tensor's id from the index of its kind.
       const Tensor& tensor = kind.tensors.empty() ? own : kind.tensors[weight];
       const int id = describe(kind.name, tensor, weight);
       if (i == 0 && &kind == step.kinds) a.first_id = id;

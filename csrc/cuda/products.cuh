@@ -18,7 +18,7 @@ constexpr int TILE_ROWS = 16;
 __device__ __forceinline__ int lane_row() { return threadIdx.x % WARP / 4; }
 __device__ __forceinline__ int lane_quarter() { return threadIdx.x % 4; }
 
-// The output column that column r of this tile computes. It makes a lane's results in four tiles eight contiguous columns, from 8q on.
+// The output column that column r of this tile computes. With it, a lane's results in four tiles are eight contiguous columns.
 __device__ __forceinline__ int spread_column(int tile) { return lane_row() / 2 * UNIT + tile * 2 + lane_row() % 2; }
 
 // The eight contiguous results of a lane in four such tiles, in row r (half = 0) or r + 8 (half = 1).

@@ -1,14 +1,14 @@
 // The CUDA kernel of `split_qkv`'s backward. Formulas and names are those at the top of ditkernels/ops/qkv/__init__.py.
 //
-//   stack_rows   a block owns the same sixteen units of eight channels of dq, of dk and of dv, in one chunk of the rows of one sample,
-//                and walks through it, each half of a warp a row at a time: reads them, writes dpacked. Two passes over
-//                (B, N, parts * D), with D = heads * head_dim. It adds up what it reads in fp32, at the end over the halves of a
-//                warp, by a shuffle, and over the warps, through shared memory; the sums go to partial sums (B * chunks, parts * D),
-//                fp32. add_groups of sums.cuh adds them up: dbias.
+//   stack_rows   A block owns the same sixteen units of eight channels of dq, dk and dv in one chunk of the rows of one sample and
+//                walks through it; each half of a warp takes rows of its own. It reads them and writes dpacked: 2 passes over
+//                (B, N, parts * D), with D = heads * head_dim. It also sums what it reads in fp32: each thread over its rows, then
+//                the halves of each warp by a shuffle, then the warps through shared memory. It writes partial sums
+//                (B * chunks, parts * D), fp32; add_groups (in sums.cuh) adds them: dbias.
 //
-// Sixteen units, 128 channels, divide the widths of all models. Each of dq, dk and dv is read in place at its own strides; a unit never
-// reaches from one head into the next. Heads that lie side by side are taken as one long head, samples that follow each other without a
-// gap as one long sample. The number of chunks depends on shapes alone: same inputs, same bits.
+// Sixteen units, 128 channels, divide the paper's widths. The kernel reads each of dq, dk and dv in place at its own strides. No
+// unit spans two heads. Adjacent heads are merged into one long head, and adjacent samples into one long sample. The same inputs
+// give the same bits: nothing is added atomically, and the number of chunks depends on shapes and strides alone.
 #include "common.cuh"
 #include "sums.cuh"
 
@@ -25,7 +25,7 @@ constexpr int64_t SHORTEST_CHUNK = 64;
 constexpr int SUMS_OF_A_PART = UNIT * UNITS;
 constexpr int BYTES_OF_A_PART = WARPS * SUMS_OF_A_PART * sizeof(float);
 
-// A row of dq, dk or dv is a head of a token; the next head lies `*_apart` elements further on.
+// The channels of a token of dq, dk or dv are those of its first head; `*_apart` is the stride between heads, in elements.
 template <typename T>
 struct Stack {
   Tokens<T> dq, dk, dv;
@@ -57,7 +57,7 @@ __global__ void __launch_bounds__(THREADS) stack_rows(const Stack<T> a) {
   const int rows = static_cast<int>(first + a.chunk_rows < a.length ? a.chunk_rows : a.length - first);
   const int count = inside ? rows : 0;
   const int width = a.heads * a.head_dim, to = head * a.head_dim + column, end = (head + 1) * a.head_dim;
-  // In the order of packing, dq or nothing first.
+  // In the order of packing; the first is empty where there is no dq.
   Tokens<T> from[3] = {{}, shifted(a.dk, inside ? head * a.dk_apart : 0), shifted(a.dv, inside ? head * a.dv_apart : 0)};
   if constexpr (PARTS == 3) from[0] = shifted(a.dq, inside ? head * a.dq_apart : 0);
   Unit total[PARTS] = {};
@@ -85,7 +85,7 @@ __global__ void __launch_bounds__(THREADS) stack_rows(const Stack<T> a) {
     if (threadIdx.x % WARP < UNITS) sums.write(part * SUMS_OF_A_PART + i * UNITS + mine, both);
   }
   __syncthreads();
-  // A thread takes one of the eight channels of its unit, of each part.
+  // Each thread adds one of the eight channels of its unit, in each part.
   const int channel = threadIdx.x / UNITS;
   if (!inside || column + channel >= a.head_dim) return;
   UNROLL for (int p = 0; p < PARTS; ++p) {
@@ -103,7 +103,7 @@ struct Shape {
   int64_t batch, length, heads, head_dim;
 };
 
-// Of all parts: heads side by side as one, and samples that follow each other without a gap as one.
+// The shape of every part, with heads and samples merged where in all parts they are adjacent in memory.
 Shape joined(const OptionalTensor& dq, const Tensor& dk, const Tensor& dv) {
   Shape shape = {dk.size(0), dk.size(1), dk.size(2), dk.size(3)};
   bool heads = true, samples = true;
@@ -117,7 +117,7 @@ Shape joined(const OptionalTensor& dq, const Tensor& dk, const Tensor& dv) {
   return shape;
 }
 
-// Whether accesses to every unit of every head can be vectorised.
+// Whether vectorised accesses can move every unit of every head.
 bool heads_are_vectorised(const OptionalTensor& tensor, const Shape& shape) {
   if (!tensor.has_value()) return true;
   const int64_t bytes = tensor->element_size();

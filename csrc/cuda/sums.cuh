@@ -2,8 +2,8 @@
 //
 //   add_groups   A block owns 32 columns of partial sums (groups, columns), fp32. It reads them once and writes their totals.
 //
-// Each lane owns a column. Each of the eight warps of a block adds every eighth row, in order, and the first warp adds the eight results.
-// A single thread for a column would wait for some hundred loads, one after another.
+// A lane owns a column. Each of the eight warps of a block adds every eighth row, in order; the first warp then adds the eight
+// results. If one thread added all rows of a column, it would wait for some hundred loads, one after another.
 #pragma once
 
 #include "common.cuh"
@@ -50,13 +50,13 @@ inline void sum_groups(const char* op, const char* name, const Tensor& partial, 
   launch<add_groups, GROUP_THREADS, GROUP_BYTES>(op, ceil_div(a.size, WARP), total, a);
 }
 
-// The rows of a chunk, and the number of chunks of a sample.
+// The rows of a chunk, and the number of chunks.
 struct Chunks {
   int64_t rows, count;
 };
 
-// Cuts `length` rows into chunks, each for `others` blocks: about `blocks` blocks in all, but at most one chunk for every `shortest`
-// rows. A chunk's rows are a multiple of `multiple`. All of this depends on shapes alone, so the same inputs give the same bits.
+// Cuts `length` rows into chunks of a multiple of `multiple` rows: chunks times `others` are about `blocks`, with at most one chunk
+// for every `shortest` rows. The cut depends on shapes alone, so the same inputs give the same bits.
 inline Chunks cut(int64_t length, int64_t others, int64_t blocks, int64_t shortest, int64_t multiple) {
   int64_t wanted = ceil_div(blocks, others > 0 ? others : 1);
   const int64_t most = ceil_div(length, shortest);

@@ -9,7 +9,7 @@
     add_samples       (in _rows.py) adds the partial sums: dbias.
 
 Arithmetic is fp32 on values that are widened after the load. The same inputs give the same bits: nothing is added atomically, no
-two programs write one element, and the number of chunks depends on shapes alone.
+two programs write one element, and the number of chunks depends on shapes, strides and dtypes alone.
 
 Samples that are adjacent in memory are merged into one long sample, so that short samples fill a tile. The kernels read tensors in
 place at any strides. Offsets are 64-bit.
@@ -122,7 +122,7 @@ def joined(shape: tuple[int, ...], *strides: tuple[int, ...]) -> tuple[int, int,
 
 
 def chunking(batch: int, length: int, width: int, rows: int) -> tuple[int, int]:
-    """(chunks of a sample, rows of a chunk) from shapes alone: about ``_PROGRAMS`` programs, but no chunk of only a few rows."""
+    """(chunks of a sample, rows of a chunk): about ``_PROGRAMS`` programs in all, but no chunk of only a few rows."""
     others = max(batch, 1) * ceil_div(width, COLUMNS)
     wanted = max(1, min(ceil_div(_PROGRAMS, others), ceil_div(length, _SHORTEST_CHUNK)))
     chunk_rows = ceil_div(max(ceil_div(length, wanted), 1), rows) * rows

@@ -13,7 +13,7 @@ of a patch. A line is one token of one sample; there are B·N lines. A pass is o
     gather_values    ``patchify``. A program owns part of one row of patches of one sample, in the order of the tokens.
 
 Arithmetic is fp32 on values that are widened after the load; patches, x1 and h are rounded as the formulas say. Products take
-operands in the weight's dtype and accumulate in fp32, never in TF32. The same inputs give the same bits: each sum has a fixed order,
+operands in the weight's dtype and accumulate in fp32, never in TF32. The same inputs give the same bits: sums have a fixed order,
 and no two programs write one element.
 
 ``PIECES`` pieces of ``PIECE`` channels hold a row. 128 channels (64 in fp32 products) divide the paper's widths; other widths mask

@@ -22,7 +22,7 @@ compile the code that uses it. A pass is one read or one write of a (B, N, D) te
     add_samples    (in _rows.py) adds these terms over the samples: dweight, dbias, dbranch_bias (D,).
 
 Arithmetic is fp32 on values that are widened after the load. The same inputs give the same bits: nothing is added atomically, no
-two programs write one element, and the number of chunks depends on shapes alone.
+two programs write one element, and the number of chunks depends on shapes and dtypes alone.
 
 Two power-of-two pieces, HEAD and TAIL channels wide (``_triton.pieces``), hold a row. They fill all lanes at the paper's widths;
 other widths mask the tail. The kernels read (B, N, D) tensors in place at any strides and (B, D) vectors at any batch stride; a
@@ -484,7 +484,7 @@ def backward_plan(
 
 @remembered_by_shape
 def chunking(batch: int, length: int, rows: int) -> tuple[int, int]:
-    """(chunks of a sample, rows of a chunk) for a backward that walks through tokens, from shapes alone.
+    """(chunks of a sample, rows of a chunk) for a backward that walks through tokens, ``rows`` at a time.
 
     About ``_PROGRAMS`` programs in all fill a GPU. In a chunk of few rows, the traffic of its partial sums would outweigh theirs.
     """

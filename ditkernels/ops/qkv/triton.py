@@ -8,7 +8,7 @@
     add_samples    (in _rows.py) adds the partial sums: dbias.
 
 dpacked holds the bits that were read, without conversion. The same inputs give the same bits: nothing is added atomically, no two
-programs write one element, and the number of chunks depends on shapes alone.
+programs write one element, and the number of chunks depends on shapes, strides and dtypes alone.
 
 The kernel reads each of dq, dk and dv in place at its own strides. Heads that are adjacent in memory are merged into one long head,
 and adjacent samples into one long sample, so that short ones fill a tile. Offsets are 64-bit.
