@@ -8,8 +8,9 @@
 //              and S. The sums of a chunk go to memory.
 //   vectors    a thread owns some channels: adds up the chunks in order, and makes the gradients of the vectors of P, Q, R and S.
 //
-// The moments are taken about the row's first element: a constant row has its exact mean and a variance of 0. Where the mean is
-// so far from it that the difference of squares would cancel, the variance is taken about the mean, by one more loop.
+// The moments are taken about the mean of the row's first vector: a constant row has its exact mean and a variance of 0. Where the
+// row's mean is so far from it that the difference of squares would cancel, and in short rows, the variance is taken about the row's
+// mean, by one more loop.
 //
 // Same inputs, same bits, for any number of threads: rows and chunks do not share anything, and the cut into chunks is by shapes
 // alone. stats: (B, N, 2) of mean and rstd, or (B, N, 1) of rstd for rmsnorm.
@@ -74,6 +75,9 @@ struct Moments {
   float mean, rstd;
 };
 
+// In shorter rows the roundings of two sums of squares do not average out, and one more loop costs little.
+constexpr int64_t SHORT = 256;
+
 float variance_about(float mean, const float* row, int64_t width) {
   Lanes sums[SUMS] = {};
   add_up(width, [&](int64_t i, int j, auto reach) {
@@ -87,7 +91,7 @@ float variance_about(float mean, const float* row, int64_t width) {
 template <typename Value>
 [[gnu::always_inline]] inline Moments moments(const NormForward& a, const float* row, const Value& value) {
   float about = 0.0f;
-  if (!a.rms) about = a.width >= WIDTH ? value(0, Whole{}, 0.0f)[0] : value(0, Part{a.width}, 0.0f)[0];
+  if (!a.rms) about = a.width >= WIDTH ? total(value(0, Whole{}, 0.0f)) / WIDTH : value(0, Part{a.width}, 0.0f)[0];
   Lanes sums[SUMS] = {}, squares[SUMS] = {};
   add_up(a.width, [&](int64_t i, int j, auto reach) {
     const Lanes apart = value(i, reach, about) - about;
@@ -98,7 +102,7 @@ template <typename Value>
   if (a.rms) return {0.0f, 1.0f / __builtin_sqrtf(square + a.eps)};
   const float apart = total(sums) / a.width, mean = about + apart;
   float variance = square - apart * apart;
-  if (!(variance > 0.125f * apart * apart)) variance = variance_about(mean, row, a.width);
+  if (a.width < SHORT || !(variance > apart * apart)) variance = variance_about(mean, row, a.width);
   return {mean, 1.0f / __builtin_sqrtf(variance + a.eps)};
 }
 
