@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 
 import numerics
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from native_cpu import on_both_backends  # noqa: F401
 from torch import Tensor
 
 from ditkernels import reference
@@ -275,15 +277,18 @@ def test_each_subset_of_inputs_gets_its_gradients_and_saves_what_they_need(op: s
 @pytest.mark.parametrize("op", ["modulate_norm", "gated_residual_norm"])
 def test_statistics_are_kept_for_a_backward_only(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
     inputs = make_inputs(op, 2, 5, 12, F32, F32)
-    implementation = dispatch.OPS[op].implementations["torch"]
-    kernel, kept = implementation.kernel, []
+    kept: list[tuple[int, ...] | None] = []
 
-    def watching(*args: object) -> tuple[Tensor | None, ...]:
-        outputs = kernel(*args)
-        kept.append(None if outputs[-1] is None else tuple(outputs[-1].shape))
-        return outputs
+    def watching(kernel: Callable[..., tuple[Tensor | None, ...]]) -> Callable[..., tuple[Tensor | None, ...]]:
+        def watched(*args: object) -> tuple[Tensor | None, ...]:
+            outputs = kernel(*args)
+            kept.append(None if outputs[-1] is None else tuple(outputs[-1].shape))
+            return outputs
 
-    monkeypatch.setattr(implementation, "kernel", watching)
+        return watched
+
+    for implementation in dispatch.OPS[op].implementations.values():
+        monkeypatch.setattr(implementation, "kernel", watching(implementation.kernel))
     getattr(norm, op)(**inputs)
     leaves = {n: v.requires_grad_() for n, v in inputs.items()}
     with torch.no_grad():

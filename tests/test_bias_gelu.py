@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from native_cpu import on_both_backends  # noqa: F401
 from subsets import Watching, assert_every_subset
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint

@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from native_cpu import on_both_backends  # noqa: F401
 from subsets import Watching, assert_every_subset
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode

@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from native_cpu import on_both_backends  # noqa: F401
 from test_final_layer import Saved
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
