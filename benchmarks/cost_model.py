@@ -149,7 +149,7 @@ def _footprint(tensor: Tensor) -> int:
 def count(variant: Variant, model: str, input_size: int, batch: int) -> Counted:
     """Counts one forward and backward under bf16 autocast, as on the CPU: the kernels are those of a GPU but for attention's.
 
-    A backend is forced so that linears leave their biases to the fused ops, as on a GPU. Of fake tensors none of it runs.
+    Linears leave their biases to the fused ops, as on a GPU. Of fake tensors none of it runs.
     """
     counter, moved = FlopCounterMode(display=False, custom_mapping=ATTENTION), _Bytes()
     with FakeTensorMode(), _values_unseen(), torch.random.fork_rng(devices=[]):
@@ -159,7 +159,7 @@ def count(variant: Variant, model: str, input_size: int, batch: int) -> Counted:
             net, _ = lowered(net, torch.bfloat16)
         x = torch.empty(batch, net.in_channels, input_size, input_size)
         labels = torch.empty(batch, dtype=torch.int64)
-        with counter, moved, ditkernels.use_backend("torch"), _mlps_as_one_op(variant.epilogues):
+        with counter, moved, ditkernels.use_backend("torch"), _as_on_a_gpu(variant.epilogues):
             with torch.autocast("cpu", torch.bfloat16):
                 out = net(x, labels, labels)
             out.float().square().mean().backward()
@@ -218,9 +218,10 @@ def host_row(model: str, steps: dict[str, dict[str, Any]], args: argparse.Namesp
     return made
 
 
-def _mlps_as_one_op(answer: bool) -> AbstractContextManager[Any]:
-    """What a GPU with cuBLASLt's epilogues would answer."""
-    return mock.patch.multiple(models, serves=mock.Mock(return_value=answer), asked_for=mock.Mock(return_value=answer))
+def _as_on_a_gpu(epilogues: bool) -> AbstractContextManager[Any]:
+    """What a GPU would answer, one with cuBLASLt's epilogues or one without."""
+    answer = mock.Mock(return_value=epilogues)
+    return mock.patch.multiple(models, serves=answer, asked_for=answer, _pays=mock.Mock(return_value=True))
 
 
 def _values_unseen() -> AbstractContextManager[Any]:

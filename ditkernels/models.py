@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from ditkernels import ops, reference
-from ditkernels.ops import dispatch
+from ditkernels.ops import _native, dispatch
 from ditkernels.ops.mlp import asked_for, serves
 from ditkernels.reference import make_models
 
@@ -92,11 +92,17 @@ def product_with_bias(linear: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | No
 def _taken_apart(linear: nn.Module, x: Tensor) -> TypeGuard[nn.Linear]:
     """Whether the op behind a linear takes over its bias, or the bias' gradient.
 
-    Not on a CPU, unless a backend is forced: there the product adds the bias for nothing. And not where somebody has put a module
-    in the place of the linear, or watches it: it is called as it is.
+    Not where somebody has put a module in the place of the linear, or watches it: it is called as it is.
     """
-    pays = x.is_cuda or dispatch.backend_setting() is not None
-    return pays and type(linear) is nn.Linear and not _watched(linear)
+    return _pays(x) and type(linear) is nn.Linear and not _watched(linear)
+
+
+def _pays(x: Tensor) -> bool:
+    """Whether an op adds a bias for less than the product before it does: compiled kernels do, plain PyTorch does not."""
+    forced = dispatch.backend_setting()
+    if forced is not None:
+        return forced != "torch"
+    return x.is_cuda or (x.is_cpu and _native.cpu_serves())
 
 
 def _watched(module: nn.Module) -> bool:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from unittest import mock
 
 import numerics
 import pytest
@@ -100,12 +102,18 @@ def test_autocast_keeps_the_stream_in_fp32(conditioning: str) -> None:
         numerics.assert_model_contract(got[name].to(BF16), low[name].to(BF16), value, name)
 
 
+@contextmanager
+def biases_left() -> Iterator[None]:
+    """As where compiled kernels serve, linears leave their biases to the ops behind them; these run on plain PyTorch."""
+    with ditkernels.use_backend("torch"), mock.patch.object(models, "_pays", lambda x: True):
+        yield
+
+
 @pytest.mark.parametrize("conditioning", CONDITIONINGS)
 def test_biases_left_to_the_kernels_agree_in_fp64(conditioning: str) -> None:
-    """As on a GPU, where linears leave their biases to the ops behind them; a forced backend asks for it on a CPU."""
     fused, plain = pair(F64, conditioning=conditioning, **SMALL)
     want = forward_backward(plain, F64)
-    with ditkernels.use_backend("torch"):
+    with biases_left():
         for checkpointing in models.CHECKPOINTING:
             fused.checkpointing = checkpointing
             got = forward_backward(fused, F64)
@@ -126,11 +134,11 @@ class _BiasSums(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("backend, sums", [("auto", 13), ("torch", 1)])
-def test_no_gradient_of_a_blocks_linear_is_read_again_for_its_bias(backend: str, sums: int) -> None:
+@pytest.mark.parametrize("left, sums", [(False, 13), (True, 1)])
+def test_no_gradient_of_a_blocks_linear_is_read_again_for_its_bias(left: bool, sums: int) -> None:
     """One sum is that of the patch embedding's bias, whose backward is made of library products."""
     fused, _ = pair(**{**SMALL, "input_size": 8})
-    with ditkernels.use_backend(backend), _BiasSums(3 * 16, 48) as counted:
+    with biases_left() if left else ditkernels.use_backend("torch"), _BiasSums(3 * 16, 48) as counted:
         fused(*batch(fused)).sum().backward()
     assert counted.found == sums
 
@@ -144,7 +152,7 @@ def test_a_linear_that_was_replaced_or_is_watched_is_called_as_it_is() -> None:
     want = fused(*batch(fused))
     seen = []
     fused.blocks[0].mlp.fc1.register_forward_hook(lambda module, args, out: seen.append(out.shape[-1]))
-    with ditkernels.use_backend("torch"):
+    with biases_left():
         torch.testing.assert_close(fused(*batch(fused)), want)
         for linear in (fused.blocks[1].mlp.fc2, fused.blocks[1].attn.proj, fused.blocks[1].attn.qkv):
             linear.__class__ = Low
@@ -178,7 +186,7 @@ def _replace_forward(module: torch.nn.Module, seen: Callable[..., None]) -> None
 def test_whoever_watches_a_part_sees_its_call(watch: Callable[..., object], parts: tuple[str, ...]) -> None:
     fused, _ = pair(conditioning="cross_attention", **SMALL)
     seen: list[str] = []
-    with ditkernels.use_backend("torch"):
+    with biases_left():
         want = fused(*batch(fused))
         for name in parts:
             watch(fused.blocks[0].get_submodule(name), lambda *_, name=name: seen.append(name))
@@ -198,7 +206,7 @@ def test_a_bias_of_qkv_that_is_frozen_or_absent_stays_with_its_linear(conditioni
             model.blocks[0].cross_attn.kv.bias.requires_grad_(False)
             model.blocks[1].cross_attn.kv.bias = None
     want = forward_backward(plain, F64)
-    with ditkernels.use_backend("torch"):
+    with biases_left():
         got = forward_backward(fused, F64)
     for name, value in want.items():
         numerics.assert_fp64_agreement(got[name], value, name)
@@ -216,11 +224,15 @@ def test_residual_dtype_is_the_streams() -> None:
 @pytest.mark.parametrize("conditioning", CONDITIONINGS)
 @pytest.mark.parametrize("checkpointing", ["selective", "full"])
 def test_activation_checkpointing_changes_no_gradient(checkpointing: str, conditioning: str) -> None:
+    """Where each block closes its stream, a residual and a norm are two ops, which round once more than one."""
     fused, _ = pair(conditioning=conditioning, **SMALL)
     want = forward_backward(fused)
     fused.checkpointing = checkpointing
     for name, value in forward_backward(fused).items():
-        assert torch.equal(value, want[name]), name
+        if checkpointing == "selective":
+            assert torch.equal(value, want[name]), name
+        else:
+            torch.testing.assert_close(value, want[name], rtol=1e-4, atol=1e-5, msg=name)
 
 
 @pytest.mark.parametrize("checkpointing", ["selective", "full"])
@@ -279,7 +291,7 @@ def test_compiles_as_one_graph(conditioning: str) -> None:
 
 def test_compiles_as_one_graph_with_biases_left_to_the_kernels() -> None:
     fused, _ = pair(**SMALL)
-    with ditkernels.use_backend("torch"):
+    with biases_left():
         want = forward_backward(fused)
         torch._dynamo.reset()
         compiled = forward_backward(torch.compile(fused, fullgraph=True, backend="aot_eager"))
@@ -359,12 +371,12 @@ def test_attention_backend_reaches_the_kernels() -> None:
 
 def test_every_op_of_the_library_runs() -> None:
     fused, _ = pair(**SMALL)
-    with torch.profiler.profile() as profile:
+    with biases_left(), torch.profiler.profile() as profile:
         fused(*batch(fused)).sum().backward()
     seen = {event.name for event in profile.events()}
-    for op in ("patch_embed", "modulate_norm", "gated_residual_norm", "final_layer", "patchify"):
+    for op in ("patch_embed", "modulate_norm", "gated_residual_norm", "bias_gelu", "final_layer", "patchify"):
         assert f"ditkernels::{op}_torch" in seen, op
-    for op in ("modulate_norm", "gated_residual_norm"):
+    for op in ("modulate_norm", "gated_residual_norm", "bias_gelu", "split_qkv"):
         assert f"ditkernels::{op}_backward_torch" in seen, op
 
 

@@ -1,7 +1,7 @@
 """How csrc/cuda and csrc/cpu each become a library, or PTX and machine code to read: flags, architectures, ninja's rules.
 
-setup.py, the Makefile, the tests and `make gpu` build through here. Nothing but the standard library is imported, so that it also runs where
-torch cannot. Sources and headers are measured by ninja's dependency files: a changed header rebuilds what includes it.
+setup.py, the Makefile, the tests and `make gpu` build through here. Nothing but the standard library is imported, so that it also
+runs where torch cannot. ninja's dependency files say what a changed header of csrc/cuda rebuilds.
 """
 
 from __future__ import annotations

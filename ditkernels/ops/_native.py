@@ -269,6 +269,12 @@ def _isa_reason() -> str | None:
     return None
 
 
+@dispatch.constant_when_traced
+def cpu_serves() -> bool:
+    """Whether the CPU library is there and runs on this processor."""
+    return CPU.absence is None and _isa_reason() is None
+
+
 def cpu_reason(device: torch.device) -> str | None:
     """Why the CPU library's kernels cannot run on tensors of a device, or None if they can."""
     if device.type != "cpu":
