@@ -1,0 +1,359 @@
+"""The CPU library as a whole: its objects, instruction sets, functions, threads, planted faults, and what is said without it."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from native_cpu import needs_library
+from test_cuda_build import build_native
+
+from ditkernels import ops
+from ditkernels.ops import _native, dispatch, norm
+
+ROOT = Path(__file__).parent.parent
+TORCH = Path(torch.__file__).parent
+on_x86 = pytest.mark.skipif(platform.machine() != "x86_64", reason="reads x86-64 machine code")
+needs_compiler = pytest.mark.skipif(build_native.find_cxx() is None, reason="needs a C++ compiler")
+needs_binutils = pytest.mark.skipif(shutil.which("objdump") is None, reason="needs objdump and nm")
+
+# ---- Objects ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def objects(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The objects of the library, all instruction sets."""
+    if build_native.find_cxx() is None:
+        pytest.skip("needs a C++ compiler")
+    out = tmp_path_factory.mktemp("objects")
+    build_native.build_cpu_library(out, build_native.find_cxx(), TORCH)
+    return out
+
+
+def output_of(*command: str) -> str:
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+@needs_binutils
+def test_objects_of_an_instruction_set_define_no_name_that_a_linker_may_merge(objects: Path) -> None:
+    """Of two weak definitions the linker keeps either, so a lesser processor could run code of a better one and crash."""
+    made = sorted(objects.glob("*.*.o"))
+    assert {path.name.split(".")[1] for path in made} == set(build_native.INSTRUCTION_SETS[platform.machine()][1])
+    for path in made:
+        names = [line.split()[-2:] for line in output_of("nm", "--defined-only", str(path)).splitlines()]
+        assert [name for kind, name in names if kind in "WVuw"] == [], path.name
+        assert [name for kind, name in names if kind in "TDRB"] != [], path.name
+
+
+@on_x86
+@needs_binutils
+def test_what_chooses_among_instruction_sets_needs_none(objects: Path) -> None:
+    for path in objects.glob("*.o"):
+        if path.name.count(".") == 1:
+            code = output_of("objdump", "-d", "--no-show-raw-insn", str(path))
+            assert re.search(r"\bv[a-z]+[ps][sd]?\b|%[yz]mm\d", code) is None, path.name
+
+
+# ---- Instruction sets ------------------------------------------------------------------------------------------------
+
+
+@needs_library
+@on_x86
+def test_an_older_processor_is_refused_with_a_reason_and_a_forced_set_is_checked() -> None:
+    of = torch.ops.ditkernels.cpu_isa_of
+    assert [of(count, "") for count in (1, 2, 3)] == ["avx2", "avx512", "avx512_bf16"]
+    assert of(3, "avx2") == "avx2"
+    with pytest.raises(RuntimeError, match=r"this processor is older than x86-64-v3 .* the torch backend serves"):
+        of(0, "")
+    with pytest.raises(RuntimeError, match=r"DITKERNELS_CPU_ISA: got 'avx512', this processor and this library have avx2"):
+        of(1, "avx512")
+
+
+def in_a_process(program: str, **environment: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, env={**os.environ, **environment}, cwd=ROOT
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@needs_library
+def test_a_set_that_this_processor_has_not_makes_auto_choose_torch_and_says_why() -> None:
+    program = (
+        "import torch\n"
+        "from ditkernels import ops, use_backend, BackendError\n"
+        "assert ops.bias_gelu(torch.zeros(1, 2, 3)).shape == (1, 2, 3)\n"
+        "with use_backend('cpu'):\n"
+        "    try: ops.bias_gelu(torch.zeros(1, 2, 3))\n"
+        "    except BackendError as error: print(error)\n"
+    )
+    assert "DITKERNELS_CPU_ISA: got 'neon9'" in in_a_process(program, DITKERNELS_CPU_ISA="neon9")
+
+
+@needs_library
+@pytest.mark.parametrize("isa", build_native.INSTRUCTION_SETS.get(platform.machine(), ((), {}))[1])
+def test_every_op_is_right_on_every_instruction_set_of_this_processor(isa: str) -> None:
+    try:
+        torch.ops.ditkernels.cpu_isa_of(["avx2", "avx512", "avx512_bf16"].index(isa) + 1 if "avx" in isa else 1, isa)
+        in_a_process("from ditkernels.ops import _native; _native.cpu_isa()", DITKERNELS_CPU_ISA=isa)
+    except AssertionError:
+        pytest.skip(f"this processor has no {isa}")
+    command = [sys.executable, "-m", "ditkernels.cli", "check", "--backend", "cpu"]
+    done = subprocess.run(command, env={**os.environ, "DITKERNELS_CPU_ISA": isa}, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+# ---- exp and the logistic function -----------------------------------------------------------------------------------
+
+
+def every_exponent(negative_alone: bool) -> torch.Tensor:
+    """fp32 numbers of every exponent, 64 mantissas each, and the special ones."""
+    generator = torch.Generator().manual_seed(0)
+    mantissas = torch.randint(0, 1 << 23, (255, 64), generator=generator, dtype=torch.int32)
+    bits = (torch.arange(255, dtype=torch.int32)[:, None] << 23) | mantissas
+    positive = torch.cat([bits.flatten().view(torch.float32), torch.tensor([0.0, float("inf")])])
+    return -positive if negative_alone else torch.cat([positive, -positive])
+
+
+def ulps(actual: torch.Tensor, exact: torch.Tensor) -> torch.Tensor:
+    """Error in units in the last place of the exact value; those of the smallest normal number below it."""
+    _, exponent = torch.frexp(exact.abs().clamp_min(2.0**-126))
+    return (actual.double() - exact).abs() / torch.ldexp(torch.ones_like(exact), exponent - 24)
+
+
+@needs_library
+def test_the_stated_errors_of_exp_and_of_the_logistic_function() -> None:
+    x = every_exponent(negative_alone=True)
+    got, exact = torch.ops.ditkernels.cpu_exp_of_negative(x), torch.exp(x.double())
+    above = x >= -87.33
+    assert ulps(got[above], exact[above]).max() <= 1.1
+    assert torch.equal(got[~above], torch.zeros_like(got[~above]))
+    x = every_exponent(negative_alone=False)
+    got, exact = torch.ops.ditkernels.cpu_sigmoid(x), torch.sigmoid(x.double())
+    normal = exact >= 2.0**-125
+    assert ulps(got[normal], exact[normal]).max() <= 3
+    assert (got[~normal].double() - exact[~normal]).abs().max() <= 2.0**-125
+    nan = torch.tensor([float("nan")])
+    assert torch.ops.ditkernels.cpu_exp_of_negative(nan).isnan().all()
+    assert torch.ops.ditkernels.cpu_sigmoid(nan).isnan().all()
+
+
+# ---- Threads ---------------------------------------------------------------------------------------------------------
+
+BITS = """
+import hashlib, sys, torch
+sys.path[:0] = ["tests", "tests/triton_proof", "benchmarks"]
+import test_adaln, test_bias_gelu, test_qkv, test_adamw_ema
+from ditkernels import ops
+torch.set_num_threads(int(sys.argv[1]))
+F32, BF16 = torch.float32, torch.bfloat16
+made = []
+for op in test_adaln.OPS:
+    for batch, length, width, stream, branch in ((3, 157, 384, F32, F32), (1, 300, 200, BF16, BF16), (2, 90, 1152, F32, BF16)):
+        made += test_adaln.run(getattr(ops, op), test_adaln.make_inputs(op, batch, length, width, stream, branch))
+for dtype in (F32, BF16):
+    made += test_bias_gelu.run(ops.bias_gelu, test_bias_gelu.make_inputs((3, 157, 700), dtype, F32))
+    made += test_qkv.backward(test_qkv.gradients((3, 157, 3, 4, 24), dtype, "heads first"))
+made += [t for tensors in test_adamw_ema.updated(ops.adamw_ema, test_adamw_ema.make_state()).values() for t in tensors]
+made += [ops.unpatchify(torch.randn(8, 256, 64, generator=torch.Generator().manual_seed(0)), grid=(16, 16), patch_size=4)]
+print(hashlib.sha256(b"".join(t.detach().contiguous().view(torch.uint8).numpy().tobytes() for t in made if t.numel())).hexdigest())
+"""
+
+
+@needs_library
+def test_bits_depend_on_neither_the_run_nor_the_number_of_threads() -> None:
+    def of(threads: int) -> str:
+        command = [sys.executable, "-c", BITS, str(threads)]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    assert len({of(threads) for threads in (1, 1, 2, 4)}) == 1
+
+
+# ---- Layouts and sizes -----------------------------------------------------------------------------------------------
+
+
+@needs_library
+@pytest.mark.parametrize("op", norm.__all__)
+def test_constant_rows_have_their_exact_mean_and_no_variance(op: str) -> None:
+    if op == "gated_residual":
+        return
+    for width in (5, 8, 384, 1153):
+        x = torch.full((1, 3, width), 0.1) * torch.tensor([1.0, 1e3, -7e6])[:, None]
+        h = ops.modulate_norm(x) if op == "modulate_norm" else ops.gated_residual_norm(x, torch.zeros_like(x))[1]
+        assert torch.equal(h, torch.zeros_like(h)), width
+
+
+@needs_library
+def test_strides_beyond_2_to_the_31_bytes() -> None:
+    far = torch.empty_strided((2, 2, 40), (3 << 28, 1 << 28, 1), dtype=torch.float32)
+    near = torch.randn(2, 2, 40)
+    far.copy_(near)
+    with dispatch.use_backend("cpu"):
+        assert torch.equal(ops.modulate_norm(far), ops.modulate_norm(near))
+        assert torch.equal(ops.bias_gelu(far), ops.bias_gelu(near))
+
+
+# ---- Planted faults --------------------------------------------------------------------------------------------------
+
+# family: (what stands in its source, what a careless hand might write)
+FAULTS = {
+    "norm": [
+        ("sums[j] += apart;", "sums[0] = apart;"),
+        ("if (a.width < SHORT || !(variance > apart * apart))", "if (false)"),
+        ("(1.0f + load(factor + i, reach)) * load(buffer + i, reach)", "load(factor + i, reach) * load(buffer + i, reach)"),
+        ("if (at == begin || token == 0) {\n      read(a.gate", "if (at == begin) {\n      read(a.gate"),
+        ("if (a.rms) means.dnormed = 0.0f;", ""),
+        ("add(rs + width + i, reach, dx);", ""),
+        ("load(bias + i, reach) * s);\n    add(shared", "s);\n    add(shared"),
+        ("if (stream == HALF) stream = FLOAT;", "if (stream == HALF) stream = BFLOAT16;"),
+        ("first + a.chunk_rows < a.tokens ? first + a.chunk_rows : a.tokens", "first + a.chunk_rows - 1"),
+        ("store(dbranch + i, reach, load(gate + i, reach) * dx)", "store(dbranch + i, reach, dx)"),
+    ],
+    "gelu": [
+        ("return z * chosen(steep, logistic(steep));", "return z * logistic(steep).above;"),
+        ("(STEEP + 3.0f * CUBIC * square)", "(STEEP + CUBIC * square)"),
+        ("if constexpr (SUM) add(sums + i, reach, gradient);", ""),
+    ],
+    "qkv": [
+        ("sums += part.head_dim;", ""),
+        ("made.head == made.head_dim * made.channel", "made.head >= made.head_dim"),
+    ],
+    "optimizer": [
+        ("if (!step.skipped) *taken += 1.0f;", "*taken += 1.0f;"),
+        ("average + s.towards * (value - average)", "average + s.towards * value"),
+        ("while (owner + 1 < first.size() && first[owner + 1] <= piece) ++owner;", ""),
+    ],
+    "image": [
+        ("gathered.rounding = dtype_of(weight);", ""),
+    ],
+}
+PARITY = {
+    "norm": "tests/test_adaln.py -k chosen-and-(parity-or-combination)",
+    "gelu": "tests/test_bias_gelu.py -k chosen-and-(parity-or-tails-or-subset)",
+    "qkv": "tests/test_qkv.py -k chosen-and-(parity-or-subset)",
+    "optimizer": "tests/test_adamw_ema.py -k chosen-and-(parity-or-skipped-or-formula)",
+    "image": "tests/test_patch_embed.py -k chosen-and-rounded",
+}
+
+
+def with_fault(objects: Path, out: Path, family: str, genuine: str, fault: str) -> Path:
+    """A library with a fault in the kernels of one family for the least instruction set; all other objects are as they are."""
+    source = ROOT / f"csrc/cpu/{family}.cpp"
+    text = source.read_text()
+    assert text.count(genuine) == 1, f"{family}: {genuine!r} stands there {text.count(genuine)} times"
+    (out / source.name).write_text(text.replace(genuine, fault))
+    sets = build_native.INSTRUCTION_SETS[platform.machine()][1]
+    least, flags = next(iter(sets.items()))
+    host = build_native.INSTRUCTION_SETS[platform.machine()][0]
+    start = [build_native.find_cxx(), *build_native.CPU_FLAGS, "-isystem", str(TORCH / "include"), f"-I{source.parent}"]
+    made = {f"{family}.o": host, f"{family}.{least}.o": (*flags, f"-DDITKERNELS_ISA={least}")}
+    for name, chosen in made.items():
+        subprocess.run([*start, *chosen, "-c", str(out / source.name), "-o", str(out / name)], check=True)
+    rest = [str(path) for path in objects.glob("*.o") if path.name not in made]
+    library = out / "_cpu.so"
+    linked = [start[0], "-shared", *rest, *(str(out / name) for name in made), f"-L{TORCH / 'lib'}", "-ltorch_cpu"]
+    subprocess.run([*linked, "-o", str(library)], check=True)
+    return library
+
+
+@pytest.mark.slow
+@needs_library
+@pytest.mark.parametrize("family, genuine, fault", [(family, *pair) for family, pairs in FAULTS.items() for pair in pairs])
+def test_planted_faults_are_found(family: str, genuine: str, fault: str, objects: Path, tmp_path: Path) -> None:
+    library = with_fault(objects, tmp_path, family, genuine, fault)
+    least = next(iter(build_native.INSTRUCTION_SETS[platform.machine()][1]))
+    files, _, chosen = PARITY[family].partition(" -k ")
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:xdist", files, "-k", chosen.replace("-", " ")]
+    environment = {**os.environ, "DITKERNELS_CPU_LIBRARY": str(library), "DITKERNELS_CPU_ISA": least}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 1, f"not found:\n{done.stdout[-2000:]}"
+
+
+# ---- Sanitizers and other machines -----------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@needs_compiler
+def test_the_loops_cross_compile_for_aarch64(tmp_path: Path) -> None:
+    compiler = shutil.which("aarch64-linux-gnu-g++")
+    if compiler is None:
+        pytest.skip("needs g++-aarch64-linux-gnu")
+    for name, source, flags in build_native.cpu_objects("aarch64"):
+        if "." in Path(name).stem:  # those that talk to torch need its headers alone, and link nowhere here
+            command = [compiler, *build_native.CPU_FLAGS, *flags, "-c", str(source), "-o", str(tmp_path / name)]
+            subprocess.run(command, check=True)
+    assert len(list(tmp_path.glob("*.native.o"))) == 5
+
+
+# ---- Without the library ---------------------------------------------------------------------------------------------
+
+
+def absent(monkeypatch: pytest.MonkeyPatch, **environment: str) -> _native.Library:
+    """A CPU library that is looked for where there is none."""
+    monkeypatch.setattr(_native, "PACKAGE", Path("/nowhere"))
+    monkeypatch.delenv("DITKERNELS_CPU_LIBRARY", raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    library = _native.Library("CPU", "_cpu.so", "HOW")
+    library.load_if_present()
+    monkeypatch.setattr(_native, "CPU", library)
+    dispatch.forget()
+    return library
+
+
+def test_the_first_call_without_the_library_says_so_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    absent(monkeypatch)
+    with pytest.warns(UserWarning, match="ditkernels runs on plain PyTorch here, since the CPU library has not been built"):
+        ops.bias_gelu(torch.zeros(1, 2, 3))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ops.modulate_norm(torch.zeros(1, 2, 3))
+
+
+def test_who_wants_no_library_is_told_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    library = absent(monkeypatch, DITKERNELS_CPU_LIBRARY="none")
+    assert library.absence == "DITKERNELS_CPU_LIBRARY=none"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ops.bias_gelu(torch.zeros(1, 2, 3))
+
+
+def test_a_forced_cpu_backend_that_cannot_serve_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    if _native.CPU.absence is None:
+        words = r"torch\.float64 is not among the kernels' dtypes"
+        with dispatch.use_backend("cpu"), pytest.raises(dispatch.BackendError, match=words):
+            ops.bias_gelu(torch.zeros(1, 2, 3, dtype=torch.float64))
+    absent(monkeypatch, DITKERNELS_CPU_LIBRARY="/nowhere/_cpu.so")
+    with dispatch.use_backend("cpu"), pytest.raises(dispatch.BackendError, match=r"/nowhere/_cpu.so does not load"):
+        ops.bias_gelu(torch.zeros(1, 2, 3))
+
+
+def test_the_record_of_the_installation_is_read(tmp_path: Path) -> None:
+    (tmp_path / "_cpu_build.json").write_text(json.dumps({"absent": "no C++ compiler was found"}))
+    assert _native.CPU.why_not_built(tmp_path) == "the CPU library was not built: no C++ compiler was found"
+
+
+def test_the_compiler_is_the_one_that_CXX_names_else_one_of_the_path(tmp_path: Path) -> None:
+    compiler = tmp_path / "clang++"
+    compiler.write_text("#!/bin/sh\n")
+    compiler.chmod(0o755)
+    assert build_native.find_cxx({"PATH": str(tmp_path)}) == str(compiler)
+    assert build_native.find_cxx({"PATH": str(tmp_path), "CXX": "clang++ -v"}) == str(compiler)
+    assert build_native.find_cxx({"PATH": str(tmp_path), "CXX": "icpx"}) is None
+    assert build_native.find_cxx({"PATH": "/nowhere"}) is None
+
+
+def test_a_machine_without_rules_is_named(tmp_path: Path) -> None:
+    with pytest.raises(build_native.BuildError, match=r"there is no rule for riscv64 .* x86_64 or aarch64"):
+        build_native.build_cpu_library(tmp_path, "c++", TORCH, "riscv64")
