@@ -21,7 +21,7 @@ from ditkernels.checkpoint import (
     set_aside,
     verify_checkpoint,
 )
-from ditkernels.config import TrainConfig, differences
+from ditkernels.config import FIRST, TrainConfig, differences
 from ditkernels.data import TrainingData
 from ditkernels.models import DiT_models
 from ditkernels.reference import DiT
@@ -100,7 +100,9 @@ def _take_over(checkpoint: Checkpoint, origin: Path, trainer: Trainer) -> None:
     """Goes on from a checkpoint of the same run; CheckpointError lists what differs if it is of another one."""
     if checkpoint.ema is None or checkpoint.optimizer is None or "training" not in checkpoint.config:
         raise CheckpointError(f"{origin} holds weights but no training state; init_from starts from weights")
-    found = differences(checkpoint.config["training"], trainer.config)
+    recorded = {**FIRST, **checkpoint.config["training"]}
+    trainer.keep_optimizer(recorded["optimizer"])
+    found = differences(recorded, trainer.config)
     if trainer.config.lr_schedule == "constant":
         # How long the run shall be changes no step of it, unless the rate depends on it.
         found = [text for text in found if not text.startswith(("steps:", "epochs:"))]

@@ -65,8 +65,8 @@ class TrainConfig:
     warmup_steps: int = option(0, "steps of linear warm-up", least=0)
     weight_decay: float = option(0.0, "of AdamW", least=0)
     grad_clip: float | None = option(None, "largest norm of the gradient")
-    optimizer: Literal["torch", "fused"] = option(
-        "torch", "AdamW: torch's and then the moving average, or both in one pass over memory"
+    optimizer: Literal["auto", "torch", "fused"] = option(
+        "auto", "AdamW: torch's and then the moving average, or both in one pass; auto: in one where that was measured to be faster"
     )
     master_weights: bool = option(False, "bf16 matrices to compute with, their fp32 masters for the fused optimizer", free=True)
     ema_decay: float = option(0.9999, "of the moving average of the weights", least=0)
@@ -87,7 +87,7 @@ class TrainConfig:
     residual_dtype: Literal["auto", "bf16", "fp32"] = option("auto", "of the residual stream; auto: as plain PyTorch")
     checkpointing: Literal["none", "selective", "full"] = option("none", "activations recomputed in backward")
     compile: bool = option(False, "torch.compile each block")
-    backend: str = option("auto", "of the ops: auto, torch, triton, cuda")
+    backend: str = option("auto", "of the ops: auto, torch, triton, cuda, cpu")
     attention_backend: str = option("auto", "of attention; ditkernels info lists them")
     deterministic: bool = option(False, "refuse operations that may round differently from run to run")
 
@@ -216,11 +216,15 @@ def read_yaml(config: type, path: Path) -> dict[str, Any]:
     return {name: _number(hints[name], value) for name, value in content.items()}
 
 
+# What a field did before it could be set, where its default is another by now.
+FIRST = {"optimizer": "torch"}
+
+
 def differences(recorded: Mapping[str, Any], config: Any) -> list[str]:
     """The fields, not free ones, in which a config differs from one recorded in a checkpoint: "name: 1 there, 2 here"."""
     here = dataclasses.asdict(config)
     # A field that is younger than the record had its default's effect.
-    there = {spec.name: recorded.get(spec.name, spec.default) for spec in dataclasses.fields(config)}
+    there = {spec.name: recorded.get(spec.name, FIRST.get(spec.name, spec.default)) for spec in dataclasses.fields(config)}
     return [
         f"{spec.name}: {there[spec.name]!r} there, {here[spec.name]!r} here"
         for spec in dataclasses.fields(config)

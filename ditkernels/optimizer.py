@@ -22,9 +22,20 @@ from torch import Tensor, nn
 
 from ditkernels.config import TrainConfig
 from ditkernels.masters import Copies
-from ditkernels.ops import adamw_ema
+from ditkernels.ops import adamw_ema, dispatch
 
 Model = TypeVar("Model", bound=nn.Module)
+
+
+def resolved(optimizer: str, weight: Tensor) -> str:
+    """ "torch" or "fused". For "auto" it is fused where that was measured to be faster: on a CPU, with its compiled library."""
+    if optimizer != "auto":
+        return optimizer
+    one = torch.zeros(1, dtype=weight.dtype, device=weight.device)
+    lists = ([one], [one], [one], [one], [one.float()], [], [])
+    numbers = (None, None, 1e-4, 0.9, 0.999, 1e-8, 0.0, 0.0)
+    chosen = dispatch.OPS["adamw_ema"].choose(*lists, *numbers, forced=dispatch.backend_setting())
+    return "fused" if chosen == "cpu" else "torch"
 
 
 def make_optimizer(

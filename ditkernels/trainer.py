@@ -12,7 +12,7 @@ import argparse
 import signal
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,6 +44,7 @@ from ditkernels.optimizer import (
     load_optimizer_tensors,
     make_optimizer,
     optimizer_tensors,
+    resolved,
     update,
 )
 from ditkernels.random import Stream, below, normals, uniforms
@@ -204,8 +205,8 @@ class Trainer:
         if config.accumulation > 1:
             accumulate_in(torch.float32, self._copies)
         self.ema = EMA(model, config.ema_decay, average)
-        trained = (weight for weight in model.parameters() if weight.requires_grad)
-        self.optimizer = make_optimizer(trained, config, self.ema, self._copies)
+        self._may_choose_optimizer = config.optimizer == "auto" and not config.master_weights
+        self._use_optimizer("fused" if config.master_weights else resolved(config.optimizer, next(model.parameters())))
         self.loss_scale = LossScale(self.device) if self.precision == "fp16" else None
         self.step = 0
         self.total = config.steps or max(1, config.epochs * data.length // config.global_batch_size)
@@ -221,6 +222,16 @@ class Trainer:
     # --------------------------------------------------------------------------------------------------------
     # One step
     # --------------------------------------------------------------------------------------------------------
+
+    def _use_optimizer(self, name: str) -> None:
+        self.config = replace(self.config, optimizer=name)
+        trained = (weight for weight in self.model.parameters() if weight.requires_grad)
+        self.optimizer = make_optimizer(trained, self.config, self.ema, self._copies)
+
+    def keep_optimizer(self, recorded: str) -> None:
+        """Goes on with the optimizer that a run began with, unless the config names one; before the first step."""
+        if self._may_choose_optimizer and recorded in ("torch", "fused"):
+            self._use_optimizer(recorded)
 
     def train_step(self, batch: Batch, step: int, rate: float, stopping: int | None = None) -> list[Tensor]:
         """Forward, backward, optimizer, moving average.

@@ -21,9 +21,11 @@ from sabotage import KILLED, flip_a_bit, kill_at_call, slow_steps
 from sklearn.datasets import load_digits as _warm  # noqa: F401 (the server imports this module once for all)
 
 from ditkernels import sampler, trainer  # noqa: F401 (likewise)
-from ditkernels.checkpoint import CheckpointWriter, checkpoints_of, load_checkpoint, newest_checkpoint
+from ditkernels.checkpoint import CheckpointWriter, checkpoints_of, load_checkpoint, newest_checkpoint, save_checkpoint
 from ditkernels.cli import main
 from ditkernels.config import TrainConfig
+from ditkernels.ops import _native
+from ditkernels.optimizer import resolved
 from ditkernels.runlog import METRICS, read_metrics
 
 STEPS = 10
@@ -356,3 +358,30 @@ def test_the_manifest_tells_what_the_run_was(unbroken):
     assert TrainConfig(**manifest["config"]["training"]).steps == STEPS
     assert manifest["state"]["images_seen"] == 4 * STEPS
     assert sorted(manifest["files"]) == ["ema", "model", "optimizer"]
+
+
+def recorded_optimizer(folder):
+    return newest_checkpoint(folder).checkpoint.config["training"]["optimizer"]
+
+
+def test_a_run_records_what_auto_became_and_keeps_it(unbroken, tmp_path, capsys):
+    became = resolved("auto", torch.zeros(1))
+    assert became == ("torch" if _native.CPU.absence else "fused")
+    assert recorded_optimizer(unbroken) == became
+    for optimizer in ("torch", "fused"):
+        run = [*TRAIN, "--results-dir", str(tmp_path / optimizer)]
+        assert main([*run, "--steps", "4", "--optimizer", optimizer]) == 0
+        assert main(run) == 0
+        assert recorded_optimizer(tmp_path / optimizer) == optimizer
+    assert main([*run, "--steps", "12", "--optimizer", "torch"]) == 2
+    assert "optimizer: 'fused' there, 'torch' here" in capsys.readouterr().err
+
+
+def test_a_run_from_before_the_choice_goes_on_with_torchs(tmp_path, capsys):
+    run = [*TRAIN, "--results-dir", str(tmp_path / "run")]
+    assert main([*run, "--steps", "4", "--optimizer", "torch"]) == 0
+    older = newest_checkpoint(tmp_path / "run").checkpoint
+    del older.config["training"]["optimizer"]
+    save_checkpoint(checkpoints_of(tmp_path / "run")[4], older)
+    assert main(run) == 0
+    assert recorded_optimizer(tmp_path / "run") == "torch"
