@@ -15,7 +15,7 @@ import copy
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, Generic, Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -27,12 +27,12 @@ from ditkernels.ops import adamw_ema, dispatch
 Model = TypeVar("Model", bound=nn.Module)
 
 
-def resolved(optimizer: str, weight: Tensor) -> str:
+def resolved(optimizer: Literal["auto", "torch", "fused"], weight: Tensor) -> Literal["torch", "fused"]:
     """ "torch" or "fused". For "auto" it is fused where that was measured to be faster: on a CPU, with its compiled library."""
     if optimizer != "auto":
         return optimizer
     one = torch.zeros(1, dtype=weight.dtype, device=weight.device)
-    lists = ([one], [one], [one], [one], [one.float()], [], [])
+    lists: tuple[list[Tensor], ...] = ([one], [one], [one], [one], [one.float()], [], [])
     numbers = (None, None, 1e-4, 0.9, 0.999, 1e-8, 0.0, 0.0)
     chosen = dispatch.OPS["adamw_ema"].choose(*lists, *numbers, forced=dispatch.backend_setting())
     return "fused" if chosen == "cpu" else "torch"

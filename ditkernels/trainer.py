@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -223,14 +223,14 @@ class Trainer:
     # One step
     # --------------------------------------------------------------------------------------------------------
 
-    def _use_optimizer(self, name: str) -> None:
+    def _use_optimizer(self, name: Literal["torch", "fused"]) -> None:
         self.config = replace(self.config, optimizer=name)
         trained = (weight for weight in self.model.parameters() if weight.requires_grad)
         self.optimizer = make_optimizer(trained, self.config, self.ema, self._copies)
 
-    def keep_optimizer(self, recorded: str) -> None:
+    def keep_optimizer(self, recorded: Literal["auto", "torch", "fused"]) -> None:
         """Goes on with the optimizer that a run began with, unless the config names one; before the first step."""
-        if self._may_choose_optimizer and recorded in ("torch", "fused"):
+        if self._may_choose_optimizer and recorded != "auto":
             self._use_optimizer(recorded)
 
     def train_step(self, batch: Batch, step: int, rate: float, stopping: int | None = None) -> list[Tensor]:

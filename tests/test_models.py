@@ -105,7 +105,7 @@ def test_autocast_keeps_the_stream_in_fp32(conditioning: str) -> None:
 @contextmanager
 def biases_left() -> Iterator[None]:
     """As where compiled kernels serve, linears leave their biases to the ops behind them; these run on plain PyTorch."""
-    with ditkernels.use_backend("torch"), mock.patch.object(models, "_pays", lambda x: True):
+    with ditkernels.use_backend("torch"), mock.patch.object(models, "_pays", return_value=True):
         yield
 
 
