@@ -46,18 +46,13 @@ def test_ceilings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytes
     assert "4x1152x384" in capsys.readouterr().out
 
 
+OPS = "modulate_norm,gated_residual,gated_residual_norm,patch_embed,final_layer,bias_gelu,split_qkv"
+
+
 def test_ops(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     size = (
-        "--batch",
-        "2",
-        "--tokens",
-        "6",
-        "--width",
-        "32",
-        "--copy-mib",
-        "1",
-        "--contenders",
-        "eager,torch,cuda",
+        *("--ops", OPS, "--shapes", "2x6x32", "--precisions", "bf16,fp32+bf16", "--passes", "forward,backward"),
+        *("--copy-mib", "1", "--contenders", "eager,torch,cuda"),
     )
     rows = run("ops", *size, monkeypatch=monkeypatch, out=tmp_path / "o.json")
     timed = [row for row in rows if "median_ms" in row]
@@ -75,11 +70,89 @@ def test_a_wrong_op_gets_no_speed(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
 
     right = ops.modulate_norm
     monkeypatch.setattr(ops, "modulate_norm", lambda x, *args, **options: 1.01 * right(x, *args, **options))
-    size = ("--batch", "2", "--tokens", "6", "--width", "32", "--copy-mib", "1", "--precisions", "fp32")
+    size = ("--shapes", "2x6x32", "--copy-mib", "1", "--precisions", "fp32", "--passes", "forward")
     named = ("--ops", "modulate_norm", "--contenders", "eager,torch")
     rows = run("ops", *size, *named, monkeypatch=monkeypatch, out=tmp_path / "o.json")
     assert {row["contender"] for row in rows if "median_ms" in row} == {"eager"}
     assert any("WRONG" in row.get("note", "") for row in rows)
+
+
+def test_contenders_are_compared_within_a_round_and_over_processes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    named = ("--ops", "gated_residual,gelu", "--contenders", "eager,cpu,copy", "--precisions", "fp32")
+    size = ("--shapes", "1x4x32,2x6x32", "--copy-mib", "1", "--passes", "inference,forward+backward")
+    processes = ("--processes", "2", "--threads", "1,2")
+    rows = run("ops", *named, *size, *processes, monkeypatch=monkeypatch, out=tmp_path / "o.json")
+    timed = [row for row in rows if "median_ms" in row and row["contender"] != "cpu"]
+    assert len(timed) == 2 * 2 * 2 * 2 * 2
+    assert len({json.dumps([row[key] for key in ("op", "contender", "pass", "shape", "threads")]) for row in timed}) == len(timed)
+    for row in timed:
+        assert row["processes"] == 2
+        assert row[f"over_{row['contender']}"] == 1
+        for name, least in row["least"].items():
+            assert least <= row[name] <= row["most"][name]
+    forward = next(row for row in timed if (row["op"], row["pass"]) == ("gated_residual", "inference"))
+    assert forward["floor_bytes"] == 3 * 4 * 4 * 32
+    assert json.loads((tmp_path / "o.json").read_text())["environment"]["threads"] == [1, 2]
+    assert list(tmp_path.iterdir()) == [tmp_path / "o.json"]
+
+
+def test_processes_that_were_cut_short_are_gone_on_with(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import measure
+    import ops
+
+    named = ("--ops", "gated_residual", "--contenders", "eager", "--precisions", "fp32", "--passes", "inference")
+    out = tmp_path / "o.json"
+    size = ("--device", "cpu", "--rounds", "1", "--shapes", "1x4x32", "--copy-mib", "1", "--json", str(out))
+    command = [*named, *size, "--processes", "2", "--threads", "1", "--resume"]
+    right = subprocess.run
+
+    def cut_short(words: list[str], **options: Any) -> Any:
+        if words[-1].endswith("1-1.json"):
+            raise KeyboardInterrupt
+        return right(words, **options)
+
+    monkeypatch.setattr(measure.subprocess, "run", cut_short)
+    with pytest.raises(KeyboardInterrupt):
+        ops.main(command)
+    first = json.loads((tmp_path / "o.json.processes/0-1.json").read_text())["rows"]
+    monkeypatch.setattr(measure.subprocess, "run", right)
+    ops.main(command)
+    copy, eager = json.loads(out.read_text())["rows"]
+    assert (copy["processes"], eager["processes"]) == (2, 2)
+    assert first[1]["median_ms"] in (eager["least"]["median_ms"], eager["most"]["median_ms"])
+
+
+def test_medians_over_processes_keep_apart_what_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import measure
+
+    rows = [{"contender": name, "batch": 2, "gbps": gbps, "ratio": None} for gbps in (3.0, 1.0, 2.0) for name in ("a", "b")]
+    note = {"contender": "a", "note": "out of memory"}
+    a, b, told = measure.over_processes([*rows, note])
+    assert a == {**rows[0], "gbps": 2.0, "processes": 3, "least": {"gbps": 1.0}, "most": {"gbps": 3.0}}
+    assert (b["contender"], told["processes"], told["note"]) == ("b", 1, "out of memory")
+    samples = {"plain": [4.0, 9.0, 2.0], "ours": [2.0, 3.0, 2.0]}
+    assert measure.gains(samples, "ours", {"eager": "plain", "compiled": "absent"}) == {"over_eager": 2.0}
+
+
+def test_on_a_cpu_sizes_are_smaller_unless_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import measure
+
+    def batch(*argv: str) -> int:
+        parser = measure.parser(None)
+        parser.add_argument("--batch", type=int, default=256)
+        return measure.arguments(parser, argv, batch=4).batch
+
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    assert [batch("--device", "cpu"), batch("--device", "cpu", "--batch", "8"), batch("--device", "cuda"), batch()] == [
+        4,
+        8,
+        256,
+        256,
+    ]
 
 
 def test_attention(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -128,7 +201,7 @@ def test_a_wrong_attention_backend_is_told(monkeypatch: pytest.MonkeyPatch, caps
 
 
 def test_training(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    size = ("--models", "DiT-S/8", "--input-sizes", "16", "--batches", "2")
+    size = ("--models", "DiT-S/8", "--input-sizes", "16", "--batches", "2", "--passes", "step")
     rows = run(
         "training",
         *size,
@@ -137,7 +210,7 @@ def test_training(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         monkeypatch=monkeypatch,
         out=tmp_path / "t.json",
     )
-    product, eager, ours, without = rows
+    product, without, eager, ours = rows
     assert without["note"].startswith("cannot serve: ")
     assert (eager["residual"], ours["residual"]) == ("fp32", "bf16")
     assert product["mfu"] == 1.0
@@ -147,6 +220,17 @@ def test_training(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     per_image = ours["gflops_per_s"] / ours["images_per_s"]
     assert math.isclose(per_image, eager["gflops_per_s"] / eager["images_per_s"], rel_tol=1e-9)
     assert torch.get_float32_matmul_precision() == "highest"
+
+
+def test_passes_of_training_are_paired_with_the_plain_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    size = ("--models", "64x1/2", "--input-sizes", "8", "--batches", "2", "--contenders", "eager-fp32,ours-fp32")
+    _, *rows = run("training", *size, monkeypatch=monkeypatch, out=tmp_path / "t.json")
+    assert [(row["contender"], row["pass"]) for row in rows] == [
+        (name, which) for which in ("forward", "forward+backward") for name in ("eager-fp32", "ours-fp32")
+    ]
+    macs = [row["gflops_per_s"] / row["images_per_s"] for row in rows]
+    assert math.isclose(macs[2], 3 * macs[0])
+    assert [row["over_eager"] == 1 for row in rows] == [True, False, True, False]
 
 
 def test_a_contender_with_epilogues_takes_them_unmeasured_and_the_others_do_not(
@@ -196,14 +280,17 @@ def test_a_process_that_fails_is_an_error_with_its_words(monkeypatch: pytest.Mon
         run("first_use", *size, monkeypatch=monkeypatch, out=tmp_path / "f.json")
 
 
-SAMPLING = ("--model", "DiT-S/8", "--input-size", "16", "--batches", "2", "--lengths", "2,6")
+SAMPLING = ("--model", "DiT-S/8", "--input-size", "16", "--batches", "2", "--steps", "50,250", "--lengths", "2,6")
 
 
 def test_training_goes_through_all_models_and_sizes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.syspath_prepend(BENCHMARKS)
     import training
 
-    monkeypatch.setattr(training, "row", lambda name, network, *_: {**network._asdict(), "contender": name})
+    def told(names: list[str], network: Any, *_: Any) -> Iterator[dict[str, Any]]:
+        yield from ({**network._asdict(), "contender": name} for name in names)
+
+    monkeypatch.setattr(training, "rows_together", told)
     out = tmp_path / "all.json"
     sizes = ("--models", "all", "--input-sizes", "32,64", "--peak-tflops", "1", "--repeats", "2")
     training.main(["--device", "cpu", "--json", str(out), *sizes, "--contenders", "ours-bf16,eager-bf16"])
@@ -221,10 +308,26 @@ def test_sampling(solver: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
         *(("sampler-fp32", 50), ("sampler-fp32", 250)),
     ]
     for row in rows:
-        whole = row["fixed_ms"] + row["steps"] * row["median_ms"]
-        assert math.isclose(row["images_per_s"], 2e3 / whole)
+        assert math.isclose(row["images_per_s"], 2e3 / row["drawing_ms"])
+        # of two rounds the median is the mean, and the mean of drawings is the drawing of means
+        assert math.isclose(row["drawing_ms"], row["fixed_ms"] + row["steps"] * row["median_ms"])
         assert (row["batch"], row["timed_steps"], row["cuda_graphs"]) == (2, [2, 6], False)
     assert 0 < rows[2]["error_over_allowed"] <= 1
+    assert rows[0]["over_eager"] == 1 != rows[2]["over_eager"]
+
+
+def test_the_plain_model_with_modulation_ahead_is_held_to_the_contract_too(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from ditkernels import sampler
+
+    size = ("--model", "64x1/4", "--input-size", "8", "--batches", "1", "--contenders", "eager-fp32,ahead-fp32", "--rounds", "1")
+    right = sampler.sample
+    for factor, timed in ((1.0, ["eager-fp32", "ahead-fp32"]), (1.1, ["eager-fp32"])):
+        monkeypatch.setattr(sampler, "sample", lambda *args, factor=factor, **options: factor * right(*args, **options))
+        monkeypatch.syspath_prepend(BENCHMARKS)
+        monkeypatch.setattr("sys.argv", ["sampling", "--device", "cpu", *size, "--json", str(tmp_path / "s.json")])
+        runpy.run_path(str(BENCHMARKS / "sampling.py"), run_name="__main__")
+        rows = json.loads((tmp_path / "s.json").read_text())["rows"]
+        assert list(dict.fromkeys(row["contender"] for row in rows if "median_ms" in row)) == timed
 
 
 def test_a_wrong_model_draws_no_speed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -284,11 +387,15 @@ def test_the_suites_of_pytest_benchmark_run_and_are_no_part_of_the_test_suite(tm
 
 
 def test_optimizer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    size = ("--models", "DiT-S/8", "--copy-mib", "1")
+    size = ("--models", "DiT-S/8", "--copy-mib", "1", "--contenders", "fused,foreach,torch,triton,cuda")
     rows = run("optimizer", *size, monkeypatch=monkeypatch, out=tmp_path / "o.json")
     timed = [row for row in rows if "median_ms" in row]
-    assert [(row["contender"], row["copied"]) for row in timed] == [("torch", False), ("torch", True)]
-    assert all(row["error_over_allowed"] <= 1 for row in timed)
+    assert [(row["contender"], row["copied"]) for row in timed] == [
+        *(("torch", False), ("fused", False), ("foreach", False), ("torch", True))
+    ]
+    assert all(row["error_over_allowed"] <= 1 for row in timed if row["contender"] == "torch")
+    assert timed[0]["over_foreach"] > 0
+    assert timed[1]["over_fused"] == 1
     assert {row["floor_bytes"] for row in timed} == {36 * 33_142_016}
     notes = {row["contender"]: row["note"][:12] for row in rows if "note" in row}
     assert notes == {"triton": "cannot serve", "cuda": "cannot serve"}
@@ -355,6 +462,7 @@ def test_the_tables_of_predictions_in_the_docs_are_the_scripts(
     "script, arguments, said",
     [
         ("ops", ("--ops", "softmax"), "got softmax, allowed are modulate_norm"),
+        ("ops", ("--shapes", "4x384"), "got 4x384, allowed is BxNxD"),
         ("attention", ("--tokens", "0"), "got 0, allowed is 1 or more"),
         ("training", ("--models", "DiT-S/3"), "got DiT-S/3, allowed are DiT-XL/2"),
         ("training", ("--contenders", "fastest"), "got fastest, allowed are eager-fp32"),
@@ -379,3 +487,63 @@ def test_trainer_overhead(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
     assert -1 < trainer["overhead"] < math.inf
     # Three turns of two steps, of which the last has not reached the host.
     assert trainer["logged_lines"] == 2
+
+
+CPU_ROW = {"contender": "cpu", "processes": 2, "median_ms": 1.0, "copied": False}
+
+
+def cpu_results(folder: Path) -> None:
+    """What benchmarks/cpu.py would have measured of one op, at toy size."""
+    gains = {"over_eager": 2.0, "over_compiled": 1.5, "over_copy": 0.5}
+    measured = {**gains, "least": dict.fromkeys(gains, 1.0), "most": dict.fromkeys(gains, 3.0)}
+    op = {**CPU_ROW, **measured, "op": "gated_residual_norm", "precision": "fp32", "pass": "inference"}
+    rows = [{**op, "shape": [4, 256, 384], "threads": threads} for threads in (1, 2)]
+    rows += [{**row, "contender": "compiled"} for row in rows]
+    of = {"device": "a CPU", "instruction_set": "avx2", "python": "3.11", "torch": "2.14", "date": "2030-01-02T", "commit": "abc"}
+    of = {**of, "compute_capability": None}
+    for name in ("ops", "large"):
+        (folder / f"cpu-{name}.json").write_text(json.dumps({"environment": of, "complete": True, "rows": rows}))
+
+
+def test_what_a_cpu_measured_is_written_between_the_marks_of_a_page(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import cpu
+    import figures
+
+    page = tmp_path / "page.md"
+    marks = "".join(f"<!-- {name} -->\n<!-- end of {name} -->\n" for name in cpu.TABLES)
+    page.write_text(f"before\n{marks}after\n")
+    command = ["--results", str(tmp_path), "--docs", str(page)]
+    with pytest.raises(ValueError, match=r"no complete cpu-\*\.json"):
+        cpu.main(command)
+    cpu_results(tmp_path)
+    cpu.main(command)
+    written = page.read_text()
+    assert "a CPU, avx2; Python 3.11, torch 2.14; 2030-01-02." in written
+    assert "| `gated_residual_norm`, forward | torch.compile | 1.50 (1.00 to 3.00) | – |" in written
+    assert "moves what it must at 50% in fp32 of the rate" in written
+    assert "| `gated_residual_norm` | 4x256x384 | fp32 | inference | 2.00 (1.00 to 3.00) |" in written
+    cpu.main(command)
+    assert page.read_text() == written
+    assert (written[:7], written[-6:]) == ("before\n", "after\n")
+    figures.main(["--results", str(tmp_path), "--out", str(tmp_path), "--only", "cpu.png"])
+    assert (tmp_path / "cpu.png").read_bytes().startswith(b"\x89PNG")
+    page.write_text("no marks")
+    with pytest.raises(ValueError, match="no marks of cpu summary or cpu ops"):
+        cpu.main(command)
+
+
+def test_the_docs_have_the_marks() -> None:
+    for page, name in (("README.md", "cpu summary"), ("benchmarks/results/README.md", "cpu ops")):
+        text = (BENCHMARKS.parent / page).read_text()
+        assert 0 < text.find(f"<!-- {name} -->\n") < text.find(f"<!-- end of {name} -->")
+
+
+def test_the_measurements_of_a_cpu_parse(monkeypatch: pytest.MonkeyPatch) -> None:
+    import commands
+
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import cpu
+
+    for script, *flags in cpu.MEASUREMENTS.values():
+        assert commands.parse(["python", f"benchmarks/{script}.py", "--device", "cpu", *flags]).processes == 1

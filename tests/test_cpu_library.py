@@ -12,10 +12,10 @@ import sys
 import warnings
 from pathlib import Path
 
+import build_native
 import pytest
 import torch
 from native_cpu import needs_library
-from test_cuda_build import build_native
 
 from ditkernels import ops
 from ditkernels.ops import _native, dispatch, norm

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import platform
+import re
 import runpy
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -77,46 +80,61 @@ def test_nvcc_may_be_a_wrapper_and_cuda_home_goes_first(tmp_path: Path) -> None:
     assert build_native.find_nvcc({"PATH": str(wrapper.parent), "CUDA_HOME": "/nowhere"}) is None
 
 
+# By kind of library: an environment without its compiler, the words for that, and its sources.
+WITHOUT = {
+    "CUDA": ({"CUDA_HOME": "/nowhere"}, "no nvcc was found", build_native.sources()),
+    "CPU": ({"CXX": "/nowhere/c++"}, r"no C\+\+ compiler was found", build_native.cpu_sources()),
+}
+
+
 def setup_options(monkeypatch: pytest.MonkeyPatch, **environment: str) -> dict[str, Any]:
-    """What setup.py would build, and why not the library, in this environment."""
-    monkeypatch.delenv("DITKERNELS_BUILD_CUDA", raising=False)
+    """What setup.py would build in this environment, and for each library why it would not."""
+    for kind in WITHOUT:
+        monkeypatch.delenv(f"DITKERNELS_BUILD_{kind}", raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     with mock.patch("setuptools.setup") as setup:
-        reason = runpy.run_path(str(ROOT / "setup.py"))["REASON"]
-    return {"reason": reason, **setup.call_args.kwargs}
+        reasons = runpy.run_path(str(ROOT / "setup.py"))["REASONS"]
+    return {**{library.kind: reason for library, reason in reasons.items()}, **setup.call_args.kwargs}
 
 
-def test_without_nvcc_the_install_is_pure_python_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    options = setup_options(monkeypatch, CUDA_HOME="/nowhere")
-    assert "no nvcc was found" in options["reason"]
+def test_without_compilers_the_install_is_pure_python_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    options = setup_options(monkeypatch, **WITHOUT["CUDA"][0], **WITHOUT["CPU"][0])
+    for kind, (_, words, _) in WITHOUT.items():
+        assert re.match(words, options[kind])
     assert "ext_modules" not in options
 
 
-@needs_nvcc
 def test_without_torch_the_install_is_pure_python_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torch", None)
+    monkeypatch.setattr(shutil, "which", lambda name, path=None: f"/bin/{name}")
     options = setup_options(monkeypatch)
-    assert "torch could not be imported" in options["reason"]
-    assert "--no-build-isolation" in options["reason"]
+    for kind in WITHOUT:
+        assert "torch could not be imported" in options[kind]
+        assert "--no-build-isolation" in options[kind]
     assert "ext_modules" not in options
 
 
-@needs_nvcc
-def test_with_both_the_library_is_built_and_the_switch_turns_it_off(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kind", WITHOUT)
+def test_with_a_compiler_and_torch_a_library_is_built_and_its_switch_turns_it_off(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "which", lambda name, path=None: f"/bin/{name}")
     options = setup_options(monkeypatch)
-    assert options["reason"] is None
-    assert set(options["ext_modules"][0].sources) == {str(p.relative_to(ROOT)) for p in build_native.sources()}
-    assert setup_options(monkeypatch, DITKERNELS_BUILD_CUDA="0")["reason"] == ("DITKERNELS_BUILD_CUDA=0 was set at installation")
+    assert options[kind] is None
+    sources = {str(p.relative_to(ROOT)) for p in WITHOUT[kind][2]}
+    assert sources in [set(extension.sources) for extension in options["ext_modules"]]
+    switched_off = setup_options(monkeypatch, **{f"DITKERNELS_BUILD_{kind}": "0"})
+    assert switched_off[kind] == f"DITKERNELS_BUILD_{kind}=0 was set at installation"
+    assert sources not in [set(extension.sources) for extension in switched_off["ext_modules"]]
 
 
-@pytest.mark.parametrize(
-    "value, said",
-    [("1", "=1, but no nvcc was found .*DITKERNELS_BUILD_CUDA=0"), ("yes", "got 'yes', allowed are 0 and 1")],
-)
-def test_the_switch_is_an_order(value: str, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(RuntimeError, match=said):
-        setup_options(monkeypatch, CUDA_HOME="/nowhere", DITKERNELS_BUILD_CUDA=value)
+@pytest.mark.parametrize("kind", WITHOUT)
+def test_a_switch_is_an_order(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    without, words, _ = WITHOUT[kind]
+    for value, said in (("1", f"=1, but {words} .*DITKERNELS_BUILD_{kind}=0"), ("yes", "got 'yes', allowed are 0 and 1")):
+        with pytest.raises(RuntimeError, match=said):
+            setup_options(monkeypatch, **without, **{f"DITKERNELS_BUILD_{kind}": value})
 
 
 def test_the_build_requires_no_torch() -> None:
@@ -298,27 +316,64 @@ def assert_pure(made: Path, tmp_path: Path) -> None:
         archive.extractall(tmp_path)
     package = ROOT / "ditkernels"
     modules = {p.relative_to(ROOT).as_posix() for p in package.rglob("*.py")}
-    assert modules | {"ditkernels/py.typed", "ditkernels/_cuda_build.json"} <= names
-    assert not [name for name in names if name.endswith((".so", ".cu", ".cuh"))]
-    said = _native.CUDA.why_not_built(tmp_path / "ditkernels")
-    assert said == "the CUDA library was not built: DITKERNELS_BUILD_CUDA=0 was set at installation"
+    assert modules | {"ditkernels/py.typed", "ditkernels/_cuda_build.json", "ditkernels/_cpu_build.json"} <= names
+    assert not [name for name in names if name.endswith((".so", ".cu", ".cuh", ".cpp", ".h"))]
+    for library in (_native.CUDA, _native.CPU):
+        kind = library.kind
+        said = library.why_not_built(tmp_path / "ditkernels")
+        assert said == f"the {kind} library was not built: DITKERNELS_BUILD_{kind}=0 was set at installation"
+
+
+NO_LIBRARIES = {"DITKERNELS_BUILD_CUDA": "0", "DITKERNELS_BUILD_CPU": "0"}
 
 
 def test_an_install_without_the_library_notes_down_why(tmp_path: Path) -> None:
-    assert_pure(wheel(copied_tree(tmp_path), tmp_path / "wheels", DITKERNELS_BUILD_CUDA="0"), tmp_path)
+    assert_pure(wheel(copied_tree(tmp_path), tmp_path / "wheels", **NO_LIBRARIES), tmp_path)
+
+
+def failing_compiler(tmp_path: Path) -> Path:
+    compiler = tmp_path / "c++"
+    compiler.write_text("#!/bin/sh\necho 'error: too old a compiler' >&2\nexit 1\n")
+    compiler.chmod(0o755)
+    return compiler
+
+
+def test_a_cpp_compiler_that_fails_leaves_an_install_without_its_library(tmp_path: Path) -> None:
+    compiler, tree = str(failing_compiler(tmp_path)), copied_tree(tmp_path)
+    made = wheel(tree, tmp_path / "wheels", DITKERNELS_BUILD_CUDA="0", DITKERNELS_BUILD_CPU="", CXX=compiler)
+    with zipfile.ZipFile(made) as archive:
+        assert not [name for name in archive.namelist() if name.endswith(".so")]
+        archive.extractall(tmp_path)
+    said = _native.CPU.why_not_built(tmp_path / "ditkernels")
+    assert said.startswith(f"the CPU library was not built: {compiler} failed at installation; CXX names another compiler")
+    with pytest.raises(subprocess.CalledProcessError):
+        wheel(tree, tmp_path / "none", DITKERNELS_BUILD_CUDA="0", DITKERNELS_BUILD_CPU="1", CXX=compiler)
+
+
+@pytest.mark.skipif(build_native.find_cxx() is None, reason="needs a C++ compiler")
+def test_a_wheel_with_the_cpu_library_alone_names_the_platform(tmp_path: Path) -> None:
+    made = wheel(copied_tree(tmp_path), tmp_path / "wheels", DITKERNELS_BUILD_CUDA="0", DITKERNELS_BUILD_CPU="1")
+    assert re.search(r"-py3-none-(?!any)\w+\.whl$", made.name)
+    with zipfile.ZipFile(made) as archive:
+        archive.extractall(tmp_path)
+    program = "import sys, torch; torch.ops.load_library(sys.argv[1]); print(torch.ops.ditkernels.cpu_isa())"
+    library = str(tmp_path / "ditkernels" / build_native.CPU_LIBRARY)
+    done = subprocess.run([sys.executable, "-c", program, library], capture_output=True, text=True, cwd=tmp_path)
+    assert done.stdout.strip() in build_native.INSTRUCTION_SETS[platform.machine()][1], done.stderr
 
 
 def test_an_sdist_holds_what_its_install_needs(tmp_path: Path) -> None:
     tree, out = copied_tree(tmp_path), tmp_path / "sdist"
     make = "import sys, setuptools.build_meta as backend; backend.build_sdist(sys.argv[1])"
-    environment = {**os.environ, "DITKERNELS_BUILD_CUDA": "0"}
+    environment = {**os.environ, **NO_LIBRARIES}
     subprocess.run([sys.executable, "-c", make, str(out)], cwd=tree, env=environment, check=True)
     (made,) = out.iterdir()
     with tarfile.open(made) as archive:
         held = {name.partition("/")[2] for name in archive.getnames()}
-    needed = {p.relative_to(ROOT).as_posix() for p in (*build_native.CSRC.iterdir(), Path(build_native.__file__))}
+    folders = (build_native.CSRC, build_native.CPU_CSRC)
+    needed = {p.relative_to(ROOT).as_posix() for folder in folders for p in folder.iterdir()} | {"tools/build_native.py"}
     assert needed <= held
-    assert_pure(wheel(made, tmp_path / "wheels", DITKERNELS_BUILD_CUDA="0"), tmp_path)
+    assert_pure(wheel(made, tmp_path / "wheels", **NO_LIBRARIES), tmp_path)
 
 
 # The rest of what was installed together with this tree, seen from a fresh environment that has this package from a wheel.
@@ -338,7 +393,7 @@ CPU_SIDE = ("test_adaln.py", "test_dispatch.py", "test_info.py", "test_patch_emb
 @needs_nvcc
 @pytest.mark.slow
 def test_the_wheel_works_where_there_is_no_compiler(tmp_path: Path) -> None:
-    environment = {"DITKERNELS_BUILD_CUDA": "1", "TORCH_CUDA_ARCH_LIST": "9.0a"}
+    environment = {"DITKERNELS_BUILD_CUDA": "1", "DITKERNELS_BUILD_CPU": "1", "TORCH_CUDA_ARCH_LIST": "9.0a"}
     made = wheel(copied_tree(tmp_path), tmp_path / "wheels", **environment)
     assert made.name.endswith("-py3-none-linux_x86_64.whl")
     python = str(tmp_path / "fresh/bin/python")

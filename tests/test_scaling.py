@@ -1,4 +1,4 @@
-"""The studies and the benchmark of sampling run from end to end at toy size, and say what they found."""
+"""The studies run from end to end at toy size, and say what they found."""
 
 from __future__ import annotations
 
@@ -93,51 +93,3 @@ def test_training_for_the_studies_learns(digits_study):
         found = diffusion.training_losses(model, digits.images, t, {"y": digits.labels}, generator=generator)
         losses.append(found["mse"].mean().item())
     assert losses[1] < 0.8 * losses[0]
-
-
-def test_sampling_cpu(monkeypatch, tmp_path):
-    size = (
-        "--width",
-        "64",
-        "--depth",
-        "1",
-        "--input-size",
-        "8",
-        "--rounds",
-        "2",
-        "--steps",
-        "2,3",
-        "--batches",
-        "1,2",
-    )
-    threads = torch.get_num_threads()
-    rows = run("sampling_cpu", *size, monkeypatch=monkeypatch, out=tmp_path / "sampling.json")
-    torch.set_num_threads(threads)
-    assert len(rows) == 3 * 2 * 2
-    assert {row["contender"] for row in rows} == {"plain loop", "ahead", "ahead, fused"}
-    for row in rows:
-        assert row["images_per_s"] == pytest.approx(1e3 * row["batch"] / row["median_ms"])
-        assert (row["gain"] == 1) == (row["contender"] == "plain loop")
-
-
-def test_a_sampler_that_strays_gets_no_speed(monkeypatch, tmp_path):
-    from ditkernels import sampler
-
-    right = sampler.sample
-    monkeypatch.setattr(sampler, "sample", lambda *args, **options: 1.1 * right(*args, **options))
-    size = (
-        "--width",
-        "64",
-        "--depth",
-        "1",
-        "--input-size",
-        "8",
-        "--rounds",
-        "1",
-        "--steps",
-        "2",
-        "--batches",
-        "1",
-    )
-    with pytest.raises(SystemExit, match="ahead: images stray"):
-        run("sampling_cpu", *size, monkeypatch=monkeypatch, out=tmp_path / "sampling.json")
