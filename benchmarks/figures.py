@@ -3,8 +3,9 @@
     python benchmarks/figures.py                        all that have data
     python benchmarks/figures.py --only training.png    one
 
-Speeds come from the latest folder of a GPU that holds the file, and the figure says which GPU, when, at which commit. Results of
-a benchmark that was cut short, and of a CPU, are not drawn. Predictions are no data: `communication.py` draws its own.
+Speeds come from the latest folder of a GPU that holds the file, and the figure says which GPU, when, at which commit; those of
+cpu.png come from a CPU's own file. Results of a benchmark that was cut short are not drawn. Predictions are no data:
+`communication.py` draws its own.
 """
 
 from __future__ import annotations
@@ -122,6 +123,32 @@ def draw_attention(rows: Rows, path: Path, origin: str) -> None:
     _finish(figure, path, origin)
 
 
+def draw_cpu(rows: Rows, path: Path, origin: str) -> None:
+    """How many times as fast as plain PyTorch our ops are on one thread of a CPU, a bar a shape; torch.compile's is a tick."""
+    figure = study.new_figure(9, 6)
+    timed = [row for row in rows if "median_ms" in row and row["threads"] == 1]
+    names = list(dict.fromkeys(row["op"] for row in timed))
+    shapes = list(dict.fromkeys(tuple(row["shape"]) for row in timed))
+    width = 0.8 / max(1, len(shapes))
+    every_axes = figure.subplots(2, 2, sharey=True).flat
+    panels = [(which, precision) for which in ("inference", "forward+backward") for precision in ("fp32", "bf16")]
+    for axes, panel in zip(every_axes, panels):
+        gains = {
+            (r["contender"], tuple(r["shape"]), r["op"]): r["over_eager"] for r in timed if (r["pass"], r["precision"]) == panel
+        }
+        for place, shape in enumerate(shapes):
+            at = [index + width * (place - (len(shapes) - 1) / 2) for index in range(len(names))]
+            label = "x".join(map(str, shape))
+            axes.bar(at, [gains.get(("cpu", shape, name), 0) for name in names], width, label=label, color=f"C{place}")
+            heights = [gains.get(("compiled", shape, name), float("nan")) for name in names]
+            axes.plot(at, heights, "_", color="black", label=None if place else "torch.compile")
+        axes.axhline(1, color="black", linewidth=0.6, linestyle=":")
+        axes.set_xticks(range(len(names)), [name.replace("residual_", "residual\n_") for name in names], fontsize=7)
+        axes.set(title=", ".join(panel), ylabel="times as fast as plain PyTorch" if panel[1] == "fp32" else None)
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=5, frameon=False, fontsize=8)
+    _finish(figure, path, f"one thread; {origin}")
+
+
 def _colour(contender: str) -> str:
     return COLOURS.get(contender.partition("-")[0], OTHERS)
 
@@ -150,6 +177,7 @@ FIGURES = (
     Figure("training.png", "training.json", "make gpu", draw_training, measured=True),
     Figure("sampling.png", "sampling.json", "make gpu", draw_sampling, measured=True),
     Figure("attention.png", "attention.json", "make gpu", draw_attention, measured=True),
+    Figure("cpu.png", "cpu-ops.json", "python benchmarks/cpu.py", draw_cpu),
     *(
         Figure(
             file,
@@ -170,9 +198,11 @@ FIGURES = (
 def data_of(figure: Figure, results: Path) -> dict[str, Any] | None:
     """The latest result that the figure can be drawn from, or None."""
     places = results.glob(f"*/{figure.source}") if figure.measured else [results / figure.source]
-    found = [json.loads(path.read_text()) for path in places if path.exists()]
+    found = [
+        result for result in (json.loads(path.read_text()) for path in places if path.exists()) if result.get("complete", True)
+    ]
     if figure.measured:
-        found = [r for r in found if r["complete"] and r["environment"]["compute_capability"] is not None]
+        found = [result for result in found if result["environment"]["compute_capability"] is not None]
     return max(found, key=lambda result: result["environment"]["date"], default=None)
 
 

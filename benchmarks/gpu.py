@@ -226,12 +226,12 @@ LATER = {
         90,
         "--input-sizes 64 --batches 64,32,16 --rounds 8 --contenders ours-bf16-residual,compiled-bf16,ours-bf16,eager-bf16",
     ),
-    "ops-512px": Run(60, "--tokens 1024 --batch 64"),
-    "ops-patch-4": Run(30, "--ops patch_embed,final_layer --patch-size 4 --tokens 64"),
-    "ops-patch-8": Run(30, "--ops patch_embed,final_layer --patch-size 8 --tokens 16"),
-    "ops-384": Run(60, "--width 384"),
-    "ops-768": Run(60, "--width 768"),
-    "ops-1024": Run(60, "--width 1024"),
+    "ops-512px": Run(60, "--shapes 64x1024x1152"),
+    "ops-patch-4": Run(30, "--ops patch_embed,final_layer --patch-size 4 --shapes 256x64x1152"),
+    "ops-patch-8": Run(30, "--ops patch_embed,final_layer --patch-size 8 --shapes 256x16x1152"),
+    "ops-384": Run(60, "--shapes 256x256x384"),
+    "ops-768": Run(60, "--shapes 256x256x768"),
+    "ops-1024": Run(60, "--shapes 256x256x1024"),
     "sampling-more": Run(
         60,
         "--batches 1,8,64 --lengths 4,12 --rounds 3 --contenders sampler-bf16-weights,whole-compiled-bf16-weights,"
@@ -242,7 +242,7 @@ LATER = {
 }
 TOYS = {
     "ceilings": "--model DiT-S/8 --batch 1 --input-size 16 --copy-mib 1 --dtype fp32",
-    "ops": "--batch 2 --tokens 6 --width 32 --copy-mib 1 --contenders eager,torch",
+    "ops": "--shapes 2x6x32 --copy-mib 1 --contenders eager,torch",
     "attention": "--batch 2 --heads 2 --tokens 5 --dtype fp32",
     "mlp": "--model DiT-S/8 --batch 1 --input-size 8 --contenders eager,torch",
     "training": "--models DiT-S/8 --input-sizes 16 --batches 2 --contenders eager-fp32,ours-fp32",

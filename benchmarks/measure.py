@@ -4,6 +4,9 @@ How time is taken. Contenders take turns within a round, so that a drifting cloc
 over rounds, with the 10th and 90th percentile beside it. Every round uses the next of several input sets, together larger than
 the last-level cache. On a GPU time lies between two events, and a device-side pause before the first one lets the launches
 queue up, so that the gaps between launches are kept out for everybody alike.
+
+Two contenders are compared by the median of the rounds' ratios. What differs from process to process, such as where memory lies,
+no round evens out: ``--processes`` measures anew in fresh processes, and reports medians over them.
 """
 
 from __future__ import annotations
@@ -13,10 +16,15 @@ import datetime
 import json
 import os
 import platform
+import shutil
 import statistics
 import subprocess
+import sys
+import tempfile
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,6 +35,7 @@ from torch import Tensor
 from ditkernels._version import __version__
 from ditkernels.check import resolve_device
 from ditkernels.info import driver_version
+from ditkernels.ops import _native
 
 PAUSE_CYCLES = 4_000_000  # about 2 ms on a GPU at 2 GHz: longer than any host needs to enqueue one contender's kernels
 CACHE_BYTES = 256 * 2**20  # larger than the last-level cache of any GPU or CPU this is likely to meet
@@ -58,9 +67,28 @@ class Timing(NamedTuple):
 
 def interleaved(contenders: Sequence[Contender], device: torch.device, *, rounds: int, warmup: int = 3) -> dict[str, Timing]:
     """Times the contenders in turns; the warm-up rounds, compilation included, are left out."""
-    clock = _gpu_clock if device.type == "cuda" else _cpu_clock
-    found = _in_turns(contenders, clock, rounds, warmup)
+    found = paired(contenders, device, rounds=rounds, warmup=warmup)
     return {name: timing(samples) for name, samples in found.items()}
+
+
+def paired(contenders: Sequence[Contender], device: torch.device, *, rounds: int, warmup: int = 3) -> dict[str, list[float]]:
+    """As ``interleaved``, in milliseconds of every round."""
+    return _in_turns(contenders, _gpu_clock if device.type == "cuda" else _cpu_clock, rounds, warmup)
+
+
+def gains(samples: Mapping[str, list[float]], name: str, baselines: Mapping[str, str]) -> Row:
+    """How many times as fast a contender is as each baseline that took turns with it, as the median of the rounds' ratios.
+
+    Args:
+        samples: milliseconds of every round, by contender.
+        name: of the contender.
+        baselines: names of contenders, by the word that follows ``over_`` in the row.
+    """
+    return {
+        f"over_{word}": statistics.median(other / own for other, own in zip(samples[baseline], samples[name], strict=True))
+        for word, baseline in baselines.items()
+        if baseline in samples
+    }
 
 
 def interleaved_walls(
@@ -180,6 +208,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "commit": _commit(),
         "device": _device_name(device),
+        "instruction_set": _instruction_set(device),
         "compute_capability": _capability(device),
         "driver": driver_version(),
         "cuda": torch.version.cuda,
@@ -211,6 +240,11 @@ def _device_name(device: torch.device) -> str:
     return f"{models[0] if models else platform.machine()}, {os.cpu_count()} cores"
 
 
+def _instruction_set(device: torch.device) -> str | None:
+    """What our kernels for a CPU run on; None on a GPU, and where there are no such kernels."""
+    return _native.cpu_isa() if device.type == "cpu" and _native.cpu_reason(device) is None else None
+
+
 def _capability(device: torch.device) -> str | None:
     if device.type != "cuda":
         return None
@@ -224,7 +258,7 @@ def _version(package: str) -> str | None:
         return None
 
 
-# ---- Command line, table, JSON ---------------------------------------------------------------------------------------
+# ---- Command line, JSON ----------------------------------------------------------------------------------------------
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:
@@ -234,6 +268,13 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     made.add_argument("--rounds", type=positive, default=20, help="measurements of each contender")
     made.add_argument("--json", type=Path, metavar="FILE", help="write the rows here too")
     return made
+
+
+def arguments(made: argparse.ArgumentParser, argv: Sequence[str] | None, **on_cpu: Any) -> argparse.Namespace:
+    """The arguments; where the device is a CPU, ``on_cpu`` are the defaults, of a size that it can bear."""
+    if device_of(made.parse_known_args(argv)[0]).type == "cpu":
+        made.set_defaults(**on_cpu)
+    return made.parse_args(argv)
 
 
 def positive(text: str) -> int:
@@ -280,7 +321,7 @@ class Journal:
         self._path: Path | None = args.json
         self._result: dict[str, Any] = {
             "benchmark": benchmark,
-            "environment": environment(device_of(args)),
+            "environment": environment(device_of(args)) | ({"threads": args.threads} if settings.get("threads") else {}),
             "settings": settings,
             "complete": False,
             "rows": [],
@@ -343,6 +384,85 @@ def report(benchmark: str, args: argparse.Namespace, rows: Iterable[Row], column
     journal.close(columns)
 
 
+# ---- Several processes -----------------------------------------------------------------------------------------------
+
+
+def repeatable(made: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Gives a parser the flags of benchmarks that are measured in several processes."""
+    made.add_argument("--processes", type=positive, default=1, help="fresh ones, one after another; reported are medians over them")
+    made.add_argument(
+        "--threads", type=numbers, help="of torch, each number in processes of its own; default: as many as torch takes"
+    )
+    return made
+
+
+def carry_out(
+    benchmark: str,
+    args: argparse.Namespace,
+    argv: Sequence[str] | None,
+    measured: Callable[[argparse.Namespace, Journal], None],
+    columns: Iterable[str],
+) -> None:
+    """Has ``measured`` fill a journal here or, if several processes or numbers of threads are asked for, in fresh processes."""
+    threads = args.threads or [torch.get_num_threads()]
+    journal = Journal(benchmark, args)
+    if args.processes == len(threads) == 1:
+        torch.set_num_threads(threads[0])
+        # A function that is compiled too often would run eagerly from then on, and be called compiled.
+        with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+            measured(args, journal)
+        journal.close(columns)
+        return
+    if not journal.rows:
+        words = sys.argv[1:] if argv is None else list(argv)
+        script = Path(__file__).with_name(f"{benchmark}.py")
+        with _folder_beside(args.json) as folder:
+            journal.add(*over_processes(_rows_of_processes([str(script), *words], args.processes, threads, folder)))
+    journal.close(["threads", *columns])
+
+
+@contextmanager
+def _folder_beside(path: Path | None) -> Iterator[Path]:
+    """A folder for what processes write. It lies beside ``path`` and stays if one of them fails, so that --resume finds it."""
+    if path is None:
+        with tempfile.TemporaryDirectory() as made:
+            yield Path(made)
+        return
+    folder = path.with_name(f"{path.name}.processes")
+    folder.mkdir(parents=True, exist_ok=True)
+    yield folder
+    shutil.rmtree(folder)
+
+
+def _rows_of_processes(command: list[str], processes: int, threads: list[int], folder: Path) -> Iterator[Row]:
+    """The rows of every process. Numbers of threads take turns, so that a drifting clock hits all of them."""
+    for process in range(processes):
+        for number in threads:
+            out = folder / f"{process}-{number}.json"
+            flags = ["--processes", "1", "--threads", str(number), "--json", str(out)]
+            start = time.perf_counter()
+            subprocess.run([sys.executable, *command, *flags], check=True, stdout=subprocess.DEVNULL)
+            print(f"process {process + 1} of {processes}, threads {number}: {time.perf_counter() - start:.0f} s", flush=True)
+            yield from ({**row, "threads": number} for row in json.loads(out.read_text())["rows"])
+
+
+def over_processes(rows: Iterable[Row]) -> list[Row]:
+    """One row for all that differ in measured numbers alone, which floats are: their medians, beside the least and the most."""
+    alike: dict[str, list[Row]] = defaultdict(list)
+    for row in rows:
+        alike[json.dumps({name: value for name, value in row.items() if not isinstance(value, float)})].append(row)
+    made = []
+    for group in alike.values():
+        measured = {name: [row[name] for row in group] for name, value in group[0].items() if isinstance(value, float)}
+        row = group[0] | {name: statistics.median(values) for name, values in measured.items()}
+        least, most = ({name: of(values) for name, values in measured.items()} for of in (min, max))
+        made.append({**row, "processes": len(group), "least": least, "most": most})
+    return made
+
+
+# ---- Tables ----------------------------------------------------------------------------------------------------------
+
+
 def markdown(header: str, rows: list[list[str]]) -> list[str]:
     """The lines of a table for a page: header ("a | b"), rule, rows."""
     rule = "|" + "---|" * len(header.split("|"))
@@ -361,6 +481,19 @@ def written_into(text: str, table: list[str]) -> str:
     start = lines.index(table[0])
     end = next(at for at in range(start, len(lines)) if not lines[at].startswith("|"))
     return "\n".join([*lines[:start], *table, *lines[end:]])
+
+
+def filled(text: str, name: str, lines: list[str]) -> str:
+    """A page with what stands between its marks ``<!-- name -->`` and ``<!-- end of name -->`` replaced.
+
+    Raises:
+        ValueError: the page has no such marks.
+    """
+    begin, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->"
+    if not 0 <= text.find(begin) < text.find(end):
+        raise ValueError(f"no marks {begin.strip()} and {end}")
+    before, after = text[: text.index(begin)], text[text.index(end) :]
+    return before + begin + "\n".join(["", *lines, "", ""]) + after
 
 
 def table(rows: list[Row], columns: list[str]) -> str:

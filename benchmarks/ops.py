@@ -1,11 +1,15 @@
 """The fused ops against plain and compiled PyTorch, forward and backward, beside the measured copy bandwidth.
 
     python benchmarks/ops.py --json benchmarks/results/ops.json          DiT-XL/2 at 256 px, batch 256
-    python benchmarks/ops.py --width 384 --batch 2 --tokens 16 --rounds 3  a smaller machine
+    python benchmarks/ops.py --device cpu --threads 1,2 --processes 5    sizes that a CPU can bear, in five processes each
 
 GB/s counts the bytes that the op must move at least: the (B, N, D) tensors as often as the design asks, and the image. What a
 contender moves beyond that shows as a lower rate. A backend whose forward or gradients break the numerical contract on a
 smaller batch of the same shape gets no speed.
+
+The pass ``forward`` is that of training, ``inference`` takes no gradients. ``over_eager`` and its like say how many times as fast
+a contender is as another one in the same rounds. ``copy`` is PyTorch's ``copy_`` of as many bytes as the op must move at least;
+``of_copy`` is a rate over that of one large copy.
 """
 
 from __future__ import annotations
@@ -29,6 +33,14 @@ PRECISIONS = {
     "fp32": check.Precision("fp32", torch.float32, torch.float32),
 }
 CONTENDERS = ("eager", "compiled", "max-autotune", *dispatch.BACKENDS)
+BASELINES = {name: name for name in ("eager", "compiled", "copy")}
+HALVES = {
+    "inference": ("forward",),
+    "forward": ("forward",),
+    "backward": ("backward",),
+    "forward+backward": ("forward", "backward"),
+}
+Shape = tuple[int, int, int]
 GATE_BATCH = 3
 MLP_RATIO = 4
 
@@ -47,6 +59,11 @@ class Site(NamedTuple):
     forward: str
     backward: str
     image: int = 0
+
+    def floor(self, which: str, precision: check.Precision) -> int:
+        """The bytes that a pass must move at least; 0 where it makes views."""
+        touched = [getattr(self, half) for half in HALVES[which]]
+        return sum(floor_bytes(self, touches, precision) for touches in touched if touches)
 
 
 def sites(batch: int, grid: tuple[int, int], width: int, patch_size: int) -> dict[str, Site]:
@@ -89,6 +106,14 @@ def sites(batch: int, grid: tuple[int, int], width: int, patch_size: int) -> dic
             "oo",
         ),
     }
+
+
+def measurable(shape: Shape, patch_size: int) -> dict[str, Site]:
+    """The ops of a DiT at (B, N, D), and ``gelu``: ``bias_gelu`` whose linear kept its bias."""
+    batch, tokens, width = shape
+    known = sites(batch, _grid(tokens), width, patch_size)
+    of_bias = known["bias_gelu"]
+    return {**known, "gelu": of_bias._replace(case=check.Case("bias_gelu", {"x": of_bias.case.shapes["x"]}))}
 
 
 def heads_of(width: int) -> tuple[int, int]:
@@ -171,7 +196,7 @@ def functions(names: list[str], op: str) -> dict[str, tuple[Callable[..., Any], 
         "max-autotune": (torch.compile(plain, dynamic=False, mode="max-autotune-no-cudagraphs"), None),
         **{backend: (fused, backend) for backend in dispatch.BACKENDS},
     }
-    return {name: known[name] for name in names}
+    return {name: known[name] for name in names if name in known}
 
 
 def gate(site: Site, backend: str, precision: check.Precision, device: torch.device) -> check.Parity | str:
@@ -187,7 +212,7 @@ def gate(site: Site, backend: str, precision: check.Precision, device: torch.dev
     return check.parity(case, inputs, backend) if reason is None else reason
 
 
-def forward_and_backward(
+def by_pass(
     name: str,
     function: Callable[..., Any],
     backend: str | None,
@@ -195,11 +220,15 @@ def forward_and_backward(
     precision: check.Precision,
     sets: list[Inputs],
 ) -> dict[str, Contender]:
-    """The two things to time; the forward is that of training."""
+    """What there is to time; the forward is that of training."""
 
     def forward(inputs: Inputs) -> tuple[Tensor, ...]:
         with use_backend(backend or "auto"):
             return call(function, case, inputs.arguments, precision)
+
+    @torch.no_grad()
+    def inference(inputs: Inputs) -> tuple[Tensor, ...]:
+        return forward(inputs)
 
     def backward(prepared: tuple[tuple[Tensor, ...], Inputs]) -> None:
         outputs, inputs = prepared
@@ -211,9 +240,18 @@ def forward_and_backward(
         return sets[index % len(sets)]
 
     return {
+        "inference": Contender(name, inference, at),
         "forward": Contender(name, forward, at),
         "backward": Contender(name, backward, lambda index: (forward(at(index)), at(index))),
+        "forward+backward": Contender(name, lambda inputs: backward((forward(inputs), inputs)), at),
     }
+
+
+def copying(floor: int, device: torch.device) -> Contender:
+    """PyTorch's copy of as many bytes as an op must move: half of them are read, half are written."""
+    sources = [torch.rand(floor // 8, device=device) for _ in range(measure.input_sets(floor))]
+    pairs = [(source, source.clone()) for source in sources]  # a clone and not empty memory, which no one has touched yet
+    return Contender("copy", lambda pair: pair[1].copy_(pair[0]), lambda index: pairs[index % len(pairs)])
 
 
 class Ready(NamedTuple):
@@ -245,46 +283,52 @@ def held_to_parity(names: list[str], site: Site, precision: check.Precision, dev
                 ready.notes.append({"contender": name, "note": words})
                 continue
             ready.ratios[name] = found.ratio
-        ready.contenders[name] = forward_and_backward(name, function, backend, site.case, precision, sets)
+        ready.contenders[name] = by_pass(name, function, backend, site.case, precision, sets)
     return ready
 
 
 def rows_of(
-    name: str, site: Site, precision: check.Precision, args: argparse.Namespace, copy_gbps: float
+    name: str, site: Site, shape: Shape, precision: check.Precision, args: argparse.Namespace, copy_gbps: float
 ) -> Iterator[dict[str, Any]]:
     """The rows of one op in one precision."""
+    torch._dynamo.reset()
     device = measure.device_of(args)
-    common = {"op": name, "precision": precision.name, "shape": [args.batch, args.tokens, args.width]}
+    common = {"op": name, "precision": precision.name, "shape": list(shape)}
     ready = held_to_parity(args.contenders, site, precision, device)
     yield from ({**common, **note} for note in ready.notes)
-    for phase, touches in (("forward", site.forward), ("backward", site.backward)):
-        if not touches:
-            continue  # views: nothing moves
-        timings = measure.interleaved([found[phase] for found in ready.contenders.values()], device, rounds=args.rounds)
-        floor = floor_bytes(site, touches, precision)
-        for contender, timing in timings.items():
+    for which in args.passes:
+        floor = site.floor(which, precision)
+        if not floor:
+            continue
+        contenders = [found[which] for found in ready.contenders.values()]
+        if "copy" in args.contenders:
+            contenders.append(copying(floor, device))
+        samples = measure.paired(contenders, device, rounds=args.rounds)
+        for contender, milliseconds in samples.items():
+            timing = measure.timing(milliseconds)
             gbps = floor / timing.median_ms / 1e6
             yield {
                 **common,
                 "contender": contender,
-                "pass": phase,
+                "pass": which,
                 **timing._asdict(),
                 "floor_bytes": floor,
                 "gbps": gbps,
                 "of_copy": gbps / copy_gbps,
+                **measure.gains(samples, contender, BASELINES),
                 "error_over_allowed": ready.ratios.get(contender),
             }
 
 
 def measure_all(args: argparse.Namespace, journal: measure.Journal) -> None:
-    """Every op asked for in every precision asked for."""
+    """Every op asked for in every shape and precision asked for."""
     copy_gbps = journal.unit("copy", measure.copy_row, args)[0]["gbps"]
-    grid = _grid(args.tokens)
-    for name, site in sites(args.batch, grid, args.width, args.patch_size).items():
-        if name in args.ops:
-            for precision in args.precisions:
-                of = (name, site, PRECISIONS[precision], args, copy_gbps)
-                journal.unit(f"{name} {precision}", rows_of, *of)
+    for shape in args.shapes:
+        for name, site in measurable(shape, args.patch_size).items():
+            if name in args.ops:
+                for precision in args.precisions:
+                    of = (name, site, shape, PRECISIONS[precision], args, copy_gbps)
+                    journal.unit(f"{name} {precision} {'x'.join(map(str, shape))}", rows_of, *of)
 
 
 def _grid(tokens: int) -> tuple[int, int]:
@@ -293,44 +337,56 @@ def _grid(tokens: int) -> tuple[int, int]:
     return height, tokens // height
 
 
+def shapes(text: str) -> list[Shape]:
+    """An argparse type: BxNxD, separated by commas."""
+    found = [tuple(measure.positive(number) for number in shape.split("x")) for shape in text.split(",")]
+    for shape in found:
+        if len(shape) != 3:
+            raise argparse.ArgumentTypeError(f"got {text}, allowed is BxNxD: samples, tokens, channels")
+    return [(shape[0], shape[1], shape[2]) for shape in found]
+
+
 def main(argv: list[str] | None = None) -> None:
     """Runs the benchmark."""
-    parser = measure.resumable(measure.parser(__doc__))
-    names = list(sites(1, (1, 1), 8, 1))
-    parser.add_argument("--batch", type=measure.positive, default=256)
-    parser.add_argument("--tokens", type=measure.positive, default=256)
-    parser.add_argument("--width", type=measure.positive, default=1152)
+    parser = measure.repeatable(measure.resumable(measure.parser(__doc__)))
+    names = list(measurable((1, 1, 8), 1))
+    parser.add_argument("--shapes", type=shapes, default=[(256, 256, 1152)], help="BxNxD, ...: samples, tokens, channels")
     parser.add_argument("--patch-size", type=measure.positive, default=2)
-    parser.add_argument("--ops", type=measure.names_among(names), default=names, help=", ".join(names))
+    parser.add_argument(
+        "--ops", type=measure.names_among(names), default=[name for name in names if name != "gelu"], help=", ".join(names)
+    )
     parser.add_argument(
         "--precisions",
         type=measure.names_among(PRECISIONS),
         default=["bf16", "fp32+bf16"],
         help=", ".join(PRECISIONS),
     )
+    contenders = (*CONTENDERS, "copy")
     parser.add_argument(
         "--contenders",
-        type=measure.names_among(CONTENDERS),
+        type=measure.names_among(contenders),
         default=["eager", "compiled", "cuda", "triton"],
-        help=", ".join(CONTENDERS),
+        help=", ".join(contenders),
     )
+    parser.add_argument("--passes", type=measure.names_among(HALVES), default=["forward", "backward"], help=", ".join(HALVES))
     parser.add_argument("--copy-mib", type=measure.positive, default=1024, help="size of the copy")
-    args = parser.parse_args(argv)
+    args = measure.arguments(
+        parser,
+        argv,
+        rounds=50,
+        shapes=[(1, 256, 384), (4, 256, 384), (16, 256, 384), (4, 256, 1152)],
+        ops=["modulate_norm", "gated_residual", "gated_residual_norm", "bias_gelu", "gelu"],
+        precisions=["fp32", "bf16"],
+        contenders=["eager", "compiled", "cpu", "torch", "copy"],
+        passes=["inference", "forward", "forward+backward"],
+        copy_mib=256,
+    )
     columns = (
-        "op",
-        "precision",
-        "pass",
-        "contender",
-        "median_ms",
-        "low_ms",
-        "high_ms",
-        "gbps",
-        "of_copy",
+        *("op", "precision", "shape", "pass", "contender", "median_ms", "low_ms", "high_ms", "gbps", "of_copy"),
+        *(f"over_{word}" for word in BASELINES),
         "note",
     )
-    journal = measure.Journal("ops", args)
-    measure_all(args, journal)
-    journal.close(columns)
+    measure.carry_out("ops", args, argv, measure_all, columns)
 
 
 if __name__ == "__main__":

@@ -1,16 +1,17 @@
 """Guided images a second of a DiT: the sampler against the public loop, plain and compiled, in one run.
 
     python benchmarks/sampling.py --json benchmarks/results/sampling.json                 DiT-XL/2 at 256 px
-    python benchmarks/sampling.py --model DiT-S/8 --input-size 16 --batches 1 --lengths 2,4 --rounds 3 \
-        --contenders eager-fp32,sampler-fp32                                              a laptop
+    python benchmarks/sampling.py --device cpu --threads 1,2 --processes 5                sizes that a CPU can bear, five processes
 
 The public loop is what people run: the model's ``forward_with_cfg`` on the doubled batch, one solver's step after another. The
 sampler is ``ditkernels.sampler.sample``: modulation computed ahead, and on a GPU a CUDA graph, captured anew for every batch.
+``ahead`` is the sampler with the plain model.
 
 How time is taken. A drawing of N steps takes ``fixed + N · step``. Whole drawings of the two ``--lengths`` are timed, by the clock
 on the wall, and both numbers follow from the pair: milliseconds a step (median, 10th and 90th percentile over rounds), and what
-a drawing costs beside its steps (starting noise, the capture of the graph). The images a second of ``--steps`` are computed from
-these two; a drawing of 250 steps is not run. Contenders take turns within a round.
+a drawing costs beside its steps (starting noise, the capture of the graph). The drawings of ``--steps`` and their images a second
+are computed from the two of each round; one of 250 steps is not run. Contenders take turns within a round, and ``over_eager`` and
+``over_ahead`` say how many times as fast a drawing is as the public loop's and as ahead's of its precision, in the same rounds.
 
 Before anything is timed, each of our contenders draws a few steps at the very batch that will be timed, graph and compilation
 included. Where its images stray further from those in fp64 than the numerical contract allows a whole model, given how far plain
@@ -32,7 +33,6 @@ import training
 from measure import Contender
 from torch import Tensor
 
-import ditkernels
 from ditkernels import reference
 from ditkernels.diffusion import GaussianDiffusion, create_diffusion
 from ditkernels.random import Stream, normals
@@ -81,6 +81,8 @@ RECIPES = {
     "compiled-bf16-weights": Recipe(False, "bf16-weights", compiled="default"),
     "max-autotune-bf16-weights": Recipe(False, "bf16-weights", compiled="max-autotune-no-cudagraphs"),
     "whole-compiled-bf16-weights": Recipe(False, "bf16-weights", compiled="whole"),
+    "ahead-fp32": Recipe(False, "fp32", "sampler"),
+    "ahead-bf16": Recipe(False, "bf16", "sampler"),
     "ours-fp32": Recipe(True, "fp32"),
     "ours-bf16": Recipe(True, "bf16"),
     "ours-bf16-weights": Recipe(True, "bf16-weights"),
@@ -209,7 +211,7 @@ def rows_at(batch: int, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
         common = _common(name, batch, args)
         try:
             draw = drawing(recipe, build(recipe, args, device), labels, args.solver)
-            ratio = gate.ratio(recipe, draw) if recipe.fused else None
+            ratio = gate.ratio(recipe, draw) if recipe.fused or recipe.loop == "sampler" else None
         except torch.OutOfMemoryError:
             _collect(device)
             yield {**common, "note": "out of memory"}
@@ -219,8 +221,11 @@ def rows_at(batch: int, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
             continue
         draws[name] = draw
         ratios |= {} if ratio is None else {name: ratio}
-    for name, walls in _walls(draws, args, device).items():
-        yield from _rows_of(_common(name, batch, args), walls, args, ratios.get(name))
+    walls = _walls(draws, args, device)
+    for name in walls:
+        yield from (
+            {**_common(name, batch, args), **speed(name, steps, batch, walls, args, ratios.get(name))} for steps in args.steps
+        )
 
 
 def _common(name: str, batch: int, args: argparse.Namespace) -> dict[str, Any]:
@@ -230,6 +235,7 @@ def _common(name: str, batch: int, args: argparse.Namespace) -> dict[str, Any]:
         "input_size": args.input_size,
         "solver": args.solver,
         "contender": name,
+        "precision": RECIPES[name].precision,
         "batch": batch,
         "cuda_graphs": graphs,
     }
@@ -247,22 +253,34 @@ def _walls(draws: dict[str, Draw], args: argparse.Namespace, device: torch.devic
     return {name: list(zip(taken[f"{name} {short}"], taken[f"{name} {long}"])) for name in draws}
 
 
-def _rows_of(
-    common: dict[str, Any], walls: list[tuple[float, float]], args: argparse.Namespace, ratio: float | None
-) -> Iterator[dict[str, Any]]:
+def speed(
+    name: str,
+    steps: int,
+    batch: int,
+    walls: dict[str, list[tuple[float, float]]],
+    args: argparse.Namespace,
+    ratio: float | None,
+) -> measure.Row:
+    """What a row says of a contender's drawings of so many steps."""
     short, long = args.lengths
-    step = measure.timing([(b - a) / (long - short) for a, b in walls])
-    fixed = statistics.median(a for a, _ in walls) - short * step.median_ms
-    for steps in args.steps:
-        yield {
-            **common,
-            "steps": steps,
-            **step._asdict(),
-            "fixed_ms": fixed,
-            "images_per_s": 1e3 * common["batch"] / (fixed + steps * step.median_ms),
-            "timed_steps": list(args.lengths),
-            "error_over_allowed": ratio,
-        }
+
+    def drawing_of(short_ms: float, long_ms: float) -> float:
+        return short_ms + (steps - short) * (long_ms - short_ms) / (long - short)
+
+    step = measure.timing([(b - a) / (long - short) for a, b in walls[name]])
+    drawings = {other: [drawing_of(a, b) for a, b in pairs] for other, pairs in walls.items()}
+    drawing_ms = statistics.median(drawings[name])
+    baselines = {word: f"{word}-{RECIPES[name].precision}" for word in ("eager", "ahead")}
+    return {
+        "steps": steps,
+        **step._asdict(),
+        "fixed_ms": statistics.median(a for a, _ in walls[name]) - short * step.median_ms,
+        "drawing_ms": drawing_ms,
+        "images_per_s": 1e3 * batch / drawing_ms,
+        "timed_steps": list(args.lengths),
+        **measure.gains(drawings, name, baselines),
+        "error_over_allowed": ratio,
+    }
 
 
 def _collect(device: torch.device) -> None:
@@ -270,6 +288,12 @@ def _collect(device: torch.device) -> None:
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
+
+
+def measure_all(args: argparse.Namespace, journal: measure.Journal) -> None:
+    """All contenders at every batch size."""
+    for batch in args.batches:
+        journal.unit(f"batch {batch}", rows_at, batch, args)
 
 
 def lengths(text: str) -> list[int]:
@@ -282,24 +306,30 @@ def lengths(text: str) -> list[int]:
 
 def main(argv: list[str] | None = None) -> None:
     """Runs the benchmark."""
-    parser = measure.resumable(measure.parser(__doc__))
+    parser = measure.repeatable(measure.resumable(measure.parser(__doc__)))
     parser.set_defaults(rounds=5)
-    parser.add_argument("--model", default="DiT-XL/2", choices=list(ditkernels.DiT_models))
+    parser.add_argument("--model", type=training.model_name, default="DiT-XL/2", help="a name, or WIDTHxDEPTH/PATCH")
     parser.add_argument("--input-size", type=measure.positive, default=32, help="edge of the latents")
     parser.add_argument("--batches", type=measure.numbers, default=[1, 2, 4, 8, 16, 32, 64])
     parser.add_argument("--steps", type=measure.numbers, default=[50, 250], help="of a whole drawing")
     parser.add_argument("--lengths", type=lengths, default=[5, 25], help="steps of the drawings that are timed")
     parser.add_argument("--solver", choices=("ddim", "ddpm"), default="ddim")
     parser.add_argument("--contenders", type=measure.names_among(RECIPES), default=list(RECIPES), help=", ".join(RECIPES))
-    args = parser.parse_args(argv)
-    columns = (
-        *("contender", "batch", "steps", "median_ms", "low_ms", "high_ms"),
-        *("fixed_ms", "images_per_s", "error_over_allowed", "note"),
+    args = measure.arguments(
+        parser,
+        argv,
+        model="256x8/4",
+        input_size=16,
+        batches=[1, 8],
+        steps=[5, 20],
+        lengths=[5, 20],
+        contenders=["eager-fp32", "ahead-fp32", "ours-fp32", "sampler-fp32"],
     )
-    journal = measure.Journal("sampling", args)
-    for batch in args.batches:
-        journal.unit(f"batch {batch}", rows_at, batch, args)
-    journal.close(columns)
+    columns = (
+        *("contender", "batch", "steps", "median_ms", "low_ms", "high_ms", "fixed_ms", "drawing_ms"),
+        *("images_per_s", "over_eager", "over_ahead", "error_over_allowed", "note"),
+    )
+    measure.carry_out("sampling", args, argv, measure_all, columns)
 
 
 if __name__ == "__main__":

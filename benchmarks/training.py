@@ -1,14 +1,16 @@
 """A whole training step of a DiT: loss, backward, AdamW and the moving average, ours against plain and compiled PyTorch.
 
     python benchmarks/training.py --json benchmarks/results/training.json            DiT-XL/2 at 256 px, batch 256
-    python benchmarks/training.py --models DiT-S/8 --batches 4 --rounds 3 --contenders eager-fp32,ours-bf16     a laptop
+    python benchmarks/training.py --device cpu --threads 1,2 --processes 5             sizes that a CPU can bear, five processes
 
 Each contender runs at the largest of ``--batches`` that fits. Images/s is what counts, because the batches differ. Gflops are
 multiply-adds, as in the paper, three times the forward's; MFU is twice that over ``--peak-tflops``, or over the rate this
-device reached on the largest product of the first model, measured in the same run. ``residual`` is the dtype of the stream
-between the blocks: fp32 in the plain model, under autocast too; what a bf16 one saves stands in rows of its own. Contenders are
-built, timed and thrown away one by one, for two models of this size do not fit side by side; ``--repeats`` goes through all of
-them again.
+device reached on the largest product of the first model, measured in the same run; ``forward`` and ``forward+backward`` are passes
+without what follows them in a step. ``residual`` is the dtype of the stream
+between the blocks: fp32 in the plain model, under autocast too; what a bf16 one saves stands in rows of its own. On a GPU
+contenders are built, timed and thrown away one by one, for two models of this size do not fit side by side; ``--repeats`` goes
+through all of them again. On a CPU they take turns, and ``over_eager`` and ``over_compiled`` say how many times as fast a contender
+is as the plain one of its precision, in the same rounds.
 
 A model whose output strays from the fp64 one more than the numerical contract allows a model gets no speed.
 """
@@ -17,8 +19,10 @@ from __future__ import annotations
 
 import argparse
 import gc
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+import re
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from functools import partial
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -39,10 +43,12 @@ from ditkernels.optimizer import EMA, AdamWEMA
 CONTRACT_FACTOR, CONTRACT_ULPS = 4.0, 2.0  # what the numerical contract allows a whole model
 GATE_BATCH = 2
 LEARNING_RATE, EMA_DECAY = 1e-4, 0.9999
+MULTIPLY_ADDS = {"forward": 1, "forward+backward": 3, "step": 3}  # by pass, in those of a forward
+SIZE = re.compile(r"(\d+)x(\d+)/(\d+)")
 
 
 class Network(NamedTuple):
-    """Which model: its name, and the edge of the latents."""
+    """Which model: its name as ``constructor`` knows it, and the edge of the latents."""
 
     model: str
     input_size: int
@@ -92,6 +98,7 @@ RECIPES = {
     "eager-fp32": Recipe(False, "fp32"),
     "eager-tf32": Recipe(False, "tf32"),
     "eager-bf16": Recipe(False, "bf16"),
+    "compiled-fp32": Recipe(False, "fp32", "default"),
     "compiled-tf32": Recipe(False, "tf32", "default"),
     "compiled-bf16": Recipe(False, "bf16", "default"),
     "max-autotune-bf16": Recipe(False, "bf16", "max-autotune-no-cudagraphs"),
@@ -105,7 +112,9 @@ RECIPES = {
     "ours-bf16-selective": Recipe(True, "bf16", checkpointing="selective"),
     "ours-bf16-full": Recipe(True, "bf16", checkpointing="full"),
     "ours-fp32": Recipe(True, "fp32"),
+    "ours-compiled-fp32": Recipe(True, "fp32", "default"),
 }
+ON_CPU = ["eager-fp32", "ours-fp32", "compiled-fp32", "ours-compiled-fp32"]
 
 
 class Batch(NamedTuple):
@@ -116,6 +125,16 @@ class Batch(NamedTuple):
     y: Tensor
 
 
+def constructor(name: str, fused: bool) -> Callable[..., reference.DiT]:
+    """What builds a model of the paper, or one of a size of its own: WIDTHxDEPTH/PATCH, with heads of 64 channels."""
+    size = SIZE.fullmatch(name)
+    if size is None:
+        return (ditkernels.DiT_models if fused else reference.DiT_models)[name]
+    width, depth, patch_size = map(int, size.groups())
+    model = ditkernels.models.DiT if fused else reference.DiT
+    return partial(model, patch_size=patch_size, hidden_size=width, depth=depth, num_heads=max(1, width // 64))
+
+
 def build(recipe: Any, network: Any, device: torch.device) -> reference.DiT:
     """The contender's model with random weights, the same for all: adaLN-Zero's zeros would hide half of the work.
 
@@ -124,10 +143,9 @@ def build(recipe: Any, network: Any, device: torch.device) -> reference.DiT:
         network: names the ``model`` and the ``input_size``.
     """
     torch.manual_seed(0)
-    models = ditkernels.DiT_models if recipe.fused else reference.DiT_models
     options = {"residual_dtype": recipe.residual_dtype} if recipe.fused else {}
     with device:  # made where it will be: an XL takes many seconds to initialise on a host
-        model = models[network.model](input_size=network.input_size, **options)
+        model = constructor(network.model, recipe.fused)(input_size=network.input_size, **options)
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.requires_grad and not parameter.any():
@@ -195,13 +213,28 @@ class Step:
         with torch.no_grad():
             torch._foreach_lerp_(self.averages, self.weights, 1 - EMA_DECAY)
 
-    def __call__(self, index: int) -> None:
+    def forward(self, index: int) -> Tensor:
+        """The loss of a batch."""
+        # It is a setting of the process, in which other contenders may have had their turn.
+        torch.set_float32_matmul_precision("high" if self.recipe.precision == "tf32" else "highest")
         x, t, y = self.batches[index % len(self.batches)]
         with self.recipe.autocast(self.device):
-            loss = self.diffusion.training_losses(self.computing, x, t, model_kwargs={"y": y})["loss"].mean()
-        loss.backward()
+            return self.diffusion.training_losses(self.computing, x, t, model_kwargs={"y": y})["loss"].mean()
+
+    def forward_and_backward(self, index: int) -> None:
+        """The gradients of a batch, which are thrown away."""
+        self.forward(index).backward()
+        self.computing.zero_grad(set_to_none=True)
+
+    def __call__(self, index: int) -> None:
+        self.forward(index).backward()
         self.update()
         self.optimizer.zero_grad(set_to_none=True)
+
+    def contender(self, name: str, which: str) -> Contender:
+        """What is to be timed in a pass."""
+        passes = {"forward": self.forward, "forward+backward": self.forward_and_backward, "step": self}
+        return Contender(name, passes[which])
 
 
 class MasterStep(Step):
@@ -216,6 +249,14 @@ class MasterStep(Step):
     def update(self) -> None:
         hand_over(self.copies)
         self.optimizer.step()
+
+
+class Ready(NamedTuple):
+    """A contender that can be timed: a step at its batch, and the error of its output over the error allowed."""
+
+    step: Step
+    batch: int
+    ratio: float | None
 
 
 def largest(recipe: Recipe, network: Network, sizes: list[int], device: torch.device) -> tuple[Step, int] | None:
@@ -239,81 +280,115 @@ def _collect(device: torch.device) -> None:
         torch.cuda.reset_peak_memory_stats(device)
 
 
-def row(name: str, network: Network, args: argparse.Namespace, device: torch.device, peak: float) -> dict[str, Any]:
-    """One contender, built, gated, timed and thrown away."""
-    _collect(device)
-    torch._dynamo.reset()
+def made_ready(name: str, network: Network, args: argparse.Namespace, device: torch.device) -> Ready | str:
+    """A contender, built and held to the contract; or why it has no speed."""
     recipe = RECIPES[name]
-    residual = "bf16" if recipe.residual_dtype == torch.bfloat16 else "fp32"
-    common = {**network._asdict(), "contender": name, "residual": residual, "compiled": recipe.compiled}
-    torch.set_float32_matmul_precision("high" if recipe.precision == "tf32" else "highest")
     ratio = None
     if recipe.epilogues:
         # Of sizes that suit: those of all models do.
         refusal = reason(device, torch.bfloat16, *[ALIGNED] * 3)
         if refusal is not None:
-            return {**common, "note": f"cannot serve: {refusal}"}
+            return f"cannot serve: {refusal}"
     if recipe.fused:
+        torch.set_float32_matmul_precision("high" if recipe.precision == "tf32" else "highest")
         ratio = gate(recipe, network, device)
         if not ratio <= 1:
-            return {**common, "note": f"WRONG: {ratio:.1f} x the error allowed"}
+            return f"WRONG: {ratio:.1f} x the error allowed"
     found = largest(recipe, network, args.batches, device)
-    if found is None:
-        return {**common, "note": "out of memory at every batch"}
-    step, batch = found
-    timing = measure.interleaved([Contender(name, step)], device, rounds=args.rounds)[name]
-    macs = 3 * flops.count(step.model).macs
-    images = 1e3 * batch / timing.median_ms
-    memory = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None
+    return "out of memory at every batch" if found is None else Ready(*found, ratio)
+
+
+def common_of(name: str, network: Network) -> measure.Row:
+    """What a row says of its contender."""
+    recipe = RECIPES[name]
+    residual = "bf16" if recipe.residual_dtype == torch.bfloat16 else "fp32"
+    named = {"contender": name, "precision": recipe.precision, "residual": residual, "compiled": recipe.compiled}
+    return {**network._asdict(), **named}
+
+
+def rows_together(names: list[str], network: Network, args: argparse.Namespace, peak: float) -> Iterator[measure.Row]:
+    """Contenders, built, gated, timed in turns and thrown away."""
+    device = measure.device_of(args)
+    _collect(device)
+    torch._dynamo.reset()
+    ready: dict[str, Ready] = {}
+    for name in names:
+        found = made_ready(name, network, args, device)
+        if isinstance(found, str):
+            yield {**common_of(name, network), "note": found}
+        else:
+            ready[name] = found
+    for which in args.passes:
+        contenders = [one.step.contender(name, which) for name, one in ready.items()]
+        # One round warms up, for whatever is compiled has been when the batch was tried.
+        samples = measure.paired(contenders, device, rounds=args.rounds, warmup=1)
+        for name, one in ready.items():
+            yield {**common_of(name, network), **speed(name, which, one, samples, peak)}
+
+
+def speed(name: str, which: str, ready: Ready, samples: dict[str, list[float]], peak: float) -> measure.Row:
+    """What a row says of a contender's speed in a pass."""
+    step, device = ready.step, ready.step.device
+    timing = measure.timing(samples[name])
+    macs = MULTIPLY_ADDS[which] * flops.count(step.model).macs
+    images = 1e3 * ready.batch / timing.median_ms
     return {
-        **common,
-        "batch": batch,
+        "batch": ready.batch,
+        "pass": which,
         **timing._asdict(),
         "images_per_s": images,
         "gflops_per_s": images * macs / 1e9,
         "mfu": 2 * images * macs / 1e12 / peak,
-        "peak_gib": memory,
-        "error_over_allowed": ratio,
+        "peak_gib": torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None,
+        **measure.gains(samples, name, {word: f"{word}-{step.recipe.precision}" for word in ("eager", "compiled")}),
+        "error_over_allowed": ready.ratio,
     }
 
 
 def product_row(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """TFLOP/s on the largest product of a block, or what is to stand for them, as multiply-adds."""
     with torch.device("meta"):
-        model = reference.DiT_models[args.models[0]](input_size=args.input_sizes[0])
+        model = constructor(args.models[0], fused=False)(input_size=args.input_sizes[0])
     shape = product_shapes(model, max(args.batches) * model.grid[0] * model.grid[1])["fc1"]
     peak = args.peak_tflops or measure.matmul_rate(measure.device_of(args), shape, DTYPES["bf16"], rounds=args.rounds)
     yield {"contender": "product", "gflops_per_s": peak * 500, "mfu": 1.0}
 
 
-def rows_of(name: str, network: Network, repeat: int, args: argparse.Namespace, peak: float) -> Iterator[dict[str, Any]]:
-    """The row of a contender in one of its turns."""
-    with RECIPES[name].choices():
-        made = row(name, network, args, measure.device_of(args), peak)
-    yield {**made, "repeat": repeat}
+def rows_of(names: list[str], network: Network, repeat: int, args: argparse.Namespace, peak: float) -> Iterator[dict[str, Any]]:
+    """The rows of some contenders in one of their turns."""
+    with ExitStack() as stack:
+        for name in names:
+            stack.enter_context(RECIPES[name].choices())
+        yield from ({**row, "repeat": repeat} for row in rows_together(names, network, args, peak))
 
 
 def measure_all(args: argparse.Namespace, journal: measure.Journal) -> None:
     """All contenders on every model, as often as asked."""
     peak = journal.unit("product", product_row, args)[0]["gflops_per_s"] / 500
+    on_cpu = measure.device_of(args).type == "cpu"
+    together = [args.contenders] if on_cpu else [[name] for name in args.contenders]
     for repeat in range(args.repeats):
         for input_size in args.input_sizes:
             for model in args.models:
-                for name in args.contenders:
-                    unit = f"{model} {input_size} {name} {repeat}"
-                    journal.unit(unit, rows_of, name, Network(model, input_size), repeat, args, peak)
+                for names in together:
+                    unit = f"{model} {input_size} {','.join(names)} {repeat}"
+                    journal.unit(unit, rows_of, names, Network(model, input_size), repeat, args, peak)
+
+
+def model_name(text: str) -> str:
+    """An argparse type: the name of a model of the paper, or the size of another."""
+    return text if SIZE.fullmatch(text) else measure.names_among([*ditkernels.DiT_models, "WIDTHxDEPTH/PATCH"])(text)[0]
 
 
 def models(text: str) -> list[str]:
-    """An argparse type: names of models, or all."""
-    known = list(ditkernels.DiT_models)
-    return known if text == "all" else measure.names_among(known)(text)
+    """An argparse type: names of models, or all of the paper's."""
+    return list(ditkernels.DiT_models) if text == "all" else [model_name(name) for name in text.split(",")]
 
 
 def main(argv: list[str] | None = None) -> None:
     """Runs the benchmark."""
-    parser = measure.resumable(measure.parser(__doc__))
-    parser.add_argument("--models", type=models, default=["DiT-XL/2"], help="names, or all twelve: all")
+    parser = measure.repeatable(measure.resumable(measure.parser(__doc__)))
+    parser.add_argument("--models", type=models, default=["DiT-XL/2"], help="names or WIDTHxDEPTH/PATCH; or all twelve: all")
     parser.add_argument(
         "--input-sizes",
         type=measure.numbers,
@@ -324,14 +399,15 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--peak-tflops", type=float, help="what MFU is a share of; default: measured")
     parser.add_argument("--repeats", type=measure.positive, default=1)
     parser.add_argument("--contenders", type=measure.names_among(RECIPES), default=list(RECIPES), help=", ".join(RECIPES))
-    args = parser.parse_args(argv)
-    columns = (
-        *("model", "input_size", "contender", "residual", "batch", "median_ms", "low_ms", "high_ms"),
-        *("images_per_s", "gflops_per_s", "mfu", "peak_gib", "note"),
+    parser.add_argument("--passes", type=measure.names_among(MULTIPLY_ADDS), default=["step"], help=", ".join(MULTIPLY_ADDS))
+    args = measure.arguments(
+        parser, argv, rounds=7, models=["384x4/2"], batches=[4], contenders=ON_CPU, passes=["forward", "forward+backward"]
     )
-    journal = measure.Journal("training", args)
-    measure_all(args, journal)
-    journal.close(columns)
+    columns = (
+        *("model", "input_size", "contender", "residual", "batch", "pass", "median_ms", "low_ms", "high_ms"),
+        *("images_per_s", "gflops_per_s", "mfu", "peak_gib", "over_eager", "over_compiled", "note"),
+    )
+    measure.carry_out("training", args, argv, measure_all, columns)
 
 
 if __name__ == "__main__":
