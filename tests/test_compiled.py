@@ -18,6 +18,7 @@ import pytest
 import stub_driver
 import torch
 from functorch.compile import make_boxed_func
+from native_cpu import needs_library
 from torch import Tensor
 from torch._functorch.aot_autograd import aot_module_simplified
 from torch._subclasses import FakeTensorMode
@@ -66,7 +67,8 @@ def says(answer: str | None) -> dispatch.Refusal:
 
 @pytest.fixture
 def numbered(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every backend serves bias_gelu, and returns its number."""
+    """Every backend but cpu serves bias_gelu, and returns its number."""
+    monkeypatch.setattr(dispatch, "AUTOMATIC", ["triton", "cuda", "torch"])
     op = dispatch.OPS["bias_gelu"]
     for backend, number in NUMBER.items():
 
@@ -272,6 +274,14 @@ def test_a_compiled_library_stays_one_op(monkeypatch: pytest.MonkeyPatch) -> Non
     assert LAUNCH not in targets(graphs["forward"])
 
 
+@needs_library
+def test_a_kernel_for_cpus_stands_in_the_graph_itself() -> None:
+    """So that no Python of ours runs per call."""
+    graphs = traced("bias_gelu", "cpu", "cpu")
+    assert names_of_ours(graphs["forward"]) == ["ditkernels.bias_gelu_cpu.default"]
+    assert names_of_ours(graphs["backward"]) == ["ditkernels.bias_gelu_backward_cpu.default"]
+
+
 # ---- Export ----------------------------------------------------------------------------------------------------------
 
 
@@ -311,12 +321,17 @@ def test_an_export_keeps_the_op_that_changes_its_arguments(strict: bool) -> None
 # ---- Selective checkpointing -----------------------------------------------------------------------------------------
 
 
+# What the kernel of gated_residual_norm leaves in a compiled graph.
+TRACES = {"torch": "aten.rsqrt.default", "cpu": "ditkernels.gated_residual_norm_cpu.default"}
+
+
 @pytest.mark.parametrize("saved", [True, False])
 @pytest.mark.parametrize("compiled", [True, False])
-def test_selective_checkpointing_decides_by_op(saved: bool, compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Counted are the norm's kernel in an eager run, and its square root in a compiled backward."""
+@pytest.mark.parametrize("backend", ["torch", pytest.param("cpu", marks=needs_library)])
+def test_selective_checkpointing_decides_by_op(backend: str, saved: bool, compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counted are the norm's kernel in an eager run, and what it leaves in a compiled backward."""
     op, ran, found = dispatch.OPS["gated_residual_norm"], [], {}
-    plain = op.implementations["torch"]
+    plain = op.implementations[backend]
 
     def counting(*args: Any) -> Any:
         ran.append(args)
@@ -334,7 +349,7 @@ def test_selective_checkpointing_decides_by_op(saved: bool, compiled: bool, monk
         contexts = functools.partial(create_selective_checkpoint_contexts, policy)
         return checkpoint(block, x, branch, use_reentrant=False, context_fn=contexts)
 
-    def backend(graph: Any, inputs: Any) -> Any:
+    def compiler(graph: Any, inputs: Any) -> Any:
         def keep(graph: Any, inputs: Any) -> Any:
             found["backward"] = graph
             return make_boxed_func(graph.forward)
@@ -343,13 +358,15 @@ def test_selective_checkpointing_decides_by_op(saved: bool, compiled: bool, monk
         partition = functools.partial(torch._functorch.partitioners.min_cut_rematerialization_partition, compiler="inductor")
         return aot_module_simplified(graph, inputs, fw_compiler=forward, bw_compiler=keep, partition_fn=partition)
 
-    monkeypatch.setitem(op.implementations, "torch", dispatch.Implementation(plain.kernel, counting, plain.refuse))
+    if not compiled:
+        monkeypatch.setitem(op.implementations, backend, dispatch.Implementation(plain.kernel, counting, plain.refuse))
     x, branch = (torch.randn(2, 3, 8, requires_grad=True) for _ in range(2))
-    expected = torch.autograd.grad(block(x, branch), (x, branch))
-    ran.clear()
-    run = torch.compile(step, backend=backend, fullgraph=True) if compiled else step
-    torch.testing.assert_close(torch.autograd.grad(run(x, branch), (x, branch)), expected)
-    again = targets(found["backward"])["aten.rsqrt.default"] if compiled else len(ran) - 1
+    with dispatch.use_backend(backend):
+        expected = torch.autograd.grad(block(x, branch), (x, branch))
+        ran.clear()
+        run = torch.compile(step, backend=compiler, fullgraph=True) if compiled else step
+        torch.testing.assert_close(torch.autograd.grad(run(x, branch), (x, branch)), expected)
+    again = targets(found["backward"])[TRACES[backend]] if compiled else len(ran) - 1
     assert again == (0 if saved else 1)
 
 

@@ -41,6 +41,7 @@ int choose(int count, const std::string& forced) {
   STD_TORCH_CHECK(
       count > 0,
       "this processor is older than x86-64-v3 (AVX2, FMA, BMI2, F16C), which the cpu backend needs; the torch backend serves");
+  if (count > COUNT) count = COUNT;
   if (forced.empty()) return count - 1;
   for (int i = 0; i < count; ++i)
     if (forced == NAMES[i]) return i;

@@ -91,7 +91,7 @@ inline Lanes widened(Shorts bits, Half) {
 #elif defined(__F16C__)
   return (Lanes)_mm256_cvtph_ps((__m128i)bits);
 #else
-  _Float16 values[WIDTH];
+  __fp16 values[WIDTH];
   memcpy(values, &bits, sizeof values);
   Lanes lanes;
   for (int i = 0; i < WIDTH; ++i) lanes[i] = static_cast<float>(values[i]);
@@ -105,8 +105,8 @@ inline Shorts narrowed(Lanes lanes, Half) {
 #elif defined(__F16C__)
   return (Shorts)_mm256_cvtps_ph((__m256)lanes, _MM_FROUND_TO_NEAREST_INT);
 #else
-  _Float16 values[WIDTH];
-  for (int i = 0; i < WIDTH; ++i) values[i] = static_cast<_Float16>(lanes[i]);
+  __fp16 values[WIDTH];
+  for (int i = 0; i < WIDTH; ++i) values[i] = static_cast<__fp16>(lanes[i]);
   Shorts bits;
   memcpy(&bits, values, sizeof bits);
   return bits;

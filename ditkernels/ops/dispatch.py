@@ -136,7 +136,9 @@ def without_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
 
 _TRACED = (Tensor, FunctionalTensor)
 _OPENED = ("triton", "torch")
-"""Backends whose kernels a compiler sees from inside: launches, or plain PyTorch that it fuses. Others stay one op of the graph."""
+"""Backends whose kernels a compiler sees from inside: launches, or plain PyTorch that it fuses."""
+_DIRECT = ("cpu",)
+"""Backends whose internal op stands in the graph, so that no Python of ours runs per call. Others stay the op that chooses."""
 
 
 def asked(backend: str | None) -> str:
@@ -186,9 +188,12 @@ def _opening(op: Op) -> Callable[..., Any]:
         *given, text = op.with_backend(args, kwargs)
         if ":" in text:
             backend = op.choose(*given, forced=said(text))
+            implementation = op.implementations[backend]
             if backend in _OPENED and not (backend == "triton" and _triton.INTERPRETED):
                 with mode, _triton.traced():
-                    return _boxed(op.declaration, op.implementations[backend].kernel)(*given)
+                    return _boxed(op.declaration, implementation.kernel)(*given)
+            if backend in _DIRECT and not implementation.internal._schema.is_mutable:
+                return mode.__torch_dispatch__(implementation.internal, types, tuple(given), {})
         return mode.__torch_dispatch__(func, types, args, kwargs)
 
     return rule
@@ -268,7 +273,9 @@ class Op:
 
     def implement_elsewhere(self, backend: str, *, refuse: Refusal) -> None:
         """Declares the internal op ``ditkernels::<op>_<backend>``; a compiled library, once loaded, supplies its kernels."""
-        _LIBRARY.define(f"{self.name}_{backend}" + self.declaration.schema)
+        internal = f"{self.name}_{backend}"
+        _LIBRARY.define(internal + self.declaration.schema, tags=(torch.Tag.pt2_compliant_tag,))
+        torch.library.register_fake(f"ditkernels::{internal}", self.declaration.fake, lib=_LIBRARY)
         self._add(backend, None, refuse)
 
     def _add(self, backend: str, kernel: Kernel | None, refuse: Refusal) -> None:
