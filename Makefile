@@ -25,7 +25,7 @@ STAMP := $(VENV)/.installed
 CXX_FOUND := $(shell command -v $${CXX:-c++} || command -v g++ || command -v clang++)
 DITKERNELS_BUILD_CPU ?= $(if $(CXX_FOUND),1,0)
 CPU_LIBRARY := $(if $(filter 1,$(DITKERNELS_BUILD_CPU)),ditkernels/_cpu.so)
-CPP := $(shell find csrc tests/emulation -name "*.cu" -o -name "*.cuh" -o -name "*.cpp" -o -name "*.h")
+CPP := $(shell find csrc tests -name "*.cu" -o -name "*.cuh" -o -name "*.cpp" -o -name "*.h")
 
 .PHONY: demo test lint format wheel gpu clean
 

@@ -10,20 +10,24 @@ import shutil
 import subprocess
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import build_native
+import numerics
 import pytest
 import torch
 from native_cpu import needs_library
+from torch import Tensor
 
-from ditkernels import ops
+from ditkernels import ops, reference
 from ditkernels.ops import _native, dispatch, norm
+from ditkernels.ops.spec import _CODES as CODES
 
 ROOT = Path(__file__).parent.parent
 TORCH = Path(torch.__file__).parent
 on_x86 = pytest.mark.skipif(platform.machine() != "x86_64", reason="reads x86-64 machine code")
-needs_compiler = pytest.mark.skipif(build_native.find_cxx() is None, reason="needs a C++ compiler")
 needs_binutils = pytest.mark.skipif(shutil.which("objdump") is None, reason="needs objdump and nm")
 
 # ---- Objects ---------------------------------------------------------------------------------------------------------
@@ -153,7 +157,7 @@ BITS = """
 import hashlib, sys, torch
 sys.path[:0] = ["tests", "tests/triton_proof", "benchmarks"]
 import test_adaln, test_bias_gelu, test_qkv, test_adamw_ema
-from ditkernels import ops
+from ditkernels import ops, reference
 torch.set_num_threads(int(sys.argv[1]))
 F32, BF16 = torch.float32, torch.bfloat16
 made = []
@@ -283,20 +287,84 @@ def test_planted_faults_are_found(family: str, genuine: str, fault: str, objects
     assert done.returncode == 1, f"not found:\n{done.stdout[-2000:]}"
 
 
-# ---- Sanitizers and other machines -----------------------------------------------------------------------------------
+# ---- Loops on another machine ----------------------------------------------------------------------------------------
+
+# By machine: its compiler, the flags of an instruction set, and what runs the program.
+MACHINES = {
+    "x86_64": ("c++", ("-march=x86-64-v3",), ()),
+    "aarch64": ("aarch64-linux-gnu-g++", (), ("qemu-aarch64",)),
+}
 
 
-@pytest.mark.slow
-@needs_compiler
-def test_the_loops_cross_compile_for_aarch64(tmp_path: Path) -> None:
-    compiler = shutil.which("aarch64-linux-gnu-g++")
-    if compiler is None:
-        pytest.skip("needs g++-aarch64-linux-gnu")
-    for name, source, flags in build_native.cpu_objects("aarch64"):
-        if "." in Path(name).stem:  # those that talk to torch need its headers alone, and link nowhere here
-            command = [compiler, *build_native.CPU_FLAGS, *flags, "-c", str(source), "-o", str(tmp_path / name)]
-            subprocess.run(command, check=True)
-    assert len(list(tmp_path.glob("*.native.o"))) == 5
+@pytest.fixture(scope="module")
+def loops(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """The command that runs the kernels' loops, built for a machine without torch."""
+    compiler, flags, runner = MACHINES[request.param]
+    for needed in (compiler, *runner):
+        if shutil.which(needed) is None:
+            pytest.skip(f"needs {needed}")
+    program = tmp_path_factory.mktemp("loops") / request.param
+    source = ROOT / "tests/cpu_proof/loops.cpp"
+    subprocess.run([compiler, *build_native.CPU_FLAGS, *flags, "-static", str(source), "-o", str(program)], check=True)
+    return [*runner, str(program)]
+
+
+def through(loops: list[str], case: list[int], given: list[Tensor], shapes: list[tuple[int, ...]]) -> list[Tensor]:
+    """What the program makes of a case: outputs of these shapes, fp32."""
+    sent = torch.tensor(case).numpy().tobytes() + b"".join(t.float().contiguous().numpy().tobytes() for t in given)
+    out = subprocess.run(loops, input=sent, capture_output=True, check=True).stdout
+    flat = torch.frombuffer(bytearray(out), dtype=torch.float32)
+    sizes = [torch.Size(shape).numel() for shape in shapes]
+    assert flat.numel() == sum(sizes)
+    return [part.view(shape) for part, shape in zip(flat.split(sizes), shapes)]
+
+
+def differentiated(function: Callable[..., Any], inputs: list[Tensor], cotangents: list[Tensor], **options: Any) -> list[Tensor]:
+    leaves = [t.detach().requires_grad_() for t in inputs]
+    made = function(*leaves, **options)
+    made = made if isinstance(made, tuple) else (made,)
+    grads = torch.autograd.grad(made, leaves, [c.to(m.dtype) for c, m in zip(cotangents, made)])
+    return [*made, *grads]
+
+
+on_each_machine = pytest.mark.parametrize(
+    "loops", ["x86_64", pytest.param("aarch64", marks=pytest.mark.slow)], indirect=True, scope="module"
+)
+on_each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+
+
+@on_each_machine
+@on_each_dtype
+@pytest.mark.parametrize("norm", ["layernorm", "rmsnorm"])
+@pytest.mark.parametrize("width", [7, 33, 96, 384])
+def test_loops_of_the_norm_family_are_right_on_a_machine(width: int, norm: str, dtype: torch.dtype, loops: list[str]) -> None:
+    generator = torch.Generator().manual_seed(width)
+    rows, vectors = (2, 9, width), (2, width)
+    x, branch, dx1, dh = (torch.randn(rows, generator=generator).to(dtype) for _ in range(4))
+    gate, shift, scale = (torch.randn(vectors, generator=generator) for _ in range(3))
+    case = [0, CODES[dtype], *rows, norm == "rmsnorm"]
+    got = through(loops, case, [x, branch, gate, shift, scale, dx1, dh], [rows] * 4 + [vectors] * 3)
+    inputs = [x, branch, gate, shift, scale]
+    low, exact = (
+        differentiated(reference.gated_residual_norm, [wide(t) for t in inputs], [dx1, dh], norm=norm, **options)
+        for wide, options in ((lambda t: t, {"out_dtype": dtype}), (Tensor.double, {}))
+    )
+    names = ("x1", "h", "dx", "dbranch", "dgate", "dshift", "dscale")
+    for actual, near, true, name in zip(got, low, exact, names, strict=True):
+        numerics.assert_contract(actual.to(near.dtype), near, true, f"{name} at width {width}")
+
+
+@on_each_machine
+@on_each_dtype
+def test_loops_of_gelu_are_right_on_a_machine(dtype: torch.dtype, loops: list[str]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    rows = (2, 9, 133)
+    x, dy = (3 * torch.randn(rows, generator=generator).to(dtype) for _ in range(2))
+    bias = torch.randn(133, generator=generator)
+    got = through(loops, [1, CODES[dtype], *rows, 0], [x, bias, dy], [rows, rows, (133,)])
+    low, exact = (differentiated(reference.bias_gelu, [wide(x), wide(bias)], [dy]) for wide in (lambda t: t, Tensor.double))
+    for actual, near, true, name in zip(got, low, exact, ("y", "dx", "dbias")):
+        numerics.assert_contract(actual.to(near.dtype), near, true, name)
 
 
 # ---- Without the library ---------------------------------------------------------------------------------------------
