@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
 
 from ditkernels.ops import _native, dispatch
+
+
+def run_formulas(monkeypatch: pytest.MonkeyPatch, op: str, forward: Callable[..., Any], backward: Callable[..., Any]) -> None:
+    """Puts the formulas of a family in the place of the torch kernels of ``op``, so that a test runs them."""
+    for name, formula in ((op, forward), (f"{op}_backward", backward)):
+        monkeypatch.setattr(dispatch.OPS[name].implementations["torch"], "kernel", formula)
+    dispatch.forget()
+
 
 needs_library = pytest.mark.skipif(_native.CPU.absence is not None, reason=str(_native.CPU.absence))
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from native_cpu import on_both_backends  # noqa: F401
+from native_cpu import on_both_backends, run_formulas  # noqa: F401
 from torch import Tensor
 
 from ditkernels import reference
@@ -164,7 +164,13 @@ def test_agreement_in_fp64_at_any_shape(op: str, shape: tuple[int, int, int], ep
 
 @pytest.mark.parametrize("kind", reference.NORMS)
 @pytest.mark.parametrize("op", OPS)
-def test_hand_derived_backward_by_gradcheck(op: str, kind: str) -> None:
+def test_formulas_by_gradcheck(op: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    formulas = {
+        "modulate_norm": (norm.norm_formula, norm.norm_gradients_formula),
+        "gated_residual": (norm.residual_formula, norm.residual_gradients_formula),
+        "gated_residual_norm": (norm.residual_norm_formula, norm.residual_norm_gradients_formula),
+    }
+    run_formulas(monkeypatch, op, *formulas[op])
     inputs = {n: v.detach().requires_grad_() for n, v in make_inputs(op, 2, 3, 5, F64, F64).items()}
     options = {} if op == "gated_residual" else {"norm": kind}
     call = lambda *values: getattr(norm, op)(**dict(zip(inputs, values)), **options)  # noqa: E731

@@ -11,13 +11,13 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from native_cpu import on_both_backends  # noqa: F401
+from native_cpu import on_both_backends, run_formulas  # noqa: F401
 from subsets import Watching, assert_every_subset
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from ditkernels import ops, reference
-from ditkernels.ops import dispatch
+from ditkernels.ops import dispatch, gelu
 from ditkernels.ops.spec import encoded
 
 F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
@@ -98,7 +98,8 @@ def test_agreement_in_fp64_at_any_shape(shape: tuple[int, int, int], biased: boo
         numerics.assert_fp64_agreement(actual, expected)
 
 
-def test_hand_derived_backward_by_gradcheck() -> None:
+def test_formulas_by_gradcheck(monkeypatch: pytest.MonkeyPatch) -> None:
+    run_formulas(monkeypatch, "bias_gelu", gelu.formula, gelu.gradients_formula)
     inputs = [v.requires_grad_() for v in make_inputs((2, 3, 5), F64, F64).values()]
     assert torch.autograd.gradcheck(ops.bias_gelu, inputs)
 

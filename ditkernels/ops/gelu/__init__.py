@@ -1,6 +1,6 @@
 """The hidden layer of an MLP: ``bias_gelu``, the bias a linear left behind and tanh-GELU, with the bias' gradient in the backward.
 
-With z = x + bias, where x = W·h comes from a linear without its bias, all in fp32 (fp64 for fp64):
+With z = x + bias, where x = W·h comes from a linear without its bias, in compiled kernels all in fp32:
 
     u(z) = √(2/π)·(z + κ·z³), κ = 0.044715        σ = 1 / (1 + e^(−2u)) = (1 + tanh u) / 2
     y    = z·σ
@@ -23,6 +23,7 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ditkernels.ops import _native
@@ -46,7 +47,8 @@ def bias_gelu(x: Tensor, bias: Tensor | None = None) -> Tensor:
         x: (B, N, D), any strides.
         bias: (D,), optional.
 
-    Dtypes: fp32, bf16, fp16 (fp64 on the ``torch`` backend), each tensor its own; arithmetic is in fp32.
+    Dtypes: fp32, bf16, fp16 (fp64 on the ``torch`` backend), each tensor its own. Compiled kernels compute in fp32;
+    the ``torch`` backend rounds where plain PyTorch does.
 
     Returns:
         (B, N, D) in x's dtype.
@@ -68,7 +70,7 @@ BIAS_GELU = declare(
 )
 
 
-# ---- The torch backend: the formulas at the top of this file ---------------------------------------------------------
+# ---- The formulas at the top of this file: no backend runs them, the tests hold every backend against them -----------
 
 
 def _biased(x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -79,21 +81,43 @@ def _biased(x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     return z, 2 * ROOT * z * (1 + KAPPA * z**2)
 
 
-@BIAS_GELU.implement("torch")
-def forward(x: Tensor, bias: Tensor | None) -> Tensor:
+def formula(x: Tensor, bias: Tensor | None) -> Tensor:
     """y in x's dtype."""
     z, double_u = _biased(x, bias)
     return (z * torch.sigmoid(double_u)).to(x.dtype).contiguous()
 
 
-@BIAS_GELU.gradients.implement("torch")
-def backward(dy: Tensor, x: Tensor, bias: Tensor | None, wanted: Wanted) -> tuple[Tensor | None, Tensor | None]:
+def gradients_formula(dy: Tensor, x: Tensor, bias: Tensor | None, wanted: Wanted) -> tuple[Tensor | None, Tensor | None]:
     """dx and dbias, as far as they are wanted."""
     of_x, of_bias = wanted
     z, double_u = _biased(x, bias)
     sigma = torch.sigmoid(double_u)
     derivative = sigma + z * sigma * torch.sigmoid(-double_u) * 2 * ROOT * (1 + 3 * KAPPA * z**2)
     dx = dy.to(z.dtype) * derivative
+    dbias = dx.sum((0, 1)).to(of_bias) if of_bias else None
+    return dx.to(of_x).contiguous() if of_x else None, dbias
+
+
+# ---- The torch backend: torch's own GELU, in the memory of z where that is not x's -----------------------------------
+
+
+@BIAS_GELU.implement("torch")
+def forward(x: Tensor, bias: Tensor | None) -> Tensor:
+    """y in x's dtype."""
+    y = F.gelu(x, approximate="tanh") if bias is None else torch.ops.aten.gelu_(x + bias, approximate="tanh")
+    return y.to(x.dtype).contiguous()
+
+
+@BIAS_GELU.gradients.implement("torch")
+def backward(dy: Tensor, x: Tensor, bias: Tensor | None, wanted: Wanted) -> tuple[Tensor | None, Tensor | None]:
+    """dx and dbias, as far as they are wanted."""
+    of_x, of_bias = wanted
+    z = x if bias is None else x + bias
+    dy = dy.to(z.dtype)
+    if bias is None:
+        dx = torch.ops.aten.gelu_backward(dy, z, approximate="tanh")
+    else:
+        dx = torch.ops.aten.gelu_backward.grad_input(dy, z, approximate="tanh", grad_input=z)
     dbias = dx.sum((0, 1)).to(of_bias) if of_bias else None
     return dx.to(of_x).contiguous() if of_x else None, dbias
 

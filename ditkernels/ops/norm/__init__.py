@@ -1,6 +1,6 @@
 """Norm, modulation and gated residual: ``modulate_norm``, ``gated_residual``, ``gated_residual_norm``.
 
-Forward, for token n of sample b, over channels d (all arithmetic in fp32, or fp64 for fp64 inputs):
+Forward, for token n of sample b, over channels d (all arithmetic of compiled kernels is in fp32):
 
     u  = branch + branch_bias                       x1 = x + gate_b · u
     x̂  = (x1 - mean) · rstd        layernorm: mean over d, rstd = (var + eps)^-1/2
@@ -29,13 +29,15 @@ Layer norm: Ba et al. 2016 (arXiv 1607.06450); RMS norm: Zhang & Sennrich 2019 (
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import reduce
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ditkernels.ops import _native
-from ditkernels.ops.dispatch import Whole, declare
+from ditkernels.ops.dispatch import Whole, declare, is_plain
 from ditkernels.ops.spec import Example, Given, Gradient, Sizes, Wanted, accumulator, check_norm
 
 __all__ = ["gated_residual", "gated_residual_norm", "modulate_norm"]
@@ -64,7 +66,8 @@ def modulate_norm(
         eps: added to the variance (layernorm) or to the mean square (rmsnorm).
         out_dtype: of the result; by default autocast's dtype where autocast is on, else x's.
 
-    Dtypes: fp32, bf16, fp16 (fp64 on the ``torch`` backend), each tensor its own; arithmetic is in fp32.
+    Dtypes: fp32, bf16, fp16 (fp64 on the ``torch`` backend), each tensor its own. Compiled kernels compute in fp32;
+    the ``torch`` backend rounds where plain PyTorch does.
 
     Returns:
         (B, N, D).
@@ -235,7 +238,7 @@ GATED_RESIDUAL_NORM = declare(
 )
 
 
-# ---- The torch backend: the formulas at the top of this file, one by one ---------------------------------------------
+# ---- The formulas at the top of this file, one by one: no backend runs them, the tests hold every backend against them ----
 
 
 def per_token(vector: Tensor | None, dtype: torch.dtype) -> Tensor | None:
@@ -246,15 +249,13 @@ def per_token(vector: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 
 
 def normed_rows(x: Tensor, stats: Tensor) -> Tensor:
-    """x̂ from x and the saved statistics, in the accumulation dtype."""
-    values = x.to(accumulator(x))
+    """x̂ from x and the saved statistics, a new tensor in the accumulation dtype."""
     if stats.shape[-1] == 2:
-        values = values - stats[..., :1]
-    return values * stats[..., -1:]
+        return (x - stats[..., :1]).mul_(stats[..., 1:])
+    return x * stats
 
 
-@GATED_RESIDUAL.implement("torch")
-def residual_forward(x: Tensor, branch: Tensor, gate: Tensor | None, branch_bias: Tensor | None) -> Tensor:
+def residual_formula(x: Tensor, branch: Tensor, gate: Tensor | None, branch_bias: Tensor | None) -> Tensor:
     """x1 = x + gate·(branch + branch_bias), rounded once to x's dtype."""
     wide = accumulator(x)
     u = branch.to(wide)
@@ -264,8 +265,7 @@ def residual_forward(x: Tensor, branch: Tensor, gate: Tensor | None, branch_bias
     return (x.to(wide) + (u if g is None else g * u)).to(x.dtype).contiguous()
 
 
-@MODULATE_NORM.implement("torch")
-def norm_forward(
+def norm_formula(
     x: Tensor, shift: Tensor | None, scale: Tensor | None, weight: Tensor | None, bias: Tensor | None,
     norm: str, eps: float, out_dtype: torch.dtype, keep: bool,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
@@ -288,53 +288,43 @@ def norm_forward(
     return h.to(out_dtype).contiguous(), stats if keep else None
 
 
-@GATED_RESIDUAL_NORM.implement("torch")
-def residual_norm_forward(
+def residual_norm_formula(
     x: Tensor, branch: Tensor, gate: Tensor | None, shift: Tensor | None, scale: Tensor | None,
     branch_bias: Tensor | None, weight: Tensor | None, bias: Tensor | None, norm: str, eps: float,
     out_dtype: torch.dtype, keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
     """x1, the modulated norm of x1 as it is stored, and mean and rstd of its rows."""
-    x1 = residual_forward(x, branch, gate, branch_bias)
-    return (x1, *norm_forward(x1, shift, scale, weight, bias, norm, eps, out_dtype, keep))
+    x1 = residual_formula(x, branch, gate, branch_bias)
+    return (x1, *norm_formula(x1, shift, scale, weight, bias, norm, eps, out_dtype, keep))
 
 
-def through_norm(dh: Tensor, normed: Tensor, scale: Tensor | None, weight: Tensor | None, stats: Tensor) -> Tensor:
+def through_norm(dnormed: Tensor, normed: Tensor, stats: Tensor) -> Tensor:
     """The norm's dx in the accumulation dtype."""
-    dnormed = dh
-    if scale is not None:
-        dnormed = dnormed * (1 + scale.to(dh.dtype).unsqueeze(1))
-    if weight is not None:
-        dnormed = dnormed * weight.to(dh.dtype)
     dx = dnormed - normed * (dnormed * normed).mean(-1, keepdim=True)
     if stats.shape[-1] == 2:
         dx = dx - dnormed.mean(-1, keepdim=True)
     return dx * stats[..., -1:]
 
 
-def norm_vector_gradients(
-    dh: Tensor, normed: Tensor, scale: Tensor | None, weight: Tensor | None, bias: Tensor | None,
-    wanted: Wanted,
-) -> tuple[Tensor | None, ...]:  # fmt: skip
-    """dshift, dscale, dweight, dbias, as far as they are wanted, from the sums P and Q."""
+def vector_gradients(
+    p: Tensor | None, q: Tensor | None, scale: Tensor | None, weight: Tensor | None, bias: Tensor | None, wanted: Wanted
+) -> tuple[Tensor | None, ...]:
+    """dshift, dscale, dweight, dbias, as far as they are wanted, from the sums P and Q; a sum that none needs may be None."""
     of_shift, of_scale, of_weight, of_bias = wanted
-    p = dh.sum(1) if of_shift or of_scale or of_bias else dh.new_empty(0)
-    q = (dh * normed).sum(1) if of_scale or of_weight else dh.new_empty(0)
-    modulation = 1 if scale is None else 1 + scale.to(dh.dtype)
-    dshift = p.clone().to(of_shift) if of_shift else None
-    dscale = dweight = dbias = None
-    if of_scale:
-        through_weight = q if weight is None else weight.to(q.dtype) * q
-        dscale = (through_weight if bias is None else through_weight + bias.to(q.dtype) * p).to(of_scale)
-    if of_weight:
-        dweight = (modulation * q).sum(0).to(of_weight)
-    if of_bias:
-        dbias = (modulation * p).sum(0).to(of_bias)
+    dshift = dscale = dweight = dbias = None
+    if of_shift and p is not None:
+        dshift = _as(p, of_shift)
+    if of_scale and q is not None:
+        through_weight = q if weight is None else weight * q
+        dscale = _as(through_weight if bias is None or p is None else through_weight + bias * p, of_scale)
+    if of_weight and q is not None:
+        dweight = _as((q if scale is None else (1 + scale) * q).sum(0), of_weight)
+    if of_bias and p is not None:
+        dbias = _as((p if scale is None else (1 + scale) * p).sum(0), of_bias)
     return dshift, dscale, dweight, dbias
 
 
-@GATED_RESIDUAL.gradients.implement("torch")
-def residual_backward(
+def residual_gradients_formula(
     dx1: Tensor, branch: Tensor | None, gate: Tensor | None, branch_bias: Tensor | None, wanted: Wanted
 ) -> tuple[Tensor | None, ...]:
     """dbranch, dgate and dbranch_bias, as far as they are wanted."""
@@ -354,16 +344,189 @@ def residual_backward(
     return dbranch, dgate, dbias
 
 
-@MODULATE_NORM.gradients.implement("torch")
-def norm_backward(
+def norm_gradients_formula(
     dh: Tensor, x: Tensor, scale: Tensor | None, weight: Tensor | None, bias: Tensor | None, stats: Tensor,
     norm: str, wanted: Wanted,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     """The gradients of x, shift, scale, weight and bias, as far as they are wanted."""
     of_x, *of_vectors = wanted
     dh, normed = dh.to(accumulator(x)), normed_rows(x, stats)
-    dx = through_norm(dh, normed, scale, weight, stats).to(of_x).contiguous() if of_x else None
-    return (dx, *norm_vector_gradients(dh, normed, scale, weight, bias, tuple(of_vectors)))
+    scale, weight, bias = (None if t is None else t.to(dh.dtype) for t in (scale, weight, bias))
+    dnormed = dh if scale is None else dh * (1 + scale.unsqueeze(1))
+    dnormed = dnormed if weight is None else dnormed * weight
+    dx = through_norm(dnormed, normed, stats).to(of_x).contiguous() if of_x else None
+    return (dx, *vector_gradients(dh.sum(1), (dh * normed).sum(1), scale, weight, bias, tuple(of_vectors)))
+
+
+def residual_norm_gradients_formula(
+    dx1: Tensor | None, dh: Tensor, x1: Tensor, branch: Tensor | None, gate: Tensor | None,
+    scale: Tensor | None, branch_bias: Tensor | None, weight: Tensor | None, bias: Tensor | None,
+    stats: Tensor, norm: str, wanted: Wanted,
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    """The gradients of all inputs in their order, as far as they are wanted."""
+    of_x, of_branch, of_gate, of_shift, of_scale, of_branch_bias, of_weight, of_bias = wanted
+    asked = (accumulator(x1), of_shift, of_scale, of_weight, of_bias)
+    dx, dshift, dscale, dweight, dbias = norm_gradients_formula(dh, x1, scale, weight, bias, stats, norm, asked)
+    dx = dx if dx1 is None else dx + dx1  # type: ignore[operator]
+    of_residual = (of_branch, of_gate, of_branch_bias)
+    dbranch, dgate, dbranch_bias = residual_gradients_formula(dx, branch, gate, branch_bias, of_residual)  # type: ignore[arg-type]
+    dx = dx.to(of_x) if of_x else None  # type: ignore[union-attr]
+    return dx, dbranch, dgate, dshift, dscale, dbranch_bias, dweight, dbias
+
+
+# ---- The torch backend: torch's own fused pieces, which round where plain PyTorch rounds -----------------------------
+
+
+def _promoted(tensors: Sequence[Tensor | None], wanted: Wanted = ()) -> torch.dtype:
+    """The dtype in which plain PyTorch computes with tensors, as far as they are there, and with those whose gradient is wanted."""
+    kinds = {t.dtype for t in tensors if t is not None} | {dtype for dtype in wanted if dtype is not None}
+    return kinds.pop() if len(kinds) == 1 else reduce(torch.promote_types, kinds)
+
+
+def _as(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """``tensor.to(dtype)``, which costs the host microseconds even where there is nothing to do."""
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
+
+
+def _own(x: Tensor, vector: Tensor | None) -> Tensor | None:
+    """A vector of all rows as torch's layer norm takes it.
+
+    On a CPU statistics come in the weight's dtype, and the norm without a weight takes twice as long.
+    """
+    on_cpu = x.device.type == "cpu"
+    dtype = accumulator(x) if on_cpu else x.dtype
+    if vector is None:
+        return x.new_ones(x.shape[-1], dtype=dtype) if on_cpu else None
+    return _as(vector.reshape(-1), dtype)
+
+
+def _affine(
+    x: Tensor, shift: Tensor | None, scale: Tensor | None, weight: Tensor | None, bias: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """What the normed rows are multiplied by and what is then added, each (D,) or (B, 1, D); products are as wide as x."""
+    if scale is not None:
+        modulation = 1 + scale.unsqueeze(1)
+        wide = modulation if weight is None and bias is None else _as(modulation, _promoted((x, scale)))
+        weight = modulation if weight is None else wide * weight
+        bias = None if bias is None else wide * bias
+    if shift is not None:
+        bias = shift.unsqueeze(1) if bias is None else bias + shift.unsqueeze(1)
+    return weight, bias
+
+
+def _applied(normed: Tensor, factor: Tensor | None, offset: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """normed·factor + offset in ``dtype``, in the memory of ``normed`` where that has the dtype."""
+    out = normed if normed.dtype == dtype else None
+    if factor is None:
+        h = normed if offset is None else torch.add(normed, offset, out=out)
+    else:
+        h = torch.mul(normed, factor, out=out) if offset is None else torch.addcmul(offset, normed, factor, out=out)
+    return _as(h, dtype)
+
+
+@GATED_RESIDUAL.implement("torch")
+def residual_forward(x: Tensor, branch: Tensor, gate: Tensor | None, branch_bias: Tensor | None) -> Tensor:
+    """x1 in x's dtype."""
+    u = branch if branch_bias is None else branch + branch_bias
+    out = u if u is not branch and u.dtype == x.dtype else None
+    x1 = torch.add(x, u, out=out) if gate is None else torch.addcmul(x, gate.unsqueeze(1), u, out=out)
+    return _as(x1, x.dtype).contiguous()
+
+
+@MODULATE_NORM.implement("torch")
+def norm_forward(
+    x: Tensor, shift: Tensor | None, scale: Tensor | None, weight: Tensor | None, bias: Tensor | None,
+    norm: str, eps: float, out_dtype: torch.dtype, keep: bool,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """The modulated norm in ``out_dtype``, and mean and rstd of each row. What all rows share goes into torch's layer norm."""
+    factor, offset = _affine(x, shift, scale, weight, bias)
+    if norm == "rmsnorm":
+        values = _as(x, accumulator(x))
+        stats = values.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
+        h = _applied(_as(values * stats, x.dtype), factor, offset, out_dtype)
+        return h.contiguous(), stats if keep else None
+    vectors = [v for v in (factor, offset) if v is not None]
+    shared = all(v.numel() == x.shape[-1] for v in vectors) and _promoted((x, *vectors)) == x.dtype
+    weight, bias = (factor, offset) if shared else (None, None)
+    # A compiler, which would round the statistics to the rows' dtype, fuses the cast that keeps it from that.
+    rows = x if is_plain(x) else _as(x, accumulator(x))
+    bias = None if bias is None else _own(rows, bias)
+    h, *halves = torch.native_layer_norm(rows, rows.shape[-1:], _own(rows, weight), bias, eps)
+    h = _as(h, out_dtype) if shared else _applied(h, factor, offset, out_dtype)
+    return h, _as(torch.cat(halves, -1), accumulator(x)) if keep else None
+
+
+@GATED_RESIDUAL_NORM.implement("torch")
+def residual_norm_forward(
+    x: Tensor, branch: Tensor, gate: Tensor | None, shift: Tensor | None, scale: Tensor | None,
+    branch_bias: Tensor | None, weight: Tensor | None, bias: Tensor | None, norm: str, eps: float,
+    out_dtype: torch.dtype, keep: bool,
+) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
+    """x1, the modulated norm of x1 as it is stored, and mean and rstd of its rows."""
+    x1 = residual_forward(x, branch, gate, branch_bias)
+    return (x1, *norm_forward(x1, shift, scale, weight, bias, norm, eps, out_dtype, keep))
+
+
+@GATED_RESIDUAL.gradients.implement("torch")
+def residual_backward(
+    dx1: Tensor, branch: Tensor | None, gate: Tensor | None, branch_bias: Tensor | None, wanted: Wanted
+) -> tuple[Tensor | None, ...]:
+    """dbranch, dgate and dbranch_bias, as far as they are wanted."""
+    of_branch, of_gate, of_bias = wanted
+    dx = _as(dx1, _promoted((branch, gate, branch_bias), wanted))
+    product = dbranch = dgate = dbias = None
+    sums = dx.sum(1) if of_bias or (of_gate and branch_bias is not None) else None
+    if of_gate and branch is not None:
+        product = dx * branch
+        dgate = product.sum(1)
+        dgate = _as(dgate if sums is None or branch_bias is None else dgate + branch_bias * sums, of_gate)
+    if of_branch:
+        dbranch = dx.clone() if gate is None else torch.mul(dx, gate.unsqueeze(1), out=product)
+        dbranch = _as(dbranch, of_branch).contiguous()
+    if of_bias and sums is not None:
+        dbias = _as((sums if gate is None else gate * sums).sum(0), of_bias)
+    return dbranch, dgate, dbias
+
+
+@MODULATE_NORM.gradients.implement("torch")
+def norm_backward(
+    dh: Tensor, x: Tensor, scale: Tensor | None, weight: Tensor | None, bias: Tensor | None, stats: Tensor,
+    norm: str, wanted: Wanted,
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    """The gradients of x, shift, scale, weight and bias, as far as they are wanted."""
+    of_x, of_shift, of_scale, of_weight, of_bias = wanted
+    with_q = of_scale is not None or of_weight is not None
+    factor, _ = _affine(x, None, scale, weight, None)
+    dh = _as(dh, _promoted((x, scale, weight, bias), wanted[1:]))
+    p = dh.sum(1) if of_shift or of_bias or (of_scale and bias is not None) else None
+    dx = q = product = None
+    if of_x and norm == "rmsnorm":
+        dx = through_norm(_as(dh if factor is None else dh * factor, stats.dtype), normed_rows(x, stats), stats)
+    if with_q:
+        # Not by torch's backward of a layer norm, which adds rows up one by one in their own dtype.
+        product = _as(_normed(x, stats), dh.dtype).mul_(dh)
+        q = product.sum(1)
+    if of_x and norm == "layernorm":
+        dnormed = _as(dh if factor is None else torch.mul(dh, factor, out=product), x.dtype)
+        reads = (x, x.shape[-1:], *_halves(stats), _own(x, None), None)
+        dx = torch.ops.aten.native_layer_norm_backward(dnormed, *reads, (True, False, False))[0]
+    dx = None if dx is None or of_x is None else _as(dx, of_x).contiguous()
+    return (dx, *vector_gradients(p, q, scale, weight, bias, wanted[1:]))
+
+
+def _halves(stats: Tensor) -> tuple[Tensor, ...]:
+    """Mean and rstd of all rows, each (B, N, 1) and packed, as torch's kernels take them."""
+    return stats.permute(2, 0, 1).unsqueeze(3).contiguous().unbind()
+
+
+def _normed(x: Tensor, stats: Tensor) -> Tensor:
+    """x̂, rounded to x's dtype, a new tensor."""
+    if x.dtype == stats.dtype or stats.shape[-1] == 1:
+        return _as(normed_rows(x, stats), x.dtype)
+    # torch's batch norm, which takes each row for a channel here, applies fp32 statistics to a narrower dtype in one pass.
+    mean, rstd = (half.flatten() for half in _halves(stats))
+    rows = x.reshape(1, -1, x.shape[-1])
+    return torch.native_batch_norm(rows, rstd, None, mean, torch.ones_like(mean), False, 0.0, 0.0)[0].view(x.shape)
 
 
 @GATED_RESIDUAL_NORM.gradients.implement("torch")
@@ -374,17 +537,17 @@ def residual_norm_backward(
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     """The gradients of all inputs in their order, as far as they are wanted."""
     of_x, of_branch, of_gate, of_shift, of_scale, of_branch_bias, of_weight, of_bias = wanted
-    dh, normed = dh.to(accumulator(x1)), normed_rows(x1, stats)
-    dx = through_norm(dh, normed, scale, weight, stats)
-    if dx1 is not None:
-        dx = dx + dx1.to(dx.dtype)
-    residual = (of_branch, of_gate, of_branch_bias)
-    dbranch, dgate, dbranch_bias = residual_backward(dx, branch, gate, branch_bias, residual)
-    dshift, dscale, dweight, dbias = norm_vector_gradients(
-        dh, normed, scale, weight, bias, (of_shift, of_scale, of_weight, of_bias)
-    )
-    dx = dx.to(of_x).contiguous() if of_x else None  # type: ignore[assignment]
-    return dx, dbranch, dgate, dshift, dscale, dbranch_bias, dweight, dbias
+    of_residual = (of_branch, of_gate, of_branch_bias)
+    of_stream = x1.dtype if of_x or any(of_residual) else None
+    asked = (of_stream, of_shift, of_scale, of_weight, of_bias)
+    dx, *dnorm = norm_backward(dh, x1, scale, weight, bias, stats, norm, asked)
+    dbranch = dgate = dbranch_bias = None
+    if dx is not None:
+        dx = dx if dx1 is None else dx.add_(dx1)
+        if any(of_residual):
+            dbranch, dgate, dbranch_bias = residual_backward(dx, branch, gate, branch_bias, of_residual)
+    dshift, dscale, dweight, dbias = dnorm
+    return _as(dx, of_x) if dx is not None and of_x else None, dbranch, dgate, dshift, dscale, dbranch_bias, dweight, dbias
 
 
 for _op in (MODULATE_NORM, GATED_RESIDUAL, GATED_RESIDUAL_NORM):
