@@ -3,7 +3,7 @@
 A patch holds p x p pixels of all channels; token n = i·w + j of a grid (h, w) is the patch at (i·p, j·p). Its values are ordered
 (channel, row, column) on the way in (``channels_first``), as in a convolution's weight, and (row, column, channel) on the way
 out, as in the public checkpoints. ``patchify`` gathers an image's patches as rows, ``unpatchify`` puts rows back as patches. Each
-moves every value once, and each is the other's gradient. All arithmetic is in fp32 (fp64 for fp64 inputs).
+moves every value once, and each is the other's gradient. Compiled kernels compute in fp32.
 
 ``patch_embed`` is a p x p convolution with stride p, and as patches do not overlap, one product. With u the rows of ``patchify``,
 rounded to the weight's dtype, and W the weight as a (D, C·p·p) matrix,
@@ -32,10 +32,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ditkernels.ops import _native
-from ditkernels.ops.dispatch import Op, Refusal, Whole, declare, refuse_forward_ad
+from ditkernels.ops.dispatch import Op, Refusal, Whole, declare, refuse_forward_ad, without_autocast
 from ditkernels.ops.norm import GATED_RESIDUAL_NORM, MODULATE_NORM, norm_forward, residual_forward
 from ditkernels.ops.spec import Example, Given, Gradient, Sizes, Wanted, accumulator, check_comes_with, check_norm, check_tensor
 
@@ -60,7 +61,8 @@ def patch_embed(
             on, promoted with the dtype of ``pos_embed``.
 
     Dtypes: fp32, bf16, fp16 (fp64 on the ``torch`` backend), each tensor its own. x is rounded to the weight's dtype for
-    the product, and the weight to autocast's dtype where autocast is on; all else is in fp32.
+    the product, and the weight to autocast's dtype where autocast is on; all else is in fp32 in compiled kernels, and on the
+    ``torch`` backend as in plain PyTorch.
 
     Returns:
         (B, N, D).
@@ -133,8 +135,9 @@ def final_layer(
 
     Dtypes: fp32, bf16, fp16 (fp64 on the ``torch`` backend), each tensor its own. x1 is rounded to x's dtype, the normed
     and modulated rows to the weight's for the product, and the weight to autocast's dtype where autocast is on; all else
-    is in fp32. Where the linear's weight, or weight and bias, alone need gradients, the norm and the linear run one after
-    the other, so that only the rows between them are saved; a compiled graph keeps the op.
+    is in fp32 in compiled kernels, and on the ``torch`` backend as in plain PyTorch. Where the linear's weight, or weight and
+    bias, alone need gradients, the norm and the linear run one after the other, so that only the rows between them are saved;
+    a compiled graph keeps the op.
 
     Returns:
         (B, O, h·p, w·p).
@@ -410,7 +413,7 @@ FINAL_LAYER = declare(
 )
 
 
-# ---- The torch backend: the formulas at the top of this file ---------------------------------------------------------
+# ---- The torch backend: torch's own pieces, which round where plain PyTorch rounds -----------------------------------
 
 
 @PATCHIFY.implement("torch")
@@ -435,12 +438,9 @@ def _unpatchify(tokens: Tensor, grid_h: int, grid_w: int, patch_size: int, chann
 
 @PATCH_EMBED.implement("torch")
 def _patch_embed(x: Tensor, weight: Tensor, bias: Tensor | None, pos_embed: Tensor | None, out_dtype: torch.dtype) -> Tensor:
-    wide = accumulator(weight)
-    y = product(_patchify(x, weight.shape[-1], True, weight.dtype).to(wide), weight.to(wide).flatten(1).t())
-    if bias is not None:
-        y = y + bias.to(wide)
+    y = _linear(_patchify(x, weight.shape[-1], True, weight.dtype), weight.flatten(1), bias)
     if pos_embed is not None:
-        y = y + pos_embed.to(wide)
+        y = torch.add(y, pos_embed, out=y if y.dtype == out_dtype else None)
     return y.to(out_dtype)
 
 
@@ -451,13 +451,16 @@ def _final_layer(
     weight: Tensor, bias: Tensor | None, grid_h: int, grid_w: int, patch_size: int, norm: str, eps: float,
     out_dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
-    wide = accumulator(weight)
     x1 = x if branch is None else residual_forward(x, branch, gate, branch_bias)
     h, _ = norm_forward(x1, shift, scale, norm_weight, norm_bias, norm, eps, weight.dtype, False)
-    z = product(h.to(wide), weight.to(wide).t())
-    if bias is not None:
-        z = z + bias.to(wide)
-    return _unpatchify(z.to(out_dtype), grid_h, grid_w, patch_size, False)
+    return _unpatchify(_linear(h, weight, bias).to(out_dtype), grid_h, grid_w, patch_size, False)
+
+
+def _linear(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """torch's linear, on a CPU in fp32: a product as thin as these takes up to five times as long in bf16 there."""
+    dtype = accumulator(weight) if rows.device.type == "cpu" else weight.dtype
+    with without_autocast(rows):
+        return F.linear(rows.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
 
 
 def refusing_empty_weights(refuse: Refusal) -> Refusal:

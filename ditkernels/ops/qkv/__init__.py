@@ -6,7 +6,7 @@ Forward, views of what the linear has made, its bias added:
 
 Backward, from dq, dk, dv as attention's backward leaves them, each at its own strides:
 
-    dpacked = (dq, dk, dv) side by side        dbias = Σ_bn dpacked, summed in fp32 (fp64 for fp64)
+    dpacked = (dq, dk, dv) side by side        dbias = Σ_bn dpacked, summed in fp32 by compiled kernels
 
 Nothing is saved. Backward reads dq, dk and dv once and writes dpacked once: six passes over (B, N, heads·head_dim), which the
 stacking costs anyway. torch's own backward reads dpacked once more, three passes, to sum it up for the bias.
@@ -46,7 +46,7 @@ def split_qkv(packed: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
         packed: (B, N, 3, heads, head_dim), or (B, N, 2, heads, head_dim) for k and v alone; any strides. The bias is in it.
         bias: (3·heads·head_dim,), or (2·heads·head_dim,). It is not read.
 
-    Dtypes: fp32, bf16, fp16 (fp64 on the ``torch`` backend), each tensor its own; the bias' gradient is summed in fp32.
+    Dtypes: fp32, bf16, fp16 (fp64 on the ``torch`` backend), each tensor its own; compiled kernels sum the bias' gradient in fp32.
 
     Returns:
         two or three views (B, N, heads, head_dim).
@@ -183,9 +183,9 @@ def _summed(dpacked: Tensor, dtype: torch.dtype) -> Tensor:
 
 @SPLIT_QKV_BACKWARD.implement("torch")
 def backward(dq: Tensor | None, dk: Tensor, dv: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """dpacked and dbias."""
+    """dpacked and dbias, which torch sums up in dpacked's dtype, as plain PyTorch does."""
     dpacked = torch.stack(parts_of(dq, dk, dv), 2).contiguous()
-    return dpacked, _summed(dpacked, dtype)
+    return dpacked, dpacked.sum((0, 1)).flatten().to(dtype)
 
 
 SPLIT_QKV_BACKWARD.implement_elsewhere("cuda", refuse=_native.refuse_cuda)
