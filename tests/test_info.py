@@ -37,9 +37,12 @@ def test_every_op_is_listed_once(capsys):
     assert [words.count(name) for name in dispatch.OPS] == [1] * len(dispatch.OPS)
 
 
-def test_without_a_gpu_torch_serves_and_the_others_say_why_not(capsys):
+SERVING = "torch" if _native.CPU.absence else "cpu"
+
+
+def test_without_a_gpu_what_serves_a_cpu_is_chosen_and_the_others_say_why_not(capsys):
     text = shown(capsys, "--device", "cpu")
-    assert "-> torch\n" in text
+    assert f"-> {SERVING}\n" in text
     assert "-> triton" not in text
     assert "cudnn: it needs a CUDA device, and the tensors are on cpu" in text
     assert "flash_attn_2: untested" in text
@@ -56,8 +59,8 @@ def test_a_forced_backend_that_cannot_serve_is_seen(capsys, monkeypatch):
     monkeypatch.setenv("DITKERNELS_BACKEND", "cuda")
     monkeypatch.setenv("DITKERNELS_ATTENTION_BACKEND", "cudnn")
     text = shown(capsys, "--device", "cpu")
-    assert "-> torch" not in text
-    assert "torch: can serve" in text
+    assert f"-> {SERVING}" not in text
+    assert f"{SERVING}: can serve" in text
     assert "sampling -> NONE: the backend that the environment asks for cannot serve" in text
 
 
@@ -131,8 +134,9 @@ def test_a_device_tells_registers_spills_shared_memory_and_occupancy(monkeypatch
     monkeypatch.setattr(_native, "architectures", lambda: "9.0a")
     properties = SimpleNamespace(max_threads_per_multi_processor=2048)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
-    library, _, *lines = info._kernels(torch.device("cuda:0"))
+    library, of_cpu, _, *lines = info._kernels(torch.device("cuda:0"))
     assert library.endswith("built for 9.0a")
+    assert of_cpu.startswith("CPU library: ")
     assert lines == [
         "backward_rows<float>: 168 registers, 0 B spilled, 1024 B shared, 144 threads, occupancy 14%, sm_90",
         "wide: 255 registers, 8 B spilled, 99328 B shared, 256 threads, occupancy 12%, sm_90",
