@@ -195,4 +195,4 @@ def test_what_the_kernels_cannot_take_is_refused_before_launch(make: object, wor
     with pytest.raises(dispatch.BackendError, match=words):
         norm.modulate_norm(make())
     with dispatch.use_backend("auto"):
-        assert norm.MODULATE_NORM.choose(make(), *[None] * 4, "layernorm", 1e-6, F32, False) == "torch"
+        assert norm.MODULATE_NORM.choose(make(), *[None] * 4, "layernorm", 1e-6, F32, False) != "triton"
