@@ -19,6 +19,8 @@ def run_formulas(monkeypatch: pytest.MonkeyPatch, op: str, forward: Callable[...
     dispatch.forget()
 
 
+# The backend that auto chooses for tensors on the CPU.
+SERVING = "torch" if _native.CPU.absence else "cpu"
 needs_library = pytest.mark.skipif(_native.CPU.absence is not None, reason=str(_native.CPU.absence))
 
 

@@ -18,6 +18,7 @@ import emulated_cuda
 import numerics
 import pytest
 import torch
+from native_cpu import SERVING
 from torch import Tensor, nn
 
 import ditkernels
@@ -180,9 +181,9 @@ def test_everything_the_ops_cover_is_fused(name: str) -> None:
     ran = fused_ops(lambda: forward_backward(model))
     blocks = 3
     for op in ("modulate_norm", "gated_residual_norm"):
-        assert {f"{op}_torch", f"{op}_backward_torch"} <= ran, op
-    assert {"patch_embed_torch", "final_layer_torch", "patchify_torch"} <= ran
-    assert "gated_residual_torch" not in ran, "a residual was closed on its own"
+        assert {f"{op}_{SERVING}", f"{op}_backward_{SERVING}"} <= ran, op
+    assert {f"patch_embed_{SERVING}", f"final_layer_{SERVING}", f"patchify_{SERVING}"} <= ran
+    assert f"gated_residual_{SERVING}" not in ran, "a residual was closed on its own"
     assert len([p for p in report.fused if p.name.endswith(tuple(f"s.{i}" for i in range(blocks)))]) == blocks
 
 
@@ -610,7 +611,7 @@ def test_copies_and_pickles_use_their_own_weights(name: str) -> None:
             parameter.zero_()
     for twin in twins:
         assert torch.equal(call(twin)[0], want)
-        assert "gated_residual_norm_torch" in fused_ops(partial(call, twin))
+        assert f"gated_residual_norm_{SERVING}" in fused_ops(partial(call, twin))
 
 
 def test_state_dicts_load_both_ways_and_dtypes_move() -> None:
@@ -680,7 +681,7 @@ def test_ddp_runs_the_fused_ops(process_group: None, first: str) -> None:
     assert "accelerated already" in str(report) if first == "accelerate" else report.fused
     got = forward_backward(wrapped)
     ran = fused_ops(lambda: call(wrapped)[0].sum().backward())
-    assert {"gated_residual_norm_torch", "gated_residual_norm_backward_torch"} <= ran
+    assert {f"gated_residual_norm_{SERVING}", f"gated_residual_norm_backward_{SERVING}"} <= ran
     assert_agreement(got, plain)
 
 

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from native_cpu import SERVING
 
 from ditkernels import cli, info
 from ditkernels.ops import _native, dispatch
@@ -35,9 +36,6 @@ def test_every_op_is_listed_once(capsys):
     text = shown(capsys, "--device", "cpu").replace(",", " ")
     words = text[text.index("Ops ") : text.index("Attention ")].split()
     assert [words.count(name) for name in dispatch.OPS] == [1] * len(dispatch.OPS)
-
-
-SERVING = "torch" if _native.CPU.absence else "cpu"
 
 
 def test_without_a_gpu_what_serves_a_cpu_is_chosen_and_the_others_say_why_not(capsys):

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ditkernels import beginning, models, optimizer, reference
+from ditkernels import beginning, models, optimizer, reference, use_backend
 from ditkernels.checkpoint import load_checkpoint
 from ditkernels.config import TrainConfig
 from ditkernels.data import Batch
@@ -92,6 +92,7 @@ def test_a_norm_of_gradients_in_bf16_and_fp32_is_that_of_the_same_in_fp32():
     assert gradient_norm(wide).dtype == torch.float64
 
 
+@use_backend("torch")
 def test_the_benchmarks_contender_takes_the_steps_of_the_one_it_is_compared_with(monkeypatch):
     monkeypatch.syspath_prepend(Path(__file__).parent.parent / "benchmarks")
     import training

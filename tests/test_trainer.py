@@ -11,7 +11,7 @@ from numerics import ACCUMULATION_ULPS, assert_drift
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ditkernels import beginning, models, reference
+from ditkernels import beginning, models, reference, use_backend
 from ditkernels import trainer as trainer_module
 from ditkernels.checkpoint import Checkpoint, CheckpointError, load_checkpoint, newest_checkpoint
 from ditkernels.cli import main
@@ -540,6 +540,7 @@ def test_products_run_in_the_precision_asked_for(tmp_path, precision, dtype):
 
 
 @pytest.mark.parametrize("checkpointing", ["selective", "full"])
+@use_backend("torch")
 def test_recomputing_activations_changes_no_bit(tmp_path, checkpointing):
     plain = run(tmp_path / "a", model=small_model(checkpointing="none"))
     recomputed = run(tmp_path / "b", model=small_model(checkpointing=checkpointing))

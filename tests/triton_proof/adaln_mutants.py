@@ -38,8 +38,8 @@ MUTANTS = {
         "scale = of_sample((scale, scale_b), 0)",
     ),
     "batch index of the backward's branch dropped": (
-        "rows_of((branch, branch_b, branch_n, branch_d), sample, rows) if branch is not None else None\n        )",
-        "rows_of((branch, branch_b, branch_n, branch_d), 0, rows) if branch is not None else None\n        )",
+        "branch_rows = rows_of((branch, branch_b, branch_n, branch_d), sample, rows)",
+        "branch_rows = rows_of((branch, branch_b, branch_n, branch_d), 0, rows)",
     ),
     "batch index of x1 dropped": (
         "x1_rows = rows_of((x1, x1_b, x1_n, x1_d), sample,",
