@@ -919,7 +919,7 @@ def test_packages_are_called_by_their_documented_signatures(installed, case, det
 
 
 @pytest.mark.parametrize("case", ["flash_attn_2", "flash_attn_3", "xformers"])
-@dispatch.use_backend("torch")
+@use_backend("torch")
 def test_a_bias_left_to_a_package_takes_its_gradient(installed, case):
     seen = installed(case)
     x, weight, bias = random(2, 17, 12), random(3 * 2 * 72, 12), random(3 * 2 * 72)
