@@ -919,7 +919,6 @@ def test_packages_are_called_by_their_documented_signatures(installed, case, det
 
 
 @pytest.mark.parametrize("case", ["flash_attn_2", "flash_attn_3", "xformers"])
-@use_backend("torch")
 def test_a_bias_left_to_a_package_takes_its_gradient(installed, case):
     seen = installed(case)
     x, weight, bias = random(2, 17, 12), random(3 * 2 * 72, 12), random(3 * 2 * 72)
@@ -931,7 +930,9 @@ def test_a_bias_left_to_a_package_takes_its_gradient(installed, case):
     grad_out = random(2, 17, 2 * 72, seed=1)
     actual = with_gradients(left, (x, weight, bias), grad_out)
     expected = with_gradients(partial(left, backend="plain"), (x, weight, bias), grad_out)
-    assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
+    *same, of_bias = actual
+    assert all(torch.equal(a, b) for a, b in zip(same, expected))
+    torch.testing.assert_close(of_bias, expected[-1], rtol=2**-7, atol=2**-7)  # summed in bf16 and in fp32
     # A packed function's backward leaves nothing to stack.
     assert [name for name, _ in seen] == ["memory_efficient_attention" if case == "xformers" else "flash_attn_qkvpacked_func"]
 
