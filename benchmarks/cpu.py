@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -57,7 +58,7 @@ def take(name: str, results: Path, processes: int) -> None:
         str(processes),
         "--resume",
         "--json",
-        str(path_of(name, results)),
+        os.path.relpath(path_of(name, results)),  # it is written into the file
     ]
     subprocess.run([sys.executable, str(ROOT / f"benchmarks/{script}.py"), *common, *flags], check=True)
 
