@@ -139,7 +139,8 @@ def summary(results: Results) -> list[str]:
         if any(cell != "–" for cell in cells):
             rows.append([line.what, line.than, *cells])
     gains = measure.markdown("one thread | times as fast as | fp32 | bf16", rows)
-    return [origin(results), "", *gains, *large(results), "", FIGURE]
+    figure = ["", FIGURE] if "ops" in results else []  # which is drawn of them
+    return [origin(results), "", *gains, *large(results), *figure]
 
 
 def large(results: Results) -> list[str]:

@@ -100,8 +100,8 @@ def _take_over(checkpoint: Checkpoint, origin: Path, trainer: Trainer) -> None:
     """Goes on from a checkpoint of the same run; CheckpointError lists what differs if it is of another one."""
     if checkpoint.ema is None or checkpoint.optimizer is None or "training" not in checkpoint.config:
         raise CheckpointError(f"{origin} holds weights but no training state; init_from starts from weights")
-    recorded = {**FIRST, **checkpoint.config["training"]}
-    trainer.keep_optimizer(recorded["optimizer"])
+    recorded = checkpoint.config["training"]
+    trainer.keep_optimizer(recorded.get("optimizer", FIRST["optimizer"]))
     found = differences(recorded, trainer.config)
     if trainer.config.lr_schedule == "constant":
         # How long the run shall be changes no step of it, unless the rate depends on it.

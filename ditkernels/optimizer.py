@@ -28,7 +28,7 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 def resolved(optimizer: Literal["auto", "torch", "fused"], weight: Tensor) -> Literal["torch", "fused"]:
-    """ "torch" or "fused". For "auto" it is fused where that was measured to be faster: on a CPU, with its compiled library."""
+    """The optimizer that a name stands for: "auto" is fused where that was measured to be faster, on a CPU with its library."""
     if optimizer != "auto":
         return optimizer
     one = torch.zeros(1, dtype=weight.dtype, device=weight.device)
@@ -46,7 +46,8 @@ def make_optimizer(
 ) -> torch.optim.AdamW:
     """Fused AdamW with betas (0.9, 0.999), as in the DiT paper.
 
-    With ``optimizer: fused`` an :class:`AdamWEMA` of ``average`` and ``copies``, which must be None without.
+    With ``optimizer: fused`` an :class:`AdamWEMA` of ``average`` and ``copies``, which must be None without. The trainer resolves
+    ``auto`` before; here it is torch's.
     """
     numbers: dict[str, Any] = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
     if config.optimizer == "fused":

@@ -219,10 +219,6 @@ class Trainer:
         self.monitor = self._monitor() if config.eval_every else None
         self._pending: Mapping[str, float] | None = None
 
-    # --------------------------------------------------------------------------------------------------------
-    # One step
-    # --------------------------------------------------------------------------------------------------------
-
     def _use_optimizer(self, name: Literal["torch", "fused"]) -> None:
         self.config = replace(self.config, optimizer=name)
         trained = (weight for weight in self.model.parameters() if weight.requires_grad)
@@ -232,6 +228,10 @@ class Trainer:
         """Goes on with the optimizer that a run began with, unless the config names one; before the first step."""
         if self._may_choose_optimizer and recorded != "auto":
             self._use_optimizer(recorded)
+
+    # --------------------------------------------------------------------------------------------------------
+    # One step
+    # --------------------------------------------------------------------------------------------------------
 
     def train_step(self, batch: Batch, step: int, rate: float, stopping: int | None = None) -> list[Tensor]:
         """Forward, backward, optimizer, moving average.

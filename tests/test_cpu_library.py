@@ -22,7 +22,7 @@ from native_cpu import needs_library
 from torch import Tensor
 
 from ditkernels import ops, reference
-from ditkernels.ops import _native, dispatch, norm
+from ditkernels.ops import _native, dispatch
 from ditkernels.ops.spec import _CODES as CODES
 
 ROOT = Path(__file__).parent.parent
@@ -106,10 +106,7 @@ def test_a_set_that_this_processor_has_not_makes_auto_choose_torch_and_says_why(
 @needs_library
 @pytest.mark.parametrize("isa", build_native.INSTRUCTION_SETS.get(platform.machine(), ((), {}))[1])
 def test_every_op_is_right_on_every_instruction_set_of_this_processor(isa: str) -> None:
-    try:
-        torch.ops.ditkernels.cpu_isa_of(["avx2", "avx512", "avx512_bf16"].index(isa) + 1 if "avx" in isa else 1, isa)
-        in_a_process("from ditkernels.ops import _native; _native.cpu_isa()", DITKERNELS_CPU_ISA=isa)
-    except AssertionError:
+    if f"got '{isa}'" in in_a_process("from ditkernels.ops import _native; print(_native.cpu_library())", DITKERNELS_CPU_ISA=isa):
         pytest.skip(f"this processor has no {isa}")
     command = [sys.executable, "-m", "ditkernels.cli", "check", "--backend", "cpu"]
     done = subprocess.run(command, env={**os.environ, "DITKERNELS_CPU_ISA": isa}, capture_output=True, text=True, cwd=ROOT)
@@ -191,10 +188,8 @@ def test_bits_depend_on_neither_the_run_nor_the_number_of_threads() -> None:
 
 
 @needs_library
-@pytest.mark.parametrize("op", norm.__all__)
+@pytest.mark.parametrize("op", ["modulate_norm", "gated_residual_norm"])
 def test_constant_rows_have_their_exact_mean_and_no_variance(op: str) -> None:
-    if op == "gated_residual":
-        return
     for width in (5, 8, 384, 1153):
         x = torch.full((1, 3, width), 0.1) * torch.tensor([1.0, 1e3, -7e6])[:, None]
         h = ops.modulate_norm(x) if op == "modulate_norm" else ops.gated_residual_norm(x, torch.zeros_like(x))[1]

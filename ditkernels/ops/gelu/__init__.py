@@ -70,7 +70,7 @@ BIAS_GELU = declare(
 )
 
 
-# ---- The formulas at the top of this file: no backend runs them, the tests hold every backend against them -----------
+# ---- The formulas at the top of this file: gradcheck runs on them, and no backend is made of them --------------------
 
 
 def _biased(x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -238,7 +238,7 @@ GATED_RESIDUAL_NORM = declare(
 )
 
 
-# ---- The formulas at the top of this file, one by one: no backend runs them, the tests hold every backend against them ----
+# ---- The formulas at the top of this file, one by one: gradcheck runs on them, and no backend is made of them ---------
 
 
 def per_token(vector: Tensor | None, dtype: torch.dtype) -> Tensor | None:
