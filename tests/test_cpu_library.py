@@ -269,16 +269,29 @@ def with_fault(objects: Path, out: Path, family: str, genuine: str, fault: str) 
     return library
 
 
-@pytest.mark.slow
-@needs_library
-@pytest.mark.parametrize("family, genuine, fault", [(family, *pair) for family, pairs in FAULTS.items() for pair in pairs])
-def test_planted_faults_are_found(family: str, genuine: str, fault: str, objects: Path, tmp_path: Path) -> None:
-    library = with_fault(objects, tmp_path, family, genuine, fault)
+def parity(family: str, library: Path) -> subprocess.CompletedProcess[str]:
+    """A family's tests of parity on a library, with the least instruction set."""
     least = next(iter(build_native.INSTRUCTION_SETS[platform.machine()][1]))
     files, _, chosen = PARITY[family].partition(" -k ")
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:xdist", files, "-k", chosen.replace("-", " ")]
     environment = {**os.environ, "DITKERNELS_CPU_LIBRARY": str(library), "DITKERNELS_CPU_ISA": least}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT)
+    return subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT)
+
+
+@pytest.mark.slow
+@needs_library
+@pytest.mark.parametrize("family", FAULTS)
+def test_the_kernels_as_they_are_pass(family: str, objects: Path, tmp_path: Path) -> None:
+    genuine = FAULTS[family][0][0]
+    done = parity(family, with_fault(objects, tmp_path, family, genuine, genuine))
+    assert done.returncode == 0, done.stdout[-2000:]
+
+
+@pytest.mark.slow
+@needs_library
+@pytest.mark.parametrize("family, genuine, fault", [(family, *pair) for family, pairs in FAULTS.items() for pair in pairs])
+def test_planted_faults_are_found(family: str, genuine: str, fault: str, objects: Path, tmp_path: Path) -> None:
+    done = parity(family, with_fault(objects, tmp_path, family, genuine, fault))
     assert done.returncode == 1, f"not found:\n{done.stdout[-2000:]}"
 
 
