@@ -59,7 +59,7 @@ inline Tensor empty(Shape shape, int dtype) {
   int64_t strides[8], apart = 1;
   for (size_t i = shape.size(); i-- > 0; apart *= shape.begin()[i] > 0 ? shape.begin()[i] : 1) strides[i] = apart;
   AtenTensorHandle made = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
       static_cast<int64_t>(shape.size()), shape.begin(), strides, dtype, aoti_torch_device_type_cpu(), 0, &made));
   const Tensor tensor(made);
   ask_for_large_pages(tensor.data_ptr(), apart * static_cast<int64_t>(tensor.element_size()));
@@ -69,7 +69,7 @@ inline Tensor empty(Shape shape, int dtype) {
 // torch's number of a tensor's dtype, one that the kernels know.
 inline int dtype_of(const Tensor& tensor) {
   int32_t dtype = 0;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &dtype));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &dtype));
   STD_TORCH_CHECK(
       dtype == FLOAT || dtype == BFLOAT16 || dtype == HALF, "the cpu backend takes fp32, bf16 and fp16, got dtype number ", dtype);
   return dtype;

@@ -173,7 +173,7 @@ Tensor product(const Tensor& rows, int64_t m, int64_t k, const Tensor& weight) {
   const Tensor right = torch::stable::from_blob(wide.data_ptr(), {k, v}, {1, k}, cpu, ScalarType::Float);
   using torch::stable::detail::from;
   StableIValue stack[] = {from(left), from(right), from(made)};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "out", stack, TORCH_ABI_VERSION));
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "out", stack, TORCH_ABI_VERSION));
   torch::stable::detail::to<Tensor>(stack[0]);
   return made;
 }
