@@ -11,7 +11,7 @@ import numerics
 import pytest
 import torch
 from native_cpu import on_both_backends  # noqa: F401
-from subsets import Watching
+from subsets import WholeWay
 from test_trainer import make_trainer, same_bits, small_model
 from torch import Tensor, nn
 
@@ -301,7 +301,7 @@ def test_through_torchs_dispatcher_the_bits_are_the_same_and_a_profile_shows_the
     want = updated(ops.adamw_ema, state)
     numbers = (None, None, 1e-2, 0.9, 0.999, 1e-8, 0.1, 0.99)
     chosen = dispatch.OPS["adamw_ema"].choose(*state.values(), *numbers, forced=dispatch.backend_setting())
-    with Watching():
+    with WholeWay():
         assert_equal(updated(ops.adamw_ema, state), want)
     with torch.profiler.profile() as profile:
         assert_equal(updated(ops.adamw_ema, state), want)
@@ -375,7 +375,7 @@ def test_a_graph_that_saved_a_weight_notices_its_update(kind: str) -> None:
 )
 def test_errors_name_the_argument(change: dict, error: type, words: str) -> None:
     state = make_state(shapes=((2, 3), (5,)))
-    for way in (nullcontext(), Watching()):
+    for way in (nullcontext(), WholeWay()):
         with way, pytest.raises(error, match=words):
             ops.adamw_ema(**{**state, **OPTIONS, **change})
 

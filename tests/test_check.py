@@ -31,6 +31,13 @@ def replace_kernel(monkeypatch, op, wrap):
     monkeypatch.setattr(implementation, "kernel", lambda *args: wrap(kernel(*args)))
 
 
+@pytest.fixture
+def planted_kernels(monkeypatch):
+    """Brings the thin way, on which a test may replace a kernel, to run the torch kernels forward and backward."""
+    for op in dispatch.OPS.values():
+        monkeypatch.setattr(op.implementations["torch"], "plain", None)
+
+
 @pytest.fixture(scope="module")
 def found():
     return list(check.results(CPU))
@@ -93,6 +100,15 @@ def test_an_update_that_is_slightly_off_fails(monkeypatch):
     assert found.where == "weights"
 
 
+def test_the_torch_kernels_are_checked_and_not_the_specification(monkeypatch):
+    def specification(*args, **kwargs):
+        raise AssertionError("called")
+
+    monkeypatch.setattr(dispatch.OPS["modulate_norm"].implementations["torch"], "plain", specification)
+    assert parity_of("modulate_norm").ratio <= 1
+
+
+@pytest.mark.usefixtures("planted_kernels")
 @pytest.mark.parametrize("name", sorted(dispatch.OPS.keys() - {"adamw_ema"}))
 def test_a_kernel_that_is_slightly_off_fails(monkeypatch, name):
     op = {"patchify": "unpatchify"}.get(name, name.removesuffix("_backward"))
@@ -108,6 +124,7 @@ def test_a_kernel_that_is_slightly_off_fails(monkeypatch, name):
     assert 1 < worst < math.inf
 
 
+@pytest.mark.usefixtures("planted_kernels")
 def test_a_fault_in_one_of_an_ops_cases_is_enough(monkeypatch):
     implementation = dispatch.OPS["gated_residual"].implementations["torch"]
     kernel = implementation.kernel
@@ -117,6 +134,7 @@ def test_a_fault_in_one_of_an_ops_cases_is_enough(monkeypatch):
     assert [result.failed for result in check.results(CPU) if result.backend == "torch"] == [True] * 3
 
 
+@pytest.mark.usefixtures("planted_kernels")
 def test_a_mixed_up_batch_index_fails_and_names_the_gradient(monkeypatch):
     replace_kernel(monkeypatch, "modulate_norm_backward", lambda out: (*out[:2], out[2].roll(1, 0), *out[3:]))
     found = parity_of("modulate_norm")
@@ -124,6 +142,7 @@ def test_a_mixed_up_batch_index_fails_and_names_the_gradient(monkeypatch):
     assert found.where == "dscale"
 
 
+@pytest.mark.usefixtures("planted_kernels")
 def test_a_bf16_kernel_is_held_to_bf16(monkeypatch):
     bf16 = check.PRECISIONS[1]
     replace_kernel(monkeypatch, "gated_residual", lambda out: out + 0.25)

@@ -8,11 +8,14 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from native_cpu import SERVING
+from subsets import WholeWay
 from torch import Tensor
 from torch._dynamo.source import ConstantSource
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -306,15 +309,18 @@ def test_a_symbolic_size_outside_its_mode_is_left_to_torch(case: check.Case) -> 
         assert isinstance(fake, FakeTensor)
 
 
-@ditkernels.use_backend("torch")
-def test_a_profile_shows_the_backend() -> None:
+@pytest.mark.parametrize("backend, way", [("torch", nullcontext), ("torch", WholeWay), (SERVING, nullcontext)])
+def test_a_profile_shows_the_backend(backend: str, way: Callable[[], AbstractContextManager[object]]) -> None:
     x, branch = leaves()
     gate = torch.randn(2, 8, requires_grad=True)
-    ops.gated_residual(x, branch, gate).sum().backward()
-    with torch.profiler.profile() as profile:
+    with ditkernels.use_backend(backend), way():
         ops.gated_residual(x, branch, gate).sum().backward()
+        with torch.profiler.profile() as profile:
+            ops.gated_residual(x, branch, gate).sum().backward()
     names = {event.key for event in profile.key_averages()}
-    assert {"ditkernels::gated_residual_torch", "ditkernels::gated_residual_backward_torch"} <= names
+    assert f"ditkernels::gated_residual_{backend}" in names
+    by_plain_pytorch = backend == "torch" and way is nullcontext
+    assert (f"ditkernels::gated_residual_backward_{backend}" in names) != by_plain_pytorch
 
 
 def test_import_is_light() -> None:

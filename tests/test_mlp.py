@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from native_cpu import on_both_backends  # noqa: F401
-from subsets import Watching, assert_every_subset
+from subsets import WholeWay, assert_every_subset
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -213,7 +213,7 @@ def test_a_backward_inside_autocast_computes_in_the_saved_dtypes(watched: bool) 
     inputs = make_inputs((2, 3, 8, 16, 24), F32)
     want = run(ops.mlp, inputs)[1:]
     leaves = {name: v.detach().requires_grad_() for name, v in inputs.items()}
-    with Watching() if watched else nullcontext():
+    with WholeWay() if watched else nullcontext():
         output = ops.mlp(**leaves)
     dy = torch.randn(output.shape, generator=torch.Generator().manual_seed(7))
     with torch.autocast("cpu", dtype=BF16):
@@ -296,6 +296,6 @@ def test_forward_mode_and_second_derivatives_are_refused() -> None:
 def test_errors_name_the_argument(change: dict, error: type, words: str) -> None:
     inputs = make_inputs((2, 3, 8, 16, 24), F32)
     ops.mlp(**inputs)  # what a good call leaves behind must not let a bad one pass
-    for way in (nullcontext(), nullcontext(), Watching()):
+    for way in (nullcontext(), nullcontext(), WholeWay()):
         with way, pytest.raises(error, match=words):
             ops.mlp(**{**inputs, **change})

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from native_cpu import on_both_backends  # noqa: F401
-from subsets import Watching, subsets
+from subsets import WholeWay, subsets
 from test_bias_gelu import poisoned
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
@@ -144,7 +144,7 @@ def test_every_subset_of_inputs_gets_its_gradients_and_saves_nothing(function: o
             leaves[name].requires_grad_()
         saved: list[Tensor] = []
         hooks = torch.autograd.graph.saved_tensors_hooks(saved.append, lambda _: None)
-        with hooks, Watching() if watched else nullcontext():
+        with hooks, WholeWay() if watched else nullcontext():
             made = function(**leaves)
         made = made if isinstance(made, tuple) else made.unbind(2)
         order = sorted(needed)
@@ -293,7 +293,7 @@ def test_second_derivatives_are_refused() -> None:
 def test_errors_name_the_argument(shape: tuple[int, ...], bias: Tensor, error: type, words: str) -> None:
     for function in (ops.split_qkv, qkv.carry_bias):
         function(torch.zeros(2, 3, 3, 2, 4), torch.zeros(24))  # its memory must not let a bad call pass
-        for way in (nullcontext(), nullcontext(), Watching()):
+        for way in (nullcontext(), nullcontext(), WholeWay()):
             with way, pytest.raises(error, match=words):
                 function(torch.zeros(shape), bias)
 

@@ -1,10 +1,10 @@
 """From a declaration to an op: its registration with torch, the choice of a backend with reasons, and the way a call takes.
 
-A call takes one of two ways, and both run the same kernels:
+A call takes one of two ways, and both run the same kernels of compiled backends:
 
-    thin     An eager call of plain tensors goes straight to the kernel, or to one autograd Function around it. Checks and
-             choice are remembered by all that they read: types, shapes, dtypes and devices of the tensors, options, the
-             forced backend.
+    thin     An eager call of plain tensors goes straight to the kernel, or to one autograd Function around it; with the torch
+             backend and gradients it may go to plain PyTorch. Checks and choice are remembered by all that they read: types,
+             shapes, dtypes and devices of the tensors, options, the forced backend.
 
     whole    Under torch.compile, export, modes, functorch and forward-mode AD, and for tensor subclasses and meta tensors, the
              call goes through ``torch.ops.ditkernels.<op>``, which those tools know how to handle.
@@ -33,6 +33,7 @@ from torch import Tensor
 from torch._library.autograd import Info, make_autograd_impl
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ditkernels.ops import _triton
 from ditkernels.ops.settings import (  # noqa: F401 (others import them from here)
@@ -102,6 +103,13 @@ def _no_forward_mode(name: str) -> str:
 def watched_by_torch() -> bool:
     """Whether a tool of torch looks at calls: a mode, a functorch transform, forward-mode AD."""
     return forward_ad._current_level >= 0 or _dispatch_modes() > 0 or _in_function_mode() or _transform() is not None
+
+
+class WholeWay(TorchDispatchMode):
+    """A mode that changes nothing: calls inside it take the whole way, and so run the kernels of every backend."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {}))
 
 
 def is_plain(tensor: Tensor) -> bool:
@@ -217,11 +225,13 @@ class Implementation:
         kernel: takes the op's arguments, ``wanted`` as dtypes; returns its outputs, None for an absent one.
         internal: the op ``ditkernels::<op>_<backend>``, which a profile shows.
         refuse: (op, arguments) -> why the kernel cannot serve, or None if it can.
+        plain: the public function in plain PyTorch, which the thin way calls where gradients are wanted; None: the kernels.
     """
 
     kernel: Kernel
     internal: Any
     refuse: Refusal
+    plain: Kernel | None = None
 
 
 def _absent_as_none(outputs: Any) -> Any:
@@ -259,14 +269,20 @@ class Op:
 
     # ------------------------------------------------------------------------------------------------------- kernels
 
-    def implement(self, backend: str, *, refuse: Refusal = _willing) -> Callable[[_Function], _Function]:
-        """Decorates the kernel of a backend, which becomes the internal op ``ditkernels::<op>_<backend>``."""
+    def implement(
+        self, backend: str, *, refuse: Refusal = _willing, plain: Kernel | None = None
+    ) -> Callable[[_Function], _Function]:
+        """Decorates the kernel of a backend, which becomes the internal op ``ditkernels::<op>_<backend>``.
+
+        An autograd Function in Python costs the host more than a few operations of torch do, so a backend that is made of
+        those may name a ``plain`` function, which torch differentiates by itself.
+        """
 
         def register(kernel: _Function) -> _Function:
             internal = f"{self.name}_{backend}"
             _LIBRARY.define(internal + self.declaration.schema)
             _LIBRARY.impl(internal, _boxed(self.declaration, kernel), "CompositeExplicitAutograd")
-            self._add(backend, kernel, refuse)
+            self._add(backend, kernel, refuse, plain)
             return kernel
 
         return register
@@ -278,10 +294,10 @@ class Op:
         torch.library.register_fake(f"ditkernels::{internal}", self.declaration.fake, lib=_LIBRARY)
         self._add(backend, None, refuse)
 
-    def _add(self, backend: str, kernel: Kernel | None, refuse: Refusal) -> None:
+    def _add(self, backend: str, kernel: Kernel | None, refuse: Refusal, plain: Kernel | None = None) -> None:
         internal = getattr(torch.ops.ditkernels, f"{self.name}_{backend}").default
         called = _through(self.declaration, internal) if kernel is None else kernel
-        self.implementations[backend] = Implementation(called, internal, refuse)
+        self.implementations[backend] = Implementation(called, internal, refuse, plain)
         self.forget()
 
     @property
@@ -586,7 +602,7 @@ class Plan:
     """What is remembered of a call: the kernel that serves it, and what its backward saves, wants and runs.
 
     Attributes:
-        function: the autograd Function, or None where no input needs a gradient.
+        function: the autograd Function, or None where no input needs a gradient or torch differentiates the kernel itself.
         wanted: for each input the dtype of its gradient, None where it needs none.
         pick_saved: takes what is saved from inputs and outputs.
         pick_read: takes what backward reads from what was saved and a None behind it, which stands for all else.
@@ -607,7 +623,11 @@ class Plan:
         self.kernel, self.internal = implementation.kernel, implementation.internal
         self.public = declaration.public
         self.function: type[torch.autograd.Function] | None = None
-        if any(needed):
+        if any(needed) and implementation.plain is not None:
+            names = (*[i.name for i in declaration.inputs], *[o.name for o in declaration.options if o.name != "keep"])
+            self.kernel, self.internal = _plain(implementation, names)
+            self.public = None
+        elif any(needed):
             self.function = op.function
             self.wanted = tuple(t.dtype if need and t is not None else None for t, need in zip(tensors, needed))
             saved = declaration.saved(needed)
@@ -616,6 +636,21 @@ class Plan:
             self.pick_read = _picker(list(places))
             self.formula = declaration.gradient.formula or _as_declared  # type: ignore[union-attr]
             self.thin, self.whole = Thin(op, options, forced), Whole(op, options, forced or "auto")
+
+
+def _plain(implementation: Implementation, names: tuple[str, ...]) -> tuple[Kernel, Kernel]:
+    """The plain function of a backend as a kernel, and as a profile shows it."""
+    plain, shown = implementation.plain, implementation.internal.name()
+    assert plain is not None
+
+    def kernel(*args: Any) -> Any:
+        return plain(**dict(zip(names, args)))
+
+    def internal(*args: Any) -> Any:
+        with torch.profiler.record_function(shown):
+            return kernel(*args)
+
+    return kernel, internal
 
 
 class _ThinFunction(torch.autograd.Function):

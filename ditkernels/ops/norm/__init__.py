@@ -36,6 +36,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ditkernels import reference
 from ditkernels.ops import _native
 from ditkernels.ops.dispatch import Whole, declare, is_plain
 from ditkernels.ops.spec import Example, Given, Gradient, Sizes, Wanted, accumulator, check_norm
@@ -424,7 +425,7 @@ def _applied(normed: Tensor, factor: Tensor | None, offset: Tensor | None, dtype
     return _as(h, dtype)
 
 
-@GATED_RESIDUAL.implement("torch")
+@GATED_RESIDUAL.implement("torch", plain=reference.gated_residual)
 def residual_forward(x: Tensor, branch: Tensor, gate: Tensor | None, branch_bias: Tensor | None) -> Tensor:
     """x1 in x's dtype."""
     u = branch if branch_bias is None else branch + branch_bias
@@ -433,7 +434,7 @@ def residual_forward(x: Tensor, branch: Tensor, gate: Tensor | None, branch_bias
     return _as(x1, x.dtype).contiguous()
 
 
-@MODULATE_NORM.implement("torch")
+@MODULATE_NORM.implement("torch", plain=reference.modulate_norm)
 def norm_forward(
     x: Tensor, shift: Tensor | None, scale: Tensor | None, weight: Tensor | None, bias: Tensor | None,
     norm: str, eps: float, out_dtype: torch.dtype, keep: bool,
@@ -456,7 +457,7 @@ def norm_forward(
     return h, _as(torch.cat(halves, -1), accumulator(x)) if keep else None
 
 
-@GATED_RESIDUAL_NORM.implement("torch")
+@GATED_RESIDUAL_NORM.implement("torch", plain=reference.gated_residual_norm)
 def residual_norm_forward(
     x: Tensor, branch: Tensor, gate: Tensor | None, shift: Tensor | None, scale: Tensor | None,
     branch_bias: Tensor | None, weight: Tensor | None, bias: Tensor | None, norm: str, eps: float,
