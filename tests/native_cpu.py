@@ -18,6 +18,7 @@ def run_formulas(monkeypatch: pytest.MonkeyPatch, op: str, forward: Callable[...
     """Puts the formulas of a family in the place of the torch kernels of ``op``, so that a test runs them."""
     for name, formula in ((op, forward), (f"{op}_backward", backward)):
         monkeypatch.setattr(dispatch.OPS[name].implementations["torch"], "kernel", formula)
+        monkeypatch.setattr(dispatch.OPS[name].implementations["torch"], "plain", None)
     dispatch.forget()
 
 
