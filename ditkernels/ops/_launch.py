@@ -13,6 +13,8 @@ The key of that dict holds everything that Triton compiles for:
 The key also distinguishes what Triton's does not: a Parameter from a Tensor, tiles that differ only in rows, and orders of
 constants. Each such difference costs one slow launch. Triton also checks at each launch that the globals a kernel reads are
 unchanged. This module skips that check, because our kernels read only constants of their own modules.
+
+Importing this module needs Triton; ``_triton`` does so, and says what is missing.
 """
 
 from __future__ import annotations
@@ -22,18 +24,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from triton import knobs
+from triton.compiler import CompiledKernel
+from triton.knobs import HookChain
+from triton.runtime.driver import driver as drivers
+from triton.runtime.jit import JITFunction
 
 if TYPE_CHECKING:
     from ditkernels.ops._triton import Tile
-
-try:
-    from triton import knobs
-    from triton.compiler import CompiledKernel
-    from triton.knobs import HookChain
-    from triton.runtime.driver import driver as drivers
-    from triton.runtime.jit import JITFunction
-except ImportError:  # then no kernel is ever launched, and _triton.MISSING says why
-    pass
 
 Reader = Callable[..., tuple[Any, ...]]
 

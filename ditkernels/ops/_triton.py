@@ -1,11 +1,14 @@
 """What the Triton kernels of all ops share: when they can run, how a row is cut into pieces, how a kernel is launched.
 
-Importing this module neither compiles a kernel nor initialises CUDA. Without Triton the import succeeds, and ``MISSING`` says why.
+Importing this module neither compiles a kernel nor initialises CUDA. Where Triton or the sources of the kernels are missing the
+import succeeds, and ``MISSING`` says why.
 """
 
 from __future__ import annotations
 
 import functools
+import importlib
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -14,19 +17,37 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ditkernels.ops import _launch
-
 if TYPE_CHECKING:
     from ditkernels.ops.dispatch import Op
+
+MISSING: str | None = None
+"""Why no kernel can run here, whatever the tensors; None: nothing is missing."""
+
+
+def _told(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())
+
+
+def _import_as_if_without_triton(module: str) -> None:
+    kept = {name: found for name, found in sys.modules.items() if name == "triton"}
+    sys.modules["triton"] = None  # type: ignore[assignment]
+    try:
+        importlib.import_module(module)
+    finally:
+        del sys.modules["triton"]
+        sys.modules.update(kept)
+
 
 try:
     import triton
     import triton.language as tl
-except ImportError as error:
+
+    from ditkernels.ops import _launch
+except Exception as error:  # noqa: BLE001 (a driver, a library or another version of Triton may raise anything)
     triton = tl = None
-    MISSING: str | None = f"triton cannot be imported: {error}"
-else:
-    MISSING = None
+    MISSING = f"triton cannot be imported: {_told(error)}"
+    # It imports Triton too, and forgives ImportError alone. Ops register their FLOPs with it.
+    _import_as_if_without_triton("torch.utils.flop_counter")
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_WIDTH = 16384  # above 4096 the results are right, but the backward spills registers
@@ -34,8 +55,15 @@ OLDEST_CAPABILITY = (8, 0)
 
 
 def jit(function: Callable[..., Any]) -> Any:
-    """``triton.jit``, or without Triton the function itself, which is then never called."""
-    return function if triton is None else triton.jit(function)
+    """``triton.jit``; where something is missing, the function itself, which is then never called."""
+    global MISSING
+    if MISSING is not None:
+        return function
+    try:
+        return triton.jit(function)
+    except Exception as error:  # noqa: BLE001 (versions of Triton differ in what they raise where there is no source)
+        MISSING = f"triton.jit, which reads sources, refuses {function.__module__}.{function.__name__}: {_told(error)}"
+        return function
 
 
 @jit
@@ -51,7 +79,9 @@ def _mend_interpreter() -> None:
     """Lets a kernel argument bound a loop: Triton 3.6's interpreter converts it to an index in a way that NumPy 2.4 rejects."""
     from triton.runtime import interpreter
 
-    patch = interpreter._patch_lang_tensor
+    patch = getattr(interpreter, "_patch_lang_tensor", None)
+    if patch is None:  # another version
+        return
 
     def patched(tensor: Any, scope: Any) -> None:
         patch(tensor, scope)

@@ -19,12 +19,12 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import cache, cached_property
 from operator import itemgetter
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -35,6 +35,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ditkernels._version import __version__
 from ditkernels.ops import _triton
 from ditkernels.ops.settings import (  # noqa: F401 (others import them from here)
     ATTENTION_BACKENDS,
@@ -56,8 +57,13 @@ PREFERRED: dict[tuple[str, str], str] = {}
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
-_LIBRARY = torch.library.Library("ditkernels", "DEF")
+_LOADED_ONCE = "ditkernels was loaded once already in this process; restart it"
 _MEMORY = 1024  # calls remembered an op
+
+try:
+    _LIBRARY = torch.library.Library("ditkernels", "DEF")
+except RuntimeError as error:  # torch holds on to what was declared when the modules that declared it have gone
+    raise ImportError(_LOADED_ONCE) from error
 
 
 class BackendError(RuntimeError):
@@ -168,20 +174,29 @@ def said(text: str) -> str | None:
 
 @constant_when_traced
 def fingerprint() -> str:
-    """Stands for what decides which code an op runs: the sources of the ops, libraries, Triton, what was measured."""
+    """Stands for what decides which code an op runs: version and files of the ops, libraries, Triton, what was measured."""
     return _fingerprint()
 
 
 @cache
 def _fingerprint() -> str:
     digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.rglob("*.py")):
-        digest.update(path.read_bytes())
+    for content in _files_of_ops():
+        digest.update(content)
     from ditkernels.ops import _native
 
-    facts = (sorted(PREFERRED.items()), _native.cuda_library(), _native.cpu_library(), _triton.MISSING, _triton.INTERPRETED)
+    libraries = (_native.cuda_library(), _native.cpu_library())
+    facts = (__version__, sorted(PREFERRED.items()), *libraries, _triton.MISSING, _triton.INTERPRETED)
     digest.update(repr(facts).encode())
     return digest.hexdigest()[:16]
+
+
+def _files_of_ops() -> Iterator[bytes]:
+    """The files that the modules of the ops were loaded from, in a folder or an archive: ``.py``, or ``.pyc`` without it."""
+    package = __name__.rpartition(".")[0]
+    for module in (sys.modules[name] for name in sorted(sys.modules) if name.startswith(package)):
+        with suppress(AttributeError, OSError):  # a loader of another kind, which gives no files; the version is left
+            yield module.__loader__.get_data(module.__file__)  # type: ignore[union-attr]
 
 
 def _opening(op: Op) -> Callable[..., Any]:
@@ -280,7 +295,7 @@ class Op:
 
         def register(kernel: _Function) -> _Function:
             internal = f"{self.name}_{backend}"
-            _LIBRARY.define(internal + self.declaration.schema)
+            _define(internal, self.declaration.schema)
             _LIBRARY.impl(internal, _boxed(self.declaration, kernel), "CompositeExplicitAutograd")
             self._add(backend, kernel, refuse, plain)
             return kernel
@@ -290,7 +305,7 @@ class Op:
     def implement_elsewhere(self, backend: str, *, refuse: Refusal) -> None:
         """Declares the internal op ``ditkernels::<op>_<backend>``; a compiled library, once loaded, supplies its kernels."""
         internal = f"{self.name}_{backend}"
-        _LIBRARY.define(internal + self.declaration.schema, tags=(torch.Tag.pt2_compliant_tag,))
+        _define(internal, self.declaration.schema, torch.Tag.pt2_compliant_tag)
         torch.library.register_fake(f"ditkernels::{internal}", self.declaration.fake, lib=_LIBRARY)
         self._add(backend, None, refuse)
 
@@ -714,13 +729,25 @@ def declare(name: str, *, inputs: str, options: str = "", outputs: str, **rest: 
 
 def define(schema: str) -> None:
     """Declares a further op of a compiled library, ``name(Tensor x, ...) -> Tensor``."""
-    _LIBRARY.define(schema)
+    name, bracket, rest = schema.partition("(")
+    _define(name, bracket + rest)
+
+
+def _define(name: str, schema: str, *tags: torch.Tag) -> None:
+    """Declares an op to torch.
+
+    Raises:
+        ImportError: it was declared before, by a first import that was interrupted.
+    """
+    if hasattr(torch.ops.ditkernels, name):
+        raise ImportError(_LOADED_ONCE)
+    _LIBRARY.define(name + schema, tags=tags)
 
 
 def register(declaration: Declaration) -> Op:
     op = OPS[declaration.name] = Op(declaration)
     schema = declaration.schema.replace(") ->", ', str backend="") ->')
-    _LIBRARY.define(declaration.name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _define(declaration.name, schema, torch.Tag.pt2_compliant_tag)
 
     def dispatch(*args: Any) -> Any:
         *given, text = op.with_backend(args)
