@@ -101,9 +101,9 @@ class Case:
 
 
 def _normal(name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    # Drawn on the CPU, so that a GPU is given the same numbers.
-    generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
-    return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype).to(device)
+    # Drawn on the CPU, so that a GPU is given the same numbers. Dtype and device are named: the process may have other defaults.
+    generator = torch.Generator("cpu").manual_seed(zlib.crc32(name.encode()))
+    return torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu").to(dtype).to(device)
 
 
 def _cases() -> Iterator[Case]:
@@ -281,7 +281,7 @@ def updated(function: Callable[..., Any], case: Case, inputs: Inputs) -> dict[st
         name: [tensor.to(own.get(name, torch.float64 if exact else torch.float32), copy=True)] for name, tensor in inputs.items()
     }
     state["exp_avg_sqs"][0].square_()
-    state["steps"] = [torch.tensor(3.0, device=inputs["weights"].device)]
+    state["steps"] = [torch.tensor(3.0, dtype=torch.float32, device=inputs["weights"].device)]
     function(**state, **case.options)
     return {name: tensors[0] for name, tensors in state.items() if name != "gradients"}
 

@@ -217,7 +217,7 @@ def adamw_ema(
 
     Where ``found_inf`` is not zero, w, m, v and t stay as they are and the average takes its step towards the unchanged w.
     """
-    skipped = torch.zeros((), dtype=torch.bool) if found_inf is None else found_inf != 0
+    skipped = torch.zeros((), dtype=torch.bool, device="cpu") if found_inf is None else found_inf != 0
     for index, w in enumerate(weights):
         m, v, count = exp_avgs[index], exp_avg_sqs[index], steps[index]
         g = gradients[index].to(w.dtype)

@@ -115,6 +115,12 @@ def check_first_and_late_steps() -> None:
         assert_parity(state, lr=1.0)
 
 
+def test_the_processs_default_device_changes_nothing() -> None:
+    state = make_state(shapes=((3, 41), (7,)))
+    with torch.device("meta"):
+        assert_parity(state)
+
+
 def test_first_and_late_steps() -> None:
     check_first_and_late_steps()
 
