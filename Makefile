@@ -30,7 +30,7 @@ CPP := $(shell find csrc tests -name "*.cu" -o -name "*.cuh" -o -name "*.cpp" -o
 .PHONY: demo test lint format wheel gpu clean
 
 demo: $(STAMP) $(CPU_LIBRARY)
-	$(BIN)/ditkernels demo --out "$(OUT)" $(ARGS)
+	$(BIN)/python -m ditkernels demo --out "$(OUT)" $(ARGS)
 
 test: lint $(CPU_LIBRARY)
 	$(BIN)/python -m pytest -n $(JOBS) --maxschedchunk 1 $(ARGS)
@@ -38,7 +38,7 @@ test: lint $(CPU_LIBRARY)
 lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/mypy
+	$(BIN)/python -m mypy
 	$(BIN)/clang-format --dry-run -Werror $(CPP)
 
 format: $(STAMP)
@@ -51,7 +51,8 @@ wheel: $(STAMP)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements/wheel.txt
 	rm -rf build/wheel build/lib* build/bdist*
 	DITKERNELS_BUILD_CPU=1 $(BIN)/python -m pip wheel --disable-pip-version-check --no-build-isolation --no-deps -w build/wheel .
-	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/auditwheel repair --exclude libtorch_cpu.so -w dist build/wheel/*.whl
+	PATH="$$PWD/$(BIN):$$PATH" $(BIN)/python -m auditwheel repair --exclude libtorch_cpu.so -w dist build/wheel/*.whl
+	$(BIN)/python tools/finish_wheel.py dist/*.whl
 
 gpu:
 	$(PYTHON) benchmarks/gpu.py $(if $(WHEELS),--wheels "$(WHEELS)") $(ARGS)
@@ -64,9 +65,8 @@ $(STAMP): $(REQUIREMENTS) pyproject.toml setup.py
 	touch $@
 
 # One library serves every torch, so that all environments share it.
-ditkernels/_cpu.so: $(wildcard csrc/cpu/*) tools/build_native.py | $(STAMP)
-	$(BIN)/python tools/build_native.py cpu build/cpu
-	cp build/cpu/_cpu.so $@.tmp && mv $@.tmp $@
+ditkernels/_cpu.so: $(wildcard csrc/cpu/*) tools/build_native.py ditkernels/ops/schemas.txt ditkernels/_version.py | $(STAMP)
+	$(BIN)/python tools/build_native.py cpu build/cpu $@
 
 clean:
 	rm -rf .venv .venv-* build *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -6,8 +6,8 @@ Python, and `ditkernels info` says why. Settings:
 
     DITKERNELS_BUILD_CUDA=1    it is an error if the CUDA library cannot be built;  0: it is not built
     DITKERNELS_BUILD_CPU       the same for the CPU library
-    TORCH_CUDA_ARCH_LIST       architectures, as in "8.0;9.0a;10.0+PTX"
-    CUDA_HOME                  the toolkit;  CXX: the C++ compiler;  MAX_JOBS: compilers at a time
+    TORCH_CUDA_ARCH_LIST       architectures, as in "8.0;9.0a;10.0+PTX", "Hopper" or "native"
+    CUDA_HOME                  the toolkit;  CXX: the C++ compiler, for nvcc too;  MAX_JOBS: compilers at a time
 """
 
 from __future__ import annotations
@@ -21,6 +21,15 @@ from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
+
+import setuptools
+
+# Before anything that an old one has not: the licence in pyproject.toml is written as setuptools 77 learnt it.
+if int(setuptools.__version__.split(".")[0]) < 77:
+    raise SystemExit(
+        f"setuptools {setuptools.__version__} was found, ditkernels needs 77: pip install 'setuptools>=77', "
+        "or leave out --no-build-isolation"
+    )
 
 from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
@@ -50,16 +59,14 @@ class Library(NamedTuple):
         file: its name in the package.
         sources: what it is made of.
         compiler: finds the compiler, or None.
-        lacking: the sentence that says that there is none.
-        build: (folder, compiler, folder of torch) -> the built library.
+        lacking: gives the sentence that says that there is none.
     """
 
     kind: str
     file: str
     sources: tuple[Path, ...]
     compiler: Callable[[], str | None]
-    lacking: str
-    build: Callable[[Path, str, Path], Path]
+    lacking: Callable[[], str]
 
     @property
     def switch(self) -> str:
@@ -80,64 +87,53 @@ class Library(NamedTuple):
             raise RuntimeError(f"{self.switch}: got {asked!r}, allowed are 0 and 1")
         if asked == "0":
             return f"{self.switch}=0 was set at installation"
-        reason = self.lacking if self.compiler() is None else torch_missing()
+        reason = self.lacking() if self.compiler() is None else torch_missing()
         if reason and asked == "1":
             raise RuntimeError(f"{self.switch}=1, but {reason}; {self.no_build}")
-        return reason
+        return reason and f"at installation {reason}"
 
-    def record(self, package: Path, reason: str | None) -> None:
-        """Notes beside the modules why there is no library, for `ditkernels info`."""
+    def leave_out(self, package: Path, reason: str) -> None:
+        """Notes beside the modules why there is no library, for `ditkernels info`, and removes one that an earlier build left."""
         package.mkdir(parents=True, exist_ok=True)
-        (package / f"_{self.kind.lower()}_build.json").write_text(json.dumps({"absent": reason}) + "\n")
+        (package / self.file).unlink(missing_ok=True)
+        rules.record_of(package / self.file, self.kind).write_text(json.dumps({"absent": reason}) + "\n", encoding="utf-8")
+
+    def leave_alone(self, package: Path, reason: str) -> None:
+        """In a tree that is used as it lies: a library that was built there stays, with its record."""
+        if (package / self.file).exists():
+            print(f"{package / self.file} stays as it is: no other is built, since {reason}", file=sys.stderr)
+        else:
+            self.leave_out(package, reason)
 
 
 def torch_missing() -> str | None:
     """Why torch cannot be built against, or None."""
     try:
         import torch
-    except ImportError as error:
-        return f"torch could not be imported at installation ({error}); pip hides it without --no-build-isolation"
+    except (ImportError, OSError) as error:  # a library that torch needs may be broken or missing
+        return f"torch could not be imported ({error}); pip hides it without --no-build-isolation"
     found = tuple(int(part) for part in torch.__version__.split(".")[:2])
     if found < rules.OLDEST_TORCH:
-        return f"torch {torch.__version__} was found at installation, the library needs 2.10"
+        return f"torch {torch.__version__} was found, the library needs 2.10"
     return None
 
 
-def build_cuda(out: Path, nvcc: str, torch: Path) -> Path:
-    targets = rules.architectures(os.environ.get("TORCH_CUDA_ARCH_LIST"))
-    built: Path = rules.build_library(out, rules.Toolchain(nvcc, torch), targets)
-    return built
-
-
-CUDA = Library(
-    "CUDA",
-    rules.LIBRARY,
-    tuple(rules.sources()),
-    rules.find_nvcc,
-    "no nvcc was found at installation (looked in CUDA_HOME, the PATH and /usr/local/cuda)",
-    build_cuda,
-)
-CPU = Library(
-    "CPU",
-    rules.CPU_LIBRARY,
-    tuple(rules.cpu_sources()),
-    rules.find_cxx,
-    "no C++ compiler was found at installation (looked for CXX, c++, g++ and clang++ on the PATH)",
-    rules.build_cpu_library,
-)
+CUDA = Library("CUDA", rules.LIBRARY, tuple(rules.sources()), rules.find_nvcc, rules.nvcc_lacking)
+CPU = Library("CPU", rules.CPU_LIBRARY, tuple(rules.cpu_sources()), rules.find_cxx, rules.cxx_lacking)
 REASONS = {library: library.why_not() for library in (CUDA, CPU)}
 
 
 class BuildPython(build_py):
-    """Notes beside the modules which libraries there are."""
+    """Notes beside the modules why a library is missing."""
 
     def run(self) -> None:
-        super().run()
         package = ROOT / "ditkernels" if self.editable_mode else Path(self.build_lib) / "ditkernels"
+        if not self.editable_mode:  # a module that was deleted since the last build must not come along
+            shutil.rmtree(package, ignore_errors=True)
+        super().run()
         for library, reason in REASONS.items():
-            library.record(package, reason)
-            if reason is not None and not self.editable_mode:  # one that an earlier build left
-                (package / library.file).unlink(missing_ok=True)
+            if reason is not None:
+                (library.leave_alone if self.editable_mode else library.leave_out)(package, reason)
 
 
 class NativeExtension(Extension):
@@ -161,23 +157,27 @@ class BuildLibraries(build_ext):
         target = Path(self.get_ext_fullpath(ext.name))
         out = Path(self.build_temp).resolve() / library.kind
         try:
-            built = library.build(out, library.compiler(), Path(torch.__file__).parent)
+            rules.install(rules.build(library.kind, out, Path(torch.__file__).parent), target, library.kind)
         except rules.BuildError as error:
             if library is CUDA or os.environ.get(library.switch) == "1":
                 raise RuntimeError(f"the {library.kind} library cannot be built: {error}; {library.no_build}") from error
-            reason = f"{library.compiler()} failed at installation; CXX names another compiler, {library.switch}=1 shows its errors"
+            reason = f"at installation {library.compiler()} failed; CXX names another compiler, {library.switch}=1 shows its errors"
             print(f"the {library.kind} library is left out: {reason}\n{error}", file=sys.stderr)
-            library.record(target.parent, reason)
-            return
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(built, target)
+            library.leave_out(target.parent, reason)
 
     def get_outputs(self) -> list[str]:
-        return [output for output in super().get_outputs() if Path(output).exists()]
+        made = [Path(self.get_ext_fullpath(ext.name)) for ext in self.extensions]
+        both = [file for path, ext in zip(made, self.extensions) for file in (path, rules.record_of(path, ext.library.kind))]
+        return [str(file) for file in both if file.exists()]
 
     def copy_extensions_to_source(self) -> None:
-        self.extensions = [ext for ext in self.extensions if Path(self.get_ext_fullpath(ext.name)).exists()]
-        super().copy_extensions_to_source()
+        """Puts what was built into the tree; a library that could not be built leaves an older one there."""
+        for ext in self.extensions:
+            built, target = Path(self.get_ext_fullpath(ext.name)), ROOT / "ditkernels" / ext.library.file
+            if built.exists():
+                rules.install(built, target, ext.library.kind)
+            elif not target.exists():
+                shutil.copyfile(*(rules.record_of(path, ext.library.kind) for path in (built, target)))
 
 
 class BuildWheel(bdist_wheel):

@@ -414,7 +414,10 @@ def test_a_forced_cpu_backend_that_cannot_serve_says_why(monkeypatch: pytest.Mon
         with dispatch.use_backend("cpu"), pytest.raises(dispatch.BackendError, match=words):
             ops.bias_gelu(torch.zeros(1, 2, 3, dtype=torch.float64))
     absent(monkeypatch, DITKERNELS_CPU_LIBRARY="/nowhere/_cpu.so")
-    with dispatch.use_backend("cpu"), pytest.raises(dispatch.BackendError, match=r"/nowhere/_cpu.so does not load"):
+    with (
+        dispatch.use_backend("cpu"),
+        pytest.raises(dispatch.BackendError, match=r"/nowhere/_cpu\.so is not loaded: .*No such file"),
+    ):
         ops.bias_gelu(torch.zeros(1, 2, 3))
 
 

@@ -6,6 +6,7 @@ import os
 import platform
 import re
 import runpy
+import shlex
 import shutil
 import subprocess
 import sys
@@ -43,22 +44,118 @@ def tools() -> build_native.Toolchain:
         ("8.0;9.0a;10.0+PTX", ["8.0", "9.0a", "10.0+PTX"]),
         ("9.0 12.0f", ["9.0", "12.0f"]),
         ("5.2 7.5;8.6", ["8.6"]),
+        ("Hopper;Ampere", ["9.0+PTX", "8.0", "8.6+PTX"]),
+        ("Turing, Ada;;8.9+PTX", ["8.9+PTX"]),
     ],
 )
 def test_architectures_in_torchs_own_words(text: str | None, expected: list[str]) -> None:
     assert list(map(str, build_native.architectures(text))) == expected
 
 
+def test_torchs_names_are_ours() -> None:
+    source = (Path(torch.__file__).parent / "utils/cpp_extension.py").read_text(encoding="utf-8")
+    theirs = dict(re.findall(r"\('([A-Z][\w+]+)', '([\d.;+PTX]+)'\)", source))
+    assert {"Ampere", "Hopper"} <= theirs.keys()
+    assert {name: theirs[name] for name in theirs.keys() & build_native.NAMED_ARCHITECTURES.keys()}.items() <= (
+        build_native.NAMED_ARCHITECTURES.items()
+    )
+
+
+def test_what_is_left_out_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    build_native.architectures("7.0;7.5+PTX;8.6")
+    assert "7.0, 7.5+PTX is left out, the kernels need 8.0 or newer" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "text, said",
-    [("Hopper", "got 'Hopper', allowed are"), ("8.0;90", "got '90'"), ("7.5", "need 8.0 or newer")],
+    [("hopper", "got 'hopper', allowed are .*Hopper.*native"), ("8.0;90", "got '90'"), ("7.5", "need 8.0 or newer")],
 )
 def test_bad_architectures_are_named(text: str, said: str) -> None:
     with pytest.raises(build_native.BuildError, match=said):
         build_native.architectures(text)
 
 
-def test_jobs_respect_memory_and_max_jobs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_native_is_what_torch_sees(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(build_native.BuildError, match=r"got 'native', but torch sees no GPU here; name the architectures"):
+        build_native.architectures("native")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: [(9, 0), (8, 0), (9, 0)][index])
+    assert list(map(str, build_native.architectures("native"))) == ["8.0", "9.0"]
+
+
+def program(path: Path, *lines: str) -> str:
+    """A shell script that can be run."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(["#!/bin/sh", *lines, ""]), encoding="utf-8")
+    path.chmod(0o755)
+    return str(path)
+
+
+def imitation(path: Path, release: str = "13.0", *lines: str) -> str:
+    """An nvcc that tells its release and knows sm_80 and sm_90; ``lines`` say what it does besides."""
+    version = f'[ "$1" = --version ] && {{ echo "Cuda compilation tools, release {release}, V{release}.1"; exit 0; }}'
+    codes = '[ "$1" = --list-gpu-code ] && { echo sm_80; echo sm_90; exit 0; }'
+    return program(path, version, codes, *lines)
+
+
+def test_of_the_default_what_nvcc_knows_is_built_and_the_newest_gets_ptx(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    nvcc = imitation(tmp_path / "nvcc")
+    default = build_native.architectures(None)
+    assert list(map(str, build_native.known_to(nvcc, default, named=False))) == ["8.0+PTX", "9.0+PTX"]
+    assert "10.0+PTX is left out, which" in capsys.readouterr().err
+    with pytest.raises(build_native.BuildError, match=r"got 10\.0\+PTX, .*nvcc knows 80, 90"):
+        build_native.known_to(nvcc, default, named=True)
+
+
+@pytest.mark.parametrize(
+    "release, lines, said",
+    [
+        ("11.8", (), r"nvcc is of CUDA 11\.8, 12\.0 is needed; CUDA_HOME names another toolkit"),
+        (
+            "12.8",
+            ("echo '#error -- unsupported GNU version! gcc versions later than 13' >&2", "exit 1"),
+            "nvcc cannot use its host compiler: .*unsupported GNU version! .*CXX names another one",
+        ),
+    ],
+)
+def test_what_would_stop_the_build_is_named_before_it(release: str, lines: tuple[str, ...], said: str, tmp_path: Path) -> None:
+    nvcc = imitation(tmp_path / "bin/nvcc", release, *lines)
+    with pytest.raises(build_native.BuildError, match=said):
+        build_native.refuse_nvcc(nvcc)
+
+
+def test_an_nvcc_that_does_not_run_is_named(tmp_path: Path) -> None:
+    broken = program(tmp_path / "nvcc", "echo 'libcudart: cannot open shared object file' >&2; exit 127")
+    with pytest.raises(build_native.BuildError, match="nvcc --version ended with status 127: libcudart: cannot open"):
+        build_native.refuse_nvcc(broken)
+    (tmp_path / "nvcc").write_bytes(b"\x7fELF no program")
+    with pytest.raises(build_native.BuildError, match=r"nvcc does not run: .*Exec format error"):
+        build_native.refuse_nvcc(broken)
+
+
+def test_a_missing_ninja_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "which", lambda name, path=None: None)
+    monkeypatch.setattr(sys, "executable", program(tmp_path / "python", "exit 1"))
+    with pytest.raises(build_native.BuildError, match="ninja is missing: pip install ninja"):
+        build_native.refuse_nvcc(imitation(tmp_path / "nvcc"))
+
+
+@needs_nvcc
+def test_the_host_compiler_is_the_one_that_CXX_names(tmp_path: Path) -> None:
+    nvcc = build_native.find_nvcc()
+    assert nvcc is not None
+    build_native.refuse_nvcc(nvcc)
+    missing = {**os.environ, "CXX": "/nowhere/g++"}
+    with pytest.raises(build_native.BuildError, match=r"nvcc cannot use its host compiler: .*/nowhere/g\+\+"):
+        build_native.refuse_nvcc(nvcc, missing)
+
+
+def test_jobs_respect_memory_and_max_jobs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(build_native, "MEMBERSHIP", tmp_path / "nothing")
     monkeypatch.setattr(build_native.os, "sched_getaffinity", lambda pid: set(range(64)))
     monkeypatch.setattr(build_native, "_available_memory", lambda: 7 * 2**30)
     assert build_native.jobs({}) == 3
@@ -70,20 +167,75 @@ def test_jobs_respect_memory_and_max_jobs(monkeypatch: pytest.MonkeyPatch) -> No
             build_native.jobs({"MAX_JOBS": bad})
 
 
+GIB = 2**30
+V2 = {"a/cpu.max": "300000 100000", "a/b/cpu.max": "max 100000", "a/b/memory.max": "max", "a/memory.max": str(9 * GIB)}
+V1 = {"cpu/a/b/cpu.cfs_quota_us": "250000", "cpu/a/b/cpu.cfs_period_us": "100000", "cpu/a/cpu.cfs_quota_us": "-1"}
+
+
+@pytest.mark.parametrize(
+    "membership, files, expected",
+    [
+        ("0::/a/b", V2, 3),
+        ("0::/a/b", {**V2, "a/memory.current": str(5 * GIB)}, 2),
+        ("0::/", {"memory.max": str(4 * GIB)}, 2),  # a container sees its own group as the root
+        ("3:cpu,cpuacct:/a/b\n4:memory:/a", V1, 2),
+        ("4:memory:/out/of/sight", {"memory/memory.limit_in_bytes": str(2 * GIB)}, 1),
+        ("4:memory:/", {"memory/memory.limit_in_bytes": str(9223372036854771712)}, 32),
+        ("nonsense", {}, 32),
+    ],
+)
+def test_jobs_respect_the_container(
+    membership: str, files: dict[str, str], expected: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for name, text in {**files, "membership": membership}.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text + "\n", encoding="utf-8")
+    monkeypatch.setattr(build_native, "CGROUPS", tmp_path)
+    monkeypatch.setattr(build_native, "MEMBERSHIP", tmp_path / "membership")
+    monkeypatch.setattr(build_native.os, "sched_getaffinity", lambda pid: set(range(64)))
+    monkeypatch.setattr(build_native, "_available_memory", lambda: 64 * GIB)
+    assert build_native.jobs({}) == expected
+
+
+@pytest.mark.slow
+def test_jobs_respect_a_real_container(tmp_path: Path) -> None:
+    group = Path("/sys/fs/cgroup/memory/ditkernels-test")
+    try:
+        group.mkdir()
+        (group / "memory.limit_in_bytes").write_text(str(3 * GIB), encoding="utf-8")
+    except OSError as error:
+        pytest.skip(f"no control group can be made here: {error}")
+    try:
+        asked = "import sys; sys.path.insert(0, sys.argv[1]); import build_native as b; print(b._limits('memory')[1] // 2**30)"
+        enter = f"echo $$ > {group}/tasks && exec {sys.executable} -c {shlex.quote(asked)} {ROOT / 'tools'}"
+        found = subprocess.run(["sh", "-c", enter], capture_output=True, text=True, check=True).stdout
+        assert float(found) == 2  # what Python itself uses is taken off
+    finally:
+        group.rmdir()
+
+
 def test_nvcc_may_be_a_wrapper_and_cuda_home_goes_first(tmp_path: Path) -> None:
-    wrapper = tmp_path / "bin/nvcc"
-    wrapper.parent.mkdir()
-    wrapper.write_text("#!/bin/sh\n")
-    wrapper.chmod(0o755)
-    assert build_native.find_nvcc({"PATH": str(wrapper.parent)}) == str(wrapper)
-    assert build_native.find_nvcc({"PATH": "/usr/bin", "CUDA_HOME": str(tmp_path)}) == str(wrapper)
-    assert build_native.find_nvcc({"PATH": str(wrapper.parent), "CUDA_HOME": "/nowhere"}) is None
+    wrapper = program(tmp_path / "bin/nvcc")
+    folder = str(Path(wrapper).parent)
+    assert build_native.find_nvcc({"PATH": folder}) == wrapper
+    assert build_native.find_nvcc({"PATH": "/usr/bin", "CUDA_HOME": str(tmp_path)}) == wrapper
+    assert build_native.find_nvcc({"PATH": folder, "CUDA_HOME": "/nowhere"}) is None
+    assert build_native.find_nvcc({"PATH": folder, "CUDA_PATH": "/nowhere"}) is None
+    assert build_native.nvcc_lacking({"CUDA_HOME": "/nowhere"}) == "CUDA_HOME=/nowhere holds no bin/nvcc"
+    assert build_native.nvcc_lacking({}).endswith("CUDA_PATH, the PATH, /usr/local/cuda and /usr/local/cuda-*)")
+
+
+def test_of_several_toolkits_the_newest_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    several = ["/usr/local/cuda-9.2/bin", "/usr/local/cuda-12.8/bin", "/usr/local/cuda-12.10/bin"]
+    monkeypatch.setattr(build_native.glob, "glob", lambda pattern: several)
+    monkeypatch.setattr(shutil, "which", lambda name, path=None: f"{path}/{name}" if path in several else None)
+    assert build_native.find_nvcc({}) == "/usr/local/cuda-12.10/bin/nvcc"
 
 
 # By kind of library: an environment without its compiler, the words for that, and its sources.
 WITHOUT = {
-    "CUDA": ({"CUDA_HOME": "/nowhere"}, "no nvcc was found", build_native.sources()),
-    "CPU": ({"CXX": "/nowhere/c++"}, r"no C\+\+ compiler was found", build_native.cpu_sources()),
+    "CUDA": ({"CUDA_HOME": "/nowhere"}, "at installation CUDA_HOME=/nowhere holds no bin/nvcc", build_native.sources()),
+    "CPU": ({"CXX": "/nowhere/c++"}, r"at installation CXX=/nowhere/c\+\+ is not", build_native.cpu_sources()),
 }
 
 
@@ -103,6 +255,33 @@ def test_without_compilers_the_install_is_pure_python_and_says_so(monkeypatch: p
     for kind, (_, words, _) in WITHOUT.items():
         assert re.match(words, options[kind])
     assert "ext_modules" not in options
+
+
+class Broken:
+    """Finds a module torch whose libraries are broken."""
+
+    def find_spec(self, name: str, *args: Any) -> None:
+        if name == "torch":
+            raise OSError("libcudart.so.13: cannot open shared object file")
+
+
+def test_a_torch_that_cannot_be_loaded_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "which", lambda name, path=None: f"/bin/{name}")
+    monkeypatch.delitem(sys.modules, "torch")
+    monkeypatch.setattr(sys, "meta_path", [Broken(), *sys.meta_path])
+    options = setup_options(monkeypatch)
+    for kind in WITHOUT:
+        assert "torch could not be imported (libcudart.so.13: cannot open shared object file)" in options[kind]
+
+
+@pytest.mark.parametrize("version, refused", [("65.5.1", True), ("75.8.0", True), ("77.0.3", False)])
+def test_an_old_setuptools_is_named(version: str, refused: bool, tmp_path: Path) -> None:
+    (tmp_path / "setuptools").mkdir()
+    (tmp_path / "setuptools/__init__.py").write_text(f"__version__ = {version!r}\n", encoding="utf-8")
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run([sys.executable, ROOT / "setup.py"], capture_output=True, text=True, env=environment, cwd=tmp_path)
+    said = f"setuptools {version} was found, ditkernels needs 77: pip install 'setuptools>=77', or leave out --no-build-isolation"
+    assert (said in done.stderr) == refused
 
 
 def test_without_torch_the_install_is_pure_python_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -132,7 +311,10 @@ def test_with_a_compiler_and_torch_a_library_is_built_and_its_switch_turns_it_of
 @pytest.mark.parametrize("kind", WITHOUT)
 def test_a_switch_is_an_order(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     without, words, _ = WITHOUT[kind]
-    for value, said in (("1", f"=1, but {words} .*DITKERNELS_BUILD_{kind}=0"), ("yes", "got 'yes', allowed are 0 and 1")):
+    for value, said in (
+        ("1", f"=1, but {words.removeprefix('at installation ')}.*DITKERNELS_BUILD_{kind}=0"),
+        ("yes", "got 'yes', allowed are 0 and 1"),
+    ):
         with pytest.raises(RuntimeError, match=said):
             setup_options(monkeypatch, **without, **{f"DITKERNELS_BUILD_{kind}": value})
 
@@ -187,17 +369,41 @@ def test_a_changed_header_rebuilds_and_nothing_else_does(tiny: Path, tmp_path: P
     assert call(build()) == (2, "8.0;9.0a+PTX")
 
 
+ODD = "a b/d$HOME/q'\"u/br[a]c (x)/am&p;s/ümläut"
+
+
+@needs_nvcc
+@pytest.mark.slow
+def test_paths_of_all_kinds_are_taken(tiny: Path, tmp_path: Path) -> None:
+    odd = tmp_path / ODD
+    odd.mkdir(parents=True)
+    files = [shutil.move(tiny.parent / name, odd / name) for name in ("tiny.cu", "value.h")]
+    (odd / "packages").symlink_to(Path(torch.__file__).parent.parent)
+    nvcc = Path(tools().nvcc).parent
+    (odd / "toolkit").symlink_to(nvcc.parent if nvcc.name == "bin" else nvcc)
+    found = odd / "toolkit" / ("bin/nvcc" if nvcc.name == "bin" else "nvcc")
+    odd_tools = build_native.Toolchain(str(found), odd / "packages/torch")
+
+    def build() -> Path:
+        return build_native.build_library(odd / "out", odd_tools, build_native.architectures("8.0"), [Path(files[0])])
+
+    library = build()
+    assert call(library) == (1, "8.0")
+    made = library.stat().st_mtime_ns
+    assert build().stat().st_mtime_ns == made  # headers are found again, too
+
+
 @needs_nvcc
 def test_a_failing_build_says_what_to_set(tiny: Path, tmp_path: Path) -> None:
     tiny.write_text("no C++\n")
-    with pytest.raises(build_native.BuildError, match=r"MAX_JOBS=1 .* CUDA_HOME .* TORCH_CUDA_ARCH_LIST"):
+    with pytest.raises(build_native.BuildError, match=r"MAX_JOBS=1 .* CUDA_HOME .* CXX .* TORCH_CUDA_ARCH_LIST"):
         build_native.build_library(tmp_path / "out", tools(), build_native.architectures("9.0a"), [tiny])
     assert not (tmp_path / "out" / build_native.LIBRARY).exists()
 
 
 @needs_nvcc
 def test_an_architecture_unknown_to_the_compiler_is_named(tiny: Path, tmp_path: Path) -> None:
-    with pytest.raises(build_native.BuildError, match=r"got 19\.0, this nvcc knows .*80.*90"):
+    with pytest.raises(build_native.BuildError, match=r"got 19\.0, .*nvcc knows .*80.*90"):
         build_native.build_library(tmp_path / "out", tools(), build_native.architectures("19.0"), [tiny])
 
 
@@ -316,7 +522,8 @@ def assert_pure(made: Path, tmp_path: Path) -> None:
         archive.extractall(tmp_path)
     package = ROOT / "ditkernels"
     modules = {p.relative_to(ROOT).as_posix() for p in package.rglob("*.py")}
-    assert modules | {"ditkernels/py.typed", "ditkernels/_cuda_build.json", "ditkernels/_cpu_build.json"} <= names
+    data = {"ditkernels/py.typed", "ditkernels/ops/schemas.txt", "ditkernels/_cuda_build.json", "ditkernels/_cpu_build.json"}
+    assert modules | data <= names
     assert not [name for name in names if name.endswith((".so", ".cu", ".cuh", ".cpp", ".h"))]
     for library in (_native.CUDA, _native.CPU):
         kind = library.kind
@@ -332,10 +539,7 @@ def test_an_install_without_the_library_notes_down_why(tmp_path: Path) -> None:
 
 
 def failing_compiler(tmp_path: Path) -> Path:
-    compiler = tmp_path / "c++"
-    compiler.write_text("#!/bin/sh\necho 'error: too old a compiler' >&2\nexit 1\n")
-    compiler.chmod(0o755)
-    return compiler
+    return Path(program(tmp_path / "c++", "echo 'error: too old a compiler' >&2", "exit 1"))
 
 
 def test_a_cpp_compiler_that_fails_leaves_an_install_without_its_library(tmp_path: Path) -> None:
@@ -345,7 +549,7 @@ def test_a_cpp_compiler_that_fails_leaves_an_install_without_its_library(tmp_pat
         assert not [name for name in archive.namelist() if name.endswith(".so")]
         archive.extractall(tmp_path)
     said = _native.CPU.why_not_built(tmp_path / "ditkernels")
-    assert said.startswith(f"the CPU library was not built: {compiler} failed at installation; CXX names another compiler")
+    assert said.startswith(f"the CPU library was not built: at installation {compiler} failed; CXX names another compiler")
     with pytest.raises(subprocess.CalledProcessError):
         wheel(tree, tmp_path / "none", DITKERNELS_BUILD_CUDA="0", DITKERNELS_BUILD_CPU="1", CXX=compiler)
 

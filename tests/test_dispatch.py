@@ -28,7 +28,7 @@ from ditkernels.ops import dispatch
 from ditkernels.ops.spec import decoded, encoded
 
 # Compiled libraries and exported programs depend on these: change one only together with a new op name.
-SCHEMAS = Path(__file__).with_name("schemas.txt").read_text().splitlines()
+SCHEMAS = (Path(ops.__file__).parent / "schemas.txt").read_text(encoding="utf-8").splitlines()
 DIFFERENTIABLE = [op for op in dispatch.OPS.values() if op.declaration.gradient is not None]
 
 

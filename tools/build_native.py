@@ -6,7 +6,10 @@ runs where torch cannot. ninja's dependency files say what a changed header of c
 
 from __future__ import annotations
 
+import glob
+import hashlib
 import importlib.util
+import json
 import os
 import platform
 import re
@@ -14,7 +17,8 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -22,6 +26,7 @@ from typing import NamedTuple
 CSRC = Path(__file__).parent.parent / "csrc/cuda"
 DEFAULT_ARCHITECTURES = "8.0+PTX;9.0a;10.0+PTX"
 OLDEST = (8, 0)  # bf16 on the tensor cores
+OLDEST_NVCC = (12, 0)  # the first that knows C++20 and sm_90a
 # Oldest torch whose stable ABI the library asks for; the library then runs beside every newer one.
 OLDEST_TORCH = (2, 10)
 BYTES_A_JOB = 2 * 2**30
@@ -30,13 +35,24 @@ FLAGS = (
     *("-std=c++20", "-O3", "-DTORCH_TARGET_VERSION=0x020a000000000000"),
     *("-Xcompiler", "-fPIC,-fvisibility=hidden"),
 )
+# What torch's own TORCH_CUDA_ARCH_LIST calls by name.
+NAMED_ARCHITECTURES = {
+    "Turing": "7.5+PTX",
+    "Ampere": "8.0;8.6+PTX",
+    "Ampere+Tegra": "8.7",
+    "Ada": "8.9+PTX",
+    "Hopper": "9.0+PTX",
+    "Blackwell": "10.0;10.3;12.0;12.1+PTX",
+    "Blackwell+Tegra": "11.0",
+    "Rubin": "10.7+PTX",
+}
 
 
 class BuildError(RuntimeError):
     """The library cannot be built; the message names what to set."""
 
 
-# ---- What to build for, and with -------------------------------------------------------------------------------------
+# ---- What to build for -----------------------------------------------------------------------------------------------
 
 
 class Architecture(NamedTuple):
@@ -55,40 +71,200 @@ class Architecture(NamedTuple):
         """As nvcc writes it: "90a"."""
         return self.number.replace(".", "")
 
+    @property
+    def version(self) -> tuple[int, int]:
+        """As numbers: (9, 0)."""
+        major, minor = self.number.rstrip("af").split(".")
+        return int(major), int(minor)
+
     def __str__(self) -> str:
         return self.number + ("+PTX" if self.ptx else "")
 
 
 def architectures(text: str | None) -> list[Architecture]:
-    """The architectures of a TORCH_CUDA_ARCH_LIST such as "8.0;9.0a;10.0+PTX", the default where there is none.
+    """The architectures of a TORCH_CUDA_ARCH_LIST such as "8.0;9.0a;10.0+PTX", "Hopper" or "native", the default for none.
 
-    Those older than the kernels can run on are left out.
+    Those older than the kernels can run on are left out, with a note on stderr.
 
     Raises:
-        BuildError: a word that is no architecture, or none is left.
+        BuildError: a word that is no architecture, "native" where no GPU is visible, or none is left.
     """
-    words = re.split(r"[;,\s]+", (text or DEFAULT_ARCHITECTURES).strip(";, "))
-    found = []
-    for word in words:
-        match = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", word)
-        if match is None:
-            raise BuildError(
-                f"TORCH_CUDA_ARCH_LIST: got {word!r}, allowed are numbers such as 8.0, 9.0a, 10.0+PTX, separated by ';'"
-            )
-        major, minor, suffix, ptx = match.groups()
-        if (int(major), int(minor)) >= OLDEST:
-            found.append(Architecture(f"{major}.{minor}{suffix}", ptx is not None))
-    if not found:
+    named = (NAMED_ARCHITECTURES.get(word, word) for word in _words(text or DEFAULT_ARCHITECTURES))
+    found = [architecture for words in named for word in _words(words) for architecture in _parsed(word)]
+    taken = [one for one in found if one.version >= OLDEST]
+    if not taken:
         raise BuildError(f"TORCH_CUDA_ARCH_LIST: got {text!r}, the kernels need 8.0 or newer")
-    return found
+    if len(taken) < len(found):
+        left = ", ".join(str(one) for one in found if one not in taken)
+        print(f"TORCH_CUDA_ARCH_LIST: {left} is left out, the kernels need 8.0 or newer", file=sys.stderr)
+    return list(dict.fromkeys(taken))
+
+
+def _words(text: str) -> list[str]:
+    return [word for word in re.split(r"[;,\s]+", text) if word]
+
+
+def _parsed(word: str) -> list[Architecture]:
+    if word == "native":
+        return _visible_gpus()
+    match = re.fullmatch(r"(\d+\.\d[af]?)(\+PTX)?", word)
+    if match is None:
+        raise BuildError(
+            f"TORCH_CUDA_ARCH_LIST: got {word!r}, allowed are numbers such as 8.0, 9.0a, 10.0+PTX, "
+            f"the names {', '.join(NAMED_ARCHITECTURES)}, and native, separated by ';'"
+        )
+    return [Architecture(match[1], match[2] is not None)]
+
+
+def _visible_gpus() -> list[Architecture]:
+    """The GPUs that torch sees."""
+    import torch
+
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    found = {torch.cuda.get_device_capability(index) for index in range(count)}
+    if not found:
+        raise BuildError("TORCH_CUDA_ARCH_LIST: got 'native', but torch sees no GPU here; name the architectures, as in 9.0a")
+    return [Architecture(f"{major}.{minor}") for major, minor in sorted(found)]
+
+
+def known_to(nvcc: str, targets: Sequence[Architecture], named: bool) -> list[Architecture]:
+    """The architectures that this nvcc compiles for.
+
+    Args:
+        named: whether the user has named the targets; of the default ones only those are taken that nvcc knows, the newest with
+            PTX.
+
+    Raises:
+        BuildError: nvcc does not know one that the user has named, or it knows none.
+    """
+    listed = _answer([nvcc, "--list-gpu-code"])
+    known = {word.removeprefix("sm_").rstrip("af") for word in listed.split()}
+    unknown = [target for target in targets if target.name.rstrip("af") not in known]
+    taken = [target for target in targets if target not in unknown]
+    if unknown and (named or not taken):
+        names = ", ".join(sorted(known, key=lambda name: (len(name), name)))
+        raise BuildError(f"TORCH_CUDA_ARCH_LIST: got {unknown[0]}, {nvcc} knows {names}")
+    if unknown:
+        newest = max(taken, key=lambda target: target.version)
+        # PTX of an architecture with a suffix serves no other one.
+        with_ptx = Architecture(newest.number.rstrip("af"), ptx=True)
+        taken = [with_ptx if target is newest else target for target in taken]
+        print(f"{', '.join(map(str, unknown))} is left out, which {nvcc} does not know", file=sys.stderr)
+    return taken
+
+
+# ---- How a library is known ------------------------------------------------------------------------------------------
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def mark(kind: str) -> str:
+    """What a library of a kind, "CUDA" or "CPU", carries as a string: the package's version and a hash of its ops' schemas.
+
+    ``ditkernels.ops._native`` looks for it in the file before the library is loaded.
+    """
+    found = re.search(r'__version__ = "(.+)"', (ROOT / "ditkernels/_version.py").read_text(encoding="utf-8"))
+    assert found is not None
+    schemas = (ROOT / "ditkernels/ops/schemas.txt").read_bytes()
+    return f"ditkernels:{kind}:{found[1]}:{hashlib.sha256(schemas).hexdigest()[:16]}:"
+
+
+def record_of(library: Path, kind: str) -> Path:
+    """Where it is noted down what a library must be, or why there is none: beside it."""
+    return library.parent / f"_{kind.lower()}_build.json"
+
+
+def record(library: Path, kind: str) -> None:
+    """Notes down size and checksum of a finished library."""
+    content = library.read_bytes()
+    facts = {"absent": None, "bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    record_of(library, kind).write_text(json.dumps(facts) + "\n", encoding="utf-8")
+
+
+def install(built: Path, target: Path, kind: str) -> None:
+    """Puts a library in its place whole, and its record after it: a crash leaves the old one, or one that is refused."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = target.with_name(f"{target.name}.tmp")
+    shutil.copyfile(built, unfinished)
+    os.replace(unfinished, target)
+    record(target, kind)
+
+
+# ---- What to build with ----------------------------------------------------------------------------------------------
 
 
 def find_nvcc(environ: Mapping[str, str] = os.environ) -> str | None:
-    """nvcc of CUDA_HOME or CUDA_PATH if they are set, else of the PATH, else of /usr/local/cuda; None if there is none."""
+    """nvcc of CUDA_HOME or CUDA_PATH if they are set, else of the PATH, else of /usr/local/cuda*; None if there is none."""
+    found = (shutil.which("nvcc", path=place) for place in _places_of_nvcc(environ))
+    return next(filter(None, found), None)
+
+
+def nvcc_lacking(environ: Mapping[str, str] = os.environ) -> str:
+    """The sentence that says where nvcc was looked for in vain."""
     for name in ("CUDA_HOME", "CUDA_PATH"):
         if environ.get(name):
-            return shutil.which("nvcc", path=str(Path(environ[name]) / "bin"))
-    return shutil.which("nvcc", path=environ.get("PATH")) or shutil.which("nvcc", path="/usr/local/cuda/bin")
+            return f"{name}={environ[name]} holds no bin/nvcc"
+    return "no nvcc was found (looked in CUDA_HOME, CUDA_PATH, the PATH, /usr/local/cuda and /usr/local/cuda-*)"
+
+
+def _places_of_nvcc(environ: Mapping[str, str]) -> Iterable[str | None]:
+    for name in ("CUDA_HOME", "CUDA_PATH"):
+        if environ.get(name):
+            return [str(Path(environ[name]) / "bin")]
+
+    def version(folder: str) -> list[int]:
+        return [int(number) for number in re.findall(r"\d+", folder)]
+
+    several = sorted(glob.glob("/usr/local/cuda-*/bin"), key=version, reverse=True)
+    return [environ.get("PATH"), "/usr/local/cuda/bin", *several]
+
+
+def _answer(command: Sequence[str], folder: Path | None = None) -> str:
+    """What a program prints that runs in a folder.
+
+    Raises:
+        BuildError: it does not run.
+    """
+    try:
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, errors="replace")
+    except OSError as error:
+        raise BuildError(f"{command[0]} does not run: {error}") from error
+    if done.returncode:
+        raise BuildError(f"{shlex.join(command)} ended with status {done.returncode}: {_first_line(done.stderr or done.stdout)}")
+    return done.stdout
+
+
+def _first_line(text: str) -> str:
+    """The first line that speaks of an error, or the first."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()] or ["it said nothing"]
+    return next((line for line in lines if "error" in line.lower()), lines[0])
+
+
+def refuse_nvcc(nvcc: str, environ: Mapping[str, str] = os.environ) -> None:
+    """Finds what would stop a build before anything is compiled.
+
+    Raises:
+        BuildError: nvcc does not run, is too old, or has no host compiler that it can use; ninja is missing.
+    """
+    release = re.search(r"release (\d+)\.(\d+)", _answer([nvcc, "--version"]))
+    if release is None:
+        raise BuildError(f"{nvcc} --version names no release")
+    if tuple(map(int, release.groups())) < OLDEST_NVCC:
+        raise BuildError(f"{nvcc} is of CUDA {release[1]}.{release[2]}, 12.0 is needed; CUDA_HOME names another toolkit")
+    _ninja()
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "probe.cu").write_text("#include <optional>\nint main() { return 0; }\n", encoding="utf-8")
+        called = _link_compiler(Path(folder), nvcc)
+        try:
+            _answer([called, *host_compiler(environ), "-std=c++20", "-c", "probe.cu", "-o", "probe.o"], Path(folder))
+        except BuildError as error:
+            advice = "CXX names another one that nvcc of this version takes"
+            raise BuildError(f"nvcc cannot use its host compiler: {error}; {advice}") from error
+
+
+def host_compiler(environ: Mapping[str, str] = os.environ) -> list[str]:
+    """How nvcc is told of the compiler that CXX names; without it nvcc takes NVCC_CCBIN or g++."""
+    return ["-ccbin", shlex.split(environ["CXX"])[0]] if environ.get("CXX") else []
 
 
 def _ninja() -> list[str]:
@@ -101,7 +277,7 @@ def _ninja() -> list[str]:
 
 
 def jobs(environ: Mapping[str, str] = os.environ) -> int:
-    """MAX_JOBS, else one for each core as far as memory goes.
+    """MAX_JOBS, else one for each core that this process may use, as far as memory goes.
 
     Raises:
         BuildError: MAX_JOBS is no whole number of 1 or more.
@@ -111,12 +287,85 @@ def jobs(environ: Mapping[str, str] = os.environ) -> int:
         if not asked.isdigit() or int(asked) < 1:
             raise BuildError(f"MAX_JOBS: got {asked!r}, allowed is 1 or more")
         return int(asked)
-    return max(1, min(len(os.sched_getaffinity(0)), _available_memory() // BYTES_A_JOB))
+    cores = min(_affinity(), *_limits("cpu"))
+    memory = min(_available_memory(), *_limits("memory"))
+    return max(1, min(int(cores), int(memory // BYTES_A_JOB)))
+
+
+def _affinity() -> int:
+    # macOS has none.
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _available_memory() -> int:
-    pages = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
-    return int(pages.group(1)) * 1024 if pages else BYTES_A_JOB
+    try:
+        pages = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text(encoding="utf-8"))
+    except OSError:
+        pages = None
+    return int(pages.group(1)) * 1024 if pages else 4 * BYTES_A_JOB
+
+
+CGROUPS = Path("/sys/fs/cgroup")
+MEMBERSHIP = Path("/proc/self/cgroup")
+
+
+def _limits(what: str) -> list[float]:
+    """What the control groups around this process leave it of "cpu" (cores) or "memory" (bytes); infinite for no limit."""
+    found = [float("inf")]
+    for controllers, path in _memberships():
+        if controllers == [""]:
+            root, read = CGROUPS, {"cpu": _cores_v2, "memory": _bytes_v2}[what]
+        elif what in controllers:
+            root, read = CGROUPS / what, {"cpu": _cores_v1, "memory": _bytes_v1}[what]
+        else:
+            continue
+        # Inside a container the group of this process is often mounted as the root itself.
+        folders = [root / path, *(root / parent for parent in Path(path).parents), root]
+        found += [limit for folder in folders if (limit := read(folder)) is not None]
+    return found
+
+
+def _memberships() -> list[tuple[list[str], str]]:
+    """(controllers, path below the root) of each control group of this process; the only controller of version 2 is ""."""
+    try:
+        lines = MEMBERSHIP.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return []
+    parts = [line.split(":", 2) for line in lines if line.count(":") >= 2]
+    return [(controllers.split(","), path.lstrip("/")) for _, controllers, path in parts]
+
+
+def _number(file: Path, at: int = 0) -> float | None:
+    """A number in a file of a control group; None where there is no file or no limit."""
+    try:
+        word = file.read_text(encoding="utf-8").split()[at]
+    except (OSError, IndexError):
+        return None
+    return float(word) if word.isdigit() else None
+
+
+def _ratio(quota: float | None, period: float | None) -> float | None:
+    return None if quota is None or not period else quota / period
+
+
+def _left(limit: float | None, used: float | None) -> float | None:
+    return None if limit is None else limit - (used or 0)
+
+
+def _cores_v2(folder: Path) -> float | None:
+    return _ratio(_number(folder / "cpu.max"), _number(folder / "cpu.max", 1))
+
+
+def _bytes_v2(folder: Path) -> float | None:
+    return _left(_number(folder / "memory.max"), _number(folder / "memory.current"))
+
+
+def _cores_v1(folder: Path) -> float | None:
+    return _ratio(_number(folder / "cpu.cfs_quota_us"), _number(folder / "cpu.cfs_period_us"))
+
+
+def _bytes_v1(folder: Path) -> float | None:
+    return _left(_number(folder / "memory.limit_in_bytes"), _number(folder / "memory.usage_in_bytes"))
 
 
 # ---- Building --------------------------------------------------------------------------------------------------------
@@ -139,8 +388,13 @@ def sources(folder: Path = CSRC) -> list[Path]:
     return sorted(folder.glob("*.cu"))
 
 
-def build_library(out: Path, tools: Toolchain, targets: Sequence[Architecture], files: Sequence[Path] | None = None) -> Path:
+def build_library(
+    out: Path, tools: Toolchain, targets: Sequence[Architecture], files: Sequence[Path] | None = None, named: bool = True
+) -> Path:
     """Compiles and links the library into the folder ``out``; what is up to date stays.
+
+    Args:
+        named: whether the user has named the targets, so that one which nvcc does not know is an error.
 
     Returns:
         the path of the library.
@@ -149,22 +403,71 @@ def build_library(out: Path, tools: Toolchain, targets: Sequence[Architecture], 
         BuildError: it does not compile, or the compiler does not know an architecture.
     """
     files = sources() if files is None else files
-    _refuse_unknown(tools.nvcc, targets)
+    refuse_nvcc(tools.nvcc)
+    targets = known_to(tools.nvcc, targets, named)
     workers = jobs()
     threads = max(1, min(workers // max(1, len(files)), 2 * len(targets)))
     codes = " ".join(f"-gencode=arch=compute_{a.name},code={_codes(a)}" for a in targets)
-    named = shlex.quote('-DDITKERNELS_ARCHITECTURES="' + ";".join(map(str, targets)) + '"')
+    linked, nvcc = _linked(out, tools, files)
+    defined = f"{_defined('DITKERNELS_ARCHITECTURES', ';'.join(map(str, targets)))} {_defined('DITKERNELS_MARK', mark('CUDA'))}"
+    compiling = f"{nvcc} {' '.join(FLAGS)} -I{SOURCES} {linked} {codes} --threads={threads} {defined}"
     objects = [f"{file.stem}.o" for file in files]
-    lines = [
-        f"command = {tools.nvcc} {_compiling(tools)} {codes} --threads={threads} {named} -MD -MF $out.d -c $in -o $out",
-        *(f"build {name}: compile {_escaped(file)}" for name, file in zip(objects, files)),
-        "rule link",
-        f"  command = {tools.nvcc} -shared -cudart static $in -L{tools.torch}/lib -ltorch_cpu -ldl"
-        " -Xlinker --exclude-libs=ALL -Xlinker --strip-debug -o $out.tmp && mv $out.tmp $out",
-        f"build {LIBRARY}: link {' '.join(objects)}",
-    ]
-    _run_ninja(out, ["rule compile", "  depfile = $out.d", "  deps = gcc", "  " + lines[0], *lines[1:]], workers)
+    _run_ninja(
+        out,
+        [
+            "rule compile",
+            "  depfile = $out.d",
+            "  deps = gcc",
+            f"  command = {compiling} -MD -MF $out.d -c $in -o $out",
+            *(f"build {name}: compile {SOURCES}/{file.name}" for name, file in zip(objects, files)),
+            "rule link",
+            f"  command = {nvcc} -shared -cudart static $in -L{PACKAGES}/torch/lib -ltorch_cpu -ldl"
+            " -Xlinker --exclude-libs=ALL -Xlinker --strip-debug -o $out.tmp && mv $out.tmp $out",
+            f"build {LIBRARY}: link {' '.join(objects)}",
+        ],
+        workers,
+    )
+    record(out / LIBRARY, "CUDA")
     return out / LIBRARY
+
+
+# Below the folder of a build stand links to all that a command names, so that no command holds a path of the user's, which may
+# have spaces, quotes or dollars in it: ninja, the shell and nvcc, which asks a shell itself, would each read those in its own way.
+SOURCES, PACKAGES, TOOLKIT, WRAPPER = "links/sources", "links/packages", "links/toolkit", "links/wrapper"
+
+
+def _linked(out: Path, tools: Toolchain, files: Sequence[Path]) -> tuple[str, str]:
+    """Makes the links; returns the flags of the headers that are not ours, and how nvcc is called."""
+    (folder,) = {file.resolve().parent for file in files}
+    _link(out / SOURCES, folder)
+    _link(out / PACKAGES, tools.torch.parent)
+    # The toolkit's own headers go first; a toolkit without cublasLt.h takes it from the packages that torch came with.
+    system = [tools.torch / "include", *_blas_includes(tools.torch.parent)]
+    headers = [f"-isystem {PACKAGES}/{path.relative_to(tools.torch.parent).as_posix()}" for path in system]
+    host = [shlex.quote(word).replace("$", "$$") for word in host_compiler()]
+    return " ".join([*host, *headers]), _link_compiler(out, tools.nvcc)
+
+
+def _link_compiler(out: Path, nvcc: str) -> str:
+    """How nvcc is called from the folder ``out``."""
+    path = Path(nvcc)
+    if path.parent.name != "bin":  # a wrapper
+        _link(out / WRAPPER, path.parent)
+        return f"{WRAPPER}/{path.name}"
+    # The toolkit and not its bin: nvcc writes bin/../include as include into the list of what a file depends on.
+    _link(out / TOOLKIT, path.parent.parent)
+    return f"{TOOLKIT}/bin/{path.name}"
+
+
+def _link(link: Path, target: Path) -> None:
+    link.parent.mkdir(parents=True, exist_ok=True)
+    link.unlink(missing_ok=True)
+    link.symlink_to(target.resolve(), target_is_directory=True)
+
+
+def _defined(name: str, text: str) -> str:
+    """The flag that defines a macro as a string."""
+    return shlex.quote(f'-D{name}="{text}"').replace("$", "$$")
 
 
 def compile_ptx(tools: Toolchain, file: Path, name: str, out: Path) -> None:
@@ -173,9 +476,10 @@ def compile_ptx(tools: Toolchain, file: Path, name: str, out: Path) -> None:
     Raises:
         BuildError: it does not compile.
     """
-    unused = '-DDITKERNELS_ARCHITECTURES=""'
-    flags = shlex.split(_compiling(tools))
-    _run([tools.nvcc, *flags, f"-arch=compute_{name}", unused, "-ptx", str(file), "-o", str(out)])
+    unused = ('-DDITKERNELS_ARCHITECTURES=""', '-DDITKERNELS_MARK=""')
+    system = (tools.torch / "include", *_blas_includes(tools.torch.parent))
+    headers = [word for path in system for word in ("-isystem", str(path))]
+    _run([tools.nvcc, *FLAGS, f"-I{CSRC}", *headers, f"-arch=compute_{name}", *unused, "-ptx", str(file), "-o", str(out)])
 
 
 def assemble(tools: Toolchain, ptx: Path, name: str, out: Path, entries: Sequence[str] = ()) -> None:
@@ -194,12 +498,6 @@ def _run(command: Sequence[str]) -> None:
         raise BuildError(f"{shlex.join(command)}\n{done.stdout}{done.stderr}")
 
 
-def _compiling(tools: Toolchain) -> str:
-    # The toolkit's own headers go first; a toolkit without cublasLt.h takes it from the packages that torch came with.
-    system = (tools.torch / "include", *_blas_includes(tools.torch.parent))
-    return " ".join((*FLAGS, f"-I{CSRC}", *(f"-isystem {shlex.quote(str(path))}" for path in system)))
-
-
 def _blas_includes(packages: Path) -> list[Path]:
     return sorted(path.parent for path in packages.glob("nvidia/*/include/cublasLt.h"))
 
@@ -209,26 +507,14 @@ def _codes(architecture: Architecture) -> str:
     return codes[0] if len(codes) == 1 else f"[{','.join(codes)}]"
 
 
-def _refuse_unknown(nvcc: str, targets: Sequence[Architecture]) -> None:
-    listed = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True, check=True).stdout
-    known = {word.removeprefix("sm_") for word in listed.split()}
-    for target in targets:
-        if target.name.rstrip("af") not in known:
-            raise BuildError(f"TORCH_CUDA_ARCH_LIST: got {target}, this nvcc knows {', '.join(sorted(known, key=int))}")
-
-
-def _escaped(path: Path) -> str:
-    return re.sub(r"([ :$])", r"$\1", str(path.resolve()))
-
-
 def _run_ninja(out: Path, lines: Sequence[str], workers: int) -> None:
     out.mkdir(parents=True, exist_ok=True)
-    (out / "build.ninja").write_text("\n".join([*lines, ""]))
+    (out / "build.ninja").write_text("\n".join([*lines, ""]), encoding="utf-8")
     command = [*_ninja(), "-C", str(out), "-j", str(workers)]
     if subprocess.run(command, stdout=sys.stderr).returncode:
         raise BuildError(
-            "csrc/cuda does not compile, see above. MAX_JOBS=1 needs less memory, CUDA_HOME names another toolkit, "
-            "TORCH_CUDA_ARCH_LIST other architectures"
+            "csrc/cuda does not compile, see above. MAX_JOBS=1 needs less memory, CUDA_HOME names another toolkit, CXX another "
+            "host compiler, TORCH_CUDA_ARCH_LIST other architectures"
         )
 
 
@@ -261,6 +547,13 @@ def find_cxx(environ: Mapping[str, str] = os.environ) -> str | None:
     return next(filter(None, found), None)
 
 
+def cxx_lacking(environ: Mapping[str, str] = os.environ) -> str:
+    """The sentence that says where a C++ compiler was looked for in vain."""
+    if environ.get("CXX"):
+        return f"CXX={environ['CXX']} is not a program that can be run"
+    return "no C++ compiler was found (looked for c++, g++ and clang++ on the PATH)"
+
+
 def cpu_sources() -> list[Path]:
     """The files of csrc/cpu that are compiled, each once without an instruction set and, if it has kernels, once for each."""
     return sorted(CPU_CSRC.glob("*.cpp"))
@@ -277,7 +570,7 @@ def cpu_objects(machine: str) -> Iterator[tuple[str, Path, tuple[str, ...]]]:
     host, sets = INSTRUCTION_SETS[machine]
     for file in cpu_sources():
         yield f"{file.stem}.o", file, host
-        if "#ifdef DITKERNELS_ISA" in file.read_text():
+        if "#ifdef DITKERNELS_ISA" in file.read_text(encoding="utf-8"):
             for isa, flags in sets.items():
                 yield f"{file.stem}.{isa}.o", file, (*flags, f"-DDITKERNELS_ISA={isa}")
 
@@ -297,7 +590,7 @@ def build_cpu_library(out: Path, compiler: str, torch: Path, machine: str | None
     """
     out.mkdir(parents=True, exist_ok=True)
     made = list(cpu_objects(machine or platform.machine()))
-    start = [compiler, *CPU_FLAGS, *extra, "-isystem", str(torch / "include")]
+    start = [compiler, *CPU_FLAGS, *extra, f'-DDITKERNELS_MARK="{mark("CPU")}"', "-isystem", str(torch / "include")]
     commands = [[*start, *flags, "-c", str(file), "-o", str(out / name)] for name, file, flags in made]
     with ThreadPoolExecutor(jobs()) as pool:
         list(pool.map(_run, commands))
@@ -305,26 +598,48 @@ def build_cpu_library(out: Path, compiler: str, torch: Path, machine: str | None
     objects = [str(out / name) for name, _, _ in made]
     _run([compiler, "-shared", *extra, *objects, f"-L{torch / 'lib'}", "-ltorch_cpu", "-o", str(unfinished)])
     os.replace(unfinished, library)
+    record(library, "CPU")
     return library
+
+
+def build(kind: str, out: Path, torch: Path) -> Path:
+    """Builds a library as the environment asks.
+
+    Args:
+        kind: "CUDA" or "CPU".
+        torch: the folder of the package torch.
+
+    Raises:
+        BuildError: there is no compiler, or the library cannot be built.
+    """
+    compiler = find_nvcc() if kind == "CUDA" else find_cxx()
+    if compiler is None:
+        raise BuildError(nvcc_lacking() if kind == "CUDA" else cxx_lacking())
+    if kind == "CPU":
+        return build_cpu_library(out, compiler, torch)
+    asked = os.environ.get("TORCH_CUDA_ARCH_LIST")
+    return build_library(out, Toolchain(compiler, torch), architectures(asked), named=bool(asked))
 
 
 def main() -> None:
     """Builds a library into a folder: ``python tools/build_native.py cuda FOLDER``, or ``cpu FOLDER``.
 
-    DITKERNELS_CUDA_LIBRARY=FOLDER/_C.so, or DITKERNELS_CPU_LIBRARY=FOLDER/_cpu.so, then names it.
+    With a third argument the library is also put there: ``python tools/build_native.py cpu FOLDER ditkernels/_cpu.so``.
+    DITKERNELS_CUDA_LIBRARY, or DITKERNELS_CPU_LIBRARY, names one that lies elsewhere.
     """
     spec = importlib.util.find_spec("torch")
-    kind = sys.argv[1] if len(sys.argv) == 3 else None
-    compiler = {"cuda": find_nvcc, "cpu": find_cxx}[kind]() if kind in ("cuda", "cpu") else None
-    if kind is None or compiler is None or spec is None or spec.origin is None:
-        raise SystemExit(
-            "usage: python tools/build_native.py cuda|cpu FOLDER, with nvcc or a C++ compiler on the PATH and torch installed"
-        )
-    out, torch = Path(sys.argv[2]), Path(spec.origin).parent
-    if kind == "cuda":
-        print(build_library(out, Toolchain(compiler, torch), architectures(os.environ.get("TORCH_CUDA_ARCH_LIST"))))
-    else:
-        print(build_cpu_library(out, compiler, torch))
+    kind = sys.argv[1].upper() if len(sys.argv) in (3, 4) else ""
+    if kind not in ("CUDA", "CPU"):
+        raise SystemExit("usage: python tools/build_native.py cuda|cpu FOLDER [LIBRARY]")
+    if spec is None or spec.origin is None:
+        raise SystemExit(f"torch is not installed for {sys.executable}, and the library is built against its headers")
+    try:
+        built = build(kind, Path(sys.argv[2]), Path(spec.origin).parent)
+    except BuildError as error:
+        raise SystemExit(f"the {kind} library cannot be built: {error}") from None
+    for place in sys.argv[3:]:
+        install(built, Path(place), kind)
+    print(built)
 
 
 if __name__ == "__main__":

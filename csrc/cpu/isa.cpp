@@ -8,6 +8,9 @@
 namespace ditkernels {
 namespace {
 
+// By this string the package knows the library before it loads it: kind, version, and a hash of the ops' schemas.
+[[gnu::used]] const char MARK[] = DITKERNELS_MARK;
+
 #define DITKERNELS_NAME(isa, _) #isa,
 const char* const NAMES[] = {DITKERNELS_EVERY_ISA(DITKERNELS_NAME, _)};
 constexpr int COUNT = sizeof(NAMES) / sizeof(NAMES[0]);

@@ -7,6 +7,9 @@
 namespace ditkernels {
 namespace {
 
+// By this string the package knows the library before it loads it: kind, version, and a hash of the ops' schemas.
+[[gnu::used]] const char MARK[] = DITKERNELS_MARK;
+
 // For example "8.0+PTX;9.0a;10.0+PTX".
 std::string cuda_architectures() { return DITKERNELS_ARCHITECTURES; }
 

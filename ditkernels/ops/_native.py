@@ -8,17 +8,22 @@ beside a torch without CUDA. Without them the package is whole, and says why.
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
+import mmap
 import os
 import re
+import struct
 import warnings
 from collections.abc import Sequence
+from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from ditkernels._version import __version__
 from ditkernels.ops import dispatch
 from ditkernels.ops.dispatch import Op
 
@@ -47,12 +52,15 @@ class Library:
         self.declined = self.told = False
 
     def load(self, path: Path) -> None:
-        """Loads a library of this kind.
+        """Loads a library of this kind as it is.
 
         Raises:
-            OSError: the file is not there or does not fit this torch.
+            OSError: the file is not there or does not fit this torch, in the words of the system's loader.
         """
-        torch.ops.load_library(path)
+        try:
+            torch.ops.load_library(path)
+        except OSError as error:
+            raise OSError(str(error.__cause__ or error)) from error
         self.absence, self.path = None, path
         for remembered in (architectures, runtime, cpu_isa):
             remembered.cache_clear()
@@ -65,29 +73,105 @@ class Library:
         if named == "none":
             self.absence, self.declined = f"{variable}=none", True
             return
-        path = Path(named) if named else PACKAGE / self.file
+        path = Path(named).expanduser() if named else PACKAGE / self.file
         if not named and not path.exists():
             self.absence = f"{self.why_not_built(PACKAGE)}; {self.how}"
             self.declined = f"DITKERNELS_BUILD_{self.kind}=0" in self.absence
             return
         try:
-            self.load(path)
+            fault = self.fault(path)
+            if fault is None:
+                self.load(path)
         except OSError as error:
-            self.absence = f"the {self.kind} library {path} does not load: {error}"
+            fault = str(error)
+        if fault is not None:
+            self.absence = f"the {self.kind} library {path} is not loaded: {fault}"
+
+    def fault(self, path: Path) -> str | None:
+        """Why a file must not be loaded, as far as that can be read from the file and from the record beside it; or None.
+
+        Raises:
+            OSError: it cannot be read.
+        """
+        size = path.stat().st_size
+        built = self.recorded(path.parent).get("bytes")
+        if built is not None and size != built:
+            return f"it has {size} bytes, {built} were built; {self.how}"
+        if size == 0:
+            return f"it is empty; {self.how}"
+        with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            return _truncation(content) or self._foreign(content)
+
+    def _foreign(self, content: mmap.mmap) -> str | None:
+        """Why the library is none of this package as it stands, or None."""
+        found = re.search(rb"ditkernels:(CPU|CUDA):([^:\0]+):([0-9a-f]+):", content)
+        if found is None:
+            return f"it is no library of ditkernels, or an older one; {self.how}"
+        kind, version, schemas = (group.decode("ascii", "replace") for group in found.groups())
+        if kind != self.kind:
+            return f"it is the {kind} library"
+        if schemas != schemas_hash():
+            here = f"{__version__} ({schemas_hash()})"
+            return f"it was built for the ops of ditkernels {version} ({schemas}), this is {here}; {self.how}"
+        return None
+
+    def recorded(self, folder: Path) -> dict[str, Any]:
+        """What was noted down beside a library, or in the place of one; nothing where there is no record that can be read."""
+        try:
+            facts = json.loads((folder / f"_{self.kind.lower()}_build.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
+        return facts if isinstance(facts, dict) else {}
 
     def why_not_built(self, package: Path) -> str:
         """What the installation noted down."""
         record = package / f"_{self.kind.lower()}_build.json"
         if not record.exists():
             return f"the {self.kind} library has not been built in this tree"
-        reason = json.loads(record.read_text())["absent"]
+        facts = self.recorded(package)
+        if "absent" not in facts:
+            return f"there is no {self.kind} library, and {record} cannot be read"
+        reason = facts["absent"]
         return f"the {self.kind} library was not built: {reason}" if reason else f"{package / self.file} is gone"
+
+    def changed(self) -> str | None:
+        """That the loaded library is not the file that was built, by its checksum; None if it is, or nothing is recorded."""
+        if self.path is None:
+            return None
+        built = self.recorded(self.path.parent).get("sha256")
+        found = hashlib.sha256(self.path.read_bytes()).hexdigest()
+        if built is None or found == built:
+            return None
+        return f"{self.path} is not the file that was built (sha256 {found[:16]}, built was {built[:16]}); {self.how}"
 
     def tell_of_absence(self) -> None:
         """Warns once that calls run without the library, unless the user asked for none."""
         if self.absence is not None and not (self.declined or self.told):
             self.told = True
             warnings.warn(f"ditkernels runs on plain PyTorch here, since {self.absence}", stacklevel=2)
+
+
+@functools.cache
+def schemas_hash() -> str:
+    """Of the ops' schemas; a library carries that of the ops which it was built for."""
+    schemas = resources.files("ditkernels.ops").joinpath("schemas.txt").read_bytes()
+    return hashlib.sha256(schemas).hexdigest()[:16]
+
+
+def _truncation(content: mmap.mmap) -> str | None:
+    """Why an ELF file is not whole, or None; to map one whose segments reach beyond its end would kill the process."""
+    if content[:4] != b"\x7fELF":
+        return None  # whatever it is, the loader says so
+    if len(content) < 64 or content[4] != 2:
+        return "it is cut short, or for another kind of machine"
+    segments, _, _, _, size, count = struct.unpack_from("<QQIHHH", content, 32)
+    if segments + size * count > len(content):
+        return "it is cut short"
+    for at in range(segments, segments + size * count, size):
+        offset, _, _, length = struct.unpack_from("<QQQQ", content, at + 8)
+        if offset + length > len(content):
+            return f"it is cut short: it has {len(content)} bytes, a segment ends at {offset + length}"
+    return None
 
 
 CUDA = Library(

@@ -247,6 +247,8 @@ _PIECE = 128
 _MOST_PIECES = 32
 _ROWS = 16  # the fewest that tl.dot takes on tensor cores
 _WARPS = {384: 8, 768: 8, 1024: 8, 1152: 8}
+# The ptxas of Triton 3.6 would take 80, so that a third program fits on a multiprocessor, and spill at patch size 8.
+_REGISTERS = {768: 128}
 _WIDE = Tile(_ROWS, 8)
 
 
@@ -265,7 +267,8 @@ def row_piece(width: int, product: Any) -> int:
 def row_tile(width: int) -> Tile:
     if width > _WIDEST_HELD:
         return _WIDE
-    return Tile(_ROWS, _WARPS.get(width) or max(4, min(16, (1 << (width - 1).bit_length()) // 128)))
+    warps = _WARPS.get(width) or max(4, min(16, (1 << (width - 1).bit_length()) // 128))
+    return Tile(_ROWS, warps, registers=_REGISTERS.get(width))
 
 
 def product_dtype(weight: Tensor) -> Any:
