@@ -6,18 +6,22 @@ It answers "why is it slow" and "why does it not use X" before anybody has to as
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import platform
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from importlib import metadata
+from pathlib import Path
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
 import torch
 
 from ditkernels._version import __version__
 from ditkernels.check import CASES, PRECISIONS, Call, recorded_calls, resolve_device
-from ditkernels.ops import _native, dispatch
+from ditkernels.ops import _native, _triton, dispatch
 from ditkernels.ops.attention import BACKENDS as ATTENTION
 from ditkernels.ops.attention import Problem, choose, explain_problem
 
@@ -40,6 +44,7 @@ VARIABLES = (
     "DITKERNELS_ATTENTION_BACKEND",
     "DITKERNELS_CUDA_LIBRARY",
     "TRITON_INTERPRET",
+    "TRITON_CACHE_DIR",
 )
 
 
@@ -49,10 +54,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Prints everything; returns 0.
+    """Prints everything; returns 0, or 1 if a section could not be told to its end.
 
     Raises:
-        ValueError: a device that is not there, an unknown backend in an environment variable.
+        ValueError: a device that is not there.
     """
     device = resolve_device(args.device)
     sections = {
@@ -63,11 +68,21 @@ def run(args: argparse.Namespace) -> int:
         "CUDA C++ kernels": _kernels(device),
         f"Attention, bf16 on {device}, as DiT-XL/2 trains at 256 px: 16 heads of 72 channels, 256 tokens": _attention(device),
     }
-    for title, lines in sections.items():
+    failures: list[Exception] = []
+    for title, section in sections.items():
         print(title)
-        for line in lines:
+        for line in _lines(section, failures):
             print(f"  {line}")
-    return 0
+    return 1 if failures else 0
+
+
+def _lines(section: Iterable[str], failures: list[Exception]) -> Iterator[str]:
+    """The lines of a section. What breaks it off becomes its last line, and is noted."""
+    try:
+        yield from section
+    except Exception as error:  # noqa: BLE001 (whatever is wrong with this machine, the other sections are wanted the more)
+        failures.append(error)
+        yield " ".join(f"this section ends here: {type(error).__name__}: {error}".split())
 
 
 # ---- Machine and versions --------------------------------------------------------------------------------------------
@@ -85,6 +100,25 @@ def _machine() -> Iterator[str]:
         )
     if not torch.cuda.is_available():
         yield "no usable GPU"
+    yield from _copies()
+
+
+def _copies() -> Iterator[str]:
+    """Where this copy of the package lies, and installed ones that it hides."""
+    here = os.path.realpath(Path(__file__).parent)
+    yield f"loaded from {here}"
+    for installed in sorted({os.path.realpath(folder) for folder in _installed()} - {here}):
+        yield f"THIS HIDES THE COPY INSTALLED IN {installed}: Python finds the other first, by the working directory or PYTHONPATH"
+
+
+def _installed() -> Iterator[Path]:
+    """The folders of the installed copies; that of an editable one is the tree it was installed from."""
+    for found in metadata.distributions(name="ditkernels"):
+        origin = json.loads(found.read_text("direct_url.json") or "{}")
+        editable = origin.get("dir_info", {}).get("editable", False)
+        root = Path(url2pathname(urlsplit(origin["url"]).path)) if editable else Path(str(found.locate_file("")))
+        if (root / "ditkernels").is_dir():
+            yield root / "ditkernels"
 
 
 def _cuda_line(cuda: str | None, driver: str | None) -> str:
@@ -126,6 +160,8 @@ def _version(package: str) -> str:
 def _environment() -> Iterator[str]:
     for name in VARIABLES:
         yield f"{name}={os.environ[name]}" if name in os.environ else f"{name} is not set"
+    if _triton.MISSING is None:
+        yield _triton.cache_reason() or "Triton's cache can be written to"
 
 
 # ---- Backends --------------------------------------------------------------------------------------------------------

@@ -23,6 +23,26 @@ def no_forced_backend(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     assert settings._outer.get() == (), "the test left a use_backend block open"
 
 
+_DEFAULTS = [torch.float64, torch.float16, torch.bfloat16, torch.device("meta"), torch.device("cpu")]
+
+
+@pytest.fixture(params=_DEFAULTS, ids=str)
+def other_default(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Another default dtype or device of the process; the test leaves it as it is."""
+    before, kind = torch.get_default_dtype(), type(request.param)
+    setter, getter = {
+        torch.dtype: (torch.set_default_dtype, torch.get_default_dtype),
+        torch.device: (torch.set_default_device, torch.get_default_device),
+    }[kind]
+    setter(request.param)
+    try:
+        yield
+        assert getter() == request.param
+    finally:
+        torch.set_default_device(None)
+        torch.set_default_dtype(before)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest tests, whole files of proofs each, start first, so that no worker is left alone with one at the end."""
     items.sort(key=lambda item: "test_proof" not in item.name)

@@ -266,26 +266,6 @@ def test_the_users_choice_of_backend_survives():
         assert dispatch.attention_setting() == "plain"
 
 
-DEFAULTS = [torch.float64, torch.float16, torch.bfloat16, torch.device("meta"), torch.device("cpu")]
-
-
-@pytest.fixture(params=DEFAULTS, ids=str)
-def other_default(request):
-    """Another default dtype or device of the process; the test leaves it as it is."""
-    before, kind = torch.get_default_dtype(), type(request.param)
-    setter, getter = {
-        torch.dtype: (torch.set_default_dtype, torch.get_default_dtype),
-        torch.device: (torch.set_default_device, torch.get_default_device),
-    }[kind]
-    setter(request.param)
-    try:
-        yield
-        assert getter() == request.param
-    finally:
-        torch.set_default_device(None)
-        torch.set_default_dtype(before)
-
-
 @pytest.mark.usefixtures("other_default")
 def test_the_processs_defaults_change_nothing(monkeypatch):
     monkeypatch.setattr(check, "CASES", tuple(case(op) for op in ops.__all__))
@@ -293,6 +273,7 @@ def test_the_processs_defaults_change_nothing(monkeypatch):
     assert check.passed(found), [result for result in found if result.failed]
 
 
+@pytest.mark.slow
 def test_the_triton_kernels_are_interpreted_in_a_process_of_their_own(capfd):
     assert cli.main(["check", "--device", "cpu", "--backend", "triton"]) == 0
     printed = capfd.readouterr().out

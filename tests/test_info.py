@@ -1,7 +1,9 @@
 """`ditkernels info`: tells what is here, which backend serves and why the others do not."""
 
+import json
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -9,7 +11,7 @@ import torch
 from native_cpu import SERVING
 
 from ditkernels import cli, info
-from ditkernels.ops import _native, dispatch
+from ditkernels.ops import _native, _triton, dispatch
 
 # The fixture below replaces it.
 DRIVER_VERSION = info.driver_version
@@ -62,10 +64,107 @@ def test_a_forced_backend_that_cannot_serve_is_seen(capsys, monkeypatch):
     assert "sampling -> NONE: the backend that the environment asks for cannot serve" in text
 
 
-def test_an_unknown_forced_backend_is_an_error(capsys, monkeypatch):
+TITLES = ["Machine", "Packages", "Environment", "Ops, bf16", "CUDA C++ kernels", "Attention, bf16"]
+
+
+def raising(*args):
+    raise AttributeError("this driver\nhas no such function")
+
+
+@pytest.mark.parametrize(
+    ("place", "name"),
+    [
+        (info, "driver_version"),
+        (info, "_version"),
+        (_triton, "cache_reason"),
+        (info, "recorded_calls"),
+        (_native, "cpu_library"),
+        (info, "choose"),
+    ],
+)
+def test_a_section_that_fails_says_why_and_the_others_follow(capsys, monkeypatch, place, name):
+    monkeypatch.setattr(place, name, raising)
+    assert cli.main(["info", "--device", "cpu"]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    found = [line for line in lines if not line.startswith(" ")]
+    assert all(line.startswith(title) for line, title in zip(found, TITLES, strict=True)), found
+    assert lines.count("  this section ends here: AttributeError: this driver has no such function") == 1
+
+
+def test_an_unknown_forced_backend_is_told_where_it_is_in_the_way(capsys, monkeypatch):
     monkeypatch.setenv("DITKERNELS_BACKEND", "tpu")
-    assert cli.main(["info"]) == 2
-    assert "DITKERNELS_BACKEND: unknown backend 'tpu'" in capsys.readouterr().err
+    assert cli.main(["info", "--device", "cpu"]) == 1
+    assert "this section ends here: ValueError: DITKERNELS_BACKEND: unknown backend 'tpu'" in capsys.readouterr().out
+
+
+# ---- Which copy this is ----------------------------------------------------------------------------------------------
+
+
+def installed(site, version="0.0.1", **direct_url):
+    """A folder with a package installed in it, or in ``direct_url``'s tree."""
+    (site / "ditkernels").mkdir(parents=True)
+    about = site / f"ditkernels-{version}.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text(f"Metadata-Version: 2.1\nName: ditkernels\nVersion: {version}\n", encoding="utf-8")
+    if direct_url:
+        (about / "direct_url.json").write_text(json.dumps(direct_url), encoding="utf-8")
+    return site
+
+
+def told_of_copies(monkeypatch, *sites):
+    monkeypatch.setattr(sys, "path", [str(site) for site in sites])
+    return list(info._copies())
+
+
+def test_a_clone_that_hides_an_installed_copy_names_it(monkeypatch, tmp_path):
+    here = Path(info.__file__).parent
+    site = installed(tmp_path / "site packages")
+    first, second = told_of_copies(monkeypatch, here.parent, site)
+    assert first == f"loaded from {here}"
+    assert second.startswith(f"THIS HIDES THE COPY INSTALLED IN {site}/ditkernels: ")
+
+
+def test_an_editable_copy_hides_nothing_but_in_another_tree(monkeypatch, tmp_path):
+    tree = Path(info.__file__).parent.parent
+    own = installed(tmp_path / "own", url=tree.as_uri(), dir_info={"editable": True})
+    assert len(told_of_copies(monkeypatch, own)) == 1
+    elsewhere = installed(tmp_path / "another clone")
+    other = installed(tmp_path / "other", url=elsewhere.as_uri(), dir_info={"editable": True})
+    assert f"INSTALLED IN {elsewhere}/ditkernels: " in told_of_copies(monkeypatch, other)[1]
+
+
+# ---- Triton's cache --------------------------------------------------------------------------------------------------
+
+
+def cache_below_a_file(monkeypatch, tmp_path):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "file" / "cache"))
+
+
+def read_only_home(monkeypatch, tmp_path):
+    monkeypatch.delenv("TRITON_CACHE_DIR", raising=False)
+    monkeypatch.setenv("TRITON_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(_triton.os, "access", lambda path, mode: path != str(tmp_path))
+
+
+@pytest.mark.skipif(_triton.MISSING is not None, reason="Triton is missing")
+@pytest.mark.parametrize("spoil", [cache_below_a_file, read_only_home])
+def test_a_cache_of_triton_that_cannot_be_written_to_is_a_reason(capsys, monkeypatch, tmp_path, spoil):
+    monkeypatch.setattr(_triton, "_capability_reason", lambda device: None)
+    monkeypatch.setattr(_triton, "INTERPRETED", False)
+    cuda = torch.device("cuda")
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "not yet" / "there"))
+    assert _triton.device_reason(cuda) is None
+    spoil(monkeypatch, tmp_path)
+    reason = _triton.device_reason(cuda)
+    assert reason.startswith(f"Triton's cache, {tmp_path}/")
+    assert reason.endswith("/cache, cannot be written to; TRITON_CACHE_DIR names another folder")
+    assert f"  {reason}\n" in shown(capsys, "--device", "cpu")
+
+
+@pytest.mark.usefixtures("other_default")
+def test_the_processs_defaults_change_nothing(capsys):
+    assert "this section ends here" not in shown(capsys, "--device", "cpu")
 
 
 @pytest.mark.parametrize(

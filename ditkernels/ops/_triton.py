@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import os
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -107,12 +108,25 @@ def _capability_reason(device: torch.device) -> str | None:
     return f"the device has compute capability {got}, the kernels need {need}"
 
 
+def cache_reason() -> str | None:
+    """Why Triton cannot store what it compiles, or None if it can; without this a first launch would fail."""
+    if "TRITON_CACHE_MANAGER" in os.environ:  # somebody else's way to store it
+        return None
+    folder = triton.knobs.cache.dir
+    nearest = os.path.abspath(folder)
+    while not os.path.exists(nearest):
+        nearest = os.path.dirname(nearest)
+    if folder and os.path.isdir(nearest) and os.access(nearest, os.W_OK | os.X_OK):
+        return None
+    return f"Triton's cache, {folder or 'of no name'}, cannot be written to; TRITON_CACHE_DIR names another folder"
+
+
 def device_reason(device: torch.device) -> str | None:
     """Why kernels cannot run on tensors of ``device``, or None if they can."""
     if MISSING is not None:
         return MISSING
     if device.type == "cuda":
-        return None if INTERPRETED else _capability_reason(device)
+        return None if INTERPRETED else _capability_reason(device) or cache_reason()
     if device.type == "cpu" and INTERPRETED:
         return None
     hint = "; TRITON_INTERPRET=1 runs them on the CPU, for tests" if device.type == "cpu" else ""
