@@ -555,6 +555,7 @@ def test_a_cpp_compiler_that_fails_leaves_an_install_without_its_library(tmp_pat
 
 
 @pytest.mark.skipif(build_native.find_cxx() is None, reason="needs a C++ compiler")
+@pytest.mark.slow
 def test_a_wheel_with_the_cpu_library_alone_names_the_platform(tmp_path: Path) -> None:
     made = wheel(copied_tree(tmp_path), tmp_path / "wheels", DITKERNELS_BUILD_CUDA="0", DITKERNELS_BUILD_CPU="1")
     assert re.search(r"-py3-none-(?!any)\w+\.whl$", made.name)

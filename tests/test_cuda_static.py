@@ -40,7 +40,7 @@ def test_proof_of_every_kernel_on_hopper(family: str) -> None:
     assert_sound(cuda_code.rows(family, "90a"))
 
 
-@pytest.mark.parametrize("family, architecture", [("image", "80"), ("norm", "100")])
+@pytest.mark.parametrize("family, architecture", [("image", "80"), ("gelu", "100")])
 def test_proof_of_a_sample_on_ampere_and_blackwell(family: str, architecture: str) -> None:
     assert_sound(cuda_code.rows(family, architecture, every=6))
 

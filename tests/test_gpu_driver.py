@@ -44,6 +44,7 @@ def run(folder: Path, *stages: Stage, code: str = "a", force: bool = False, budg
     return written
 
 
+@pytest.mark.slow
 def test_it_dry_runs_on_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(gpu, "fingerprint", lambda: "code")  # the tree may be edited meanwhile
     stages = by_name({"type": "cpu"})

@@ -1,6 +1,6 @@
 """The line that every kernel is held to without a GPU, at the shapes of the paper's models; and the report that shows it.
 
-The default run takes the narrowest model on Triton and the widest on CUDA, for Hopper; ``-m slow`` takes everything.
+The default run takes the narrowest model, for Hopper; ``-m slow`` takes everything.
 """
 
 from __future__ import annotations
@@ -106,9 +106,9 @@ def test_triton_holds_the_line(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(static_report.why_not("cuda") is not None, reason=str(static_report.why_not("cuda")))
 def test_proof_that_cuda_holds_the_line(tmp_path: Path) -> None:
-    rows = report(tmp_path, "--backends", "cuda", "--models", "S,XL")
+    rows = report(tmp_path, "--backends", "cuda", "--models", "S")
     assert_line(rows)
-    assert {row["shape"][-1] for row in rows} == {384, 1152, 4 * 384, 4 * 1152, 32_865_056, 674_834_720}
+    assert {row["shape"][-1] for row in rows} == {384, 4 * 384, 32_865_056}
     assert {row["op"] for row in rows} == {*PASSES, "adamw_ema"}
 
 

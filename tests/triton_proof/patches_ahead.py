@@ -62,7 +62,7 @@ def seen() -> set[bytes]:
 
 
 # Complete for the dtypes of training under autocast; the two others at the narrowest and the widest model.
-CASES = [(w, p, F32, BF16) for w in WIDTHS for p in PATCHES]
+CASES = [pytest.param(w, p, F32, BF16, marks=[] if p == 2 or w == 768 else pytest.mark.slow) for w in WIDTHS for p in PATCHES]
 CASES += [(384, 2, BF16, BF16), (1152, 8, BF16, BF16), (384, 8, F32, F32), (1152, 4, F32, F32)]
 
 
