@@ -40,6 +40,7 @@ from ditkernels.data import Batch, Batches
 from ditkernels.masters import Copies, accumulate_in, hand_over
 from ditkernels.optimizer import gradient_norm
 from ditkernels.reference import DiT
+from ditkernels.torchrun import place
 
 Value = TypeVar("Value")
 
@@ -453,29 +454,6 @@ def _has_products_only(block: nn.Module) -> bool:
 # ---- Coming together -------------------------------------------------------------------------------------------------
 
 
-def processes() -> int:
-    """How many processes torchrun has started; 1 without it."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def local_device(name: str) -> str:
-    """The device that ``name`` means in this process: with several, torchrun's LOCAL_RANK chooses among the GPUs.
-
-    Raises:
-        ValueError: one GPU for all of them, or more processes than GPUs on this machine.
-    """
-    if processes() == 1:
-        return name
-    if name not in ("auto", "cpu", "cuda"):
-        raise ValueError(f"device: got {name!r}, allowed with several processes are auto, cpu, cuda: each takes its own")
-    if name == "cpu" or not torch.cuda.is_available():
-        return name
-    local, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
-    if local >= count:
-        raise ValueError(f"device: process {local} of this machine has no GPU, it has {count}; --nproc-per-node {count}")
-    return f"cuda:{local}"
-
-
 @contextmanager
 def joined(config: TrainConfig, device: torch.device) -> Iterator[Ranks]:
     """Brings together the processes that torchrun has started, and parts them at the end.
@@ -485,10 +463,10 @@ def joined(config: TrainConfig, device: torch.device) -> Iterator[Ranks]:
         device: of this process.
 
     Raises:
-        ValueError: the ranks disagree on the config, or the global batch cannot be split evenly.
+        ValueError: the ranks disagree on the config, a variable of torchrun's is wrong, or the global batch cannot be split evenly.
         LostRankError: a rank did not come, died, or did not answer.
     """
-    size = processes()
+    size = place().size
     if size == 1:
         yield Ranks()
         return

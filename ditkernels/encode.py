@@ -373,8 +373,9 @@ def run(args: argparse.Namespace) -> int:
     config = from_flags(EncodeConfig, args)
     if config.verify:
         return verify(Path(config.out))
+    device = process_device(config.device)
     with processes() as world:
-        folder = encode(config, process_device(config.device, world), world)
+        folder = encode(config, device, world)
     if world.rank == 0:
         print(f"{config.out}: {_extent(folder)}")
         for file in read_index(folder.root / INDEX)["unreadable"]:

@@ -32,7 +32,7 @@ from ditkernels.data import (
     stream_batches,
 )
 from ditkernels.diffusion import GaussianDiffusion, create_diffusion
-from ditkernels.distributed import Ranks, joined, local_device, telling
+from ditkernels.distributed import Ranks, joined, telling
 from ditkernels.masters import Copies, accumulate_in, hand_over, lowered, refresh
 from ditkernels.optimizer import (
     EMA,
@@ -51,6 +51,7 @@ from ditkernels.random import Stream, below, normals, uniforms
 from ditkernels.reference import DiT
 from ditkernels.runlog import OneStepLate, QuietLog, RunLog, StepMetrics
 from ditkernels.surroundings import StopSignal, numerics, resolve_device, resolve_precision
+from ditkernels.torchrun import local_device
 from ditkernels.vae import VAE, vae_for
 from ditkernels.words import counted
 

@@ -46,10 +46,11 @@ from ditkernels.checkpoint import (
 from ditkernels.cli import main
 from ditkernels.config import TrainConfig
 from ditkernels.data import InMemoryBatches, LabelledImages
-from ditkernels.distributed import ManyRanks, Ranks, local_device
+from ditkernels.distributed import ManyRanks, Ranks
 from ditkernels.runlog import METRICS, read_metrics
 from ditkernels.sampler.loading import load_model
 from ditkernels.surroundings import StopSignal
+from ditkernels.torchrun import local_device, place
 from ditkernels.trainer import Trainer
 
 STEPS = 20
@@ -704,18 +705,76 @@ def test_alone_no_process_group_is_made(tmp_path, monkeypatch):
     assert main([*TRAIN, "--results-dir", str(tmp_path / "run"), "--steps", "1", *FSDP]) == 0
 
 
-def test_each_rank_takes_the_gpu_of_its_local_rank(monkeypatch):
+@pytest.fixture
+def two_gpus(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+
+
+def set_variables(monkeypatch, **changes):
+    """Those that torchrun sets for rank 1 of 4, but for ``changes``; None takes one away."""
+    right = {"WORLD_SIZE": "4", "RANK": "1", "LOCAL_RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    for name, value in (right | changes).items():
+        if value is None:
+            monkeypatch.delenv(name, raising=False)
+        else:
+            monkeypatch.setenv(name, value)
+
+
+@pytest.mark.usefixtures("two_gpus")
+def test_each_rank_takes_the_gpu_of_its_local_rank(monkeypatch):
     assert local_device("cuda:1") == "cuda:1"
-    monkeypatch.setenv("WORLD_SIZE", "4")
-    monkeypatch.setenv("LOCAL_RANK", "1")
+    set_variables(monkeypatch)
     assert [local_device(name) for name in ("auto", "cuda", "cpu")] == ["cuda:1", "cuda:1", "cpu"]
     with pytest.raises(ValueError, match="device: got 'cuda:0', allowed with several processes"):
         local_device("cuda:0")
     monkeypatch.setenv("LOCAL_RANK", "2")
     with pytest.raises(ValueError, match="process 2 of this machine has no GPU, it has 2"):
         local_device("auto")
+
+
+WRONG = [
+    ("WORLD_SIZE", None, "it is missing, allowed is a whole number, 1 or more"),
+    ("WORLD_SIZE", "", "got '', allowed is a whole number, 1 or more"),
+    ("WORLD_SIZE", "four", "got 'four', allowed is a whole number, 1 or more"),
+    ("WORLD_SIZE", "-4", "got '-4', allowed is 1 or more"),
+    ("RANK", None, "it is missing, allowed is a whole number, 0..3, for WORLD_SIZE is 4"),
+    ("RANK", "4", "got '4', allowed is 0..3, for WORLD_SIZE is 4"),
+    ("RANK", "-1", "got '-1', allowed is 0..3, for WORLD_SIZE is 4"),
+    ("LOCAL_RANK", None, "it is missing, allowed is a whole number, 0..3, for WORLD_SIZE is 4"),
+    ("LOCAL_RANK", "1.0", "got '1.0', allowed is a whole number, 0..3, for WORLD_SIZE is 4"),
+    ("MASTER_ADDR", None, "it is missing, allowed is a name or an address of the machine of rank 0"),
+    ("MASTER_ADDR", "", "got '', allowed is a name or an address of the machine of rank 0"),
+    ("MASTER_PORT", None, "it is missing, allowed is a whole number, 1..65535"),
+    ("MASTER_PORT", "65536", "got '65536', allowed is 1..65535"),
+]
+COMMANDS = {
+    "train": [*TRAIN, "--device", "auto"],
+    "sample": ["sample", "no checkpoint"],
+    "encode": ["encode", "--data-path", "nowhere", "--out", "nowhere", "--image-size", "8"],
+}
+
+
+@pytest.mark.usefixtures("two_gpus")
+@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("name, value, told", WRONG)
+def test_what_torchrun_should_have_said_is_named(monkeypatch, capsys, tmp_path, command, name, value, told):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(dist, "init_process_group", lambda *args, **kwargs: pytest.fail("a group was made"))
+    set_variables(monkeypatch, **{name: value})
+    assert main(COMMANDS[command]) == 2
+    assert capsys.readouterr().err == f"ditkernels: error: environment variable {name}: {told}; torchrun sets it\n"
+
+
+def test_a_single_process_needs_no_more_than_its_size(monkeypatch):
+    assert place() == (1, 0, 0)
+    for alone in ({}, {"RANK": "0"}, {"RANK": "0", "LOCAL_RANK": "0"}):
+        nothing = dict.fromkeys(("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"))
+        set_variables(monkeypatch, **{**nothing, "WORLD_SIZE": "1", **alone})
+        assert place() == (1, 0, 0)
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(ValueError, match=r"RANK: got '1', allowed is 0\.\.0, for WORLD_SIZE is 1"):
+        place()
 
 
 def test_an_error_that_is_not_of_the_connection_keeps_its_name(monkeypatch):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -20,6 +19,7 @@ from ditkernels.sampler.drawing import SOLVERS, SampleConfig
 from ditkernels.sampler.generate import FORMATS, METADATA, Batches, Job, World, generate
 from ditkernels.sampler.labels import SCHEMES, Labels, parse_classes, read_labels
 from ditkernels.sampler.loading import WEIGHTS, load_model
+from ditkernels.torchrun import local_device, place
 from ditkernels.words import counted
 
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -64,8 +64,8 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         ValueError, ImportError, OSError: as ``load_model``, ``SampleConfig`` and ``generate``; a flag that cannot be read.
     """
+    device = process_device(args.device)
     with processes() as world:
-        device = process_device(args.device, world)
         loaded = load_model(args.checkpoint, weights=args.weights, num_heads=args.num_heads)
         model = loaded.model.to(device)
         diffusion = create_diffusion(args.steps, args.noise_schedule, learn_sigma=model.learn_sigma)
@@ -140,19 +140,26 @@ def _decoder(vae: str | None, device: torch.device) -> Callable[[Tensor], Tensor
     return load_vae(vae, device).decode
 
 
-def process_device(name: str, world: World) -> torch.device:
-    """The device of that name; of several processes each has its own GPU."""
-    device = resolve_device(name)
-    if device.type == "cuda" and world.size > 1:
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+def process_device(name: str) -> torch.device:
+    """The device of that name; of several processes each has its own GPU, which becomes the current one.
+
+    Raises:
+        ValueError: as ``local_device`` and ``resolve_device``.
+    """
+    device = resolve_device(local_device(name))
+    if device.type == "cuda" and place().size > 1:
         torch.cuda.set_device(device)
     return device
 
 
 @contextmanager
 def processes() -> Iterator[World]:
-    """The processes that torchrun started; this one alone without it."""
-    size = int(os.environ.get("WORLD_SIZE", "1"))
+    """The processes that torchrun started; this one alone without it.
+
+    Raises:
+        ValueError: a variable of torchrun's is missing or wrong.
+    """
+    size = place().size
     if size == 1:
         yield World()
         return
