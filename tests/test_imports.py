@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import compileall
 import os
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from packaging.specifiers import SpecifierSet
 
 import ditkernels
 
@@ -95,6 +97,14 @@ def test_a_fingerprint_tells_versions_apart_wherever_they_lie(tmp_path: Path, so
         place = Path(shutil.make_archive(f"{folder}-archive", "zip", folder, "ditkernels")) if archived else folder
         found.append(printed(WORKS, place)[0])
     assert found[0] != found[1]
+
+
+@pytest.mark.parametrize("version", ["2.10.0.dev20251101+cu130", "2.15.0.dev20261101", "2.10.0", "2.14.1+cu130"])
+def test_nightlies_of_torch_satisfy_the_requirement(version: str) -> None:
+    text = (Path(__file__).parent.parent / "pyproject.toml").read_text(encoding="utf-8")
+    (required,) = re.findall(r'"torch(>=[^"]*)"', text)
+    assert version in SpecifierSet(required)
+    assert "2.9.1" not in SpecifierSet(required)
 
 
 # ---- A second time in one process ------------------------------------------------------------------------------------
