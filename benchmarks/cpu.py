@@ -27,7 +27,7 @@ NORMS = ("modulate_norm", "gated_residual", "gated_residual_norm")
 SHAPE = [4, 256, 384]  # of the ops in the summary
 BF16 = "eager-bf16,ours-bf16,compiled-bf16,ours-compiled-bf16"
 MEASUREMENTS = {
-    "ops": ("ops",),
+    "ops": ("ops", "--passes", "inference,forward+backward", "--rounds", "15"),
     "large": ("ops", "--ops", "gated_residual_norm", "--shapes", "32x256x1152", "--passes", "inference", "--rounds", "20"),
     "optimizer": ("optimizer",),
     "training-fp32": ("training",),
