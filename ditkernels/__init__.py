@@ -6,6 +6,9 @@
 >>> ditkernels.accelerate(model)                                    # or speed up the DiT you have, in place
 """
 
+from ditkernels import _script  # noqa: F401 (before all others)
+
+# isort: split
 from ditkernels import diffusion, ops, reference
 from ditkernels._version import __version__
 from ditkernels.accelerate import accelerate, restore

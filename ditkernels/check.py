@@ -10,11 +10,16 @@ the same dtypes, plus ``CONTRACT_ULPS``·eps(dtype)·max|result|; ``ATTENTION_UL
 
 from __future__ import annotations
 
+import sys
+
+if __name__ == "__main__":
+    print("ditkernels: error: run `python -m ditkernels check ...`", file=sys.stderr)
+    sys.exit(2)
+
 import argparse
 import math
 import os
 import subprocess
-import sys
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress

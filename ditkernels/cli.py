@@ -5,10 +5,15 @@ A command is a module with `add_arguments(parser)` and `run(args) -> int`; only 
 
 from __future__ import annotations
 
+import sys
+
+if __name__ == "__main__":
+    print("ditkernels: error: run `python -m ditkernels COMMAND ...`", file=sys.stderr)
+    sys.exit(2)
+
 import argparse
 import importlib
 import os
-import sys
 from collections.abc import Sequence
 from typing import NamedTuple, NoReturn
 
@@ -72,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _discard_stdout()
         return 141
     except (ValueError, FloatingPointError, OSError, ImportError, BackendError) as error:
-        if os.environ.get(TRACEBACK_VARIABLE):
+        if os.environ.get(TRACEBACK_VARIABLE, "0") not in ("", "0"):
             raise
         print(f"ditkernels: error: {_one_line(error)}", file=sys.stderr)
         return 2

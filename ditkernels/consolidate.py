@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import sys
+
+if __name__ == "__main__":
+    print("ditkernels: error: run `python -m ditkernels consolidate ...`", file=sys.stderr)
+    sys.exit(2)
+
 import argparse
 import os
 from pathlib import Path

@@ -9,6 +9,12 @@ What converts at all converts without loss: there and back gives the same bits.
 
 from __future__ import annotations
 
+import sys
+
+if __name__ == "__main__":
+    print("ditkernels: error: run `python -m ditkernels convert ...`", file=sys.stderr)
+    sys.exit(2)
+
 import argparse
 import json
 import os

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import sys
+
+if __name__ == "__main__":
+    print("ditkernels: error: run `python -m ditkernels demo ...`", file=sys.stderr)
+    sys.exit(2)
+
 import argparse
 import importlib.util
 import json
 import platform
 import shutil
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager

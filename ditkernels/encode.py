@@ -15,12 +15,17 @@ keeps its place, and a run on latents sees what a run on the images would see.
 
 from __future__ import annotations
 
+import sys
+
+if __name__ == "__main__":
+    print("ditkernels: error: run `python -m ditkernels encode ...` or `torchrun -m ditkernels encode ...`", file=sys.stderr)
+    sys.exit(2)
+
 import argparse
 import hashlib
 import json
 import math
 import shutil
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass

@@ -8,6 +8,12 @@ torch.utils.flop_counter, which counts matrix products and convolutions.
 
 from __future__ import annotations
 
+import sys
+
+if __name__ == "__main__":
+    print("ditkernels: error: run `python -m ditkernels flops ...`", file=sys.stderr)
+    sys.exit(2)
+
 import argparse
 import json
 from collections.abc import Callable

@@ -5,6 +5,12 @@ It answers "why is it slow" and "why does it not use X" before anybody has to as
 
 from __future__ import annotations
 
+import sys
+
+if __name__ == "__main__":
+    print("ditkernels: error: run `python -m ditkernels info ...`", file=sys.stderr)
+    sys.exit(2)
+
 import argparse
 import json
 import os

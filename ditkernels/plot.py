@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import sys
+
+if __name__ == "__main__":
+    print("ditkernels: error: run `python -m ditkernels plot ...`", file=sys.stderr)
+    sys.exit(2)
+
 import argparse
 from collections.abc import Mapping, Sequence
 from pathlib import Path

@@ -8,6 +8,12 @@ a step and reads the loss of the one before; in between it waits for nothing. Wh
 
 from __future__ import annotations
 
+import sys
+
+if __name__ == "__main__":
+    print("ditkernels: error: run `python -m ditkernels train ...` or `torchrun -m ditkernels train ...`", file=sys.stderr)
+    sys.exit(2)
+
 import argparse
 import signal
 from collections.abc import Mapping

@@ -3,9 +3,11 @@
 import subprocess
 import sys
 import types
+from pathlib import Path
 
 import pytest
 
+import ditkernels
 from ditkernels import BackendError, __version__, cli
 from ditkernels.words import counted
 
@@ -115,6 +117,13 @@ def test_the_users_errors_can_be_traced(monkeypatch):
         cli.main(["fail"])
 
 
+@pytest.mark.parametrize("no", ["0", ""])
+def test_no_means_no_traceback(monkeypatch, no):
+    add_command(monkeypatch, "fail", raising(ValueError("bad")))
+    monkeypatch.setenv(cli.TRACEBACK_VARIABLE, no)
+    assert cli.main(["fail"]) == 2
+
+
 @pytest.mark.parametrize("error", [TypeError("a bug"), RuntimeError("a bug"), AssertionError("a bug")])
 def test_our_own_errors_keep_their_traceback(monkeypatch, error):
     add_command(monkeypatch, "fail", raising(error))
@@ -161,3 +170,51 @@ def test_it_runs_as_a_module():
     assert unknown.returncode == 2
     assert unknown.stderr.startswith("ditkernels: error: ")
     assert "Traceback" not in unknown.stderr
+
+
+# ---- A file of the package as a script -------------------------------------------------------------------------------
+
+PACKAGE = Path(ditkernels.__file__).parent
+FILES = {command.module.removeprefix("ditkernels.").replace(".", "/") + ".py": name for name, command in cli.COMMANDS.items()}
+FILES |= {"cli.py": "COMMAND", "__main__.py": "COMMAND", "": "COMMAND"}
+OTHERS = ["models.py", "random.py", "ops/norm/triton.py", "accelerate/plans.py"]
+
+
+def as_script(*command):
+    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=120)
+    return done.returncode, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_a_commands_file_says_how_it_is_run_before_it_imports_anything(file):
+    """Without site-packages, so that there is nothing to import: neither an installed copy nor torch."""
+    name = FILES[file]
+    also = f" or `torchrun -m ditkernels {name} ...`" if name in ("train", "sample", "encode") else ""
+    told = f"ditkernels: error: run `python -m ditkernels {name} ...`{also}\n"
+    assert as_script("-S", PACKAGE / file) == (2, told)
+
+
+@pytest.mark.parametrize("file", [file if file == "models.py" else pytest.param(file, marks=pytest.mark.slow) for file in OTHERS])
+def test_another_file_says_that_it_is_no_script(file):
+    told = f"{Path(file).name} is a part of a package; `python -m ditkernels --help` shows what can be run"
+    assert as_script(PACKAGE / file) == (2, f"ditkernels: error: {told}\n")
+
+
+def test_a_module_of_a_command_says_how_it_is_run():
+    status, told = as_script("-m", "ditkernels.flops")
+    assert (status, told.splitlines()[-1]) == (2, "ditkernels: error: run `python -m ditkernels flops ...`")
+
+
+@pytest.mark.slow
+def test_torchrun_of_a_file_says_how_it_is_run():
+    status, told = as_script("-m", "torch.distributed.run", "--standalone", PACKAGE / "trainer.py")
+    assert status != 0
+    assert "run `python -m ditkernels train ...` or `torchrun -m ditkernels train ...`" in told
+    assert "ImportError" not in told
+
+
+def test_python_in_the_packages_folder_is_told_to_go_elsewhere(monkeypatch):
+    monkeypatch.chdir(PACKAGE)
+    status, told = as_script("-c", "import tempfile")
+    assert status == 1
+    assert told.splitlines()[-1] == "ImportError: Python's random is hidden by that of ditkernels; start Python in another folder"

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import sys
+
+if __name__ == "__main__":
+    print("ditkernels: error: run `python -m ditkernels eval ...`", file=sys.stderr)
+    sys.exit(2)
+
 import argparse
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
