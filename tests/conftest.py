@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 
-from ditkernels.ops import dispatch, settings
+import ditkernels
+from ditkernels.ops import _native, _triton, dispatch, settings
 
 torch.set_num_threads(1)
+
+
+def pytest_report_header() -> list[str]:
+    """Which copy of the package is tested, and what its backends run on."""
+    return [
+        f"ditkernels {ditkernels.__version__} in {Path(ditkernels.__file__).parent}, torch {torch.__version__}",
+        f"Triton: {_triton.MISSING or _triton.triton.__version__}",
+        f"CUDA library: {_native.cuda_library()}",
+        f"CPU library: {_native.cpu_library()}",
+    ]
 
 
 @pytest.fixture(autouse=True)

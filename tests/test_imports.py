@@ -11,9 +11,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from packaging.specifiers import SpecifierSet
 
 import ditkernels
+from ditkernels.ops import _native
 
 PACKAGE = Path(ditkernels.__file__).parent
 WORKS = """
@@ -105,6 +107,17 @@ def test_nightlies_of_torch_satisfy_the_requirement(version: str) -> None:
     (required,) = re.findall(r'"torch(>=[^"]*)"', text)
     assert version in SpecifierSet(required)
     assert "2.9.1" not in SpecifierSet(required)
+
+
+# ---- Which copy is tested --------------------------------------------------------------------------------------------
+
+
+def test_pytest_says_which_copy_it_tests_with_which_libraries() -> None:
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-p", "no:cacheprovider", __file__]
+    header = subprocess.run(command, capture_output=True, text=True, timeout=300).stdout.partition("collected")[0].splitlines()
+    assert f"ditkernels {ditkernels.__version__} in {PACKAGE}, torch {torch.__version__}" in header
+    assert f"CUDA library: {_native.cuda_library()}" in header
+    assert f"CPU library: {_native.cpu_library()}" in header
 
 
 # ---- A second time in one process ------------------------------------------------------------------------------------
