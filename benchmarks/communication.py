@@ -332,10 +332,10 @@ def main() -> None:
         draw_efficiency(found, args.figures / "communication-efficiency.svg")
         draw_ways(found, args.figures / "communication-ways.svg")
     if args.docs is not None:
-        text = args.docs.read_text()
+        text = args.docs.read_text(encoding="utf-8")
         for table in tables(found, models, args):
             text = measure.written_into(text, table)
-        args.docs.write_text(text)
+        args.docs.write_text(text, encoding="utf-8")
 
 
 # ---- Tables of the page ----------------------------------------------------------------------------------------------

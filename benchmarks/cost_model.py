@@ -356,10 +356,10 @@ def main(argv: list[str] | None = None) -> None:
         journal.add(found)
     journal.close(columns)
     if args.docs is not None:
-        text = args.docs.read_text()
+        text = args.docs.read_text(encoding="utf-8")
         for table in tables(journal.rows):
             text = measure.written_into(text, table)
-        args.docs.write_text(text)
+        args.docs.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -27,8 +27,9 @@ NORMS = ("modulate_norm", "gated_residual", "gated_residual_norm")
 SHAPE = [4, 256, 384]  # of the ops in the summary
 BF16 = "eager-bf16,ours-bf16,compiled-bf16,ours-compiled-bf16"
 MEASUREMENTS = {
-    "ops": ("ops", "--passes", "inference,forward+backward", "--rounds", "15"),
-    "large": ("ops", "--ops", "gated_residual_norm", "--shapes", "32x256x1152", "--passes", "inference", "--rounds", "20"),
+    # One thread: two would take another half hour.
+    "ops": ("ops", "--passes", "inference,forward+backward", "--rounds", "15", "--threads", "1"),
+    "large": ("ops", "--ops", "gated_residual_norm", "--shapes", "32x256x1152", "--passes", "inference", "--rounds", "20", "--threads", "1"),
     "optimizer": ("optimizer",),
     "training-fp32": ("training",),
     # A processor that multiplies no bf16 takes some 20 s a backward: fewer rounds, and turns of their own.
@@ -187,18 +188,22 @@ def write(page: Path, results: Results) -> None:
     """
     if not results:
         raise ValueError(f"there is no complete cpu-*.json: {', '.join(MEASUREMENTS)}")
-    text = page.read_text()
+    text = page.read_text(encoding="utf-8")
     named = [name for name in TABLES if f"<!-- {name} -->" in text]
     if not named:
         raise ValueError(f"{page}: no marks of {' or '.join(TABLES)}")
     for name in named:
         text = measure.filled(text, name, TABLES[name](results))
-    page.write_text(text)
+    page.write_text(text, encoding="utf-8")
 
 
 def read(results: Path) -> Results:
     """What has been measured whole."""
-    made = {name: json.loads(path_of(name, results).read_text()) for name in MEASUREMENTS if path_of(name, results).exists()}
+    made = {
+        name: json.loads(path_of(name, results).read_text(encoding="utf-8"))
+        for name in MEASUREMENTS
+        if path_of(name, results).exists()
+    }
     return {name: result for name, result in made.items() if result["complete"]}
 
 

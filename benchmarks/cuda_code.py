@@ -63,14 +63,14 @@ def rows(family: str, architecture: str, every: int = 1) -> list[dict[str, Any]]
     folder = ROOT / "build/static" / _key(family, architecture, every)
     folder.mkdir(parents=True, exist_ok=True)
     done = folder / "rows.json"
-    with open(folder / "lock", "w") as lock:
+    with open(folder / "lock", "w", encoding="utf-8") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not done.exists():
             ptx, cubin = _compiled(source, architecture, every, folder)
             made = [_row(code, family, architecture) for code in read(ptx, cubin, source)]
-            done.with_suffix(".tmp").write_text(json.dumps(made, indent=1))
+            done.with_suffix(".tmp").write_text(json.dumps(made, indent=1), encoding="utf-8")
             done.with_suffix(".tmp").replace(done)
-    found: list[dict[str, Any]] = json.loads(done.read_text())
+    found: list[dict[str, Any]] = json.loads(done.read_text(encoding="utf-8"))
     return found
 
 
@@ -91,7 +91,7 @@ def _compiled(source: Path, architecture: str, every: int, folder: Path) -> tupl
     tools = build_native.Toolchain(compiler, Path(torch.__file__).parent)
     ptx, cubin = folder / "code.ptx", folder / "code.cubin"
     build_native.compile_ptx(tools, source, architecture, ptx)
-    entries = list(_entries(ptx.read_text()))[::every] if every > 1 else ()
+    entries = list(_entries(ptx.read_text(encoding="utf-8")))[::every] if every > 1 else ()
     build_native.assemble(tools, ptx, architecture, cubin, entries)
     return ptx, cubin
 
@@ -130,7 +130,7 @@ def promised_wide(kernel: str) -> bool:
 def read(ptx: Path, cubin: Path, source: Path) -> list[Code]:
     """Every kernel of a compiled file that was assembled."""
     usage, sass = _usage(cubin), _functions(cubin)
-    entries = {entry: text for entry, text in _entries(ptx.read_text()).items() if entry in sass}
+    entries = {entry: text for entry, text in _entries(ptx.read_text(encoding="utf-8")).items() if entry in sass}
     names = dict(zip(entries, demangled(entries)))
     structs = _structs(source)
     return [Code(names[e], text, sass[e], usage[e], _arguments(text, names[e], structs)) for e, text in entries.items()]
@@ -184,7 +184,7 @@ Structs = dict[str, list[Field]]
 
 def _structs(source: Path) -> Structs:
     """The fields of every struct of a file and its headers, as far as they can be read."""
-    text = "".join(p.read_text() for p in (*sorted(build_native.CSRC.glob("*.cuh")), source))
+    text = "".join(p.read_text(encoding="utf-8") for p in (*sorted(build_native.CSRC.glob("*.cuh")), source))
     constants = dict(re.findall(r"^constexpr int (\w+) = (\d+);", text, flags=re.M))
     found = {}
     for name, body in re.findall(r"^struct (?:alignas\(\d+\) )?(\w+) \{\n(.*?)^\};", text, flags=re.M | re.S):

@@ -46,7 +46,7 @@ FLAGS = (
 
 def sources() -> dict[str, str]:
     """The kernels' sources and headers by file name."""
-    return {p.name: p.read_text() for p in sorted((ROOT / "csrc/cuda").glob("*.cu*"))}
+    return {p.name: p.read_text(encoding="utf-8") for p in sorted((ROOT / "csrc/cuda").glob("*.cu*"))}
 
 
 def why_not() -> str | None:
@@ -65,12 +65,12 @@ def build(texts: dict[str, str]) -> Path:
     folder = ROOT / "build/emulation" / key.hexdigest()[:16]
     path = folder / f"{MODULE}.so"
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "lock", "w") as lock:
+    with open(folder / "lock", "w", encoding="utf-8") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not path.exists():
             for name, text in texts.items():
-                (folder / name).write_text(text)
-            (folder / "build.ninja").write_text(_rules(folder, texts))
+                (folder / name).write_text(text, encoding="utf-8")
+            (folder / "build.ninja").write_text(_rules(folder, texts), encoding="utf-8")
             subprocess.run([sys.executable, "-m", "ninja", "-C", str(folder)], check=True, stdout=sys.stderr)
     return path
 

@@ -55,7 +55,7 @@ def results(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """
     found = False
     for path in sorted(folder.glob("*.json")):
-        result = json.loads(path.read_text())
+        result = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(result, dict) or result.get("benchmark") not in READ or not result["complete"]:
             continue
         if result["environment"]["compute_capability"] is None:
@@ -130,7 +130,7 @@ def main(argv: list[str] | None = None) -> None:
         winners = {(capability, made["op"]): made["fastest"] for made in rows if made["fastest"] is not None}
         preferred = kept | winners
     if args.write:
-        TABLE.write_text(with_table(TABLE.read_text(), preferred))
+        TABLE.write_text(with_table(TABLE.read_text(encoding="utf-8"), preferred), encoding="utf-8")
 
 
 def with_table(source: str, preferred: dict[tuple[str, str], str]) -> str:

@@ -199,7 +199,9 @@ def data_of(figure: Figure, results: Path) -> dict[str, Any] | None:
     """The latest result that the figure can be drawn from, or None."""
     places = results.glob(f"*/{figure.source}") if figure.measured else [results / figure.source]
     found = [
-        result for result in (json.loads(path.read_text()) for path in places if path.exists()) if result.get("complete", True)
+        result
+        for result in (json.loads(path.read_text(encoding="utf-8")) for path in places if path.exists())
+        if result.get("complete", True)
     ]
     if figure.measured:
         found = [result for result in found if result["environment"]["compute_capability"] is not None]

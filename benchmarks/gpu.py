@@ -303,7 +303,7 @@ def run_stage(stage: Stage, folder: Path, limit: float) -> dict[str, Any]:
         "seconds": round(time.monotonic() - began, 1),
         "output_tail": output[-TAIL:],
     }
-    kept = len(json.loads(numbers.read_text())["rows"]) if stage.rows and numbers.exists() else 0
+    kept = len(json.loads(numbers.read_text(encoding="utf-8"))["rows"]) if stage.rows and numbers.exists() else 0
     if rc is None:
         found |= {"status": "cut short", "reason": f"{kept} rows were had in {limit:.0f} s"}
     elif rc != 0 and stage.unsupported is not None and stage.unsupported in output:
@@ -360,7 +360,7 @@ class Call:
         self._record = folder / "stages.json"
         self._written: dict[str, Any] = {}
         if self._record.exists():
-            self._written = json.loads(self._record.read_text())
+            self._written = json.loads(self._record.read_text(encoding="utf-8"))
 
     def run(self, chosen: Sequence[Stage]) -> bool:
         """Runs stages in order and in turns of growing length, until all are through or the time is used up.
@@ -403,7 +403,7 @@ class Call:
 
     def _note(self, stage: Stage, found: dict[str, Any]) -> None:
         self._written[stage.name] = {**found, "code": self._code + stage.given, "date": _now()}
-        self._record.with_suffix(".tmp").write_text(json.dumps(self._written, indent=1) + "\n")
+        self._record.with_suffix(".tmp").write_text(json.dumps(self._written, indent=1) + "\n", encoding="utf-8")
         self._record.with_suffix(".tmp").replace(self._record)
         said = (stage.name.ljust(22), found["status"], found.get("reason", ""), found.get("seconds", ""))
         print(*(str(word) for word in said if word != ""))
@@ -472,7 +472,7 @@ def folder_of(machine: dict[str, Any], code: str) -> Path:
         return ROOT / "build/gpu-dry-run"
     device = re.sub(r"[^a-z0-9]+", "-", machine["device"].lower()).strip("-")
     for before in sorted((BENCHMARKS / "results").glob(f"*-{device}/stages.json")):
-        if code in before.read_text():
+        if code in before.read_text(encoding="utf-8"):
             return before.parent
     return BENCHMARKS / "results" / f"{_now()[:10]}-{device}"
 
@@ -499,7 +499,7 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"--stages: got {', '.join(unknown)}, allowed are {', '.join(known)}")
     folder = args.results or folder_of(machine, code)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "environment.json").write_text(json.dumps({**machine, "code": code}, indent=1) + "\n")
+    (folder / "environment.json").write_text(json.dumps({**machine, "code": code}, indent=1) + "\n", encoding="utf-8")
     print(f"{machine['device']}, torch {machine['torch']}: {folder}")
     call = Call(folder, code, force=args.force, end=end)
     fine = [call.run(group) for group in ([[known[name] for name in names]] if names else groups)]

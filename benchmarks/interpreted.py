@@ -268,17 +268,17 @@ def load_sources(
         for original in (*(m for m in SHARED if m is not module), module):
             name = original.__name__
             path = folder / f"{name.split('.')[-1]}.py"
-            path.write_text(change(Path(original.__file__ or "").read_text()))
+            path.write_text(change(Path(original.__file__ or "").read_text(encoding="utf-8")), encoding="utf-8")
             sys.modules[name] = copies[name] = types.ModuleType(name)
             copies[name].__file__ = str(path)  # the interpreter reads a kernel's source from its file
-            exec(compile(path.read_text(), str(path), "exec"), copies[name].__dict__)
+            exec(compile(path.read_text(encoding="utf-8"), str(path), "exec"), copies[name].__dict__)
     return registered, copies
 
 
 @contextlib.contextmanager
 def mutant(module: types.ModuleType, old: str, new: str, folder: Path) -> Iterator[None]:
     """Runs the ops on the kernels of ``module`` with ``old``, which must occur in its source or in SHARED, replaced by ``new``."""
-    sources = [Path(m.__file__ or "").read_text() for m in (module, *SHARED)]
+    sources = [Path(m.__file__ or "").read_text(encoding="utf-8") for m in (module, *SHARED)]
     assert any(old in source for source in sources), f"the source of {module.__name__} has no {old!r}"
     registered, _ = load_sources(module, lambda source: source.replace(old, new), folder)
     with contextlib.ExitStack() as stack:

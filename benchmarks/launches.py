@@ -217,14 +217,14 @@ def _asked(what: str, of: str, cases: list[Case], variables: dict[str, str]) -> 
         json.dumps(cases),
         str(done.with_suffix(".tmp")),
     ]
-    with open(folder / "lock", "w") as lock:
+    with open(folder / "lock", "w", encoding="utf-8") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not done.exists():
             ended = subprocess.run(command, env={**environment, **variables}, capture_output=True, text=True)
             if ended.returncode:
                 raise RuntimeError(f"{what} of {of}: {ended.stderr[-4000:]}")
             done.with_suffix(".tmp").replace(done)
-    found: list[dict[str, Any]] = json.loads(done.read_text())
+    found: list[dict[str, Any]] = json.loads(done.read_text(encoding="utf-8"))
     return found
 
 
@@ -403,7 +403,7 @@ def main() -> None:
         rows = _code(args.of, args.cases)
     else:
         rows = _interpreted(args.cases) if args.of == "triton" else _emulated(args.cases)
-    args.out.write_text(json.dumps(list(rows), indent=1))
+    args.out.write_text(json.dumps(list(rows), indent=1), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -235,7 +235,7 @@ def _device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
     models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return f"{models[0] if models else platform.machine()}, {os.cpu_count()} cores"
 
@@ -327,7 +327,7 @@ class Journal:
             "rows": [],
         }
         if settings.get("resume") and self._path is not None and self._path.exists():
-            before = json.loads(self._path.read_text())
+            before = json.loads(self._path.read_text(encoding="utf-8"))
             if _conditions(before) == _conditions(self._result):
                 self._result = before
 
@@ -359,7 +359,7 @@ class Journal:
             return
         self._path.parent.mkdir(parents=True, exist_ok=True)
         unfinished = self._path.with_name(self._path.name + ".tmp")
-        unfinished.write_text(json.dumps(self._result, indent=2) + "\n")
+        unfinished.write_text(json.dumps(self._result, indent=2) + "\n", encoding="utf-8")
         unfinished.replace(self._path)
 
 
@@ -443,7 +443,7 @@ def _rows_of_processes(command: list[str], processes: int, threads: list[int], f
             start = time.perf_counter()
             subprocess.run([sys.executable, *command, *flags], check=True, stdout=subprocess.DEVNULL)
             print(f"process {process + 1} of {processes}, threads {number}: {time.perf_counter() - start:.0f} s", flush=True)
-            yield from ({**row, "threads": number} for row in json.loads(out.read_text())["rows"])
+            yield from ({**row, "threads": number} for row in json.loads(out.read_text(encoding="utf-8"))["rows"])
 
 
 def over_processes(rows: Iterable[Row]) -> list[Row]:

@@ -125,7 +125,7 @@ def rows(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
         with numerics(config, device), redirect_stdout(StringIO()):
             contenders = {"bare": bare(config, device), "trainer": trained(config, device)}
             found = turns(args, contenders, device)
-        lines = (Path(folder) / "metrics.jsonl").read_text().count("\n")
+        lines = (Path(folder) / "metrics.jsonl").read_text(encoding="utf-8").count("\n")
     overhead = statistics.median(mine / theirs for mine, theirs in zip(found["trainer"], found["bare"], strict=True))
     common = {
         "model": args.model,

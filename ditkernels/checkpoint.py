@@ -131,7 +131,7 @@ def _write_manifest(directory: Path, content: Mapping[str, Any]) -> None:
     # The new files must be on the disk before a manifest that names them is.
     _sync_directory(directory)
     manifest = {**body, "sha256": _digest_of_body(body)}
-    _write_atomically(directory / MANIFEST, lambda path: path.write_text(json.dumps(manifest, indent=2) + "\n"))
+    _write_atomically(directory / MANIFEST, lambda path: path.write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8"))
     _sync_directory(directory)
     _remove_leftovers(directory, keep={entry["name"] for entry in _files_of(body)})
 

@@ -109,7 +109,7 @@ def _run(argv: list[str]) -> int:
 
 def _discard_stdout() -> None:
     # What is still buffered would fail again at the interpreter's exit, with a message nobody asked for.
-    with open(os.devnull, "w") as nowhere:
+    with open(os.devnull, "w", encoding="utf-8") as nowhere:
         os.dup2(nowhere.fileno(), sys.stdout.fileno())
 
 

@@ -228,7 +228,7 @@ def _diffusers_config(directory: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        return dict(json.loads(path.read_text()))
+        return dict(json.loads(path.read_text(encoding="utf-8")))
     except ValueError as error:
         raise CheckpointError(f"{path} is damaged: {error}") from error
 
@@ -269,7 +269,7 @@ def _contiguous(state: Mapping[str, Tensor]) -> State:
 
 
 def _save_diffusers(folder: Path, weights: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
-    (folder / DIFFUSERS_CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+    (folder / DIFFUSERS_CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     save_file(_contiguous(weights), folder / DIFFUSERS_WEIGHTS, metadata={"format": "pt"})
 
 

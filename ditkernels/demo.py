@@ -169,7 +169,7 @@ def _demonstrate(
         "training": asdict(training),
         "sampling": {**asdict(sampling), "steps": sampling_diffusion.num_timesteps},
     }
-    (out / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+    (out / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
     save(_picture_of_samples(guided, unguided, real, guided_steps, sampling), out / "samples.png")
     losses = new_figure(width=8.0, height=4.0)
     draw_losses(losses.add_axes((0.09, 0.14, 0.88, 0.76)), {f"mean of {training.log_every} steps": rows})

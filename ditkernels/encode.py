@@ -185,7 +185,7 @@ def _begin(out: Path, settings: dict[str, Any]) -> None:
     if (out / INDEX).exists():
         there = read_index(out / INDEX)
     elif (out / PARTS / SETTINGS).exists():
-        there = json.loads((out / PARTS / SETTINGS).read_text())
+        there = json.loads((out / PARTS / SETTINGS).read_text(encoding="utf-8"))
     else:
         (out / PARTS).mkdir(parents=True, exist_ok=True)
         return write_json(out / PARTS / SETTINGS, settings)
@@ -295,7 +295,7 @@ def _recorded(out: Path, shard: int) -> str | None:
         digest: str = read_index(out / INDEX)["shards"][shard]["sha256"]
         return digest
     if _record(out, shard).exists():
-        digest = json.loads(_record(out, shard).read_text())["shard"]["sha256"]
+        digest = json.loads(_record(out, shard).read_text(encoding="utf-8"))["shard"]["sha256"]
         return digest
     return None
 
@@ -314,7 +314,7 @@ def _is_finished(out: Path, shard: int) -> bool:
 
 def _records(out: Path) -> list[dict[str, Any]]:
     """Those that are there, in order."""
-    return [json.loads(path.read_text()) for path in sorted((out / PARTS).glob("[0-9]*.json"))]
+    return [json.loads(path.read_text(encoding="utf-8")) for path in sorted((out / PARTS).glob("[0-9]*.json"))]
 
 
 def _unreadable(records: Sequence[dict[str, Any]]) -> list[str]:

@@ -99,7 +99,7 @@ class JsonLines:
     """metrics.jsonl: one JSON object a line, on its way to the disk once written."""
 
     def __init__(self, path: Path) -> None:
-        self._file = path.open("a")
+        self._file = path.open("a", encoding="utf-8")
 
     def write(self, row: Mapping[str, Any]) -> None:
         """Appends a line."""
@@ -294,9 +294,9 @@ def cut_back(path: Path, step: int) -> None:
     """Drops the rows of metrics.jsonl after ``step``, and a last line cut short; the file is replaced as a whole."""
     if not path.exists():
         return
-    kept = [text for text in path.read_text().splitlines() if _step_of(text) <= step]
+    kept = [text for text in path.read_text(encoding="utf-8").splitlines() if _step_of(text) <= step]
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text("".join(text + "\n" for text in kept))
+    temporary.write_text("".join(text + "\n" for text in kept), encoding="utf-8")
     os.replace(temporary, path)
 
 
@@ -308,7 +308,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     """
     if not path.is_file():
         raise ValueError(f"{path}: no such file")
-    return [json.loads(text) for text in path.read_text().splitlines() if _step_of(text) < float("inf")]
+    return [json.loads(text) for text in path.read_text(encoding="utf-8").splitlines() if _step_of(text) < float("inf")]
 
 
 def _step_of(text: str) -> float:

@@ -14,7 +14,7 @@ DIFF = re.compile(r"^```diff\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 
 
 def test_the_op_of_the_page_passes_its_tests(tmp_path: Path) -> None:
-    page = (ROOT / "docs/adding-an-op.md").read_text()
+    page = (ROOT / "docs/adding-an-op.md").read_text(encoding="utf-8")
     for name in ("ditkernels", "tests"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
     shutil.copy(ROOT / "pyproject.toml", tmp_path)

@@ -25,7 +25,7 @@ def run(name: str, *arguments: str, monkeypatch: pytest.MonkeyPatch, out: Path) 
     monkeypatch.syspath_prepend(BENCHMARKS)
     monkeypatch.setattr("sys.argv", [name, "--device", "cpu", "--rounds", "2", "--json", str(out), *arguments])
     runpy.run_path(str(BENCHMARKS / f"{name}.py"), run_name="__main__")
-    result = json.loads(out.read_text())
+    result = json.loads(out.read_text(encoding="utf-8"))
     assert result["benchmark"] == name
     assert set(result["environment"]) >= ENVIRONMENT
     assert result["settings"]["rounds"] == 2
@@ -92,7 +92,7 @@ def test_contenders_are_compared_within_a_round_and_over_processes(monkeypatch: 
             assert least <= row[name] <= row["most"][name]
     forward = next(row for row in timed if (row["op"], row["pass"]) == ("gated_residual", "inference"))
     assert forward["floor_bytes"] == 3 * 4 * 4 * 32
-    assert json.loads((tmp_path / "o.json").read_text())["environment"]["threads"] == [1, 2]
+    assert json.loads((tmp_path / "o.json").read_text(encoding="utf-8"))["environment"]["threads"] == [1, 2]
     assert list(tmp_path.iterdir()) == [tmp_path / "o.json"]
 
 
@@ -115,10 +115,10 @@ def test_processes_that_were_cut_short_are_gone_on_with(monkeypatch: pytest.Monk
     monkeypatch.setattr(measure.subprocess, "run", cut_short)
     with pytest.raises(KeyboardInterrupt):
         ops.main(command)
-    first = json.loads((tmp_path / "o.json.processes/0-1.json").read_text())["rows"]
+    first = json.loads((tmp_path / "o.json.processes/0-1.json").read_text(encoding="utf-8"))["rows"]
     monkeypatch.setattr(measure.subprocess, "run", right)
     ops.main(command)
-    copy, eager = json.loads(out.read_text())["rows"]
+    copy, eager = json.loads(out.read_text(encoding="utf-8"))["rows"]
     assert (copy["processes"], eager["processes"]) == (2, 2)
     assert first[1]["median_ms"] in (eager["least"]["median_ms"], eager["most"]["median_ms"])
 
@@ -174,7 +174,7 @@ def test_attention_parity(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsy
 
     out = tmp_path / "p.json"
     assert attention_parity.main([*PARITY, "--backends", "torch_flash,plain", "--json", str(out)]) == 0
-    rows = json.loads(out.read_text())["rows"]
+    rows = json.loads(out.read_text(encoding="utf-8"))["rows"]
     assert {(row["backend"], row["shape"][4], row["dtype"]) for row in rows} == {
         (backend, head_dim, dtype)
         for backend in ("torch_flash", "plain")
@@ -294,7 +294,7 @@ def test_training_goes_through_all_models_and_sizes(monkeypatch: pytest.MonkeyPa
     out = tmp_path / "all.json"
     sizes = ("--models", "all", "--input-sizes", "32,64", "--peak-tflops", "1", "--repeats", "2")
     training.main(["--device", "cpu", "--json", str(out), *sizes, "--contenders", "ours-bf16,eager-bf16"])
-    _, *rows = json.loads(out.read_text())["rows"]
+    _, *rows = json.loads(out.read_text(encoding="utf-8"))["rows"]
     assert len(rows) == 12 * 2 * 2 * 2
     assert len({(row["model"], row["input_size"], row["contender"], row["repeat"]) for row in rows}) == len(rows)
 
@@ -326,7 +326,7 @@ def test_the_plain_model_with_modulation_ahead_is_held_to_the_contract_too(monke
         monkeypatch.syspath_prepend(BENCHMARKS)
         monkeypatch.setattr("sys.argv", ["sampling", "--device", "cpu", *size, "--json", str(tmp_path / "s.json")])
         runpy.run_path(str(BENCHMARKS / "sampling.py"), run_name="__main__")
-        rows = json.loads((tmp_path / "s.json").read_text())["rows"]
+        rows = json.loads((tmp_path / "s.json").read_text(encoding="utf-8"))["rows"]
         assert list(dict.fromkeys(row["contender"] for row in rows if "median_ms" in row)) == timed
 
 
@@ -361,7 +361,7 @@ def test_a_benchmark_cut_short_leaves_what_it_had(monkeypatch: pytest.MonkeyPatc
     args = measure.parser(None).parse_args(["--device", "cpu", "--json", str(out)])
     with pytest.raises(KeyboardInterrupt):
         measure.report("cut", args, rows(), ["what"])
-    left = json.loads(out.read_text())
+    left = json.loads(out.read_text(encoding="utf-8"))
     assert left["rows"] == [{"what": "first"}]
     assert not left["complete"]
 
@@ -380,7 +380,7 @@ def test_the_suites_of_pytest_benchmark_run_and_are_no_part_of_the_test_suite(tm
         text=True,
     )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
-    timed = {row["name"].partition("[")[0] for row in json.loads(out.read_text())["benchmarks"]}
+    timed = {row["name"].partition("[")[0] for row in json.loads(out.read_text(encoding="utf-8"))["benchmarks"]}
     assert timed == {"test_op", "test_attention", "test_guided_steps"}
     assert "the kernels need CUDA" in done.stdout
     assert pytestconfig.getini("testpaths") == ["tests"]
@@ -446,12 +446,12 @@ def test_more_layers_are_more_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_tables_of_predictions_in_the_docs_are_the_scripts(
     names: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    written = (BENCHMARKS.parent / "docs/performance.md").read_text()
+    written = (BENCHMARKS.parent / "docs/performance.md").read_text(encoding="utf-8")
     page = tmp_path / "page.md"
-    page.write_text(written)
+    page.write_text(written, encoding="utf-8")
     flags = ("--models", ",".join(names), "--docs", str(page))
     run("cost_model", *flags, monkeypatch=monkeypatch, out=tmp_path / "m.json")
-    anew = page.read_text()
+    anew = page.read_text(encoding="utf-8")
     rows = [line for line in anew.splitlines() if line not in written.splitlines()]
     assert rows == [], "python benchmarks/cost_model.py --docs docs/performance.md writes them"
     assert f"| {names[0].removeprefix('DiT-')} |" in anew
@@ -502,7 +502,7 @@ def cpu_results(folder: Path) -> None:
     of = {"device": "a CPU", "instruction_set": "avx2", "python": "3.11", "torch": "2.14", "date": "2030-01-02T", "commit": "abc"}
     of = {**of, "compute_capability": None}
     for name in ("ops", "large"):
-        (folder / f"cpu-{name}.json").write_text(json.dumps({"environment": of, "complete": True, "rows": rows}))
+        (folder / f"cpu-{name}.json").write_text(json.dumps({"environment": of, "complete": True, "rows": rows}), encoding="utf-8")
 
 
 def test_what_a_cpu_measured_is_written_between_the_marks_of_a_page(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -512,30 +512,30 @@ def test_what_a_cpu_measured_is_written_between_the_marks_of_a_page(monkeypatch:
 
     page = tmp_path / "page.md"
     marks = "".join(f"<!-- {name} -->\n<!-- end of {name} -->\n" for name in cpu.TABLES)
-    page.write_text(f"before\n{marks}after\n")
+    page.write_text(f"before\n{marks}after\n", encoding="utf-8")
     command = ["--results", str(tmp_path), "--docs", str(page)]
     with pytest.raises(ValueError, match=r"no complete cpu-\*\.json"):
         cpu.main(command)
     cpu_results(tmp_path)
     cpu.main(command)
-    written = page.read_text()
+    written = page.read_text(encoding="utf-8")
     assert "a CPU, avx2; Python 3.11, torch 2.14; 2030-01-02." in written
     assert "| `gated_residual_norm`, forward | torch.compile | 1.50 (1.00 to 3.00) | – |" in written
     assert "moves what it must at 50% in fp32 of the rate" in written
     assert "| `gated_residual_norm` | 4x256x384 | fp32 | inference | 2.00 (1.00 to 3.00) |" in written
     cpu.main(command)
-    assert page.read_text() == written
+    assert page.read_text(encoding="utf-8") == written
     assert (written[:7], written[-6:]) == ("before\n", "after\n")
     figures.main(["--results", str(tmp_path), "--out", str(tmp_path), "--only", "cpu.png"])
     assert (tmp_path / "cpu.png").read_bytes().startswith(b"\x89PNG")
-    page.write_text("no marks")
+    page.write_text("no marks", encoding="utf-8")
     with pytest.raises(ValueError, match="no marks of cpu summary or cpu ops"):
         cpu.main(command)
 
 
 def test_the_docs_have_the_marks() -> None:
     for page, name in (("README.md", "cpu summary"), ("benchmarks/results/README.md", "cpu ops")):
-        text = (BENCHMARKS.parent / page).read_text()
+        text = (BENCHMARKS.parent / page).read_text(encoding="utf-8")
         assert 0 < text.find(f"<!-- {name} -->\n") < text.find(f"<!-- end of {name} -->")
 
 

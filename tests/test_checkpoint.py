@@ -64,12 +64,12 @@ def test_what_is_loaded_is_what_was_saved(tmp_path, ema):
 
 
 def test_a_new_checkpoint_takes_the_old_ones_place_and_leaves_other_files(tmp_path):
-    (tmp_path / "notes.txt").write_text("mine")
+    (tmp_path / "notes.txt").write_text("mine", encoding="utf-8")
     save_checkpoint(tmp_path, make(1))
     save_checkpoint(tmp_path, make(2))
     assert_same(load_checkpoint(tmp_path), make(2))
     assert len(list(tmp_path.iterdir())) == 4
-    assert (tmp_path / "notes.txt").read_text() == "mine"
+    assert (tmp_path / "notes.txt").read_text(encoding="utf-8") == "mine"
 
 
 def test_files_follow_the_umask(tmp_path):
@@ -203,7 +203,7 @@ def test_damage_is_found_and_the_file_named(tmp_path, pattern, damage, message):
 def test_an_edited_manifest_is_refused(tmp_path):
     save_checkpoint(tmp_path, make(1))
     path = tmp_path / MANIFEST
-    path.write_text(path.read_text().replace('"depth": 4', '"depth": 5'))
+    path.write_text(path.read_text(encoding="utf-8").replace('"depth": 4', '"depth": 5'), encoding="utf-8")
     with pytest.raises(CheckpointError, match="does not match its own SHA-256"):
         load_checkpoint(tmp_path)
 
@@ -219,11 +219,11 @@ def test_an_edited_manifest_is_refused(tmp_path):
 )
 def test_a_foreign_manifest_is_refused(tmp_path, change, message):
     save_checkpoint(tmp_path, make(1))
-    body = json.loads((tmp_path / MANIFEST).read_text())
+    body = json.loads((tmp_path / MANIFEST).read_text(encoding="utf-8"))
     del body["sha256"]
     body.update(change)
     body["sha256"] = checkpoint_module._digest_of_body(body)
-    (tmp_path / MANIFEST).write_text(json.dumps(body))
+    (tmp_path / MANIFEST).write_text(json.dumps(body), encoding="utf-8")
     with pytest.raises(CheckpointError, match=message):
         load_checkpoint(tmp_path)
 

@@ -108,7 +108,7 @@ def test_the_tables_in_the_docs_are_the_scripts(names: list[str]) -> None:
     args = communication.arguments(["--device", "cpu"])
     models = [communication.Model(name, args.input_size) for name in names]
     found = list(communication.rows(args, models))
-    page = DOCS.read_text()
+    page = DOCS.read_text(encoding="utf-8")
     for header, rule, *rows in communication.tables(found, models, args):
         written = page[page.index(header) :].split("\n\n")[0].splitlines()
         mine = [line for line in written[2:] if f"DiT-{line.split()[1]}" in names]

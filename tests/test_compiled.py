@@ -470,7 +470,7 @@ def process(*backends):
 
 found = [process("torch"), process("cuda", "cuda", "torch")]
 file = Path(ditkernels.__file__).parent / "ops" / "norm" / "triton.py"
-file.write_text(file.read_text() + "# Another kernel.")
+file.write_text(file.read_text(encoding="utf-8") + "# Another kernel.", encoding="utf-8")
 found.append(process("torch"))
 print(json.dumps(found))
 """

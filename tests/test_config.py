@@ -40,7 +40,9 @@ def test_flags_have_the_types_of_their_fields():
 
 
 def test_a_file_sets_what_flags_do_not(tmp_path):
-    (tmp_path / "run.yaml").write_text("learning_rate: 1e-3\nsteps: 5\ncompile: true\ngrad_clip: null\nvae: mse\n")
+    (tmp_path / "run.yaml").write_text(
+        "learning_rate: 1e-3\nsteps: 5\ncompile: true\ngrad_clip: null\nvae: mse\n", encoding="utf-8"
+    )
     found = parsed("--config", str(tmp_path / "run.yaml"), "--steps", "9")
     assert (found.learning_rate, found.steps, found.compile, found.grad_clip, found.vae) == (
         1e-3,
@@ -67,7 +69,7 @@ def test_a_file_sets_what_flags_do_not(tmp_path):
     ],
 )
 def test_a_bad_file_is_told_in_one_line(tmp_path, capsys, text, message):
-    (tmp_path / "run.yaml").write_text(text)
+    (tmp_path / "run.yaml").write_text(text, encoding="utf-8")
     assert main(["train", "--config", str(tmp_path / "run.yaml")]) == 2
     shown = capsys.readouterr().err
     assert message in shown

@@ -183,10 +183,10 @@ def test_what_is_no_dit_is_named(tmp_path: Path) -> None:
 
 def test_an_existing_target_stays(tmp_path: Path, public_pt: Path) -> None:
     target = tmp_path / "there.safetensors"
-    target.write_text("mine")
+    target.write_text("mine", encoding="utf-8")
     with pytest.raises(CheckpointError, match="exists already; nothing was written"):
         convert(public_pt, target, "public")
-    assert target.read_text() == "mine"
+    assert target.read_text(encoding="utf-8") == "mine"
 
 
 @pytest.mark.parametrize("name, layout", [("out.safetensors", "public"), ("out.pt", "public"), ("out", "diffusers")])
@@ -221,7 +221,7 @@ def test_the_command(tmp_path: Path, public_pt: Path, capsys: pytest.CaptureFixt
     target = tmp_path / "hf"
     assert main(["convert", str(public_pt), str(target), "--to", "diffusers", "--num-heads", "4"]) == 0
     assert "norm3, 1e-5 by default" in capsys.readouterr().out
-    assert json.loads((target / "config.json").read_text())["norm_eps"] == 1e-6
+    assert json.loads((target / "config.json").read_text(encoding="utf-8"))["norm_eps"] == 1e-6
     assert main(["convert", str(tmp_path / "none.pt"), str(tmp_path / "x"), "--to", "ditkernels"]) == 2
     assert capsys.readouterr().err.startswith("ditkernels: error: ")
 

@@ -53,7 +53,7 @@ def test_every_kernel_on_ampere_and_blackwell(family: str, architecture: str) ->
 
 
 def test_every_source_is_looked_at() -> None:
-    assert {p.stem for p in build_native.sources() if "__global__" in p.read_text()} == set(FAMILIES)
+    assert {p.stem for p in build_native.sources() if "__global__" in p.read_text(encoding="utf-8")} == set(FAMILIES)
 
 
 # One kernel that does each thing wrong: spills, moves its tensor narrowly, multiplies in TF32; and one that does none.
@@ -110,7 +110,7 @@ void used(const void* a) { instantiate(*static_cast<const Move*>(a)); }
 
 def test_the_reading_of_machine_code_sees_what_it_should(tmp_path: Path) -> None:
     source = tmp_path / "faulty.cu"
-    source.write_text(FAULTY)
+    source.write_text(FAULTY, encoding="utf-8")
     ptx, cubin = cuda_code._compiled(source, "90a", 1, tmp_path)
     found = {row["kernel"]: row for row in (cuda_code._row(c, "faulty", "90a") for c in cuda_code.read(ptx, cubin, source))}
     assert found["moved<true>"]["wide_fraction"] == {"x": 1.0, "y": 1.0}
@@ -127,7 +127,7 @@ def test_the_reading_of_machine_code_sees_what_it_should(tmp_path: Path) -> None
 
 def test_a_struct_read_wrongly_is_found_by_its_size(tmp_path: Path) -> None:
     source = tmp_path / "faulty.cu"
-    source.write_text(FAULTY)
+    source.write_text(FAULTY, encoding="utf-8")
     structs = cuda_code._structs(source)
     places, size, _ = cuda_code.layout("Move", structs)
     assert places[0] == "x.data"

@@ -120,7 +120,7 @@ def folder(tmp_path):
     for label, name in enumerate(CLASSES):
         for index in range(4):
             write_image(root / name / f"{index}.png", seed=10 * label + index)
-    (root / "n01" / "notes.txt").write_text("no image")
+    (root / "n01" / "notes.txt").write_text("no image", encoding="utf-8")
     (root / "empty").mkdir()
     return root
 

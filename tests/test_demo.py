@@ -45,7 +45,7 @@ def test_it_writes_pictures_metrics_and_a_checkpoint_and_says_so(tmp_path, capsy
     out = run(tmp_path / "new" / "folder")
     shown = capsys.readouterr().out
     assert shown.startswith("the report of the check\n")
-    metrics = json.loads((out / "metrics.json").read_text())
+    metrics = json.loads((out / "metrics.json").read_text(encoding="utf-8"))
     for name in ("guided_sample_accuracy", "real_accuracy"):
         assert 0 <= metrics[name] <= 1
         assert f"{name} {metrics[name]:.3f}" in shown
@@ -84,7 +84,7 @@ def test_same_seed_same_bytes_whatever_the_number_of_threads(tmp_path, monkeypat
         torch.set_num_threads(threads)
     assert threads_in_training == [1, 1]
     other_seed = run(tmp_path / "c", "--seed", "1")
-    metrics = json.loads((other_seed / "metrics.json").read_text())
+    metrics = json.loads((other_seed / "metrics.json").read_text(encoding="utf-8"))
     assert (metrics["training"]["global_seed"], metrics["sampling"]["seed"]) == (1, 1)
     for name in PICTURES:
         assert (first / name).read_bytes() == (second / name).read_bytes()
@@ -139,7 +139,7 @@ def test_bad_flags_are_named_before_anything_runs(tmp_path, capsys, flags, messa
 
 
 def test_a_file_in_the_way_of_out_is_named(tmp_path, capsys):
-    (tmp_path / "out").write_text("mine")
+    (tmp_path / "out").write_text("mine", encoding="utf-8")
     assert main(["demo", "--out", str(tmp_path / "out"), *SHORT]) == 2
     assert str(tmp_path / "out") in capsys.readouterr().err
 
@@ -177,7 +177,7 @@ def test_importing_the_demo_is_light():
 @pytest.mark.slow
 def test_the_whole_demo_draws_digits_that_are_recognised(tmp_path):
     assert main(["demo", "--out", str(tmp_path), "--device", "cpu"]) == 0
-    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    metrics = json.loads((tmp_path / "metrics.json").read_text(encoding="utf-8"))
     assert metrics["guided_sample_accuracy"] >= 0.95
     assert metrics["real_accuracy"] >= 0.95
     assert metrics["training_seconds"] + metrics["sampling_seconds"] < 180

@@ -88,7 +88,7 @@ def child(argv, environment, log, ready, sabotage):
     written = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(written, 1)
     os.dup2(written, 2)
-    sys.stdout = sys.stderr = os.fdopen(1, "w", buffering=1)
+    sys.stdout = sys.stderr = os.fdopen(1, "w", buffering=1, encoding="utf-8")
     if sabotage is not None:
         sabotage[0](*sabotage[1:])
     ready.send(None)
@@ -126,7 +126,7 @@ class World:
         return f"{self.folder}.{rank}.log"
 
     def told(self, rank):
-        return Path(self.log(rank)).read_text()
+        return Path(self.log(rank)).read_text(encoding="utf-8")
 
     def end(self):
         """The exit statuses."""
@@ -410,7 +410,7 @@ def test_a_consolidated_checkpoint_holds_the_same_and_goes_on(forked, unbroken, 
     assert sorted(path.name.split("-")[0] for path in out.iterdir()) == [
         *("ema", "manifest.json", "model", "optimizer"),
     ]
-    assert json.loads((out / "manifest.json").read_text())["format_version"] == 1
+    assert json.loads((out / "manifest.json").read_text(encoding="utf-8"))["format_version"] == 1
     assert (pieces.step, pieces.config, pieces.state) == (whole.step, whole.config, whole.state)
     for part, tensors in pieces.parts.items():
         assert all(torch.equal(tensor, whole.parts[part][name]) for name, tensor in tensors.items())
@@ -454,11 +454,11 @@ def test_a_tensor_of_which_a_piece_is_not_listed_is_named(unbroken, tmp_path):
     from ditkernels import checkpoint
 
     shutil.copytree(checkpoints_of(unbroken(2, FSDP))[STEPS], tmp_path / "cut")
-    manifest = json.loads((tmp_path / "cut" / "manifest.json").read_text())
+    manifest = json.loads((tmp_path / "cut" / "manifest.json").read_text(encoding="utf-8"))
     del manifest["files"]["model"]["shards"][1]["rows"]["final_layer.linear.weight"]
     del manifest["sha256"]
     digest = checkpoint._digest_of_body(manifest)
-    (tmp_path / "cut" / "manifest.json").write_text(json.dumps({**manifest, "sha256": digest}))
+    (tmp_path / "cut" / "manifest.json").write_text(json.dumps({**manifest, "sha256": digest}), encoding="utf-8")
     with pytest.raises(CheckpointError, match=r"does not list all of tensor 'final_layer\.linear\.weight'"):
         load_checkpoint(tmp_path / "cut")
 
@@ -591,8 +591,8 @@ def test_the_steady_step_of_many_makes_no_host_synchronisation(forked, tmp_path,
 
 def test_only_the_first_rank_talks(unbroken):
     folder = unbroken(3, DDP)
-    assert Path(f"{folder}.0.log").read_text().count("images/s") == STEPS
-    assert Path(f"{folder}.1.log").read_text() == ""
+    assert Path(f"{folder}.0.log").read_text(encoding="utf-8").count("images/s") == STEPS
+    assert Path(f"{folder}.1.log").read_text(encoding="utf-8") == ""
     assert [row["step"] for row in read_metrics(folder / METRICS)] == list(range(1, STEPS + 1))
 
 
@@ -811,7 +811,7 @@ def torchrun(port, log, folder, *flags):
     node = (*launcher, *rendezvous, *patience, "--local-addr", "127.0.0.1", "-m", "ditkernels")
     command = [sys.executable, *node, *TRAIN, "--results-dir", str(folder), *flags]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    with open(log, "w") as out:
+    with open(log, "w", encoding="utf-8") as out:
         return subprocess.Popen(command, stdout=out, stderr=out, env=environment)
 
 
@@ -823,15 +823,15 @@ def test_two_nodes_train_what_two_ranks_do_and_a_launchers_sigterm_stops_both(fo
     try:
         deadline = time.monotonic() + 120
         while not (checkpoints_of(folder).get(STEPS, folder) / "manifest.json").exists():
-            assert time.monotonic() < deadline, [log.read_text()[-2000:] for log in logs]
-            assert all(node.poll() is None for node in nodes), [log.read_text()[-2000:] for log in logs]
+            assert time.monotonic() < deadline, [log.read_text(encoding="utf-8")[-2000:] for log in logs]
+            assert all(node.poll() is None for node in nodes), [log.read_text(encoding="utf-8")[-2000:] for log in logs]
             time.sleep(0.1)
         nodes[1].send_signal(signal.SIGTERM)
         assert all(node.wait(timeout=60) != 0 for node in nodes)
     finally:
         for node in nodes:
             node.kill()
-    told = "".join(log.read_text() for log in logs)
+    told = "".join(log.read_text(encoding="utf-8") for log in logs)
     newest = list(checkpoints_of(folder))[-1]
     assert f"stopped by SIGTERM; {checkpoints_of(folder)[newest]} is whole" in told
     mine = load_checkpoint(checkpoints_of(folder)[STEPS])

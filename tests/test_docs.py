@@ -27,7 +27,7 @@ COMMAND = re.compile(r"(?:torchrun .* -m )?(ditkernels [a-z].*|python benchmarks
 
 def commands_in(path: Path) -> list[list[str]]:
     """Every command of ours in a page or a docstring, be it a line of its own or between backticks, without its comment."""
-    text = re.sub(r"^```.*$", "", path.read_text(), flags=re.MULTILINE)
+    text = re.sub(r"^```.*$", "", path.read_text(encoding="utf-8"), flags=re.MULTILINE)
     text = re.sub(r"\\+\n\s*", "", text)
     spans = [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", text)]
     lines = [re.split(r" #|\s{2,}|$", line.strip(), maxsplit=1)[0] for line in text.splitlines()]
@@ -42,7 +42,7 @@ def name_of(path: Path) -> str:
 
 def rows_under(heading: str) -> list[str]:
     """The first cells of the table in a section of README.md."""
-    section = (ROOT / "README.md").read_text().split(f"\n## {heading}\n")[1].split("\n## ")[0]
+    section = (ROOT / "README.md").read_text(encoding="utf-8").split(f"\n## {heading}\n")[1].split("\n## ")[0]
     _, _, *rows = [line for line in section.splitlines() if line.startswith("|")]
     return [row.split("|")[1] for row in rows]
 
@@ -87,6 +87,6 @@ def test_commands_are_found() -> None:
 
 @pytest.mark.parametrize("path", PAGES, ids=name_of)
 def test_links_lead_somewhere(path: Path) -> None:
-    targets = re.findall(r"\[[^]\"]*\]\(([^)#\s]+)", path.read_text())
+    targets = re.findall(r"\[[^]\"]*\]\(([^)#\s]+)", path.read_text(encoding="utf-8"))
     missing = [t for t in targets if "://" not in t and not (path.parent / t).exists()]
     assert not missing

@@ -128,7 +128,7 @@ def test_every_image_and_its_mirror_image_are_stored_with_their_posterior(images
 
 
 def test_the_index_says_what_the_latents_are(images, vae, encoded):
-    index = json.loads((encoded / INDEX).read_text())
+    index = json.loads((encoded / INDEX).read_text(encoding="utf-8"))
     stored = torch.cat([load_file(path)["moments"] for path in sorted(encoded.glob("*.safetensors"))])
     mean, std = stored.double().chunk(2, dim=2)
     assert index["image_size"] == SIZE
@@ -369,7 +369,7 @@ def damaged(images, tmp_path):
 def test_an_unreadable_image_keeps_its_place_and_the_next_one_stands_in_it(damaged, vae, encoded, tmp_path):
     out = tmp_path / "out"
     encode(settings(damaged, vae, out, max_unreadable=3), CPU)
-    assert json.loads((out / INDEX).read_text())["unreadable"] == ["ant/2.png", "bee/0.png", "cat/2.png"]
+    assert json.loads((out / INDEX).read_text(encoding="utf-8"))["unreadable"] == ["ant/2.png", "bee/0.png", "cat/2.png"]
     moments, labels = LatentFolder.open(out).read(torch.arange(11), torch.zeros(11).bool())
     clean, _ = LatentFolder.open(encoded).read(torch.arange(11), torch.zeros(11).bool())
     assert labels.tolist() == [0, 0, 1, 1, 1, 1, 1, 1, 2, 2, 0]
@@ -447,9 +447,9 @@ def test_a_missing_a_short_and_a_foreign_shard_are_named_at_once(copied):
 )
 def test_a_damaged_index_is_named(copied, change, message):
     path = copied / INDEX
-    changed = change(path.read_text())
-    assert changed != path.read_text()
-    path.write_text(changed)
+    changed = change(path.read_text(encoding="utf-8"))
+    assert changed != path.read_text(encoding="utf-8")
+    path.write_text(changed, encoding="utf-8")
     with pytest.raises(LatentsError, match=message):
         LatentFolder.open(copied)
 

@@ -207,7 +207,7 @@ def test_the_command_prints_and_writes_the_numbers(images, tmp_path, monkeypatch
     module.brightness = brightness
     monkeypatch.setitem(sys.modules, "my_features", module)
     samples = write_npz(tmp_path / "samples.npz", images[0])
-    (tmp_path / "metadata.json").write_text(json.dumps({"labels": {"scheme": "balanced"}}))
+    (tmp_path / "metadata.json").write_text(json.dumps({"labels": {"scheme": "balanced"}}), encoding="utf-8")
     reference = tmp_path / "elsewhere"
     reference.mkdir()
     reference = write_npz(reference / "reference.npz", images[1])
@@ -215,7 +215,7 @@ def test_the_command_prints_and_writes_the_numbers(images, tmp_path, monkeypatch
     flags = ["--extractor", "my_features:brightness", "--json", str(out), "--device", "cpu"]
     assert cli.main(["eval", str(samples), str(reference), *flags]) == 0
     printed = capsys.readouterr().out
-    written = json.loads(out.read_text())
+    written = json.loads(out.read_text(encoding="utf-8"))
     assert "40 images against 30 images; labels: balanced, order: unknown" in printed
     assert f"FID             {written['fid']:.4f}" in printed
     assert written["labels"] == {"scheme": "balanced"}
@@ -263,7 +263,7 @@ def test_weights_that_are_not_inceptions_are_named(weights, tmp_path):
         Inception(tmp_path / "missing.pth")
     torch.save({"fc.weight": torch.zeros(3)}, tmp_path / "other.pth")
     torch.save([1, 2], tmp_path / "list.pth")
-    (tmp_path / "text.pth").write_text("not weights")
+    (tmp_path / "text.pth").write_text("not weights", encoding="utf-8")
     torch.save({"bad": types.SimpleNamespace}, tmp_path / "code.pth")
     for name in ("other", "list", "text", "code"):
         with pytest.raises(ValueError, match=f"{name}.pth does not hold Inception's weights"):
@@ -343,7 +343,7 @@ def test_statistics_of_another_layout_are_named(arrays, message, tmp_path):
 def test_a_path_without_images_is_named(tmp_path):
     with pytest.raises(ValueError, match="no such file"):
         evaluate(tmp_path / "missing.npz", GOOD)
-    (tmp_path / "text.npz").write_text("not a zip")
+    (tmp_path / "text.npz").write_text("not a zip", encoding="utf-8")
     with pytest.raises(ValueError, match=r"text.npz is not an \.npz file"):
         evaluate(tmp_path / "text.npz", GOOD)
     (tmp_path / "empty").mkdir()

@@ -27,7 +27,7 @@ def row(contender: str, median: float, spread: float = 0.01, **what: Any) -> dic
 def write(folder: Path, name: str, rows: list[dict[str, Any]], **changes: Any) -> None:
     environment = {"compute_capability": "9.0", "device": "NVIDIA H200"} | changes.pop("environment", {})
     result = {"benchmark": name.partition("-")[0], "environment": environment, "complete": True, "rows": rows}
-    (folder / f"{name}.json").write_text(json.dumps(result | changes))
+    (folder / f"{name}.json").write_text(json.dumps(result | changes), encoding="utf-8")
 
 
 BEFORE = {("8.0", "patch_embed"): "cuda", ("9.0", "bias_gelu"): "cuda"}
@@ -37,7 +37,7 @@ BEFORE = {("8.0", "patch_embed"): "cuda", ("9.0", "bias_gelu"): "cuda"}
 def table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A copy of dispatch.py that knows of another device."""
     path = tmp_path / "dispatch.py"
-    path.write_text(fastest.with_table(Path(dispatch.__file__).read_text(), BEFORE))
+    path.write_text(fastest.with_table(Path(dispatch.__file__).read_text(encoding="utf-8"), BEFORE), encoding="utf-8")
     monkeypatch.setattr(fastest, "TABLE", path)
     monkeypatch.setattr(dispatch, "PREFERRED", BEFORE)
     return path
@@ -47,7 +47,7 @@ def written(path: Path) -> dict[tuple[str, str], str]:
     """The table in a copy of dispatch.py, as Python reads it."""
     found = next(
         node
-        for node in ast.parse(path.read_text()).body
+        for node in ast.parse(path.read_text(encoding="utf-8")).body
         if isinstance(node, ast.AnnAssign) and getattr(node.target, "id", "") == "PREFERRED"
     )
     assert found.value is not None
@@ -87,7 +87,7 @@ def folder(tmp_path: Path) -> Path:
     write(made, "optimizer", state)
     write(made, "ops-cut", [row("triton", 1.0, **forward), row("cuda", 9.0, **forward)], complete=False)
     write(made, "attention", [row("cuda", 1.0)])
-    (made / "stages.json").write_text("[]")
+    (made / "stages.json").write_text("[]", encoding="utf-8")
     return made
 
 
@@ -106,9 +106,9 @@ def test_a_winner_is_faster_in_every_setting_beyond_the_spread(
 
 
 def test_nothing_is_written_unasked(folder: Path, table: Path) -> None:
-    before = table.read_text()
+    before = table.read_text(encoding="utf-8")
     fastest.main([str(folder)])
-    assert table.read_text() == before
+    assert table.read_text(encoding="utf-8") == before
 
 
 def test_auto_goes_by_the_table(folder: Path, table: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -52,7 +52,7 @@ def rows_of(source: str) -> list[dict[str, Any]]:
 def write(folder: Path, source: str, **changed: Any) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     result = {"environment": ON_GPU, "complete": True, "rows": rows_of(source), **changed}
-    (folder / source).write_text(json.dumps(result))
+    (folder / source).write_text(json.dumps(result), encoding="utf-8")
 
 
 def draw(results: Path, out: Path, *names: str) -> None:

@@ -114,7 +114,7 @@ def test_every_format_holds_the_same_samples_in_order(model, whole):
         assert np.array_equal(np.array(Image.open(file)), image)
     assert np.array_equal(np.array(Image.open(whole / "grid.png")), grid_of(list(pixels)))
     assert not (whole / ".parts").exists()
-    described = json.loads((whole / "metadata.json").read_text())
+    described = json.loads((whole / "metadata.json").read_text(encoding="utf-8"))
     assert described["labels"] == {"scheme": "balanced", "classes": "0-2", "order": "interleaved"}
     assert described["sampling"]["guidance_scale"] == 2.0
     assert described["timesteps"] == create_diffusion("4").timestep_map
@@ -301,9 +301,9 @@ def test_classes_and_label_files_are_read(tmp_path):
         with pytest.raises(ValueError, match="classes: got"):
             parse_classes(text)
     path = tmp_path / "labels.txt"
-    path.write_text("3\n1\n2\n")
+    path.write_text("3\n1\n2\n", encoding="utf-8")
     assert read_labels(path) == (3, 1, 2)
-    path.write_text("3\n\n2\n")
+    path.write_text("3\n\n2\n", encoding="utf-8")
     with pytest.raises(ValueError, match="line 2: got ''"):
         read_labels(path)
     with pytest.raises(ValueError, match="no such file"):
@@ -347,7 +347,7 @@ def test_a_job_that_cannot_be_is_named(build, message):
 def test_no_vae_may_be_said_as_in_training(checkpoint, tmp_path):
     flags = (*FLAGS, "--count", "2", "--steps", "2", "--vae", "none")
     assert cli.main(["sample", str(checkpoint), "--out", str(tmp_path), *flags]) == 0
-    assert json.loads((tmp_path / "metadata.json").read_text())["vae"] is None
+    assert json.loads((tmp_path / "metadata.json").read_text(encoding="utf-8"))["vae"] is None
 
 
 def test_latents_as_images_need_a_vae(tmp_path):

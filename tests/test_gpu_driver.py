@@ -33,7 +33,7 @@ def by_name(machine: dict[str, Any], wheels: Path | None = None) -> dict[str, St
 
 
 def record(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "stages.json").read_text())
+    return json.loads((folder / "stages.json").read_text(encoding="utf-8"))
 
 
 def run(folder: Path, *stages: Stage, code: str = "a", force: bool = False, budget: float = 60) -> dict[str, Any]:
@@ -60,8 +60,8 @@ def test_it_dry_runs_on_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, c
     assert skipped == {"build", "memcheck", "racecheck", "wheels", "parity-wheels", "attention-wheels"}
     assert all(written[name]["reason"] for name in skipped)
     for name in (*gpu.FIRST, "latents"):
-        assert json.loads((tmp_path / written[name]["numbers"]).read_text())["rows"]
-    assert json.loads((tmp_path / "environment.json").read_text())["type"] == "cpu"
+        assert json.loads((tmp_path / written[name]["numbers"]).read_text(encoding="utf-8"))["rows"]
+    assert json.loads((tmp_path / "environment.json").read_text(encoding="utf-8"))["type"] == "cpu"
     numbers = {f"{name}.json" for name in (*gpu.FIRST, "latents", "parity-triton", "parity-cuda")}
     assert {path.name for path in tmp_path.iterdir()} == {"environment.json", "stages.json", *numbers}
     capsys.readouterr()
@@ -73,9 +73,9 @@ def test_the_fingerprint_follows_the_code(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(gpu, "ROOT", tmp_path)
     (tmp_path / "csrc").mkdir()
     before = gpu.fingerprint()
-    (tmp_path / "csrc/kernel.cu").write_text("1")
+    (tmp_path / "csrc/kernel.cu").write_text("1", encoding="utf-8")
     between = gpu.fingerprint()
-    (tmp_path / "csrc/kernel.cu").write_text("2")
+    (tmp_path / "csrc/kernel.cu").write_text("2", encoding="utf-8")
     after = gpu.fingerprint()
     monkeypatch.setattr(gpu, "_version", lambda package: f"another {package}")
     assert len({before, between, after, gpu.fingerprint()}) == 4
@@ -175,7 +175,7 @@ def test_a_stage_that_takes_too_long_is_ended_with_what_it_started(tmp_path: Pat
 def lives(process: int) -> bool:
     """Whether it runs; nobody may have asked a dead one for its status yet."""
     try:
-        return Path(f"/proc/{process}/stat").read_text().split()[2] != "Z"
+        return Path(f"/proc/{process}/stat").read_text(encoding="utf-8").split()[2] != "Z"
     except (FileNotFoundError, ProcessLookupError):
         return False
 
@@ -263,9 +263,9 @@ def test_nothing_is_said_of_a_library_that_is_not_built_yet(monkeypatch: pytest.
 THREE_ROWS = """
 import json, pathlib, sys, time
 path = pathlib.Path(sys.argv[sys.argv.index("--json") + 1])
-rows = json.loads(path.read_text())["rows"] if "--resume" in sys.argv and path.exists() else []
+rows = json.loads(path.read_text(encoding="utf-8"))["rows"] if "--resume" in sys.argv and path.exists() else []
 new = 1 if rows else 2
-path.write_text(json.dumps({"rows": rows + [{}] * new}))
+path.write_text(json.dumps({"rows": rows + [{}] * new}), encoding="utf-8")
 time.sleep(60 if new == 2 else 0)
 """
 
@@ -276,7 +276,7 @@ def test_a_benchmark_cut_short_goes_on_after_its_rows(
     monkeypatch.setattr(gpu, "SHORTEST", 0.5)
 
     def rows() -> int:
-        return len(json.loads((tmp_path / "ops.json").read_text())["rows"])
+        return len(json.loads((tmp_path / "ops.json").read_text(encoding="utf-8"))["rows"])
 
     ops = Stage("ops", ("python", "-c", THREE_ROWS), 3, rows=True, benchmark=True)
     found = run(tmp_path, ops, budget=3)["ops"]
@@ -310,11 +310,11 @@ def test_a_benchmark_goes_on_after_its_units(tmp_path: Path) -> None:
         for what in ("first", "second"):
             assert [row["what"] for row in journal.unit(what, rows, what)] == [what] * 2
         journal.close(["what"])
-        return json.loads(out.read_text())
+        return json.loads(out.read_text(encoding="utf-8"))
 
     with pytest.raises(KeyboardInterrupt):
         go()
-    left = json.loads(out.read_text())
+    left = json.loads(out.read_text(encoding="utf-8"))
     assert [row["unit"] for row in left["rows"]] == ["first", "first"]
     assert not left["complete"]
     whole = go("--resume")
@@ -346,13 +346,13 @@ def test_what_passed_of_a_parity_stage_is_not_run_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    Path("test_some.py").write_text(TESTS)
-    Path("pytest.ini").write_text("[pytest]\nmarkers =\n    gpu: needs a CUDA device\n")
+    Path("test_some.py").write_text(TESTS, encoding="utf-8")
+    Path("pytest.ini").write_text("[pytest]\nmarkers =\n    gpu: needs a CUDA device\n", encoding="utf-8")
     command = ["test_some.py", "--json", "rows.json", "--resume"]
     assert gpu_tests.main(command) == 1
     Path("now").touch()
     assert gpu_tests.main(command) == 0
-    result = json.loads(Path("rows.json").read_text())
+    result = json.loads(Path("rows.json").read_text(encoding="utf-8"))
     passed = [row["unit"].removeprefix("test_some.py::") for row in result["rows"]]
     assert passed == ["test_once", "test_later", "test_that_ends_badly_at_first"]
     assert result["complete"]
@@ -425,7 +425,7 @@ def test_the_limits_of_the_first_stages_add_up_to_one_call() -> None:
 
 
 def test_the_debts_name_the_stages_that_pay_them() -> None:
-    debts = commands.ROOT.joinpath("benchmarks/results/README.md").read_text().split("\n## Owed")[1]
+    debts = commands.ROOT.joinpath("benchmarks/results/README.md").read_text(encoding="utf-8").split("\n## Owed")[1]
     assert set(re.findall(r"stages? ([\w-]+)", debts)) <= set(by_name({"type": "cpu"}))
     assert not [name for name in (*gpu.FIRST, *gpu.LATER) if not re.search(rf"\b{name}\b", debts)]
 
@@ -449,7 +449,7 @@ def test_a_run_resumes_in_its_own_folder(tmp_path: Path, monkeypatch: pytest.Mon
     assert new.name == f"{gpu._now()[:10]}-nvidia-h200"
     before = new.with_name("2020-01-01-nvidia-h200")
     before.mkdir(parents=True)
-    (before / "stages.json").write_text(json.dumps({"check": {"code": "code"}}))
+    (before / "stages.json").write_text(json.dumps({"check": {"code": "code"}}), encoding="utf-8")
     assert gpu.folder_of(machine, "code") == before
     assert gpu.folder_of(machine, "other") == new
 

@@ -19,7 +19,7 @@ def runs(tmp_path):
         rows = [{"step": step, "loss": index / step, "images_per_second": 100.0 * index} for step in (1, 2, 3)]
         rows.insert(2, {"step": 2, "validation_loss": 0.5})
         rows.append({"step": 4, "loss": None, "images_per_second": 90.0})
-        (folder / METRICS).write_text("".join(json.dumps(row) + "\n" for row in rows))
+        (folder / METRICS).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         folders.append(folder)
     return folders
 

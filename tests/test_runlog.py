@@ -86,10 +86,10 @@ def test_the_peak_of_a_known_gpu_is_known(monkeypatch, name, peak):
 def test_metrics_are_cut_back_to_a_step(tmp_path):
     path = tmp_path / METRICS
     lines = [json.dumps({"step": step}) for step in (2, 4, 6)]
-    path.write_text("\n".join(lines) + '\n{"step": 8, "lo')
+    path.write_text("\n".join(lines) + '\n{"step": 8, "lo', encoding="utf-8")
     assert [row["step"] for row in read_metrics(path)] == [2, 4, 6]
     cut_back(path, 4)
-    assert path.read_text() == "\n".join(lines[:2]) + "\n"
+    assert path.read_text(encoding="utf-8") == "\n".join(lines[:2]) + "\n"
     cut_back(tmp_path / "absent", 4)
     assert list(tmp_path.iterdir()) == [path]
 

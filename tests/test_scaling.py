@@ -19,7 +19,7 @@ def run(name: str, *arguments: str, monkeypatch: pytest.MonkeyPatch, out: Path) 
     monkeypatch.syspath_prepend(BENCHMARKS)
     monkeypatch.setattr(sys, "argv", [name, "--device", "cpu", "--json", str(out), *arguments])
     runpy.run_path(str(BENCHMARKS / f"{name}.py"), run_name="__main__")
-    return json.loads(out.read_text())["rows"]
+    return json.loads(out.read_text(encoding="utf-8"))["rows"]
 
 
 def test_scaling(monkeypatch, tmp_path, capsys):

@@ -51,7 +51,7 @@ def test_the_script_draws_the_figure(study, tmp_path, monkeypatch, capsys):
     flags = ["--steps", "9,17,33", "--reference", "129", "--json", str(tmp_path / "solvers.json")]
     monkeypatch.setattr("sys.argv", ["solvers", *flags, "--figure", str(tmp_path / "solvers.png")])
     study.main()
-    rows = json.loads((tmp_path / "solvers.json").read_text())["rows"]
+    rows = json.loads((tmp_path / "solvers.json").read_text(encoding="utf-8"))["rows"]
     assert [len(row["errors"]) for row in rows] == [3] * 4
     assert (tmp_path / "solvers.png").stat().st_size > 10_000
     assert "uniform log-SNR" in capsys.readouterr().out

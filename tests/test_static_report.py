@@ -48,7 +48,7 @@ BYTES = {"floor_bytes", "issued_bytes", "floor_ms", "passes"}
 def report(tmp_path: Path, *arguments: str) -> list[dict[str, Any]]:
     out = tmp_path / "report.json"
     static_report.main(["--json", str(out), *arguments])
-    result = json.loads(out.read_text())
+    result = json.loads(out.read_text(encoding="utf-8"))
     assert result["benchmark"] == "static_report"
     assert result["complete"]
     rows: list[dict[str, Any]] = result["rows"]

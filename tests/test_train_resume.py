@@ -59,7 +59,7 @@ def child(argv, ready, sabotage):
     log = os.open(f"{argv[argv.index('--results-dir') + 1]}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)
     os.dup2(log, 2)
-    sys.stdout = sys.stderr = os.fdopen(1, "w", buffering=1)
+    sys.stdout = sys.stderr = os.fdopen(1, "w", buffering=1, encoding="utf-8")
     if sabotage is not None:
         sabotage[0](*sabotage[1:])
     ready.send(None)
@@ -86,7 +86,7 @@ def complete(context, folder, *flags, sabotage=None):
 
 
 def told(folder):
-    return Path(f"{folder}.log").read_text()
+    return Path(f"{folder}.log").read_text(encoding="utf-8")
 
 
 # ---- Where a run ends ------------------------------------------------------------------------------------------------
@@ -354,7 +354,7 @@ def test_the_last_ones_and_every_mth_are_kept(tmp_path, capsys):
 
 
 def test_the_manifest_tells_what_the_run_was(unbroken):
-    manifest = json.loads((checkpoints_of(unbroken)[STEPS] / "manifest.json").read_text())
+    manifest = json.loads((checkpoints_of(unbroken)[STEPS] / "manifest.json").read_text(encoding="utf-8"))
     assert TrainConfig(**manifest["config"]["training"]).steps == STEPS
     assert manifest["state"]["images_seen"] == 4 * STEPS
     assert sorted(manifest["files"]) == ["ema", "model", "optimizer"]

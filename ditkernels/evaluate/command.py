@@ -67,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
     for note in result.notes:
         print(f"note: {note}", file=sys.stderr)
     if args.json is not None:
-        args.json.write_text(json.dumps(result.to_json(), indent=2) + "\n")
+        args.json.write_text(json.dumps(result.to_json(), indent=2) + "\n", encoding="utf-8")
     return 0
 
 

@@ -107,7 +107,7 @@ def described_by(path: Path) -> dict[str, Any] | None:
     if not beside.is_file():
         return None
     try:
-        described = json.loads(beside.read_text())
+        described = json.loads(beside.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{beside}: not JSON: {error}") from error
     return described if isinstance(described, dict) else None

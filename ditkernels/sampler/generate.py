@@ -202,7 +202,7 @@ def generate(
     world.barrier()
     if world.rank == 0:
         shutil.rmtree(out / PARTS, ignore_errors=True)
-    return json.loads((out / METADATA).read_text())
+    return json.loads((out / METADATA).read_text(encoding="utf-8"))
 
 
 def _open(out: Path, settings: dict[str, Any]) -> None:
@@ -212,7 +212,7 @@ def _open(out: Path, settings: dict[str, Any]) -> None:
 
 
 def _check_same(out: Path, settings: dict[str, Any]) -> None:
-    there = json.loads((out / SETTINGS).read_text())
+    there = json.loads((out / SETTINGS).read_text(encoding="utf-8"))
     different = [
         f"{name}: {there.get(name)!r} there, {settings.get(name)!r} here"
         for name in sorted({*there, *settings})

@@ -83,7 +83,7 @@ def read_labels(path: Path) -> tuple[int, ...]:
     """One class id a line, image i's on line i. Raises ValueError, naming the line, for anything else."""
     if not path.is_file():
         raise ValueError(f"labels: {path}: no such file")
-    lines = path.read_text().split("\n")
+    lines = path.read_text(encoding="utf-8").split("\n")
     lines = lines[:-1] if lines[-1] == "" else lines
     for number, line in enumerate(lines, start=1):
         if not line.strip().isdecimal():
