@@ -87,7 +87,7 @@ def test_a_section_that_fails_says_why_and_the_others_follow(capsys, monkeypatch
     assert cli.main(["info", "--device", "cpu"]) == 1
     lines = capsys.readouterr().out.splitlines()
     found = [line for line in lines if not line.startswith(" ")]
-    assert all(line.startswith(title) for line, title in zip(found, TITLES, strict=True)), found
+    assert all(title in line for line, title in zip(found, TITLES, strict=True)), found
     assert lines.count("  this section ends here: AttributeError: this driver has no such function") == 1
 
 
