@@ -29,7 +29,19 @@ BF16 = "eager-bf16,ours-bf16,compiled-bf16,ours-compiled-bf16"
 MEASUREMENTS = {
     # One thread: two would take another half hour.
     "ops": ("ops", "--passes", "inference,forward+backward", "--rounds", "15", "--threads", "1"),
-    "large": ("ops", "--ops", "gated_residual_norm", "--shapes", "32x256x1152", "--passes", "inference", "--rounds", "20", "--threads", "1"),
+    "large": (
+        "ops",
+        "--ops",
+        "gated_residual_norm",
+        "--shapes",
+        "32x256x1152",
+        "--passes",
+        "inference",
+        "--rounds",
+        "20",
+        "--threads",
+        "1",
+    ),
     "optimizer": ("optimizer",),
     "training-fp32": ("training",),
     # A processor that multiplies no bf16 takes some 20 s a backward: fewer rounds, and turns of their own.

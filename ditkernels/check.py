@@ -34,7 +34,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ditkernels import ops, reference
-from ditkernels.ops import _triton, dispatch
+from ditkernels.ops import _native, _triton, dispatch
 from ditkernels.ops.attention import explain
 
 CONTRACT_FACTOR = 2.0
@@ -403,7 +403,7 @@ def report(file: TextIO, device: torch.device | None = None, only: str | None = 
         only: a backend of the ops, to check that one alone.
 
     Returns:
-        Whether everything held.
+        Whether everything held, and the libraries are the files that were built.
     """
     device = device or resolve_device("auto")
     print(f"Checking every op against fp64 on {_device_name(device)}, forward and every gradient", file=file)
@@ -415,8 +415,11 @@ def report(file: TextIO, device: torch.device | None = None, only: str | None = 
             print(_line(result), file=file)
     for line in _not_run(found):
         print(line, file=file)
+    changed = _native.changed_libraries()
+    for sentence in changed:
+        print(f"  FAILED: {sentence}", file=file)
     print(_verdict(found), file=file, flush=True)
-    return passed(found)
+    return passed(found) and not changed
 
 
 _ROW = "  {:<20} {:<15} {:<10} {:>13}  {}"

@@ -71,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
         "Packages": _packages(),
         "Environment": _environment(),
         f"Ops, bf16 on {device}: backend chosen, and why not the others": _ops(device),
-        "CUDA C++ kernels": _kernels(device),
+        "C++ kernels": _kernels(device),
         f"Attention, bf16 on {device}, as DiT-XL/2 trains at 256 px: 16 heads of 72 channels, 256 tokens": _attention(device),
     }
     failures: list[Exception] = []
@@ -205,6 +205,7 @@ _FORCED = "NONE: the backend that the environment asks for cannot serve"
 def _kernels(device: torch.device) -> Iterator[str]:
     yield f"CUDA library: {_native.cuda_library()}"
     yield f"CPU library: {_native.cpu_library()}"
+    yield from _native.changed_libraries()
     if device.type != "cuda":
         yield f"registers, spills and occupancy: only a GPU tells them, and {device} is none"
         return

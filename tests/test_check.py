@@ -100,6 +100,15 @@ def test_an_update_that_is_slightly_off_fails(monkeypatch):
     assert found.where == "weights"
 
 
+def test_a_library_that_was_changed_fails_the_check(monkeypatch):
+    monkeypatch.setattr(check, "CASES", (case("unpatchify"),))
+    assert check.report(io.StringIO(), CPU, "torch")
+    monkeypatch.setattr(_native.CPU, "changed", lambda: "_cpu.so is not the file that was built")
+    shown = io.StringIO()
+    assert not check.report(shown, CPU, "torch")
+    assert "FAILED: _cpu.so is not the file that was built" in shown.getvalue()
+
+
 def test_the_torch_kernels_are_checked_and_not_the_specification(monkeypatch):
     def specification(*args, **kwargs):
         raise AssertionError("called")

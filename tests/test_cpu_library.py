@@ -256,9 +256,9 @@ PARITY = {
 def with_fault(objects: Path, out: Path, family: str, genuine: str, fault: str) -> Path:
     """A library with a fault in the kernels of one family for the least instruction set; all other objects are as they are."""
     source = ROOT / f"csrc/cpu/{family}.cpp"
-    text = source.read_text()
+    text = source.read_text(encoding="utf-8")
     assert text.count(genuine) == 1, f"{family}: {genuine!r} stands there {text.count(genuine)} times"
-    (out / source.name).write_text(text.replace(genuine, fault))
+    (out / source.name).write_text(text.replace(genuine, fault), encoding="utf-8")
     sets = build_native.INSTRUCTION_SETS[platform.machine()][1]
     least, flags = next(iter(sets.items()))
     host = build_native.INSTRUCTION_SETS[platform.machine()][0]
@@ -426,13 +426,13 @@ def test_a_forced_cpu_backend_that_cannot_serve_says_why(monkeypatch: pytest.Mon
 
 
 def test_the_record_of_the_installation_is_read(tmp_path: Path) -> None:
-    (tmp_path / "_cpu_build.json").write_text(json.dumps({"absent": "no C++ compiler was found"}))
+    (tmp_path / "_cpu_build.json").write_text(json.dumps({"absent": "no C++ compiler was found"}), encoding="utf-8")
     assert _native.CPU.why_not_built(tmp_path) == "the CPU library was not built: no C++ compiler was found"
 
 
 def test_the_compiler_is_the_one_that_CXX_names_else_one_of_the_path(tmp_path: Path) -> None:
     compiler = tmp_path / "clang++"
-    compiler.write_text("#!/bin/sh\n")
+    compiler.write_text("#!/bin/sh\n", encoding="utf-8")
     compiler.chmod(0o755)
     assert build_native.find_cxx({"PATH": str(tmp_path)}) == str(compiler)
     assert build_native.find_cxx({"PATH": str(tmp_path), "CXX": "clang++ -v"}) == str(compiler)

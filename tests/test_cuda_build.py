@@ -320,7 +320,7 @@ def test_a_switch_is_an_order(kind: str, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_the_build_requires_no_torch() -> None:
-    text = (ROOT / "pyproject.toml").read_text()
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     required = text[text.index("[build-system]") : text.index("[project]")]
     assert "torch" not in required
 
@@ -331,12 +331,13 @@ def test_the_build_requires_no_torch() -> None:
 @pytest.fixture
 def tiny(tmp_path: Path) -> Path:
     """A library of one function, whose value stands in a header."""
-    (tmp_path / "value.h").write_text("#define VALUE 1\n")
+    (tmp_path / "value.h").write_text("#define VALUE 1\n", encoding="utf-8")
     (tmp_path / "tiny.cu").write_text(
         '#include "value.h"\n'
         "__global__ void kernel(int* out) { *out = VALUE; }\n"
         'extern "C" __attribute__((visibility("default"))) int value() { return VALUE; }\n'
-        'extern "C" __attribute__((visibility("default"))) const char* built() { return DITKERNELS_ARCHITECTURES; }\n'
+        'extern "C" __attribute__((visibility("default"))) const char* built() { return DITKERNELS_ARCHITECTURES; }\n',
+        encoding="utf-8",
     )
     return tmp_path / "tiny.cu"
 
@@ -365,7 +366,7 @@ def test_a_changed_header_rebuilds_and_nothing_else_does(tiny: Path, tmp_path: P
     made = library.stat().st_mtime_ns
     assert build().stat().st_mtime_ns == made
     time.sleep(0.01)
-    (tmp_path / "value.h").write_text("#define VALUE 2\n")
+    (tmp_path / "value.h").write_text("#define VALUE 2\n", encoding="utf-8")
     assert call(build()) == (2, "8.0;9.0a+PTX")
 
 
@@ -395,7 +396,7 @@ def test_paths_of_all_kinds_are_taken(tiny: Path, tmp_path: Path) -> None:
 
 @needs_nvcc
 def test_a_failing_build_says_what_to_set(tiny: Path, tmp_path: Path) -> None:
-    tiny.write_text("no C++\n")
+    tiny.write_text("no C++\n", encoding="utf-8")
     with pytest.raises(build_native.BuildError, match=r"MAX_JOBS=1 .* CUDA_HOME .* CXX .* TORCH_CUDA_ARCH_LIST"):
         build_native.build_library(tmp_path / "out", tools(), build_native.architectures("9.0a"), [tiny])
     assert not (tmp_path / "out" / build_native.LIBRARY).exists()
@@ -535,7 +536,45 @@ NO_LIBRARIES = {"DITKERNELS_BUILD_CUDA": "0", "DITKERNELS_BUILD_CPU": "0"}
 
 
 def test_an_install_without_the_library_notes_down_why(tmp_path: Path) -> None:
-    assert_pure(wheel(copied_tree(tmp_path), tmp_path / "wheels", **NO_LIBRARIES), tmp_path)
+    """Whatever lies in the tree or was built there before: libraries, and a module that is no longer there."""
+    tree = copied_tree(tmp_path)
+    gone = tree / "ditkernels/gone.py"
+    gone.touch()
+    for library in (build_native.LIBRARY, build_native.CPU_LIBRARY):
+        (tree / "ditkernels" / library).write_bytes(b"built here")
+    with zipfile.ZipFile(wheel(tree, tmp_path / "first", **NO_LIBRARIES)) as archive:
+        assert "ditkernels/gone.py" in archive.namelist()
+    gone.unlink()
+    made = wheel(tree, tmp_path / "wheels", **NO_LIBRARIES)
+    with zipfile.ZipFile(made) as archive:
+        assert "ditkernels/gone.py" not in archive.namelist()
+    assert_pure(made, tmp_path)
+
+
+def editable(tree: Path, **environment: str) -> str:
+    """Prepares a tree to be used as it lies; what was said."""
+    make = "import sys, setuptools.build_meta as backend; backend.build_editable(sys.argv[1])"
+    command = [sys.executable, "-c", make, str(tree / "out")]
+    done = subprocess.run(command, cwd=tree, capture_output=True, text=True, env={**os.environ, **environment})
+    assert done.returncode == 0, done.stderr
+    return done.stderr
+
+
+def test_an_editable_install_that_builds_no_library_leaves_the_one_that_is_there(tmp_path: Path) -> None:
+    tree = copied_tree(tmp_path)
+    package = tree / "ditkernels"
+    assert "stays as it is" not in editable(tree, **NO_LIBRARIES)
+    assert "DITKERNELS_BUILD_CPU=0 was set at installation" in _native.CPU.why_not_built(package)
+    for library, kind in ((build_native.LIBRARY, "CUDA"), (build_native.CPU_LIBRARY, "CPU")):
+        (tmp_path / "built").write_bytes(kind.encode())
+        build_native.install(tmp_path / "built", package / library, kind)
+    before = {path.name: path.read_bytes() for path in package.glob("_*") if path.is_file()}
+    said = editable(tree, **NO_LIBRARIES)
+    assert said.count("stays as it is: no other is built, since DITKERNELS_BUILD_") == 2
+    assert {path.name: path.read_bytes() for path in package.glob("_*") if path.is_file()} == before
+    compiler = str(failing_compiler(tmp_path))
+    editable(tree, DITKERNELS_BUILD_CUDA="0", DITKERNELS_BUILD_CPU="", CXX=compiler)
+    assert {path.name: path.read_bytes() for path in package.glob("_*") if path.is_file()} == before
 
 
 def failing_compiler(tmp_path: Path) -> Path:
@@ -590,7 +629,7 @@ stack.mkdir()
 for entry in there.iterdir():
     if "ditkernels" not in entry.name and entry.suffix != ".pth":
         (stack / entry.name).symlink_to(entry)
-(here / "stack.pth").write_text(str(stack))
+(here / "stack.pth").write_text(str(stack), encoding="utf-8")
 """
 CPU_SIDE = ("test_adaln.py", "test_dispatch.py", "test_info.py", "test_patch_embed.py", "test_final_layer.py")
 

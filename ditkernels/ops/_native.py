@@ -198,6 +198,11 @@ def cpu_library() -> str:
     return CPU.absence or f"{CPU.path}, {_isa_reason() or f'runs on {cpu_isa()}'}"
 
 
+def changed_libraries() -> list[str]:
+    """Of the loaded libraries those whose file is not the one that was built, each in a sentence."""
+    return [said for library in (CUDA, CPU) if (said := library.changed()) is not None]
+
+
 class Kernel(NamedTuple):
     """What a kernel of the library takes on a device.
 
