@@ -5,13 +5,14 @@
     python benchmarks/figures.py --only cpu.png     draws the figure, which README's part shows
     python benchmarks/cpu.py --docs README.md benchmarks/results/README.md    writes the tables, and measures nothing
 
-Each measurement is a script of this folder at sizes that a CPU can bear, on 1 and 2 threads, in five processes each, into
+Each measurement is a script of this folder at sizes that a CPU can bear, training on 1 and 2 threads, in five processes each, into
 benchmarks/results/cpu-NAME.json. A table stands between marks, ``<!-- cpu summary -->`` or ``<!-- cpu ops -->`` and its end.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import subprocess
@@ -26,27 +27,17 @@ RESULTS = ROOT / "benchmarks/results"
 NORMS = ("modulate_norm", "gated_residual", "gated_residual_norm")
 SHAPE = [4, 256, 384]  # of the ops in the summary
 BF16 = "eager-bf16,ours-bf16,compiled-bf16,ours-compiled-bf16"
+# What nobody asks of two threads is measured on one: the second number would take as long again.
+ONE_THREAD = ("--threads", "1")
+LARGE = ("--ops", "gated_residual_norm", "--shapes", "32x256x1152", "--passes", "inference", "--rounds", "20")
 MEASUREMENTS = {
-    # One thread: two would take another half hour.
-    "ops": ("ops", "--passes", "inference,forward+backward", "--rounds", "15", "--threads", "1"),
-    "large": (
-        "ops",
-        "--ops",
-        "gated_residual_norm",
-        "--shapes",
-        "32x256x1152",
-        "--passes",
-        "inference",
-        "--rounds",
-        "20",
-        "--threads",
-        "1",
-    ),
+    "ops": ("ops", "--passes", "inference,forward+backward", "--rounds", "15", *ONE_THREAD),
+    "large": ("ops", *LARGE, *ONE_THREAD),
     "optimizer": ("optimizer",),
     "training-fp32": ("training",),
     # A processor that multiplies no bf16 takes some 20 s a backward: fewer rounds, and turns of their own.
     "training-bf16": ("training", "--rounds", "2", "--contenders", BF16),
-    "sampling": ("sampling",),
+    "sampling": ("sampling", *ONE_THREAD),
 }
 
 FIGURE = "![Our ops against plain PyTorch and torch.compile on one thread of a CPU](docs/figures/cpu.png)"
@@ -88,6 +79,7 @@ class Line(NamedTuple):
         field: of the row that says how many times as fast it is.
         source: name of the measurement; ``{}`` stands for the precision.
         where: what the row must say.
+        threads: of torch.
     """
 
     what: str
@@ -95,6 +87,7 @@ class Line(NamedTuple):
     field: str
     source: str
     where: dict[str, Any]
+    threads: int = 1
 
 
 def lines() -> list[Line]:
@@ -110,10 +103,11 @@ def lines() -> list[Line]:
     for op, words in (("bias_gelu", "`bias_gelu`, forward"), ("gelu", "`bias_gelu` without bias, forward")):
         where = {"op": op, "shape": SHAPE, "pass": "inference", "contender": "cpu"}
         made.append(Line(words, against["eager"], "over_eager", "ops", where))
-    for which in passes:
-        for contender, word, whose in (("ours", "eager", "a DiT"), ("ours-compiled", "compiled", "a compiled DiT")):
-            where = {"contender": contender + "-{}", "pass": which}
-            made.append(Line(f"{whose}, {which}", f"the plain one, {word}", f"over_{word}", "training-{}", where))
+    models = (("ours", "eager", "a DiT"), ("ours-compiled", "compiled", "a compiled DiT"))
+    for which, threads, (contender, word, whose) in itertools.product(passes, (1, 2), models):
+        where = {"contender": contender + "-{}", "pass": which}
+        what = f"{whose}, {which}" + (f", {threads} threads" if threads > 1 else "")
+        made.append(Line(what, f"the plain one, {word}", f"over_{word}", "training-{}", where, threads))
     for kind in ("fused", "foreach"):
         where = {"contender": "cpu"}
         made.append(Line("`adamw_ema`", f"{kind} AdamW, then foreach EMA", f"over_{kind}", "optimizer", where))
@@ -141,17 +135,17 @@ def times(row: measure.Row | None, field: str) -> str:
 
 
 def summary(results: Results) -> list[str]:
-    """What README says: of everything something, on one thread."""
+    """What README says: of everything something."""
     rows = []
     for line in lines():
         cells = []
         for precision in ("fp32", "bf16"):
             where = {name: value.format(precision) if isinstance(value, str) else value for name, value in line.where.items()}
-            row = found(results, line.source.format(precision), 1, {**where, "precision": precision})
+            row = found(results, line.source.format(precision), line.threads, {**where, "precision": precision})
             cells.append(times(row, line.field))
         if any(cell != "–" for cell in cells):
             rows.append([line.what, line.than, *cells])
-    gains = measure.markdown("one thread | times as fast as | fp32 | bf16", rows)
+    gains = measure.markdown("on one thread, unless said | times as fast as | fp32 | bf16", rows)
     figure = ["", FIGURE] if "ops" in results else []  # which is drawn of them
     return [origin(results), "", *gains, *large(results), *figure]
 
@@ -170,12 +164,10 @@ def every_op(results: Results) -> list[str]:
     rows = []
     for row in results["ops"]["rows"] if "ops" in results else []:
         if row.get("contender") == "cpu" and row["threads"] == 1 and "median_ms" in row:
-            where = {name: row[name] for name in ("op", "shape", "precision", "pass", "contender")}
-            both = [row, found(results, "ops", 2, where)]
-            gains = [times(one, f"over_{word}") for one in both for word in ("eager", "compiled")]
+            gains = [times(row, f"over_{word}") for word in ("eager", "compiled")]
             share = f"{100 * row['over_copy']:.0f}%"
             rows.append([f"`{row['op']}`", "x".join(map(str, row["shape"])), row["precision"], row["pass"], *gains, share])
-    header = "op | B x N x D | precision | pass | than eager | than compiled | eager, 2 threads | compiled, 2 threads | of `copy_`"
+    header = "op | B x N x D | precision | pass | than eager | than compiled | of `copy_`"
     return [origin(results), "", *measure.markdown(header, rows)]
 
 
