@@ -112,9 +112,10 @@ def test_a_set_that_this_processor_has_not_makes_auto_choose_torch_and_says_why(
 def test_every_op_is_right_on_every_instruction_set_of_this_processor(isa: str) -> None:
     if f"got '{isa}'" in in_a_process("from ditkernels.ops import _native; print(_native.cpu_library())", DITKERNELS_CPU_ISA=isa):
         pytest.skip(f"this processor has no {isa}")
-    command = [sys.executable, "-m", "ditkernels.cli", "check", "--backend", "cpu"]
+    command = [sys.executable, "-m", "ditkernels", "check", "--backend", "cpu", "--device", "cpu"]
     done = subprocess.run(command, env={**os.environ, "DITKERNELS_CPU_ISA": isa}, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stdout + done.stderr
+    assert "checks passed" in done.stdout
 
 
 # ---- exp and the logistic function -----------------------------------------------------------------------------------
