@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -32,6 +33,7 @@ def as_ops(backend: str) -> AbstractContextManager[object]:
 
 # The backend that auto chooses for tensors on the CPU.
 SERVING = "torch" if _native.CPU.absence else "cpu"
+needs_compiler = pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="needs a C++ compiler")
 needs_library = pytest.mark.skipif(_native.CPU.absence is not None, reason=str(_native.CPU.absence))
 
 

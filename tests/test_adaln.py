@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from native_cpu import as_ops, on_both_backends, run_formulas  # noqa: F401
+from native_cpu import as_ops, needs_compiler, on_both_backends, run_formulas  # noqa: F401
 from torch import Tensor
 
 from ditkernels import reference
@@ -319,6 +319,7 @@ def test_compiles_as_one_graph(op: str, on_both_backends: str) -> None:  # noqa:
     assert all(map(torch.equal, found, wanted))
 
 
+@needs_compiler
 def test_inductor_compiles_forward_and_backward() -> None:
     inputs = make_inputs("gated_residual_norm", 2, 5, 12, F32, F32)
     compiled = torch.compile(norm.gated_residual_norm, fullgraph=True)

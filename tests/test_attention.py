@@ -12,6 +12,7 @@ import numerics
 import pytest
 import torch
 import torch.nn.functional as F
+from native_cpu import needs_compiler
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
@@ -220,6 +221,7 @@ def test_compiles_as_one_graph(backend):
         assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
 
 
+@needs_compiler
 def test_cross_attention_compiles_with_inductor():
     q, kv = random(2, 17, 2, 72), random(2, 2, 2, 2, 72, seed=1)
     grad_out = random(2, 17, 144, seed=2)

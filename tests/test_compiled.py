@@ -18,7 +18,7 @@ import pytest
 import stub_driver
 import torch
 from functorch.compile import make_boxed_func
-from native_cpu import needs_library
+from native_cpu import needs_compiler, needs_library
 from torch import Tensor
 from torch._functorch.aot_autograd import aot_module_simplified
 from torch._subclasses import FakeTensorMode
@@ -476,6 +476,7 @@ print(json.dumps(found))
 """
 
 
+@needs_compiler
 def test_caches_on_disk_tell_backends_and_kernels_apart(tmp_path: Path) -> None:
     """Three processes share a folder; before the last one a kernel changes. They are forks of one, which has imported torch."""
     ignored = shutil.ignore_patterns("__pycache__")

@@ -25,7 +25,9 @@ from ditkernels.ops import _native, norm
 
 ROOT = Path(__file__).parent.parent
 DEFAULT = build_native.DEFAULT_ARCHITECTURES
-needs_nvcc = pytest.mark.skipif(build_native.find_nvcc() is None, reason="needs nvcc")
+needs_nvcc = pytest.mark.skipif(
+    build_native.find_nvcc() is None or build_native.find_cxx() is None, reason="needs nvcc and a C++ compiler"
+)
 
 
 def tools() -> build_native.Toolchain:

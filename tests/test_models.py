@@ -11,6 +11,7 @@ from unittest import mock
 import numerics
 import pytest
 import torch
+from native_cpu import SERVING, as_ops, needs_compiler
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -234,12 +235,13 @@ def test_activation_checkpointing_changes_no_gradient(checkpointing: str, condit
     want = forward_backward(fused)
     fused.checkpointing = checkpointing
     for name, value in forward_backward(fused).items():
-        if checkpointing == "selective":
+        if checkpointing == "selective" and SERVING == "cpu":  # on torch the mode has kernels in plain PyTorch's place
             assert torch.equal(value, want[name]), name
         else:
             torch.testing.assert_close(value, want[name], rtol=1e-4, atol=1e-5, msg=name)
 
 
+@needs_compiler
 @pytest.mark.parametrize("checkpointing", ["selective", "full"])
 def test_compiled_blocks_can_be_checkpointed(checkpointing: str) -> None:
     fused, _ = pair(**{**SMALL, "depth": 1})
@@ -287,7 +289,8 @@ def test_full_checkpointing_keeps_little() -> None:
 @pytest.mark.parametrize("conditioning", CONDITIONINGS)
 def test_compiles_as_one_graph(conditioning: str) -> None:
     fused, _ = pair(conditioning=conditioning, **SMALL)
-    want = forward_backward(fused)
+    with as_ops(SERVING):
+        want = forward_backward(fused)
     torch._dynamo.reset()
     compiled = forward_backward(torch.compile(fused, fullgraph=True, backend="aot_eager"))
     for name, value in compiled.items():
