@@ -18,7 +18,7 @@ import emulated_cuda
 import numerics
 import pytest
 import torch
-from native_cpu import SERVING
+from native_cpu import SERVING, as_ops
 from torch import Tensor, nn
 
 import ditkernels
@@ -126,7 +126,7 @@ def at(model: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 def fused_ops(run: Callable[[], object]) -> set[str]:
     """The ops of the library that ran, by their internal names, which say the backend."""
-    with torch.profiler.profile() as profile:
+    with as_ops(SERVING), torch.profiler.profile() as profile:
         run()
     return {e.name.removeprefix("ditkernels::") for e in profile.events() if e.name.startswith("ditkernels::")}
 
