@@ -173,7 +173,8 @@ class BuildLibraries(build_ext):
     def copy_extensions_to_source(self) -> None:
         """Puts what was built into the tree; a library that could not be built leaves an older one there."""
         for ext in self.extensions:
-            built, target = Path(self.get_ext_fullpath(ext.name)), ROOT / "ditkernels" / ext.library.file
+            # Not get_ext_fullpath, which names the tree by now.
+            built, target = Path(self.build_lib) / self.get_ext_filename(ext.name), ROOT / "ditkernels" / ext.library.file
             if built.exists():
                 rules.install(built, target, ext.library.kind)
             elif not target.exists():

@@ -608,6 +608,22 @@ def test_a_wheel_with_the_cpu_library_alone_names_the_platform(tmp_path: Path) -
     assert done.stdout.strip() in build_native.INSTRUCTION_SETS[platform.machine()][1], done.stderr
 
 
+@pytest.mark.skipif(build_native.find_cxx() is None, reason="needs a C++ compiler")
+def test_an_editable_install_without_a_library_notes_down_that_the_compiler_failed(tmp_path: Path) -> None:
+    tree = copied_tree(tmp_path)
+    editable(tree, DITKERNELS_BUILD_CUDA="0", DITKERNELS_BUILD_CPU="", CXX=str(failing_compiler(tmp_path)))
+    assert "failed; CXX names another compiler" in _native.CPU.why_not_built(tree / "ditkernels")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(build_native.find_cxx() is None, reason="needs a C++ compiler")
+def test_an_editable_install_builds_into_the_tree(tmp_path: Path) -> None:
+    tree = copied_tree(tmp_path)
+    editable(tree, DITKERNELS_BUILD_CUDA="0", DITKERNELS_BUILD_CPU="1")
+    assert _native.CPU.fault(tree / "ditkernels" / build_native.CPU_LIBRARY) is None
+    assert _native.CPU.recorded(tree / "ditkernels")["bytes"] > 0
+
+
 def test_an_sdist_holds_what_its_install_needs(tmp_path: Path) -> None:
     tree, out = copied_tree(tmp_path), tmp_path / "sdist"
     make = "import sys, setuptools.build_meta as backend; backend.build_sdist(sys.argv[1])"
