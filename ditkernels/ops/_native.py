@@ -103,7 +103,7 @@ class Library:
             return _truncation(content) or self._foreign(content)
 
     def _foreign(self, content: mmap.mmap) -> str | None:
-        """Why the library is none of this package as it stands, or None."""
+        """Why the file is no library of this kind for the ops of this package, or None if it is."""
         found = re.search(rb"ditkernels:(CPU|CUDA):([^:\0]+):([0-9a-f]+):", content)
         if found is None:
             return f"it is no library of ditkernels, or an older one; {self.how}"
