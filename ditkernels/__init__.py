@@ -4,22 +4,46 @@
 >>> with ditkernels.use_backend("torch"): model(x, t, y)            # force a backend; by default each op chooses
 >>> h = ditkernels.ops.modulate_norm(x, shift, scale)               # or call one op
 >>> ditkernels.accelerate(model)                                    # or speed up the DiT you have, in place
+
+Names are imported when they are asked for. ``torch.ops.ditkernels`` is there after ``import ditkernels.ops``.
 """
 
-from ditkernels import _script  # noqa: F401 (before all others)
+import importlib
+import os
+import sys
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
-# isort: split
-from ditkernels import diffusion, ops, reference
+from ditkernels import _moved
 from ditkernels._version import __version__
-from ditkernels.accelerate import accelerate, restore
-from ditkernels.diffusion import create_diffusion
-from ditkernels.models import DiT, DiT_models
-from ditkernels.ops.dispatch import BackendError, set_backend, use_backend
 
-DiT_XL_2, DiT_XL_4, DiT_XL_8 = (DiT_models[f"DiT-XL/{p}"] for p in (2, 4, 8))
-DiT_L_2, DiT_L_4, DiT_L_8 = (DiT_models[f"DiT-L/{p}"] for p in (2, 4, 8))
-DiT_B_2, DiT_B_4, DiT_B_8 = (DiT_models[f"DiT-B/{p}"] for p in (2, 4, 8))
-DiT_S_2, DiT_S_4, DiT_S_8 = (DiT_models[f"DiT-S/{p}"] for p in (2, 4, 8))
+if TYPE_CHECKING:
+    from ditkernels import diffusion, models, ops, reference
+    from ditkernels.accelerate import accelerate, restore
+    from ditkernels.checkpoints.model import load_model
+    from ditkernels.diffusion import create_diffusion
+    from ditkernels.evaluation.evaluate import evaluate
+    from ditkernels.models import (
+        DiT,
+        DiT_B_2,
+        DiT_B_4,
+        DiT_B_8,
+        DiT_L_2,
+        DiT_L_4,
+        DiT_L_8,
+        DiT_models,
+        DiT_S_2,
+        DiT_S_4,
+        DiT_S_8,
+        DiT_XL_2,
+        DiT_XL_4,
+        DiT_XL_8,
+    )
+    from ditkernels.ops.dispatch import BackendError, set_backend, use_backend
+    from ditkernels.sampling.config import SampleConfig
+    from ditkernels.sampling.drawing import sample
+    from ditkernels.training.config import TrainConfig
+    from ditkernels.training.trainer import train
 
 __all__ = [
     "BackendError",
@@ -37,13 +61,80 @@ __all__ = [
     "DiT_XL_4",
     "DiT_XL_8",
     "DiT_models",
+    "SampleConfig",
+    "TrainConfig",
     "__version__",
     "accelerate",
     "create_diffusion",
     "diffusion",
+    "evaluate",
+    "load_model",
+    "models",
     "ops",
     "reference",
     "restore",
+    "sample",
     "set_backend",
+    "train",
     "use_backend",
 ]
+
+_HOMES = {
+    "accelerate": "accelerate",
+    "restore": "accelerate",
+    "load_model": "checkpoints.model",
+    "create_diffusion": "diffusion",
+    "evaluate": "evaluation.evaluate",
+    "BackendError": "ops.dispatch",
+    "set_backend": "ops.dispatch",
+    "use_backend": "ops.dispatch",
+    "SampleConfig": "sampling.config",
+    "sample": "sampling.drawing",
+    "TrainConfig": "training.config",
+    "train": "training.trainer",
+    **dict.fromkeys((name for name in __all__ if name.startswith("DiT")), "models"),
+}
+_ROOMS = ("diffusion", "models", "ops", "reference")
+
+
+def _refuse_scripts() -> None:
+    """Ends a process whose script is a file of the package: Python looks for modules in the script's folder first."""
+    main = sys.modules.get("__main__")
+    file = getattr(main, "__file__", None)
+    if file is None or getattr(main, "__spec__", None) is not None:  # python -m has a spec
+        return
+    folder, name = os.path.split(os.path.realpath(file))
+    package = os.path.dirname(os.path.realpath(__file__))
+    if os.path.join(folder, "").startswith(os.path.join(package, "")):
+        command = name.removesuffix(".py")
+        is_command = folder == os.path.join(package, "commands") and not command.startswith("_")
+        how = f"run `python -m ditkernels {command} ...`" if is_command else "`python -m ditkernels --help` shows what can be run"
+        print(f"ditkernels: error: {name} is a part of a package; {how}", file=sys.stderr)
+        sys.exit(2)
+
+
+def __getattr__(name: str) -> Any:
+    if name in _ROOMS:
+        return importlib.import_module(f"ditkernels.{name}")
+    if name not in _HOMES:
+        raise AttributeError(f"module 'ditkernels' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"ditkernels.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+class _Package(ModuleType):
+    """Keeps its functions from being hidden: an import binds a room's module to the room's name, which may be a function's too."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (name in _HOMES and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+_refuse_scripts()
+sys.modules[__name__].__class__ = _Package
+_moved.serve_old_paths()

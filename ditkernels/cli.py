@@ -1,6 +1,7 @@
 """The command line: `ditkernels COMMAND ...`.
 
-A command is a module with `add_arguments(parser)` and `run(args) -> int`; only the one asked for is imported.
+A command is a module with `add_arguments(parser)` and `run(args) -> int`; only the one asked for is imported, and none imports
+torch before it runs.
 """
 
 from __future__ import annotations
@@ -15,35 +16,25 @@ import argparse
 import importlib
 import os
 from collections.abc import Sequence
-from typing import NamedTuple, NoReturn
+from typing import NoReturn
 
-from ditkernels import BackendError, __version__
+from ditkernels._version import __version__
 
 TRACEBACK_VARIABLE = "DITKERNELS_TRACEBACK"
 
-
-class Command(NamedTuple):
-    """Where a command lives, and its line in `ditkernels --help`."""
-
-    module: str
-    summary: str
-
-
+# Each is a module of ditkernels.commands; beside it stands its line in `ditkernels --help`.
 COMMANDS = {
-    "demo": Command(
-        "ditkernels.demo",
-        "train a small DiT on real handwritten digits, sample it with guidance, show the picture",
-    ),
-    "train": Command("ditkernels.trainer", "train a DiT on a folder of images or of latents, or on the digits"),
-    "encode": Command("ditkernels.encode", "a folder of images to latents, once, resumable, for `train`"),
-    "plot": Command("ditkernels.plot", "draw loss and speed of training runs side by side"),
-    "check": Command("ditkernels.check", "run the parity of every op and backend that this machine has"),
-    "sample": Command("ditkernels.sampler.command", "guided samples of a checkpoint, a handful or 50,000, resumable"),
-    "eval": Command("ditkernels.evaluate.command", "FID, sFID, Inception Score, precision and recall of samples"),
-    "convert": Command("ditkernels.convert", "checkpoints between the public DiT layout, diffusers' and ours"),
-    "consolidate": Command("ditkernels.consolidate", "a checkpoint that many processes wrote in pieces, as one file a part"),
-    "flops": Command("ditkernels.flops", "parameters and Gflops of the models, beside the paper's numbers"),
-    "info": Command("ditkernels.info", "machine, versions, and for every op the backend chosen and why"),
+    "demo": "train a small DiT on real handwritten digits, sample it with guidance, show the picture",
+    "train": "train a DiT on a folder of images or of latents, or on the digits",
+    "encode": "a folder of images to latents, once, resumable, for `train`",
+    "plot": "draw loss and speed of training runs side by side",
+    "check": "run the parity of every op and backend that this machine has",
+    "sample": "guided samples of a checkpoint, a handful or 50,000, resumable",
+    "eval": "FID, sFID, Inception Score, precision and recall of samples",
+    "convert": "checkpoints between the public DiT layout, diffusers' and ours",
+    "consolidate": "a checkpoint that many processes wrote in pieces, as one file a part",
+    "flops": "parameters and Gflops of the models, beside the paper's numbers",
+    "info": "machine, versions, and for every op the backend chosen and why",
 }
 
 
@@ -76,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         _discard_stdout()
         return 141
-    except (ValueError, FloatingPointError, OSError, ImportError, BackendError) as error:
+    except _bad_input() as error:
         if os.environ.get(TRACEBACK_VARIABLE, "0") not in ("", "0"):
             raise
         print(f"ditkernels: error: {_one_line(error)}", file=sys.stderr)
@@ -86,6 +77,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
+def _bad_input() -> tuple[type[Exception], ...]:
+    """What a command raises on bad input. The ops' own error is known only where they have been imported."""
+    dispatch = sys.modules.get("ditkernels.ops.dispatch")
+    of_ops = () if dispatch is None else (dispatch.BackendError,)
+    return ValueError, FloatingPointError, OSError, ImportError, *of_ops
+
+
 def _run(argv: list[str]) -> int:
     parser = _Parser(prog="ditkernels", description="Fused kernels, training and sampling for Diffusion Transformers.")
     parser.add_argument("--version", action="version", version=f"ditkernels {__version__}")
@@ -93,10 +91,10 @@ def _run(argv: list[str]) -> int:
     if asked_for is not None and asked_for not in COMMANDS:
         raise UsageError(f"command: got {asked_for!r}, allowed are {', '.join(COMMANDS)}")
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND")
-    for name, command in COMMANDS.items():
-        subparser = subparsers.add_parser(name, help=command.summary, description=command.summary)
+    for name, summary in COMMANDS.items():
+        subparser = subparsers.add_parser(name, help=summary, description=summary)
         if name == asked_for:
-            module = importlib.import_module(command.module)
+            module = importlib.import_module(f"ditkernels.commands.{name}")
             module.add_arguments(subparser)
             subparser.set_defaults(run=module.run)
     args = parser.parse_args(argv)

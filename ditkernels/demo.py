@@ -1,21 +1,13 @@
-"""`ditkernels demo`: a small DiT learns real handwritten digits, draws some, and a classifier reads them."""
+"""The demo: a small DiT learns real handwritten digits, draws some, and a classifier reads them."""
 
 from __future__ import annotations
 
-import sys
-
-if __name__ == "__main__":
-    print("ditkernels: error: run `python -m ditkernels demo ...`", file=sys.stderr)
-    sys.exit(2)
-
-import argparse
 import importlib.util
-import json
 import platform
 import shutil
+import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -26,14 +18,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ditkernels._version import __version__
-from ditkernels.config import TrainConfig
-from ditkernels.data import LabelledImages, load_digits
+from ditkernels.data.digits import LabelledImages, load_digits
+from ditkernels.diagnostics import check
 from ditkernels.diffusion import GaussianDiffusion, create_diffusion
-from ditkernels.plot import MUTED, TEXT, WRONG, draw_losses, new_figure, save
+from ditkernels.files import write_json
 from ditkernels.reference import DiT
-from ditkernels.runlog import METRICS, read_metrics
-from ditkernels.sampler import SampleConfig, sample_progressive
-from ditkernels.trainer import train
+from ditkernels.runtime import pinned_threads, resolve_device
+from ditkernels.sampling.config import SampleConfig
+from ditkernels.sampling.drawing import sample_progressive
+from ditkernels.training.config import TrainConfig
+from ditkernels.training.log import METRICS, read_metrics
+from ditkernels.training.plot import MUTED, TEXT, WRONG, draw_losses, new_figure, save
+from ditkernels.training.trainer import train
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -51,15 +47,13 @@ TRAINING = TrainConfig(
     hidden_size=64,
     depth=4,
     num_heads=4,
-    steps=1500,
     global_batch_size=64,
     learning_rate=3e-3,
     ema_decay=0.995,
     log_every=50,
 )
 # All channels are guided, since there is only one; x_0 is clipped, since these are pixels.
-SAMPLING = SampleConfig(guidance_scale=3.0, guided_channels=None, clip_denoised=True)
-SAMPLING_STEPS = 100
+SAMPLING = SampleConfig(guided_channels=None, clip_denoised=True)
 
 Classifier = Callable[[Tensor], Tensor]
 
@@ -83,47 +77,41 @@ class Read:
         return Read(self.images[chosen], self.labels[chosen], self.readings[chosen])
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of `ditkernels demo`."""
-    default = "(default: %(default)s)"
-    parser.add_argument("--out", type=Path, default=Path("demo-out"), help=f"folder to write to {default}")
-    parser.add_argument("--steps", type=int, default=TRAINING.steps, help=f"training steps {default}")
-    parser.add_argument("--seed", type=int, default=0, help=f"same seed, same picture {default}")
-    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 ...; auto is cuda if there is one")
-    parser.add_argument("--guidance", type=float, default=SAMPLING.guidance_scale, help=f"guidance scale, 1 is none {default}")
-    parser.add_argument("--sampling-steps", type=int, default=SAMPLING_STEPS, help=f"DDPM steps, 1..1000 {default}")
+def demonstrate(out: Path, *, steps: int, seed: int, device: str, guidance: float, sampling_steps: int) -> bool:
+    """Checks, trains, samples, scores, draws.
 
+    On a CPU the same arguments write the same samples.png and loss.png, byte for byte, however many cores it has.
 
-def run(args: argparse.Namespace) -> int:
-    """Check, train, sample, score, draw. Returns 0, or 1 if `ditkernels check` fails on this machine.
+    Args:
+        out: folder to write to.
+        steps: of training.
+        seed: the same seed gives the same picture.
+        device: "auto", "cpu", "cuda", "cuda:1" ...
+        guidance: scale; 1 is none.
+        sampling_steps: of DDPM, 1..1000.
 
-    On a CPU the same flags write the same samples.png and loss.png, byte for byte, however many cores it has.
+    Returns:
+        False if the check of the ops fails on this machine; nothing is trained then.
 
     Raises:
-        ValueError: a flag out of range, or a device that is not there.
+        ValueError: an argument out of range, or a device that is not there.
         ImportError: scikit-learn or matplotlib is not installed.
     """
     _require_demo_extra()
-    from ditkernels import check
-
-    device = check.resolve_device(args.device)
-    training = replace(
-        TRAINING,
-        steps=args.steps,
-        global_seed=args.seed,
-        device=args.device,
-        results_dir=str(args.out / "run"),
-    )
-    sampling = replace(SAMPLING, guidance_scale=args.guidance, seed=args.seed)
-    sampling_diffusion = create_diffusion(str(args.sampling_steps))
-    args.out.mkdir(parents=True, exist_ok=True)
+    found = resolve_device(device)
+    training = replace(TRAINING, steps=steps, global_seed=seed, device=device, results_dir=str(out / "run"))
+    sampling = replace(SAMPLING, guidance_scale=guidance, seed=seed)
+    sampling_diffusion = create_diffusion(str(sampling_steps))
+    out.mkdir(parents=True, exist_ok=True)
 
     if not check.report(sys.stdout):
         print("The check failed, so nothing is trained: its results could not be trusted.")
-        return 1
-    with _one_cpu_thread():
-        _demonstrate(args.out, device, training, sampling, sampling_diffusion)
-    return 0
+        return False
+    # Rounding depends on the number of threads, so the picture would depend on the number of cores. A model
+    # this small gains little from more, and loses much when another process competes for them.
+    with pinned_threads(1):
+        _demonstrate(out, found, training, sampling, sampling_diffusion)
+    return True
 
 
 def _demonstrate(
@@ -169,7 +157,7 @@ def _demonstrate(
         "training": asdict(training),
         "sampling": {**asdict(sampling), "steps": sampling_diffusion.num_timesteps},
     }
-    (out / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+    write_json(out / "metrics.json", metrics)
     save(_picture_of_samples(guided, unguided, real, guided_steps, sampling), out / "samples.png")
     losses = new_figure(width=8.0, height=4.0)
     draw_losses(losses.add_axes((0.09, 0.14, 0.88, 0.76)), {f"mean of {training.log_every} steps": rows})
@@ -189,18 +177,6 @@ def _require_demo_extra() -> None:
     missing = [name for name in ("sklearn", "matplotlib") if importlib.util.find_spec(name) is None]
     if missing:
         raise ImportError(f"the demo needs {' and '.join(missing)}: pip install ditkernels[demo]")
-
-
-@contextmanager
-def _one_cpu_thread() -> Iterator[None]:
-    # Rounding depends on the number of threads, so the picture would depend on the number of cores. A model
-    # this small gains little from more, and loses much when another process competes for them.
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 class _Stopwatch:

@@ -422,3 +422,45 @@ def _selective_policy(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> Checkpoin
 
 
 DiT_models = make_models(DiT)
+DiT_XL_2, DiT_XL_4, DiT_XL_8 = (DiT_models[f"DiT-XL/{p}"] for p in (2, 4, 8))
+DiT_L_2, DiT_L_4, DiT_L_8 = (DiT_models[f"DiT-L/{p}"] for p in (2, 4, 8))
+DiT_B_2, DiT_B_4, DiT_B_8 = (DiT_models[f"DiT-B/{p}"] for p in (2, 4, 8))
+DiT_S_2, DiT_S_4, DiT_S_8 = (DiT_models[f"DiT-S/{p}"] for p in (2, 4, 8))
+
+
+# ---- What a model costs ----------------------------------------------------------------------------------------------
+
+
+class Count(NamedTuple):
+    """What one forward of one sample costs.
+
+    Attributes:
+        macs: multiply-adds, the paper's unit.
+        params: all parameters, the frozen position embedding among them.
+    """
+
+    macs: int
+    params: int
+
+    @property
+    def flops(self) -> int:
+        """A multiply and an add as two operations."""
+        return 2 * self.macs
+
+
+def count(model: reference.DiT) -> Count:
+    """Counts one forward of one sample through ``model``, a ``DiT`` on any device; no arithmetic is done.
+
+    The model is neither moved nor changed. A backward costs about twice as much again.
+    """
+    # This module of torch imports Triton where it is installed.
+    from torch.utils.flop_counter import FlopCounterMode
+
+    state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    shapes = {name: tensor.detach().to("meta") for name, tensor in state.items()}
+    x = torch.empty(1, model.in_channels, *model.input_size, device="meta")
+    t = torch.empty(1, device="meta")
+    y = torch.empty(1, device="meta", dtype=torch.int64)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        torch.func.functional_call(model, shapes, (x, t, y))
+    return Count(counter.get_total_flops() // 2, sum(p.numel() for p in model.parameters()))

@@ -1,26 +1,44 @@
-"""What surrounds a run: its device and precision, the process-wide settings, and the signals that end it."""
+"""What a process runs on and among: its device, its numerics, the signals that end it, and the processes beside it."""
 
 from __future__ import annotations
 
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from types import FrameType
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
-from ditkernels.config import TrainConfig
-from ditkernels.ops.dispatch import use_backend
+Value = TypeVar("Value")
+
+PORTS = range(1, 2**16)
+
+
+# ---- Device and numerics ---------------------------------------------------------------------------------------------
 
 
 def resolve_device(name: str) -> torch.device:
-    """As ``ditkernels.check.resolve_device``, imported only here."""
-    from ditkernels import check
+    """The device of that name; "auto" is a GPU if there is one.
 
-    return check.resolve_device(name)
+    Raises:
+        ValueError: no such device here.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    allowed = "allowed are auto, cpu, cuda, cuda:N"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"--device: got {name!r}, {allowed}") from error
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"--device: got {name!r}, {allowed}")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"--device: got {name!r}, but this machine has {torch.cuda.device_count()} usable CUDA devices")
+    return device
 
 
 def resolve_precision(name: str, device: torch.device) -> str:
@@ -31,22 +49,36 @@ def resolve_precision(name: str, device: torch.device) -> str:
 
 
 @contextmanager
-def numerics(config: TrainConfig, device: torch.device) -> Iterator[None]:
-    """The process-wide settings of a run: TF32, determinism, backends; put back afterwards."""
+def numerics(*, tf32: bool, deterministic: bool) -> Iterator[None]:
+    """Sets for the whole process whether fp32 products may be TF32, and whether torch refuses what rounds differently each time.
+
+    The settings are put back at the end; where ``deterministic`` is False, torch's own setting stands.
+    """
     before = torch.get_float32_matmul_precision()
     was_deterministic = torch.are_deterministic_algorithms_enabled()
-    tf32 = resolve_precision(config.precision, device) == "tf32"
     torch.set_float32_matmul_precision("high" if tf32 else "highest")
-    if config.deterministic:
+    if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-    forced = None if config.backend == "auto" else config.backend
     try:
-        with use_backend(forced):
-            yield
+        yield
     finally:
         torch.set_float32_matmul_precision(before)
         torch.use_deterministic_algorithms(was_deterministic)
+
+
+@contextmanager
+def pinned_threads(threads: int) -> Iterator[None]:
+    """PyTorch computes with that many CPU threads: rounding depends on it."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+# ---- Signals ---------------------------------------------------------------------------------------------------------
 
 
 class StopSignal:
@@ -82,3 +114,203 @@ class StopSignal:
                 return
             os._exit(128 + number)
         self.number = number
+
+
+# ---- A process's place among those of torchrun -----------------------------------------------------------------------
+
+
+class Place(NamedTuple):
+    """A process among those that torchrun has started.
+
+    Attributes:
+        size: how many there are, WORLD_SIZE.
+        rank: which this is, RANK, 0..size − 1.
+        local_rank: which it is on its machine, LOCAL_RANK.
+    """
+
+    size: int
+    rank: int
+    local_rank: int
+
+
+def place() -> Place:
+    """The place of this process, as environment variables tell it; without torchrun it is alone.
+
+    Raises:
+        ValueError: a variable is missing, empty or wrong.
+    """
+    if not any(name in os.environ for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK")):
+        return Place(1, 0, 0)
+    size = _number("WORLD_SIZE", range(1, 2**31), "1 or more")
+    ranks, in_words = range(size), f"0..{size - 1}, for WORLD_SIZE is {size}"
+    without = "0" if size == 1 else ""
+    found = Place(size, _number("RANK", ranks, in_words, without), _number("LOCAL_RANK", ranks, in_words, without))
+    if size > 1:
+        _check_meeting_place()
+    return found
+
+
+def _check_meeting_place() -> None:
+    if not os.environ.get("MASTER_ADDR"):
+        raise ValueError(_wrong("MASTER_ADDR", "a name or an address of the machine of rank 0"))
+    _number("MASTER_PORT", PORTS, f"1..{PORTS[-1]}")
+
+
+def _number(name: str, allowed: range, in_words: str, without: str = "") -> int:
+    try:
+        number = int(os.environ.get(name, without))
+    except ValueError:
+        raise ValueError(_wrong(name, f"a whole number, {in_words}")) from None
+    if number not in allowed:
+        raise ValueError(_wrong(name, in_words))
+    return number
+
+
+def _wrong(name: str, allowed: str) -> str:
+    got = f"got {os.environ[name]!r}" if name in os.environ else "it is missing"
+    return f"environment variable {name}: {got}, allowed is {allowed}; torchrun sets it"
+
+
+def local_device(name: str) -> str:
+    """The device that ``name`` means in this process: of several processes each takes the GPU of its local rank.
+
+    Raises:
+        ValueError: as :func:`place`; one GPU for all of them, or more processes than GPUs on this machine.
+    """
+    here = place()
+    if here.size == 1:
+        return name
+    if name not in ("auto", "cpu", "cuda"):
+        raise ValueError(f"device: got {name!r}, allowed with several processes are auto, cpu, cuda: each takes its own")
+    if name == "cpu" or not torch.cuda.is_available():
+        return name
+    count = torch.cuda.device_count()
+    if here.local_rank >= count:
+        raise ValueError(f"device: process {here.local_rank} of this machine has no GPU, it has {count}; --nproc-per-node {count}")
+    return f"cuda:{here.local_rank}"
+
+
+def process_device(name: str) -> torch.device:
+    """The device of that name; of several processes each has its own GPU, which becomes the current one.
+
+    Raises:
+        ValueError: as :func:`local_device` and :func:`resolve_device`.
+    """
+    device = resolve_device(local_device(name))
+    if device.type == "cuda" and place().size > 1:
+        torch.cuda.set_device(device)
+    return device
+
+
+# ---- Processes that work together ------------------------------------------------------------------------------------
+
+
+class World:
+    """The processes of a run as one of them sees them; this class is a process on its own, which agrees with itself.
+
+    Attributes:
+        rank: this process, 0..size − 1.
+        size: how many there are.
+    """
+
+    rank = 0
+    size = 1
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the process that writes, logs and prints."""
+        return self.rank == 0
+
+    def on_first(self, function: Callable[[], Value]) -> Value:
+        """What ``function`` returns on the first process, where alone it is called; what it raises there is raised everywhere."""
+        return function()
+
+    def gather(self, value: Value) -> list[Value]:
+        """The values of all processes, by rank."""
+        return [value]
+
+    def agree(self, **values: Any) -> None:
+        """Raises ValueError on every process if a value differs between ranks; it is named, with two ranks that differ."""
+
+    def barrier(self) -> None:
+        """Returns once all processes are here."""
+
+
+class Group(World):
+    """The processes of torch's default process group."""
+
+    def __init__(self) -> None:
+        from torch import distributed
+
+        self._distributed: Any = distributed
+        self.rank, self.size = distributed.get_rank(), distributed.get_world_size()
+
+    def on_first(self, function: Callable[[], Value]) -> Value:
+        outcome: list[Any] = [None, None]
+        if self.first:
+            try:
+                outcome[0] = function()
+            except (ValueError, OSError, ImportError) as error:
+                outcome[1] = error
+        self._distributed.broadcast_object_list(outcome, src=0)
+        if outcome[1] is not None:
+            raise outcome[1]
+        result: Value = outcome[0]
+        return result
+
+    def gather(self, value: Value) -> list[Value]:
+        values: list[Any] = [None] * self.size
+        self._distributed.all_gather_object(values, value)
+        return values
+
+    def agree(self, **values: Any) -> None:
+        everyone = self.gather(values)
+        differing = [
+            f"{name}: {everyone[0][name]!r} on rank 0, {theirs[name]!r} on rank {rank}"
+            for rank, theirs in enumerate(everyone)
+            for name in values
+            if theirs[name] != everyone[0][name]
+        ]
+        if differing:
+            more = f" and {len(differing) - 8} more" if len(differing) > 8 else ""
+            raise ValueError(f"the ranks disagree: {'; '.join(differing[:8])}{more}")
+
+    def barrier(self) -> None:
+        self._distributed.barrier()
+
+
+@contextmanager
+def processes(backend: str = "gloo", *, timeout: timedelta) -> Iterator[World]:
+    """Brings together the processes that torchrun has started, and parts them at the end; without torchrun there is this one.
+
+    Args:
+        backend: of torch.distributed.
+        timeout: how long processes wait for each other.
+
+    Raises:
+        ValueError: as :func:`place`.
+        RuntimeError: a process did not come, died, or did not answer.
+    """
+    if place().size == 1:
+        yield World()
+        return
+    from torch import distributed
+
+    try:
+        distributed.init_process_group(backend, timeout=timeout)
+        yield Group()
+    finally:
+        if distributed.is_initialized():
+            _keep_groups()
+            distributed.destroy_process_group()
+
+
+_kept_groups: list[Any] = []
+
+
+def _keep_groups() -> None:
+    # A group that is freed by this thread waits for its own threads, holding the interpreter's lock; one of them may want that
+    # lock to let go of the last tensor it has sent. So none is freed before the process ends. Seen with gloo and DDP, PyTorch 2.11.
+    from torch.distributed import distributed_c10d
+
+    _kept_groups.extend(distributed_c10d._world.pg_map)

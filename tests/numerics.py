@@ -178,3 +178,6 @@ up to 4."""
 REORDERING_FACTOR = 16.0
 """Times the furthest of four training runs that add the same numbers in other orders. The tail is long, since AdamW divides a
 gradient's rounding by the gradient's own size; a sample left out or weighed wrongly shows at a hundred times this."""
+
+# Between two machines' rounding of a few steps of a toy run, relative, and of five sampling steps, absolute.
+AGREES_ELSEWHERE = 1e-5

@@ -1,25 +1,12 @@
-"""`ditkernels consolidate`: a checkpoint that several ranks wrote in pieces, as one file a part, as one process would write it."""
+"""A checkpoint that several ranks wrote in pieces, as one file a part, as one process would write it."""
 
 from __future__ import annotations
 
-import sys
-
-if __name__ == "__main__":
-    print("ditkernels: error: run `python -m ditkernels consolidate ...`", file=sys.stderr)
-    sys.exit(2)
-
-import argparse
 import os
 from pathlib import Path
 
-from ditkernels.checkpoint import (
-    MANIFEST,
-    CheckpointError,
-    checkpoints_of,
-    load_checkpoint,
-    newest_checkpoint,
-    save_checkpoint,
-)
+from ditkernels.checkpoints.format import MANIFEST, CheckpointError, open_checkpoint, save_checkpoint, verify_checkpoint
+from ditkernels.checkpoints.run import checkpoints_of, newest_checkpoint
 
 
 def consolidate(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> Path:
@@ -42,24 +29,16 @@ def consolidate(source: str | os.PathLike[str], target: str | os.PathLike[str]) 
     source, target = Path(source), Path(target)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ValueError(f"out: {target} is there and not empty, allowed is a new folder")
-    path, checkpoint = source, None
-    if not (source / MANIFEST).exists() and checkpoints_of(source):
-        found = newest_checkpoint(source)
-        if found.path is None:
-            raise CheckpointError(f"{source} holds no whole checkpoint: {'; '.join(found.broken.values())}")
-        path, checkpoint = found.path, found.checkpoint
-    save_checkpoint(target, checkpoint or load_checkpoint(path))
+    path = _whole_checkpoint(source)
+    save_checkpoint(target, open_checkpoint(path))
     return path
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of `ditkernels consolidate`."""
-    parser.add_argument("checkpoint", help="a checkpoint's folder, or a run's: its newest whole checkpoint")
-    parser.add_argument("out", help="a new folder")
-
-
-def run(args: argparse.Namespace) -> int:
-    """Consolidates; returns 0."""
-    path = consolidate(args.checkpoint, args.out)
-    print(f"{path} is now in one file a part: {args.out}")
-    return 0
+def _whole_checkpoint(source: Path) -> Path:
+    if (source / MANIFEST).exists() or not checkpoints_of(source):
+        verify_checkpoint(source)
+        return source
+    found = newest_checkpoint(source)
+    if found.path is None:
+        raise CheckpointError(f"{source} holds no whole checkpoint: {'; '.join(found.broken.values())}")
+    return found.path

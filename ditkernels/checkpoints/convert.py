@@ -1,4 +1,4 @@
-"""`ditkernels convert`: checkpoints between the public DiT layout, diffusers' and ours, every key accounted for.
+"""Checkpoints between the public DiT layout, diffusers' and ours, every key accounted for.
 
 The public layout is that of facebookresearch/DiT, whose names our models keep; what differs is the container: a `.pt` of tensors
 (bare, or {model, ema, opt, args}), one safetensors file, or a checkpoint directory of ours, which holds weights and EMA both.
@@ -8,12 +8,6 @@ What converts at all converts without loss: there and back gives the same bits.
 """
 
 from __future__ import annotations
-
-import sys
-
-if __name__ == "__main__":
-    print("ditkernels: error: run `python -m ditkernels convert ...`", file=sys.stderr)
-    sys.exit(2)
 
 import argparse
 import json
@@ -27,22 +21,14 @@ from typing import Any
 
 import safetensors
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
-from ditkernels.checkpoint import (
-    MANIFEST,
-    Checkpoint,
-    CheckpointError,
-    _sync_file,
-    _temporary,
-    load_checkpoint,
-    load_public_checkpoint,
-    save_checkpoint,
-)
+from ditkernels.checkpoints.format import MANIFEST, Checkpoint, CheckpointError, load_checkpoint, save_checkpoint, save_tensors
+from ditkernels.checkpoints.public import load_public_checkpoint
+from ditkernels.files import replacing, temporary_name
 from ditkernels.reference import SIZES, sincos_positions
 
-LAYOUTS = ("public", "diffusers", "ditkernels")
 DIFFUSERS_WEIGHTS = "diffusion_pytorch_model.safetensors"
 DIFFUSERS_CONFIG = "config.json"
 
@@ -246,7 +232,7 @@ def write(path: Path, checkpoint: Checkpoint, layout: str, num_heads: int | None
     if layout == "ditkernels":
         _write_directory(path, lambda folder: save_checkpoint(folder, checkpoint))
     elif path.suffix == ".safetensors":
-        _write_file(path, lambda file: save_file(_contiguous(checkpoint.sampling_weights), file))
+        _write_file(path, lambda file: save_tensors(_contiguous(checkpoint.sampling_weights), file))
     elif path.suffix in (".pt", ".pth"):
         _write_file(path, lambda file: torch.save(_public_content(checkpoint), file))
     elif layout == "diffusers" and not path.suffix:
@@ -270,7 +256,7 @@ def _contiguous(state: Mapping[str, Tensor]) -> State:
 
 def _save_diffusers(folder: Path, weights: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
     (folder / DIFFUSERS_CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    save_file(_contiguous(weights), folder / DIFFUSERS_WEIGHTS, metadata={"format": "pt"})
+    save_tensors(_contiguous(weights), folder / DIFFUSERS_WEIGHTS, {"format": "pt"})
 
 
 def diffusers_config(weights: Mapping[str, Tensor], num_heads: int | None, known: Mapping[str, Any]) -> dict[str, Any]:
@@ -303,21 +289,12 @@ def diffusers_config(weights: Mapping[str, Tensor], num_heads: int | None, known
 
 def _write_file(path: Path, save: Callable[[Path], object]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = _temporary(path)
-    unfinished.touch()
-    mode = unfinished.stat().st_mode
-    try:
+    with replacing(path) as unfinished:
         save(unfinished)
-        # safetensors makes files that only their owner can read; the user's umask should decide.
-        unfinished.chmod(mode)
-        _sync_file(unfinished)
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
 def _write_directory(path: Path, save: Callable[[Path], object]) -> None:
-    unfinished = _temporary(path)
+    unfinished = temporary_name(path)
     unfinished.mkdir(parents=True)
     try:
         save(unfinished)
@@ -406,17 +383,3 @@ def _grid(diffusers: Mapping[str, Tensor], size: int | None) -> tuple[int, int]:
     if weight is None or size < 1 or size % weight.shape[-1]:
         raise CheckpointError(f"input_size: got {size}, which is no multiple of the patch size")
     return size // weight.shape[-1], size // weight.shape[-1]
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.description = "Converts checkpoints between the public DiT layout, diffusers' and ours, without loss."
-    parser.add_argument("source", type=Path, help="a .pt or .safetensors file, a directory of diffusers' or of ours")
-    parser.add_argument("target", type=Path, help="a .pt or .safetensors file, or a directory; must not exist")
-    parser.add_argument("--to", choices=LAYOUTS, required=True, help="the target's layout")
-    parser.add_argument("--input-size", type=int, help="latent size, for diffusers' weights without config.json")
-    parser.add_argument("--num-heads", type=int, help="for diffusers' config.json, at widths not in the paper")
-
-
-def run(args: argparse.Namespace) -> int:
-    print(convert(args.source, args.target, args.to, input_size=args.input_size, num_heads=args.num_heads))
-    return 0

@@ -2,26 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
-from ditkernels.checkpoint import (
-    Checkpoint,
-    CheckpointError,
-    checkpoints_of,
-    load_checkpoint,
-    load_public_checkpoint,
-)
+from ditkernels.checkpoints.config import WEIGHTS
+from ditkernels.checkpoints.format import Checkpoint, CheckpointError, load_checkpoint, state_sha256
+from ditkernels.checkpoints.public import load_public_checkpoint
+from ditkernels.checkpoints.run import checkpoints_of
 from ditkernels.models import DiT
 from ditkernels.reference import SIZES
-
-WEIGHTS = ("ema", "raw")
 
 
 class Loaded(NamedTuple):
@@ -67,7 +60,7 @@ def load_model(path: str | Path, *, weights: str = "ema", num_heads: int | None 
     except (KeyError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:300]
         raise CheckpointError(f"{path} does not hold a DiT's weights: {reason}") from error
-    return Loaded(model.eval().requires_grad_(False), checkpoint, digest(state))
+    return Loaded(model.eval().requires_grad_(False), checkpoint, state_sha256(state))
 
 
 def _newest(folder: Path) -> Path:
@@ -100,16 +93,6 @@ def architecture(state: Mapping[str, Tensor], config: Mapping[str, Any], num_hea
         "learn_sigma": outputs == 2 * channels,
         "conditioning": conditioning,
     }
-
-
-def digest(state: Mapping[str, Tensor]) -> str:
-    """SHA-256 over a state dict, whatever file it came from."""
-    found = hashlib.sha256()
-    for name in sorted(state):
-        tensor = state[name].detach().cpu().contiguous()
-        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        found.update(tensor.flatten().view(torch.uint8).numpy().tobytes() if tensor.numel() else b"")
-    return found.hexdigest()
 
 
 def _conditioning(state: Mapping[str, Tensor]) -> str:

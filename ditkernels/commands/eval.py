@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import sys
-
-if __name__ == "__main__":
-    print("ditkernels: error: run `python -m ditkernels eval ...`", file=sys.stderr)
-    sys.exit(2)
-
 import argparse
 import json
+import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
-from tqdm import tqdm
+from ditkernels.commands import DEFAULT, DEVICE
+from ditkernels.evaluation.config import METRICS, NEIGHBOURS, SPLIT_SIZE
 
-from ditkernels.check import resolve_device
-from ditkernels.evaluate import METRICS, Evaluation, Extractor, evaluate
-from ditkernels.evaluate.features import load_extractor
-from ditkernels.evaluate.metrics import NEIGHBOURS, SPLIT_SIZE
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ditkernels.evaluation.evaluate import Evaluation
+    from ditkernels.evaluation.features import Extractor
 
 LINES = {
     "fid": "FID",
@@ -32,17 +28,18 @@ LINES = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of `ditkernels eval`."""
-    default = "(default: %(default)s)"
     parser.add_argument("samples", type=Path, help=".npz of images or features, or a folder of PNG files")
     parser.add_argument("reference", type=Path, help="the same, or an .npz of statistics")
     features = parser.add_mutually_exclusive_group()
     features.add_argument("--weights", type=Path, help="Inception's weights for torch-fidelity; nothing is downloaded")
     features.add_argument("--extractor", metavar="MODULE:NAME", help="a function from images to features")
-    parser.add_argument("--metrics", help=f"comma-separated, of {', '.join(METRICS)} (default: all that can be)")
-    parser.add_argument("--batch-size", type=int, default=64, help=f"images at once {default}")
-    parser.add_argument("--split-size", type=int, default=SPLIT_SIZE, help=f"of the Inception Score {default}")
-    parser.add_argument("--neighbours", type=int, default=NEIGHBOURS, help=f"of precision and recall {default}")
-    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 ...; auto is cuda if there is one")
+    parser.add_argument(
+        "--metrics", help=f"metrics to compute, comma-separated, out of {', '.join(METRICS)} (default: all that can be)"
+    )
+    parser.add_argument("--batch-size", type=int, default=64, help=f"images at once {DEFAULT}")
+    parser.add_argument("--split-size", type=int, default=SPLIT_SIZE, help=f"images in a split of the Inception Score {DEFAULT}")
+    parser.add_argument("--neighbours", type=int, default=NEIGHBOURS, help=f"nearest neighbours of precision and recall {DEFAULT}")
+    parser.add_argument("--device", default="auto", help=DEVICE)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers here too")
 
 
@@ -52,6 +49,10 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         ValueError, ImportError: as ``evaluate`` and ``Inception``; an extractor that is not there.
     """
+    from ditkernels.evaluation.evaluate import evaluate
+    from ditkernels.evaluation.features import load_extractor
+    from ditkernels.runtime import resolve_device
+
     features = load_extractor(args.weights, args.extractor, resolve_device(args.device))
     extractor = None if features is None else _Counting(features)
     result = evaluate(
@@ -90,6 +91,8 @@ class _Counting:
 
     def __init__(self, extractor: Extractor) -> None:
         self.extractor = extractor
+        from tqdm import tqdm
+
         self.bar = tqdm(unit=" images", desc="features", mininterval=0.1 if sys.stderr.isatty() else 10.0)
 
     def __call__(self, images: Tensor) -> Any:

@@ -2,66 +2,60 @@
 
 from __future__ import annotations
 
-import sys
-
-if __name__ == "__main__":
-    print("ditkernels: error: run `python -m ditkernels sample ...` or `torchrun -m ditkernels sample ...`", file=sys.stderr)
-    sys.exit(2)
-
 import argparse
-import datetime
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+from ditkernels.checkpoints.config import WEIGHTS
+from ditkernels.commands import DEFAULT, DEVICE, LONG_WORK, counted
+from ditkernels.sampling.config import FORMATS, SCHEMES, SOLVERS, SampleConfig
 
-from ditkernels.check import resolve_device
-from ditkernels.diffusion import create_diffusion
-from ditkernels.sampler.drawing import SOLVERS, SampleConfig
-from ditkernels.sampler.generate import FORMATS, METADATA, Batches, Job, World, generate
-from ditkernels.sampler.labels import SCHEMES, Labels, parse_classes, read_labels
-from ditkernels.sampler.loading import WEIGHTS, load_model
-from ditkernels.torchrun import local_device, place
-from ditkernels.words import counted
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
-PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-DRIFTING_APART = datetime.timedelta(days=7)
+    from ditkernels.sampling.labels import Labels
+
+PRECISIONS = ("fp32", "bf16", "fp16")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of `ditkernels sample`."""
-    default = "(default: %(default)s)"
     add = parser.add_argument
     add("checkpoint", type=Path, help="folder of a checkpoint or of a training run, or a public .pt file")
-    add("--out", type=Path, default=Path("samples"), help=f"folder to write to, or to resume {default}")
-    add("--weights", choices=WEIGHTS, default="ema", help=f"moving average or trained weights {default}")
-    add("--num-heads", type=int, help="where neither the checkpoint nor the paper tells")
-    add("--count", type=int, default=16, help=f"images {default}")
-    add("--batch-size", type=int, default=16, help=f"images at once; fixed for a run {default}")
-    add("--solver", choices=SOLVERS, default="ddpm", help=default)
-    add("--steps", default="250", help=f"respacing: 250, ddim50, 10,15,20 or logsnr20 {default}")
-    add("--noise-schedule", default="linear", help=default)
-    add("--cfg-scale", type=float, default=4.0, help=f"guidance scale, 1 is none {default}")
-    add("--guided-channels", default="3", help=f"how many, or all {default}")
+    add("--out", type=Path, default=Path("samples"), help=f"folder to write to, or to resume {DEFAULT}")
+    add("--weights", choices=WEIGHTS, default="ema", help=f"moving average or trained weights {DEFAULT}")
+    add("--num-heads", type=int, help="heads of attention, where neither the checkpoint nor the paper tells")
+    add("--count", type=int, default=16, help=f"images to draw {DEFAULT}")
+    add("--batch-size", type=int, default=16, help=f"images at once; fixed for a run {DEFAULT}")
+    add("--solver", choices=SOLVERS, default="ddpm", help=f"what follows the trajectory {DEFAULT}")
+    add("--steps", default="250", help=f"respacing: 250, ddim50, 10,15,20 or logsnr20 {DEFAULT}")
+    add("--noise-schedule", default="linear", help=f"schedule that the model was trained with {DEFAULT}")
+    add("--cfg-scale", type=float, default=4.0, help=f"guidance scale, 1 is none {DEFAULT}")
+    add("--guided-channels", default="3", help=f"how many channels are guided, or all {DEFAULT}")
     add("--guidance-interval", metavar="LOW,HIGH", help="original timesteps that are guided, ends included")
     add("--clip-denoised", action="store_true", help="clip x_0 to [-1, 1], for pixels")
-    add("--labels", choices=SCHEMES[:2], default="balanced", help=f"{default}; both interleaved")
+    add(
+        "--labels",
+        choices=SCHEMES[:2],
+        default="balanced",
+        help=f"how classes are given to images, both ways interleaved {DEFAULT}",
+    )
     add("--classes", help="ids and ranges, as in 207,360 or 0-9 (default: all)")
     add("--labels-file", type=Path, help="one class id a line, for each image")
-    add("--seed", type=int, default=0, help=default)
-    add("--formats", default="png,grid,npz", help=f"of {', '.join(FORMATS)} {default}")
+    add("--seed", type=int, default=0, help=f"same seed, same images {DEFAULT}")
+    add("--formats", default="png,grid,npz", help=f"what to write, out of {', '.join(FORMATS)} {DEFAULT}")
     add(
         "--vae",
         type=lambda name: None if name == "none" else name,
         help="ema, mse or a folder: latents become images; none, the default, where the model draws pixels",
     )
-    add("--device", default="auto", help="cpu, cuda, cuda:1 ...; auto is cuda if there is one")
-    add("--precision", choices=tuple(PRECISIONS), default="fp32", help=f"of the products {default}")
-    add("--threads", type=int, default=1, help=f"CPU threads a process, fixed for a run {default}")
+    add("--device", default="auto", help=DEVICE)
+    add("--precision", choices=PRECISIONS, default="fp32", help=f"dtype of the products {DEFAULT}")
+    add("--threads", type=int, default=1, help=f"CPU threads a process, fixed for a run {DEFAULT}")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -70,8 +64,15 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         ValueError, ImportError, OSError: as ``load_model``, ``SampleConfig`` and ``generate``; a flag that cannot be read.
     """
+    import torch
+
+    from ditkernels.checkpoints.model import load_model
+    from ditkernels.diffusion import create_diffusion
+    from ditkernels.runtime import process_device, processes
+    from ditkernels.sampling.generate import METADATA, Batches, Job, generate
+
     device = process_device(args.device)
-    with processes() as world:
+    with processes(timeout=LONG_WORK) as world:
         loaded = load_model(args.checkpoint, weights=args.weights, num_heads=args.num_heads)
         model = loaded.model.to(device)
         diffusion = create_diffusion(args.steps, args.noise_schedule, learn_sigma=model.learn_sigma)
@@ -91,11 +92,11 @@ def run(args: argparse.Namespace) -> int:
             threads=args.threads,
             record=record,
         )
-        dtype = PRECISIONS[args.precision]
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(args.precision)
         started = time.perf_counter()
         with nullcontext() if dtype is None else torch.autocast(device.type, dtype, cache_enabled=False):
             generate(model, diffusion, job, args.out, decode=_decoder(args.vae, device), world=world)
-        if world.rank == 0:
+        if world.first:
             seconds = time.perf_counter() - started
             print(f"{counted(args.count, 'image')} in {args.out}, {seconds:.1f} s; what made them: {args.out / METADATA}")
     return 0
@@ -130,6 +131,8 @@ def _interval(text: str | None) -> tuple[float, float] | None:
 
 
 def _labels(args: argparse.Namespace, num_classes: int) -> Labels:
+    from ditkernels.sampling.labels import Labels, parse_classes, read_labels
+
     if args.labels_file is not None:
         if args.classes is not None:
             raise ValueError("--labels-file: got one beside --classes, allowed is only one of the two")
@@ -141,46 +144,6 @@ def _labels(args: argparse.Namespace, num_classes: int) -> Labels:
 def _decoder(vae: str | None, device: torch.device) -> Callable[[Tensor], Tensor] | None:
     if vae is None:
         return None
-    from ditkernels.vae import load_vae
+    from ditkernels.data.vae import load_vae
 
     return load_vae(vae, device).decode
-
-
-def process_device(name: str) -> torch.device:
-    """The device of that name; of several processes each has its own GPU, which becomes the current one.
-
-    Raises:
-        ValueError: as ``local_device`` and ``resolve_device``.
-    """
-    device = resolve_device(local_device(name))
-    if device.type == "cuda" and place().size > 1:
-        torch.cuda.set_device(device)
-    return device
-
-
-@contextmanager
-def processes() -> Iterator[World]:
-    """The processes that torchrun started; this one alone without it.
-
-    Raises:
-        ValueError: a variable of torchrun's is missing or wrong.
-    """
-    size = place().size
-    if size == 1:
-        yield World()
-        return
-    from torch import distributed
-
-    from ditkernels.distributed import keep_groups
-
-    # A process may have days of work left when another is done.
-    distributed.init_process_group("gloo", timeout=DRIFTING_APART)
-    try:
-        yield World(distributed.get_rank(), size, _barrier(distributed))
-    finally:
-        keep_groups()
-        distributed.destroy_process_group()
-
-
-def _barrier(distributed: Any) -> Callable[[], object]:
-    return lambda: distributed.barrier()

@@ -1,4 +1,4 @@
-"""`ditkernels encode`: a folder of images to latents, once, in place of encoding every image again each epoch.
+"""A folder of images to latents, once, in place of encoding every image again each epoch.
 
 Image i of the folder is row i % shard_size of shard i // shard_size. A shard is encoded in batches from its first row on, the last
 one padded, and what shape a row is computed in decides how it is rounded; so neither the number of processes nor a kill changes
@@ -15,22 +15,16 @@ keeps its place, and a run on latents sees what a run on the images would see.
 
 from __future__ import annotations
 
-import sys
-
-if __name__ == "__main__":
-    print("ditkernels: error: run `python -m ditkernels encode ...` or `torchrun -m ditkernels encode ...`", file=sys.stderr)
-    sys.exit(2)
-
-import argparse
 import hashlib
 import json
 import math
 import shutil
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from safetensors.torch import save
@@ -38,60 +32,16 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ditkernels._version import __version__
-from ditkernels.config import add_flags, check_fields, from_flags, option
-from ditkernels.data import (
-    Batch,
-    ImageFolder,
-    UnreadableImagesError,
-    as_floats,
-    read_batch,
-    stream_batches,
-)
-from ditkernels.latents import (
-    DTYPES,
-    INDEX,
-    LatentFolder,
-    LatentsError,
-    Shard,
-    make_index,
-    read_index,
-    sha256,
-)
-from ditkernels.sampler.command import process_device, processes
-from ditkernels.sampler.generate import World, pinned_threads
-from ditkernels.sampler.outputs import remove_leftovers, write_bytes, write_json
-from ditkernels.vae import VAE, load_vae
-from ditkernels.words import counted
+from ditkernels.data.config import EncodeConfig
+from ditkernels.data.folder import ImageFolder, UnreadableImagesError, as_floats, read_batch
+from ditkernels.data.latents import DTYPES, INDEX, LatentFolder, LatentsError, Shard, make_index, read_index
+from ditkernels.data.loader import stream_batches
+from ditkernels.data.order import Batch
+from ditkernels.data.vae import VAE, load_vae
+from ditkernels.files import remove_leftovers, sha256, write_bytes, write_json
+from ditkernels.runtime import World, pinned_threads
 
 PARTS, SETTINGS = ".parts", "settings.json"
-
-
-@dataclass(frozen=True)
-class EncodeConfig:
-    """How to encode; every field is a flag of ``ditkernels encode``.
-
-    Raises:
-        ValueError: a value of another type than its field's or out of range; the field is named.
-    """
-
-    data_path: str = option("", "folder of images, one subfolder a class", free=True)
-    out: str = option("latents", "folder to write to, or to resume", free=True)
-    verify: bool = option(False, "check every shard of --out against its SHA-256, encode nothing", free=True)
-    unconditional: bool = option(False, "one class for all images")
-    image_size: int = option(256, "edge of the square images, in pixels", least=1)
-    vae: str = option("ema", "ema, mse, or a folder with an AutoencoderKL")
-    dtype: Literal["fp16", "bf16", "fp32"] = option("fp16", "of the stored mean and standard deviation")
-    batch_size: int = option(32, "images encoded at once; it decides how they are rounded", least=1)
-    shard_size: int = option(4096, "images a file", least=1)
-    threads: int = option(1, "CPU threads a process", least=1)
-    num_workers: int = option(4, "processes that read images, for each that encodes", least=0, free=True)
-    max_unreadable: int = option(100, "unreadable images that are replaced before the run stops", least=0, free=True)
-    device: str = option("auto", "cpu, cuda, cuda:1 ...; auto is cuda if there is one", free=True)
-
-    def __post_init__(self) -> None:
-        check_fields(self)
-        if self.vae == "none":
-            raise ValueError("vae: got 'none', allowed are ema, mse, a folder")
 
 
 class Batches:
@@ -145,13 +95,13 @@ def encode(config: EncodeConfig, device: torch.device, world: World | None = Non
     vae = load_vae(config.vae, device)
     settings = settings_of(config, images, vae, device)
     batches = Batches(images, config)
-    if world.rank == 0:
+    if world.first:
         _begin(out, settings)
     world.barrier()
     with pinned_threads(config.threads), _deterministic_convolutions():
         _encode_missing(vae, batches, out, world)
     world.barrier()
-    if world.rank == 0 and not (out / INDEX).exists():
+    if world.first and not (out / INDEX).exists():
         _finish(out, settings)
     world.barrier()
     return LatentFolder.open(out)
@@ -361,39 +311,11 @@ def _deterministic_convolutions() -> Iterator[None]:
         torch.backends.cudnn.deterministic = before
 
 
-# ---- `ditkernels encode` ---------------------------------------------------------------------------------------------
+# ---- Verifying -------------------------------------------------------------------------------------------------------
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of `ditkernels encode`: the fields of EncodeConfig."""
-    add_flags(parser, EncodeConfig)
-
-
-def run(args: argparse.Namespace) -> int:
-    """Encodes, or verifies; returns 0.
-
-    Raises:
-        ValueError, ImportError, OSError: as :func:`encode` and :func:`verify`.
-    """
-    config = from_flags(EncodeConfig, args)
-    if config.verify:
-        return verify(Path(config.out))
-    device = process_device(config.device)
-    with processes() as world:
-        folder = encode(config, device, world)
-    if world.rank == 0:
-        print(f"{config.out}: {_extent(folder)}")
-        for file in read_index(folder.root / INDEX)["unreadable"]:
-            print(f"{file}: not a readable image; the next one stands in its place")
-    return 0
-
-
-def _extent(folder: LatentFolder) -> str:
-    return f"{counted(len(folder), 'image')} in {counted(len(folder.shards), 'shard')}"
-
-
-def verify(root: Path) -> int:
-    """Reads every shard at ``root``; returns 0.
+def verify(root: Path) -> LatentFolder:
+    """Reads every shard at ``root``, and returns the latents.
 
     Raises:
         LatentsError: shards are altered; all of them are named.
@@ -407,5 +329,4 @@ def verify(root: Path) -> int:
             wrong.append(str(error))
     if wrong:
         raise LatentsError("; ".join(wrong))
-    print(f"{root}: {_extent(folder)}, every SHA-256 is right")
-    return 0
+    return folder

@@ -13,7 +13,6 @@ tens of gigabytes, at every start: `ditkernels encode --verify` does that.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -25,7 +24,9 @@ import safetensors
 import torch
 from torch import Tensor
 
-from ditkernels.vae import LatentSpace
+from ditkernels.data.order import Batch, ShuffledStream, mirrored
+from ditkernels.data.vae import LatentSpace
+from ditkernels.files import json_sha256, sha256
 
 INDEX = "latents.json"
 FORMAT, FORMAT_VERSION = "ditkernels-latents", 1
@@ -166,7 +167,7 @@ def make_index(content: Mapping[str, Any], shards: list[Shard]) -> dict[str, Any
         **content,
         "shards": [asdict(shard) for shard in shards],
     }
-    return {**body, "sha256": _digest(body)}
+    return {**body, "sha256": json_sha256(body)}
 
 
 def read_index(path: Path) -> dict[str, Any]:
@@ -185,19 +186,39 @@ def read_index(path: Path) -> dict[str, Any]:
         raise LatentsError(f"{path} is not the index of {FORMAT}")
     if index.get("format_version") != FORMAT_VERSION:
         raise LatentsError(f"{path}: format version {index.get('format_version')}, allowed is {FORMAT_VERSION}")
-    if index.pop("sha256", None) != _digest(index):
+    if index.pop("sha256", None) != json_sha256(index):
         raise LatentsError(f"{path} is damaged: it does not match its own SHA-256")
     return index
 
 
-def _digest(body: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+# ---- In the order of training ----------------------------------------------------------------------------------------
 
 
-def sha256(path: Path) -> str:
-    """Of a file's content."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
+class LatentBatches:
+    """Batches of a :class:`LatentFolder`: the moments of images, or by chance of mirrored ones.
+
+    A mirrored latent is not the latent of the mirrored image, so both were encoded, and the draw that would mirror the image
+    chooses among them. An epoch has every image once.
+
+    Args:
+        folder: the latents.
+        flip: take the mirrored image with probability 1/2, keyed as in :class:`FolderBatches`.
+        unconditional: all labels are 0.
+        batch_size, seed: as of :class:`ShuffledStream`.
+    """
+
+    def __init__(self, folder: LatentFolder, batch_size: int, seed: int, *, flip: bool, unconditional: bool) -> None:
+        self.folder = folder
+        self.flip = flip
+        self.unconditional = unconditional
+        self.stream = ShuffledStream(len(folder), batch_size, seed)
+
+    def __getitem__(self, step: int) -> Batch:
+        return self.at(step, torch.arange(self.stream.batch_size))
+
+    def at(self, step: int, positions: Tensor) -> Batch:
+        """As :meth:`Batches.at`."""
+        chosen = self.stream.batch(step)[positions]
+        flipped = mirrored(self.stream.seed, step, positions) & self.flip
+        moments, labels = self.folder.read(chosen, flipped)
+        return Batch(moments, 0 * labels if self.unconditional else labels)

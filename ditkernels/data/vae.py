@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ditkernels.config import TrainConfig
+from ditkernels.checkpoints.format import state_sha256
 
 NAMED = {"ema": "stabilityai/sd-vae-ft-ema", "mse": "stabilityai/sd-vae-ft-mse"}
 ENCODER = ("encoder.", "quant_conv.")
@@ -80,11 +80,9 @@ class VAE:
     @cached_property
     def space(self) -> LatentSpace:
         """What its latents mean."""
-        from ditkernels.sampler.loading import digest
-
         weights = self.autoencoder.state_dict()
         encoder = {name: weights[name] for name in weights if name.startswith(ENCODER)}
-        return LatentSpace(digest(encoder), self.channels, self.factor, self.scale, self.shift)
+        return LatentSpace(state_sha256(encoder), self.channels, self.factor, self.scale, self.shift)
 
     def latents(self, images: Tensor, noise: Tensor) -> Tensor:
         """A draw from the posterior, scaled; ``noise``: standard normals of a latent's shape."""
@@ -135,29 +133,3 @@ def load_vae(name: str, device: torch.device) -> VAE:
             ) from error
         raise ValueError(f"vae: {name} holds no AutoencoderKL: {error}") from error
     return VAE(found.to(device))
-
-
-def vae_for(config: TrainConfig, latents: LatentSpace | None, device: torch.device) -> VAE | None:
-    """The autoencoder that a run needs: to encode its images or, where it trains on latents, to show samples.
-
-    Args:
-        latents: of the data; None where it is images.
-
-    Returns:
-        None for pixels, and for latents where nothing is decoded and ``config.vae`` is the default.
-
-    Raises:
-        ImportError, ValueError: as :func:`load_vae`; the latents are of another autoencoder, or there is none to decode with.
-    """
-    if latents is None:
-        return None if config.vae == "none" else load_vae(config.vae, device)
-    decodes = [name for name in ("sample_every", "eval_every") if getattr(config, name)]
-    if config.vae == "none" and decodes:
-        raise ValueError(f"vae: got 'none', but {decodes[0]} decodes latents; allowed is the VAE that made them")
-    if config.vae == "none" or (config.vae == TrainConfig.vae and not decodes):
-        return None
-    vae = load_vae(config.vae, device)
-    different = latents.differences(vae.space)
-    if different:
-        raise ValueError(f"vae: {config.vae} is not the one that made the latents: {'; '.join(different)}")
-    return vae

@@ -1,4 +1,4 @@
-"""`ditkernels check`: every op, on every backend this machine has, held against the reference in fp64.
+"""Parity: every op, on every backend this machine has, held against the reference in fp64.
 
 Forward and every gradient, in shapes that are tiny and awkward: a batch of 3, because one sample hides a mixed-up
 batch index; odd numbers of tokens and channels, because powers of two hide a missing mask; gates that are not zero,
@@ -10,16 +10,10 @@ the same dtypes, plus ``CONTRACT_ULPS``·eps(dtype)·max|result|; ``ATTENTION_UL
 
 from __future__ import annotations
 
-import sys
-
-if __name__ == "__main__":
-    print("ditkernels: error: run `python -m ditkernels check ...`", file=sys.stderr)
-    sys.exit(2)
-
-import argparse
 import math
 import os
 import subprocess
+import sys
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
@@ -36,6 +30,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ditkernels import ops, reference
 from ditkernels.ops import _native, _triton, dispatch
 from ditkernels.ops.attention import explain
+from ditkernels.runtime import resolve_device
 
 CONTRACT_FACTOR = 2.0
 CONTRACT_ULPS = 2.0
@@ -362,31 +357,29 @@ def passed(found: list[Result]) -> bool:
     return asked == ran and not any(result.failed for result in found)
 
 
-# ---- The command -----------------------------------------------------------------------------------------------------
+# ---- The report ------------------------------------------------------------------------------------------------------
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of `ditkernels check`."""
-    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 ...; auto is cuda if there is one")
-    parser.add_argument("--backend", choices=dispatch.BACKENDS, help="check the ops on this backend alone, without attention")
-
-
-def run(args: argparse.Namespace) -> int:
-    """Prints the table; returns 0, or 1 if a check failed.
+def everything(device: torch.device, only: str | None = None) -> bool:
+    """Prints the table of :func:`report`; returns whether everything held.
 
     On a CPU the Triton kernels follow in a process of their own, in Triton's interpreter.
 
+    Args:
+        only: a backend of the ops, to check that one alone.
+
     Raises:
-        ValueError: a device that is not there.
+        ValueError: there is no such backend.
     """
-    device = resolve_device(args.device)
+    if only is not None and only not in dispatch.BACKENDS:
+        raise ValueError(f"--backend: got {only!r}, allowed are {', '.join(dispatch.BACKENDS)}")
     interpret = device.type == "cpu" and _triton.MISSING is None and not _triton.INTERPRETED
-    if interpret and args.backend == "triton":
-        return 0 if _interpreted() else 1
-    held = report(sys.stdout, device, args.backend)
-    if interpret and args.backend is None:
+    if interpret and only == "triton":
+        return _interpreted()
+    held = report(sys.stdout, device, only)
+    if interpret and only is None:
         held = _interpreted() and held
-    return 0 if held else 1
+    return held
 
 
 def _interpreted() -> bool:
@@ -451,26 +444,6 @@ def _verdict(found: list[Result]) -> str:
     if not passed(found):
         return "FAILED: some op has no backend that serves here."
     return f"All {len(ran)} checks passed."
-
-
-def resolve_device(name: str) -> torch.device:
-    """The device of that name; "auto" is a GPU if there is one.
-
-    Raises:
-        ValueError: no such device here.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    allowed = "allowed are auto, cpu, cuda, cuda:N"
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(f"--device: got {name!r}, {allowed}") from error
-    if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"--device: got {name!r}, {allowed}")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"--device: got {name!r}, but this machine has {torch.cuda.device_count()} usable CUDA devices")
-    return device
 
 
 def _device_name(device: torch.device) -> str:

@@ -1,4 +1,4 @@
-"""`ditkernels flops`: parameters and Gflops of the models, beside the numbers of the DiT paper.
+"""Parameters and Gflops of the models, beside the numbers of the DiT paper.
 
 The paper (Peebles & Xie, arXiv 2212.09748) counts a multiply-add as one operation, so its Gflops are
 multiply-adds (MACs), and a FLOP count is twice that. Both are given here. They are counted, not computed from
@@ -8,21 +8,13 @@ torch.utils.flop_counter, which counts matrix products and convolutions.
 
 from __future__ import annotations
 
-import sys
-
-if __name__ == "__main__":
-    print("ditkernels: error: run `python -m ditkernels flops ...`", file=sys.stderr)
-    sys.exit(2)
-
-import argparse
-import json
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from ditkernels import reference
+from ditkernels.models import count
 
 LATENT_FACTOR = 8  # edge of an image over edge of its latent, in the autoencoder of the paper
 
@@ -57,38 +49,6 @@ PAPER = (
 )
 
 
-class Count(NamedTuple):
-    """What one forward of one sample costs.
-
-    Attributes:
-        macs: multiply-adds, the paper's unit.
-        params: all parameters, the frozen position embedding among them.
-    """
-
-    macs: int
-    params: int
-
-    @property
-    def flops(self) -> int:
-        """A multiply and an add as two operations."""
-        return 2 * self.macs
-
-
-def count(model: reference.DiT) -> Count:
-    """Counts one forward of one sample through ``model``, a ``DiT`` on any device; no arithmetic is done.
-
-    The model is neither moved nor changed. A backward costs about twice as much again.
-    """
-    state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    shapes = {name: tensor.detach().to("meta") for name, tensor in state.items()}
-    x = torch.empty(1, model.in_channels, *model.input_size, device="meta")
-    t = torch.empty(1, device="meta")
-    y = torch.empty(1, device="meta", dtype=torch.int64)
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        torch.func.functional_call(model, shapes, (x, t, y))
-    return Count(counter.get_total_flops() // 2, sum(p.numel() for p in model.parameters()))
-
-
 def rows() -> list[dict[str, Any]]:
     """Every model of ``PAPER``, counted."""
     return [_row(published, reference.DiT_models[published.model]) for published in PAPER]
@@ -110,19 +70,7 @@ def _row(published: Published, constructor: Callable[..., reference.DiT]) -> dic
     }
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the command's options."""
-    parser.add_argument("--json", action="store_true", help="print JSON rows instead of a table")
-
-
-def run(args: argparse.Namespace) -> int:
-    """Prints the table; returns the exit status."""
-    counted = rows()
-    print(json.dumps(counted, indent=2) if args.json else _table(counted))
-    return 0
-
-
-def _table(counted: list[dict[str, Any]]) -> str:
+def table(counted: list[dict[str, Any]]) -> str:
     head = f"{'model':<9} {'px':>4} {'conditioning':<16} {'params':>12} {'paper':>6} {'GFLOP':>9} {'GMAC':>8} {'paper':>7}"
     lines = [head, "-" * len(head)]
     for row in counted:

@@ -1,17 +1,10 @@
-"""`ditkernels info`: the machine, the versions, and for every op the backend chosen here and why not the others.
+"""The machine, the versions, and for every op the backend chosen here and why not the others.
 
 It answers "why is it slow" and "why does it not use X" before anybody has to ask, and belongs into every bug report.
 """
 
 from __future__ import annotations
 
-import sys
-
-if __name__ == "__main__":
-    print("ditkernels: error: run `python -m ditkernels info ...`", file=sys.stderr)
-    sys.exit(2)
-
-import argparse
 import json
 import os
 import platform
@@ -26,7 +19,7 @@ from urllib.request import url2pathname
 import torch
 
 from ditkernels._version import __version__
-from ditkernels.check import CASES, PRECISIONS, Call, recorded_calls, resolve_device
+from ditkernels.diagnostics.check import CASES, PRECISIONS, Call, recorded_calls
 from ditkernels.ops import _native, _triton, dispatch
 from ditkernels.ops.attention import BACKENDS as ATTENTION
 from ditkernels.ops.attention import Problem, choose, explain_problem
@@ -56,18 +49,8 @@ VARIABLES = (
 )
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of `ditkernels info`."""
-    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 ...; auto is cuda if there is one")
-
-
-def run(args: argparse.Namespace) -> int:
-    """Prints everything; returns 0, or 1 if a section could not be told to its end.
-
-    Raises:
-        ValueError: a device that is not there.
-    """
-    device = resolve_device(args.device)
+def everything(device: torch.device, failures: list[Exception]) -> Iterator[str]:
+    """The lines of all sections, as they are found out; what broke a section off is added to ``failures``."""
     sections = {
         "Machine": _machine(),
         "Packages": _packages(),
@@ -76,12 +59,9 @@ def run(args: argparse.Namespace) -> int:
         "C++ kernels": _kernels(device),
         f"Attention, bf16 on {device}, as DiT-XL/2 trains at 256 px: 16 heads of 72 channels, 256 tokens": _attention(device),
     }
-    failures: list[Exception] = []
     for title, section in sections.items():
-        print(title)
-        for line in _lines(section, failures):
-            print(f"  {line}")
-    return 1 if failures else 0
+        yield title
+        yield from (f"  {line}" for line in _lines(section, failures))
 
 
 def _lines(section: Iterable[str], failures: list[Exception]) -> Iterator[str]:

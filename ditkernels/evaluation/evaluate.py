@@ -1,4 +1,4 @@
-"""Evaluation: FID, sFID, Inception Score, precision and recall by the conventions of the ADM suite. docs/evaluation.md."""
+"""Samples against a reference: images pass once, features are summed, and the metrics come out. docs/evaluation.md."""
 
 from __future__ import annotations
 
@@ -11,30 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ditkernels.evaluate import images as sources
-from ditkernels.evaluate.features import Extractor, Features, Inception, as_features
-from ditkernels.evaluate.metrics import (
-    NEIGHBOURS,
-    SPLIT_SIZE,
-    Gaussian,
-    GaussianSum,
-    InceptionScore,
-    frechet_distance,
-    precision_recall,
-)
-
-__all__ = [
-    "METRICS",
-    "Evaluation",
-    "Extractor",
-    "Features",
-    "Inception",
-    "Reference",
-    "evaluate",
-    "load_reference",
-]
-
-METRICS = ("fid", "sfid", "inception_score", "precision_recall")
+from ditkernels.evaluation import images as sources
+from ditkernels.evaluation.config import METRICS, NEIGHBOURS, SPLIT_SIZE
+from ditkernels.evaluation.features import Extractor, Features, as_features
+from ditkernels.evaluation.metrics import Gaussian, GaussianSum, InceptionScore, frechet_distance, precision_recall
 
 Source = str | Path | Features | Iterable[Tensor]
 """A path (``.npz`` or folder), feature arrays, or batches of images (B, 3, H, W) uint8."""

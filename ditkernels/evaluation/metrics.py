@@ -17,10 +17,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from ditkernels.evaluation.config import NEIGHBOURS, SPLIT_SIZE
+
 FloatArray = npt.NDArray[np.float64]
 
-SPLIT_SIZE = 5000
-NEIGHBOURS = 3
 DISTANCE_BYTES = 64 * 2**20
 ORDER_DEVIATIONS = 6.0
 

@@ -5,21 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from ditkernels.config import TrainConfig
-from ditkernels.diffusion import GaussianDiffusion, create_diffusion
-from ditkernels.distributed import Ranks
-from ditkernels.evaluate import Evaluation, Extractor, Reference, evaluate, load_reference
-from ditkernels.evaluate.features import load_extractor
-from ditkernels.evaluate.metrics import SPLIT_SIZE
+from ditkernels.diffusion import GaussianDiffusion
+from ditkernels.evaluation.config import SPLIT_SIZE
+from ditkernels.evaluation.evaluate import Evaluation, Reference, evaluate
+from ditkernels.evaluation.features import Extractor
 from ditkernels.reference import DiT
-from ditkernels.sampler import Batches, Labels, SampleConfig
-from ditkernels.sampler.generate import draw_batch
-from ditkernels.sampler.outputs import to_pixels
+from ditkernels.runtime import World
+from ditkernels.sampling.drawing import SampleConfig
+from ditkernels.sampling.generate import Batches, draw_batch
+from ditkernels.sampling.labels import Labels
+from ditkernels.sampling.outputs import to_pixels
 
 
 @dataclass(frozen=True)
@@ -39,7 +38,7 @@ class Monitor:
         decode: latents (B, C, H, W) -> images (B, 3, H, W) in [-1, 1]; None where the model draws pixels.
         split_size: images in a split of the Inception Score.
         autocast: dtype of the model's products; None is the weights' own. Decoding and features stay outside.
-        ranks: of the run, all of which call it; they draw batches in turn, and each sees the images of all.
+        world: the processes of the run, all of which call it; they draw batches in turn, and each sees the images of all.
     """
 
     diffusion: GaussianDiffusion
@@ -51,7 +50,7 @@ class Monitor:
     decode: Callable[[Tensor], Tensor] | None = None
     split_size: int = SPLIT_SIZE
     autocast: torch.dtype | None = None
-    ranks: Ranks = field(default_factory=Ranks)
+    world: World = field(default_factory=World)
 
     def __call__(self, model: DiT) -> Evaluation:
         """The metrics of a model in eval mode.
@@ -69,10 +68,10 @@ class Monitor:
 
     def _pixels(self, model: DiT) -> Iterator[Tensor]:
         """The images in order, (B, 3, H, W) uint8 on the CPU."""
-        for start in range(0, len(self.batches), self.ranks.size):
-            mine = start + self.ranks.rank
+        for start in range(0, len(self.batches), self.world.size):
+            mine = start + self.world.rank
             drawn = self._draw(model, mine) if mine < len(self.batches) else None
-            yield from (images for images in self.ranks.gather(drawn) if images is not None)
+            yield from (images for images in self.world.gather(drawn) if images is not None)
 
     def _draw(self, model: DiT, batch: int) -> Tensor:
         device = next(model.parameters()).device.type
@@ -80,47 +79,3 @@ class Monitor:
             drawn = draw_batch(model, self.diffusion, self.labels, self.config, self.batches, batch)
         images = drawn if self.decode is None else self.decode(drawn)
         return torch.from_numpy(to_pixels(images)).permute(0, 3, 1, 2)
-
-
-def monitor_of_training(
-    config: TrainConfig,
-    *,
-    num_classes: int,
-    learn_sigma: bool,
-    device: torch.device,
-    decode: Callable[[Tensor], Tensor] | None,
-    autocast: torch.dtype | None,
-    ranks: Ranks,
-) -> Monitor:
-    """The monitor that the ``eval_`` fields of a config describe; its reference is read here, once.
-
-    Args:
-        config: ``sample_steps`` DDPM steps, classes in turn.
-        num_classes, learn_sigma: the model's.
-        device: of the features.
-        decode, autocast, ranks: as of :class:`Monitor`.
-
-    Raises:
-        ValueError, ImportError: no reference or no features named, or as ``load_reference`` and ``load_extractor``.
-    """
-    if config.eval_reference is None:
-        raise ValueError("eval_every: got no eval_reference, which samples are compared with")
-    extractor = load_extractor(config.eval_weights, config.eval_extractor, device)
-    if extractor is None:
-        raise ValueError("eval_every: got no features, allowed are eval_weights or eval_extractor")
-    settings = SampleConfig(
-        guidance_scale=config.eval_guidance,
-        guided_channels=None if decode is None else 3,
-        clip_denoised=decode is None,
-    )
-    return Monitor(
-        create_diffusion(str(config.sample_steps), learn_sigma=learn_sigma),
-        settings,
-        Labels("balanced", tuple(range(num_classes))),
-        Batches(config.eval_images, config.eval_batch_size),
-        load_reference(Path(config.eval_reference), extractor=extractor, batch_size=config.eval_batch_size),
-        extractor,
-        decode=decode,
-        autocast=autocast,
-        ranks=ranks,
-    )

@@ -13,7 +13,6 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,12 +23,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ditkernels.diffusion import GaussianDiffusion
+from ditkernels.files import remove_leftovers, write_json
 from ditkernels.reference import DiT
-from ditkernels.sampler import outputs
-from ditkernels.sampler.drawing import SampleConfig, sample
-from ditkernels.sampler.labels import Labels
+from ditkernels.runtime import World, pinned_threads
+from ditkernels.sampling import outputs
+from ditkernels.sampling.config import FORMATS, SampleConfig
+from ditkernels.sampling.drawing import sample
+from ditkernels.sampling.labels import Labels
 
-FORMATS = ("png", "grid", "npz", "latents")
 SETTINGS, METADATA, PARTS, IMAGES = "run.json", "metadata.json", ".parts", "images"
 
 
@@ -61,15 +62,6 @@ class Batches:
         return min(self.size, self.count - batch * self.size)
 
 
-@dataclass(frozen=True)
-class World:
-    """The processes that share the work. ``barrier`` returns when all have called it."""
-
-    rank: int = 0
-    size: int = 1
-    barrier: Callable[[], object] = lambda: None
-
-
 def draw_batch(
     model: DiT,
     diffusion: GaussianDiffusion,
@@ -90,17 +82,6 @@ def draw(model: DiT, diffusion: GaussianDiffusion, labels: Labels, config: Sampl
     """The samples of all batches in turn, each (length, C, H, W) float32."""
     for batch in range(len(batches)):
         yield draw_batch(model, diffusion, labels, config, batches, batch)
-
-
-@contextmanager
-def pinned_threads(threads: int) -> Iterator[None]:
-    """PyTorch computes with that many CPU threads: rounding depends on it."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 @dataclass(frozen=True)
@@ -187,7 +168,7 @@ def generate(
             f"formats: got {', '.join(job.formats)} of a model with {model.in_channels} channels and no VAE; allowed is latents"
         )
     settings = job.settings(model, diffusion)
-    if world.rank == 0:
+    if world.first:
         _open(out, settings)
     world.barrier()
     _check_same(out, settings)
@@ -195,12 +176,12 @@ def generate(
         with pinned_threads(job.threads):
             _draw_missing(model, diffusion, job, out, decode, world, progress)
         world.barrier()
-        if world.rank == 0:
+        if world.first:
             for folder in (out, out / IMAGES):
-                outputs.remove_leftovers(folder)
+                remove_leftovers(folder)
             _assemble(out, job, settings)
     world.barrier()
-    if world.rank == 0:
+    if world.first:
         shutil.rmtree(out / PARTS, ignore_errors=True)
     return json.loads((out / METADATA).read_text(encoding="utf-8"))
 
@@ -208,7 +189,7 @@ def generate(
 def _open(out: Path, settings: dict[str, Any]) -> None:
     if not (out / SETTINGS).exists():
         (out / PARTS).mkdir(parents=True, exist_ok=True)
-        outputs.write_json(out / SETTINGS, settings)
+        write_json(out / SETTINGS, settings)
 
 
 def _check_same(out: Path, settings: dict[str, Any]) -> None:
@@ -297,4 +278,4 @@ def _assemble(out: Path, job: Job, settings: dict[str, Any]) -> None:
             if len(shown) >= outputs.GRID_IMAGES:
                 break
         outputs.write_png(out / "grid.png", outputs.grid_of(shown))
-    outputs.write_json(out / METADATA, settings)
+    write_json(out / METADATA, settings)

@@ -10,9 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ditkernels.random import Stream, below
-
-SCHEMES = ("balanced", "random", "listed")
+from ditkernels.rng import Stream, below
+from ditkernels.sampling.config import SCHEMES
 
 
 @dataclass(frozen=True)

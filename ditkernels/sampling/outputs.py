@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import io
-import json
 import math
-import os
 import zipfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -15,6 +13,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+
+from ditkernels.files import replacing, write_bytes
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -40,20 +40,27 @@ def to_pixels(images: Tensor) -> Pixels:
         raise ValueError(f"images: got {images.shape[1]} channels, allowed are 1 or 3; latents need a VAE to become images")
     if not torch.isfinite(images).all():
         raise ValueError("images: got values that are not finite; the model may be damaged or the scale too large")
+    return pixels_of(images)
+
+
+def pixels_of(images: Tensor) -> Pixels:
+    """As :func:`to_pixels`, whatever the values: where they are not finite, the pixel is not defined."""
     pixels = (127.5 * images.float() + 128).clamp(0, 255).to(torch.uint8)
     return pixels.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).contiguous().cpu().numpy()
 
 
 def write_png(path: Path, pixels: Pixels) -> None:
-    """pixels: (H, W, 3)."""
-    from PIL import Image
-
+    """A PNG of pixels (H, W, 3). Raises ImportError where Pillow is not installed."""
+    try:
+        from PIL import Image
+    except ImportError as error:
+        raise ImportError(f"pictures of samples need Pillow ({error}): pip install ditkernels[vae]") from error
     content = io.BytesIO()
     Image.fromarray(pixels).save(content, format="PNG")
     write_bytes(path, content.getvalue())
 
 
-def grid_of(pixels: Sequence[Pixels]) -> Pixels:
+def grid_of(pixels: Sequence[Pixels] | Pixels) -> Pixels:
     """The first GRID_IMAGES images, row by row, as near to a square as can be; missing ones are black."""
     shown = pixels[:GRID_IMAGES]
     height, width, _ = shown[0].shape
@@ -68,33 +75,17 @@ def grid_of(pixels: Sequence[Pixels]) -> Pixels:
 
 def write_npz(path: Path, arrays: Mapping[str, Streamed]) -> None:
     """An ``.npz``; one piece is in memory at a time."""
-    temporary = _temporary(path)
-    with zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
+    with replacing(path) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
         for name, array in arrays.items():
             # A fixed date: the same samples are the same file.
             with archive.open(zipfile.ZipInfo(f"{name}.npy", EPOCH), "w", force_zip64=True) as file:
                 _write_array(file, array)
-    _replace(temporary, path)
 
 
 def write_npy(path: Path, array: Streamed) -> None:
     """An ``.npy``, as ``write_npz``."""
-    temporary = _temporary(path)
-    with temporary.open("wb") as file:
+    with replacing(path) as temporary, temporary.open("wb") as file:
         _write_array(file, array)
-    _replace(temporary, path)
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Indented JSON."""
-    write_bytes(path, (json.dumps(content, indent=2) + "\n").encode())
-
-
-def write_bytes(path: Path, content: bytes) -> None:
-    """A file that is there whole or not at all."""
-    temporary = _temporary(path)
-    temporary.write_bytes(content)
-    _replace(temporary, path)
 
 
 def _write_array(file: IO[bytes], array: Streamed) -> None:
@@ -106,20 +97,3 @@ def _write_array(file: IO[bytes], array: Streamed) -> None:
     np.lib.format.write_array_header_1_0(file, header)  # type: ignore[arg-type]
     for piece in array.pieces:
         file.write(np.ascontiguousarray(piece, array.dtype).tobytes())
-
-
-def remove_leftovers(folder: Path) -> None:
-    """Removes what processes that were killed had begun to write into ``folder``."""
-    for path in folder.glob(".*.tmp"):
-        path.unlink(missing_ok=True)
-
-
-def _temporary(path: Path) -> Path:
-    # A name of this process's own: one that outlived its run may still write the same file, with the same bytes.
-    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
-
-
-def _replace(temporary: Path, path: Path) -> None:
-    with temporary.open("rb") as file:
-        os.fsync(file.fileno())
-    os.replace(temporary, path)

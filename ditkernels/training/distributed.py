@@ -1,7 +1,7 @@
 """Many processes, one training run: what each of them computes, and how all of them come to the same decision.
 
-`torchrun` starts the processes (ranks). Each takes its positions of every part of the global batch, so that the noise, timesteps
-and labels of a sample are those it has in one process. Gradients are averaged over the ranks by torch's own engines:
+`torchrun` starts the processes (ranks). Each takes its positions of every microbatch of the global batch, so that the noise,
+timesteps and labels of a sample are those it has in one process. Gradients are averaged over the ranks by torch's own engines:
 
 - "ddp" (DistributedDataParallel): every rank holds everything; rank 0 writes checkpoints as a single process does.
 - "fsdp" (FSDP2, ``fully_shard``): parameters, gradients, AdamW's moments and the moving average are cut along their first
@@ -9,10 +9,10 @@ and labels of a sample are those it has in one process. Gradients are averaged o
   (HSDP). The ranks of the first group write checkpoints together.
 
 What must not differ between ranks is decided on reduced numbers. One all-reduce a step carries the loss, the squared norm of the
-gradient and who has been asked to stop: so a step is skipped by all or by none, and all stop after the same step. It reaches the
-host one step late, with the loss, and costs no further synchronisation.
+gradient and the step flags, which say who has been asked to stop: so a step is skipped by all or by none, and all stop after the
+same step. It reaches the host one step late, with the loss, and costs no further synchronisation.
 
-:class:`Ranks` is a single process, which agrees with itself and needs no process group.
+:class:`Parallel` is a single process, which needs no process group.
 """
 
 from __future__ import annotations
@@ -27,22 +27,22 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from ditkernels._version import __version__
-from ditkernels.checkpoint import CheckpointError, CheckpointWriter, IdleWriter, Peers, Piece, ShardWriter
-from ditkernels.config import TrainConfig
-from ditkernels.data import Batch, Batches
-from ditkernels.masters import Copies, accumulate_in, hand_over
-from ditkernels.optimizer import gradient_norm
+from ditkernels.checkpoints.format import CheckpointError
+from ditkernels.checkpoints.sharded import Peers, Piece, ShardWriter
+from ditkernels.checkpoints.writer import CheckpointWriter, IdleWriter
+from ditkernels.data.order import Batch, Batches
 from ditkernels.reference import DiT
-from ditkernels.torchrun import place
-
-Value = TypeVar("Value")
+from ditkernels.runtime import World, place, processes
+from ditkernels.training.config import TrainConfig
+from ditkernels.training.master_weights import Copies, accumulate_in, move_grads_to_masters
+from ditkernels.training.optimizer import gradient_norm
 
 # What may differ between the machines of a run: where the data lies, and who reads it.
 OWN_SETTINGS = ("data_path", "val_path", "num_workers")
@@ -61,54 +61,37 @@ class Reduced(NamedTuple):
     Attributes:
         loss: mean over the global batch.
         norm: of the whole gradient.
-        told: what ranks told each other, as of :meth:`Ranks.reduce`, summed.
+        flags: the step flags, as of :meth:`Parallel.reduce`, summed.
     """
 
     loss: Tensor
     norm: Tensor
-    told: list[Tensor]
+    flags: list[Tensor]
 
 
 # ---- One process -----------------------------------------------------------------------------------------------------
 
 
-class Ranks:
-    """The processes of a run as one of them sees them; this class is a process on its own.
+class Parallel:
+    """How the processes of a run share a model; this class is a process on its own.
 
     Attributes:
-        rank: this process, 0..size − 1.
-        size: how many there are.
+        world: the processes.
     """
 
-    rank = 0
-    size = 1
+    def __init__(self, world: World | None = None) -> None:
+        self.world = world or World()
 
-    @property
-    def first(self) -> bool:
-        """Whether this is the process that logs and prints."""
-        return self.rank == 0
+    def positions(self, batch_size: int, microbatches: int) -> Tensor:
+        """This rank's share of each microbatch in turn: positions (batch_size / size,) int64 in the global batch."""
+        return torch.arange(batch_size).view(microbatches, self.world.size, -1)[:, self.world.rank].flatten()
 
-    def positions(self, batch_size: int, parts: int) -> Tensor:
-        """What this rank computes: positions (batch_size / size,) int64 in the global batch, its share of each part in turn."""
-        return torch.arange(batch_size).view(parts, self.size, -1)[:, self.rank].flatten()
-
-    def batches(self, batches: Batches, batch_size: int, parts: int) -> Batches:
+    def batches(self, batches: Batches, batch_size: int, microbatches: int) -> Batches:
         """The batches of this rank: the samples at its :meth:`positions`; no others are read."""
         return batches
 
-    def on_first(self, function: Callable[[], Value]) -> Value:
-        """What ``function`` returns on the first rank, where alone it is called; what it raises there is raised everywhere."""
-        return function()
-
-    def gather(self, value: Value) -> list[Value]:
-        """The values of all ranks."""
-        return [value]
-
-    def agree(self, **values: Any) -> None:
-        """Raises ValueError on every rank if a value differs between ranks; it is named, with two ranks that differ."""
-
-    def spread(self, model: DiT, average: DiT, autocast: torch.dtype | None, images: int, copies: Copies) -> Callable[..., Tensor]:
-        """Spreads the model and its moving average over the ranks, in place.
+    def wrap(self, model: DiT, average: DiT, autocast: torch.dtype | None, images: int, copies: Copies) -> Callable[..., Tensor]:
+        """Wraps the model and its moving average for the ranks, in place.
 
         Args:
             model, average: equal on all ranks, where they are to be cut into pieces; else the first rank's are taken.
@@ -121,26 +104,26 @@ class Ranks:
         """
         return model
 
-    def part(self, *, last: bool) -> AbstractContextManager[Any]:
-        """Around forward and backward of a part of the batch: gradients are averaged over ranks after the last part only."""
+    def microbatch(self, *, last: bool) -> AbstractContextManager[Any]:
+        """Around forward and backward of a microbatch: gradients are averaged over ranks after the last one only."""
         return nullcontext()
 
-    def reduce(self, loss: Tensor, gradients: Sequence[Tensor], told: Sequence[float]) -> Reduced:
+    def reduce(self, loss: Tensor, gradients: Sequence[Tensor], flags: Sequence[float]) -> Reduced:
         """The loss and gradient norm of the global batch.
 
         Args:
             loss: mean over this rank's samples, 0-dim.
             gradients: averaged over ranks already.
-            told: numbers to be summed over ranks; what needs no telling in a single process is left out of the result.
+            flags: of this rank, to be summed over ranks; a single process needs none, and gets none back.
         """
         return Reduced(loss, gradient_norm(gradients), [])
 
-    def asked_to_stop(self, here: int | None, told: Sequence[float]) -> int | None:
+    def asked_to_stop(self, here: int | None, flags: Sequence[float]) -> int | None:
         """The signal to stop for, the same on every rank.
 
         Args:
             here: that has reached this process.
-            told: the sums of :func:`telling` in the step before; empty if there was none.
+            flags: the sums of :func:`step_flags` in the step before; empty if there was none.
         """
         return here
 
@@ -156,20 +139,17 @@ class Ranks:
         """Takes over a state dict of whole tensors; RuntimeError if it does not fit."""
         model.load_state_dict(tensors)
 
-    def placed(self, tensor: Tensor, like: Tensor) -> Tensor:
-        """A copy of a whole tensor, or of a scalar, spread as ``like`` is."""
+    def shard_like(self, tensor: Tensor, like: Tensor) -> Tensor:
+        """A copy of a whole tensor, or of a scalar, cut and placed as ``like`` is."""
         return tensor.to(like.device, copy=True)
 
     def writer(self, run: Path, config: TrainConfig) -> CheckpointWriter:
         """What writes this rank's part of the checkpoints."""
         return CheckpointWriter(run, keep_last=config.keep_last, keep_every=config.keep_every)
 
-    def barrier(self) -> None:
-        """Returns once all ranks are here."""
 
-
-def telling(stopping: int | None, unreadable: int) -> tuple[float, ...]:
-    """What a rank tells the others each step: which signal has reached it, and how many files it could not read."""
+def step_flags(stopping: int | None, unreadable: int) -> tuple[float, ...]:
+    """What the others must know of a rank at each step: which signal has reached it, and how many files it could not read."""
     return (*(float(stopping == number) for number in STOPPING), float(unreadable))
 
 
@@ -190,71 +170,39 @@ class _Share:
         return self._batches.at(step, self._positions[positions])
 
 
-class ManyRanks(Ranks):
-    """What is common to both ways of spreading a model.
+class ManyRanks(Parallel):
+    """What is common to both ways of sharing a model.
 
     Args:
+        world: the processes, more than one.
         config: the run's.
         device: this rank's.
     """
 
-    def __init__(self, config: TrainConfig, device: torch.device) -> None:
-        self.rank, self.size = dist.get_rank(), dist.get_world_size()
+    def __init__(self, world: World, config: TrainConfig, device: torch.device) -> None:
+        super().__init__(world)
         self.device = device
         self.timeout = timedelta(seconds=config.collective_timeout)
 
-    def batches(self, batches: Batches, batch_size: int, parts: int) -> Batches:
-        return _Share(batches, self.positions(batch_size, parts))
+    def batches(self, batches: Batches, batch_size: int, microbatches: int) -> Batches:
+        return _Share(batches, self.positions(batch_size, microbatches))
 
-    def on_first(self, function: Callable[[], Value]) -> Value:
-        outcome: list[Any] = [None, None]
-        if self.first:
-            try:
-                outcome[0] = function()
-            except (ValueError, OSError, ImportError) as error:
-                outcome[1] = error
-        dist.broadcast_object_list(outcome, src=0)
-        if outcome[1] is not None:
-            raise outcome[1]
-        result: Value = outcome[0]
-        return result
-
-    def gather(self, value: Value) -> list[Value]:
-        values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value)
-        return values
-
-    def agree(self, **values: Any) -> None:
-        everyone = self.gather(values)
-        differing = [
-            f"{name}: {everyone[0][name]!r} on rank 0, {theirs[name]!r} on rank {rank}"
-            for rank, theirs in enumerate(everyone)
-            for name in values
-            if theirs[name] != everyone[0][name]
-        ]
-        if differing:
-            more = f" and {len(differing) - 8} more" if len(differing) > 8 else ""
-            raise ValueError(f"the ranks disagree: {'; '.join(differing[:8])}{more}")
-
-    def reduce(self, loss: Tensor, gradients: Sequence[Tensor], told: Sequence[float]) -> Reduced:
+    def reduce(self, loss: Tensor, gradients: Sequence[Tensor], flags: Sequence[float]) -> Reduced:
         norm = gradient_norm([_local(gradient) for gradient in gradients])
         # Filled in by a kernel each: a tensor made of a list would be copied, and the copy waited for.
-        numbers = [torch.full((), value, dtype=torch.float64, device=self.device) for value in told]
+        numbers = [torch.full((), value, dtype=torch.float64, device=self.device) for value in flags]
         # fp64, in which no sum of squares of fp32 norms overflows or vanishes.
         packed = torch.stack([loss.double(), norm.double().square(), *numbers])
         dist.all_reduce(packed)
-        return Reduced((packed[0] / self.size).float(), self._norm(norm, packed[1]), list(packed[2:].float()))
+        return Reduced((packed[0] / self.world.size).float(), self._norm(norm, packed[1]), list(packed[2:].float()))
 
     def _norm(self, local: Tensor, squares: Tensor) -> Tensor:
         """The norm of the whole gradient out of that of this rank's and the sum of its square over all ranks."""
         raise NotImplementedError
 
-    def asked_to_stop(self, here: int | None, told: Sequence[float]) -> int | None:
-        asked = zip(STOPPING, told, strict=False)
+    def asked_to_stop(self, here: int | None, flags: Sequence[float]) -> int | None:
+        asked = zip(STOPPING, flags, strict=False)
         return next((int(number) for number, ranks in asked if ranks), None)
-
-    def barrier(self) -> None:
-        dist.barrier()
 
 
 class Replicated(ManyRanks):
@@ -262,7 +210,7 @@ class Replicated(ManyRanks):
 
     _engine: nn.parallel.DistributedDataParallel
 
-    def spread(self, model: DiT, average: DiT, autocast: torch.dtype | None, images: int, copies: Copies) -> Callable[..., Tensor]:
+    def wrap(self, model: DiT, average: DiT, autocast: torch.dtype | None, images: int, copies: Copies) -> Callable[..., Tensor]:
         # All ranks begin with the first one's model: DDP sees to the weights that compute, not to their masters and the average.
         for tensor in (*copies, *average.parameters()):
             dist.broadcast(tensor.detach(), src=0)
@@ -288,10 +236,10 @@ class Replicated(ManyRanks):
         model.zero_grad(set_to_none=True)
 
     @contextmanager
-    def part(self, *, last: bool) -> Iterator[None]:
+    def microbatch(self, *, last: bool) -> Iterator[None]:
         if last:
-            # DDP takes gradients in their parameter's dtype. Those of the parts before wait on the masters for the hook.
-            hand_over(self._copies)
+            # DDP takes gradients in their parameter's dtype. Those of the microbatches before wait on the masters for the hook.
+            move_grads_to_masters(self._copies)
             accumulate_in(torch.bfloat16, self._copies)
             yield
             return
@@ -303,7 +251,7 @@ class Replicated(ManyRanks):
         return local
 
     def writer(self, run: Path, config: TrainConfig) -> CheckpointWriter:
-        return super().writer(run, config) if self.first else IdleWriter(run)
+        return super().writer(run, config) if self.world.first else IdleWriter(run)
 
 
 class Sharded(ManyRanks):
@@ -313,18 +261,19 @@ class Sharded(ManyRanks):
         ValueError: ``shard_size`` does not divide the number of ranks.
     """
 
-    def __init__(self, config: TrainConfig, device: torch.device) -> None:
-        super().__init__(config, device)
-        self.pieces = config.shard_size or self.size
-        if self.size % self.pieces:
-            raise ValueError(f"shard_size: got {self.pieces}, which does not divide the number of processes, {self.size}")
-        self.replicas = self.size // self.pieces
-        replica, self.piece_index = divmod(self.rank, self.pieces)
+    def __init__(self, world: World, config: TrainConfig, device: torch.device) -> None:
+        super().__init__(world, config, device)
+        size = world.size
+        self.pieces = config.shard_size or size
+        if size % self.pieces:
+            raise ValueError(f"shard_size: got {self.pieces}, which does not divide the number of processes, {size}")
+        self.replicas = size // self.pieces
+        replica, self.piece_index = divmod(world.rank, self.pieces)
         self.writes = replica == 0
         # Checkpoints are agreed on in a thread of their own, which must not get between the collectives of the others.
         self._writers: Any = dist.new_group(list(range(self.pieces)), timeout=self.timeout, backend="gloo")
 
-    def spread(self, model: DiT, average: DiT, autocast: torch.dtype | None, images: int, copies: Copies) -> Callable[..., Tensor]:
+    def wrap(self, model: DiT, average: DiT, autocast: torch.dtype | None, images: int, copies: Copies) -> Callable[..., Tensor]:
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
@@ -353,7 +302,7 @@ class Sharded(ManyRanks):
         return model
 
     @contextmanager
-    def part(self, *, last: bool) -> Iterator[None]:
+    def microbatch(self, *, last: bool) -> Iterator[None]:
         self._engine.set_requires_gradient_sync(last)
         yield
 
@@ -377,22 +326,22 @@ class Sharded(ManyRanks):
         for name, tensor in own.items():
             self._fill(tensor, tensors[name])
 
-    def placed(self, tensor: Tensor, like: Tensor) -> Tensor:
+    def shard_like(self, tensor: Tensor, like: Tensor) -> Tensor:
         if tensor.shape != like.shape:
-            return super().placed(tensor, like)
-        spread = torch.zeros_like(like)
-        self._fill(spread, tensor)
-        return spread
+            return super().shard_like(tensor, like)
+        sharded = torch.zeros_like(like)
+        self._fill(sharded, tensor)
+        return sharded
 
     @torch.no_grad()
-    def _fill(self, spread: Tensor, whole: Tensor) -> None:
-        local = _local(spread)
-        start = self._start(spread)
+    def _fill(self, sharded: Tensor, whole: Tensor) -> None:
+        local = _local(sharded)
+        start = self._start(sharded)
         local.copy_(whole[start : start + len(local)])
 
-    def _start(self, spread: Tensor) -> int:
+    def _start(self, sharded: Tensor) -> int:
         """The first row of this rank's piece; the pieces are as long as each other, but for the last ones."""
-        rows = len(spread)
+        rows = len(sharded)
         return min(rows, self.piece_index * -(-rows // self.pieces))
 
     def piece(self, tensor: Tensor) -> Piece | None:
@@ -400,7 +349,7 @@ class Sharded(ManyRanks):
         from torch.distributed.tensor import DTensor
 
         if not isinstance(tensor, DTensor):
-            return Piece(tensor, tuple(tensor.shape), 0) if self.first else None
+            return Piece(tensor, tuple(tensor.shape), 0) if self.world.first else None
         local = _local(tensor)
         return Piece(local, tuple(tensor.shape), self._start(tensor)) if local.numel() else None
 
@@ -441,7 +390,7 @@ def _average_in_fp32(masters: Mapping[Tensor, Tensor], bucket: dist.GradBucket) 
 
 
 def _local(tensor: Tensor) -> Tensor:
-    """This rank's piece of a spread tensor, in the same memory; any other tensor as it is."""
+    """This rank's piece of a sharded tensor, in the same memory; any other tensor as it is."""
     piece = getattr(tensor.detach(), "_local_tensor", tensor)
     return piece
 
@@ -455,7 +404,7 @@ def _has_products_only(block: nn.Module) -> bool:
 
 
 @contextmanager
-def joined(config: TrainConfig, device: torch.device) -> Iterator[Ranks]:
+def process_group(config: TrainConfig, device: torch.device) -> Iterator[Parallel]:
     """Brings together the processes that torchrun has started, and parts them at the end.
 
     Args:
@@ -467,43 +416,31 @@ def joined(config: TrainConfig, device: torch.device) -> Iterator[Ranks]:
         LostRankError: a rank did not come, died, or did not answer.
     """
     size = place().size
-    if size == 1:
-        yield Ranks()
-        return
-    if config.global_batch_size % (size * config.accumulation):
+    if size > 1 and config.global_batch_size % (size * config.accumulation):
         raise ValueError(
             f"global_batch_size: got {config.global_batch_size}, which is no multiple of {size} processes x "
             f"accumulation {config.accumulation}"
         )
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    with _lost_ranks_named(), processes(backend, timeout=timedelta(seconds=config.collective_timeout)) as world:
+        if world.size == 1:
+            yield Parallel(world)
+            return
+        world.agree(ditkernels=__version__, torch=torch.__version__, **_common(config))
+        yield (Sharded if config.parallel == "fsdp" else Replicated)(world, config, device)
+
+
+@contextmanager
+def _lost_ranks_named() -> Iterator[None]:
     try:
-        dist.init_process_group(backend, timeout=timedelta(seconds=config.collective_timeout))
-        everyone = ManyRanks(config, device)
-        everyone.agree(ditkernels=__version__, torch=torch.__version__, **_common(config))
-        yield (Sharded if config.parallel == "fsdp" else Replicated)(config, device)
+        yield
     except RuntimeError as error:
-        if not _LOST.search(str(error)):
+        if place().size == 1 or not _LOST.search(str(error)):
             raise
         raise LostRankError(
             f"rank {os.environ.get('RANK')}: another rank is gone or does not answer, so the run ends here; "
             f"--resume auto goes on from the last whole checkpoint ({_first_line(error)})"
         ) from error
-    finally:
-        if dist.is_initialized():
-            keep_groups()
-            dist.destroy_process_group()
-
-
-_kept_groups: list[Any] = []
-
-
-def keep_groups() -> None:
-    """Call it before ``destroy_process_group``: the groups' memory then lives as long as the process."""
-    # A group that is freed by this thread waits for its own threads, holding the interpreter's lock; one of them may want that
-    # lock to let go of the last tensor it has sent. So none is freed before the process ends. Seen with gloo and DDP, PyTorch 2.11.
-    _kept_groups.extend(dist.distributed_c10d._world.pg_map)
 
 
 def _common(config: TrainConfig) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 import time
 from collections.abc import Mapping
@@ -14,7 +13,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ditkernels.config import TrainConfig
+from ditkernels.files import write_text
+from ditkernels.training.config import TrainConfig
 
 METRICS = "metrics.jsonl"
 GIB = 2**30
@@ -42,7 +42,7 @@ class StepMetrics(NamedTuple):
         loss: mean over the batch.
         norm: of the gradient, before clipping.
         skipped: nothing was changed, since loss or gradient was not finite.
-        told: what the ranks of the run told each other, as of ``Ranks.reduce``.
+        flags: the step flags of all ranks, as of ``Parallel.reduce``.
     """
 
     step: int
@@ -50,7 +50,7 @@ class StepMetrics(NamedTuple):
     loss: float
     norm: float
     skipped: bool
-    told: tuple[float, ...] = ()
+    flags: tuple[float, ...] = ()
 
 
 class OneStepLate:
@@ -63,7 +63,7 @@ class OneStepLate:
         self._waiting: tuple[int, float, Tensor, Any] | None = None
 
     def push(self, step: int, learning_rate: float, scalars: list[Tensor]) -> StepMetrics | None:
-        """Starts to copy loss, norm, skipped and what was told; returns what was pushed before."""
+        """Starts to copy loss, norm, skipped and step flags; returns what was pushed before."""
         packed = torch.stack(scalars)
         arrived = None
         if packed.device.type == "cuda":
@@ -83,8 +83,8 @@ class OneStepLate:
         self._waiting = None
         if arrived is not None:
             arrived.synchronize()
-        loss, norm, skipped, *told = packed.tolist()
-        return StepMetrics(step, rate, loss, norm, bool(skipped), tuple(told))
+        loss, norm, skipped, *flags = packed.tolist()
+        return StepMetrics(step, rate, loss, norm, bool(skipped), tuple(flags))
 
 
 class Sink(Protocol):
@@ -162,7 +162,7 @@ def _numbers(row: Mapping[str, Any]) -> dict[str, float]:
 
 
 class RunLog:
-    """Collects the metrics of steps, and every ``log_every`` steps tells them to whoever listens.
+    """Collects the metrics of steps, and reports them every ``log_every`` steps.
 
     Args:
         config: the run's.
@@ -197,7 +197,7 @@ class RunLog:
         self._bar = tqdm(total=total, initial=start, unit="step", disable=self._hides_bar(), dynamic_ncols=True)
 
     def step(self, metrics: StepMetrics, skipped: int) -> None:
-        """Takes in a step; ``skipped``: how many the run has skipped so far."""
+        """Records a step; ``skipped``: how many the run has skipped so far."""
         if not metrics.skipped:
             self._sums["loss"] += metrics.loss
             self._sums["grad_norm"] += metrics.norm
@@ -259,7 +259,7 @@ class RunLog:
 
 
 class QuietLog(RunLog):
-    """The log of a rank that is not the first: it keeps the same sums, writes nothing, and says only what it is told to."""
+    """The log of a rank that is not the first: it keeps the same sums, writes nothing, and prints only what it is asked to."""
 
     def _open_sinks(self) -> list[Sink]:
         return []
@@ -295,9 +295,7 @@ def cut_back(path: Path, step: int) -> None:
     if not path.exists():
         return
     kept = [text for text in path.read_text(encoding="utf-8").splitlines() if _step_of(text) <= step]
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text("".join(text + "\n" for text in kept), encoding="utf-8")
-    os.replace(temporary, path)
+    write_text(path, "".join(text + "\n" for text in kept))
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

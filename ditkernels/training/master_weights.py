@@ -27,12 +27,11 @@ Model = TypeVar("Model", bound=nn.Module)
 Copies = Mapping[Tensor, nn.Parameter]
 
 
-def lowered(model: Model, dtype: torch.dtype) -> tuple[Model, Copies]:
-    """A model that computes with copies of the matrices of linears and convolutions, the weights that autocast would cast.
+def make_bf16_copies(model: Model) -> tuple[Model, Copies]:
+    """A model that computes with bf16 copies of the matrices of linears and convolutions, the weights that autocast would cast.
 
     Args:
         model: the masters', in fp32. It is left as it is, but that the matrices' gradients may come in any dtype.
-        dtype: bf16.
 
     Returns:
         The model that computes, which shares all other parameters with the given one, and the copies.
@@ -40,7 +39,7 @@ def lowered(model: Model, dtype: torch.dtype) -> tuple[Model, Copies]:
     weights = [m.weight for m in model.modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
     # One that a parametrization computes has no master: it comes anew in every step, and autocast casts it.
     matrices = [weight for weight in weights if weight.requires_grad and weight.is_leaf]
-    copies = {master: nn.Parameter(master.detach().to(dtype)) for master in matrices}
+    copies = {master: nn.Parameter(master.detach().to(torch.bfloat16)) for master in matrices}
     shared = {id(weight): weight for weight in (*model.parameters(), *model.buffers())}
     for master in matrices:
         master.grad_dtype = None
@@ -48,7 +47,7 @@ def lowered(model: Model, dtype: torch.dtype) -> tuple[Model, Copies]:
 
 
 def accumulate_in(dtype: torch.dtype, copies: Copies) -> None:
-    """From now on the copies' gradients are of this dtype, and added in it: fp32 for sums over the parts of a batch."""
+    """From now on the copies' gradients are of this dtype, and added in it: fp32 for sums over microbatches."""
     for made in copies.values():
         made.grad_dtype = dtype
 
@@ -60,7 +59,7 @@ def refresh(copies: Copies) -> None:
         made.copy_(master)
 
 
-def hand_over(copies: Copies) -> None:
+def move_grads_to_masters(copies: Copies) -> None:
     """Gives the masters the gradients of their copies, but for masters that have theirs."""
     for master, made in copies.items():
         if master.grad is None:

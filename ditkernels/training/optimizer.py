@@ -11,20 +11,18 @@ beside it (`grad_scale`), which serves for clipping and for fp16's loss scale at
 
 from __future__ import annotations
 
-import copy
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Generic, Literal, NamedTuple, TypeVar
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from ditkernels.config import TrainConfig
-from ditkernels.masters import Copies
 from ditkernels.ops import adamw_ema, dispatch
-
-Model = TypeVar("Model", bound=nn.Module)
+from ditkernels.training.config import TrainConfig
+from ditkernels.training.ema import EMA
+from ditkernels.training.master_weights import Copies
 
 
 def resolved(optimizer: Literal["auto", "torch", "fused"], weight: Tensor) -> Literal["torch", "fused"]:
@@ -227,45 +225,11 @@ def load_optimizer_tensors(
     optimizer: torch.optim.AdamW,
     model: nn.Module,
     tensors: Mapping[str, Tensor],
-    placed: Callable[[Tensor, Tensor], Tensor],
+    shard_like: Callable[[Tensor, Tensor], Tensor],
 ) -> None:
-    """Takes over :func:`optimizer_tensors`; ``placed(tensor, weight)`` copies one to where its weight is."""
+    """Takes over :func:`optimizer_tensors`; ``shard_like(tensor, weight)`` copies one to where its weight is."""
     weights = dict(model.named_parameters())
     for key in tensors:
         name, _, kind = key.rpartition(".")
         weight = weights[name]
-        optimizer.state[weight][kind] = placed(tensors[key], weight)
-
-
-def copy_for_average(model: Model) -> Model:
-    """A copy in eval mode that is not trained."""
-    return copy.deepcopy(model).eval().requires_grad_(False)
-
-
-class EMA(Generic[Model]):
-    """The exponential moving average of a model's weights, as a model in eval mode.
-
-    Frozen parameters and buffers are copied once, at the start, and never touched again.
-
-    Args:
-        model: that is trained.
-        decay: see :meth:`update`.
-        average: a :func:`copy_for_average` of the model, if it has been made before; by default one is made here.
-    """
-
-    def __init__(self, model: Model, decay: float, average: Model | None = None) -> None:
-        self.decay = decay
-        self.model = copy_for_average(model) if average is None else average
-        pairs = zip(self.model.parameters(), model.parameters(), strict=True)
-        trainable = [(average, weight) for average, weight in pairs if weight.requires_grad]
-        self._averages: list[Tensor] = [average for average, _ in trainable]
-        self._weights: list[Tensor] = [weight for _, weight in trainable]
-
-    def pairs(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Every trained weight and its average."""
-        return zip(self._weights, self._averages, strict=True)
-
-    @torch.no_grad()
-    def update(self) -> None:
-        """average ← decay·average + (1 − decay)·weight, over all trainable tensors in one foreach pass."""
-        torch._foreach_lerp_(self._averages, self._weights, 1 - self.decay)
+        optimizer.state[weight][kind] = shard_like(tensors[key], weight)

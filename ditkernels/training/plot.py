@@ -1,19 +1,12 @@
-"""`ditkernels plot RUN...`: loss and speed of training runs, side by side in one picture."""
+"""Loss and speed of training runs, side by side in one picture, and the figures of `ditkernels demo`."""
 
 from __future__ import annotations
 
-import sys
-
-if __name__ == "__main__":
-    print("ditkernels: error: run `python -m ditkernels plot ...`", file=sys.stderr)
-    sys.exit(2)
-
-import argparse
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ditkernels.runlog import METRICS, read_metrics
+from ditkernels.training.log import METRICS, read_metrics
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -25,34 +18,24 @@ COLOURS = (ACCENT, "#ffb454", "#9ae58a", "#ff7eb6", "#c3a6ff", "#f2f5f7", "#5fd7
 Rows = Sequence[Mapping[str, Any]]
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of `ditkernels plot`."""
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder that `ditkernels train` wrote")
-    parser.add_argument(
-        "--out",
-        type=Path,
-        default=Path("runs.png"),
-        help="picture to write: .png, .svg, .pdf (default: %(default)s)",
-    )
+def draw_runs(folders: Sequence[Path], out: Path) -> None:
+    """Draws losses and speeds of the runs in ``folders`` as one picture.
 
-
-def run(args: argparse.Namespace) -> int:
-    """Draws; returns 0.
+    Args:
+        out: the picture, .png, .svg or .pdf.
 
     Raises:
         ValueError: a folder holds no metrics.
         ImportError: matplotlib is not installed.
     """
-    runs = {str(folder): read_metrics(folder / METRICS) for folder in args.runs}
+    runs = {str(folder): read_metrics(folder / METRICS) for folder in folders}
     figure = new_figure(width=12.0, height=4.6)
     losses, speeds = figure.subplots(1, 2)
     figure.subplots_adjust(left=0.06, right=0.985, top=0.91, bottom=0.12, wspace=0.16)
     draw_losses(losses, runs)
     draw_speeds(speeds, runs)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    save(figure, args.out)
-    print(f"wrote {args.out}")
-    return 0
+    out.parent.mkdir(parents=True, exist_ok=True)
+    save(figure, out)
 
 
 def draw_losses(axes: Axes, runs: Mapping[str, Rows]) -> None:

@@ -1,64 +1,71 @@
-"""How a run begins: its model, and whether it is fresh, starts from given weights, or goes on from a checkpoint."""
+"""What a run starts from: nothing, given weights, or a checkpoint of its own.
+
+:func:`find_start` looks and opens, and changes nothing. The trainer takes over what was found; :func:`open_folder` then makes the
+run's folder agree with it.
+"""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import torch
 from torch import Tensor
 
-from ditkernels.checkpoint import (
-    Checkpoint,
-    CheckpointError,
-    checkpoints_of,
-    load_checkpoint,
-    load_public_checkpoint,
-    newest_checkpoint,
-    open_checkpoint,
-    set_aside,
-    verify_checkpoint,
-)
-from ditkernels.config import FIRST, TrainConfig, differences
-from ditkernels.data import TrainingData
-from ditkernels.models import DiT_models
-from ditkernels.reference import DiT
-from ditkernels.runlog import METRICS, cut_back
-from ditkernels.vae import VAE, LatentSpace
+from ditkernels.checkpoints.format import Checkpoint, CheckpointError, load_checkpoint, open_checkpoint, verify_checkpoint
+from ditkernels.checkpoints.public import load_public_checkpoint
+from ditkernels.checkpoints.run import checkpoints_of, newest_checkpoint, set_aside
+from ditkernels.data.source import TrainingData
+from ditkernels.data.vae import LatentSpace
+from ditkernels.options import differences
+from ditkernels.runtime import World
+from ditkernels.training.config import TrainConfig
+from ditkernels.training.log import METRICS, cut_back
 
-if TYPE_CHECKING:
-    from ditkernels.trainer import Trainer
-
-RESIDUAL_DTYPES = {"auto": None, "bf16": torch.bfloat16, "fp32": torch.float32}
+TABLE = "y_embedder.embedding_table.weight"
 
 
-# ---- A fresh run, or one that goes on --------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Start:
+    """What a run starts from.
+
+    Attributes:
+        checkpoint: that it goes on from; None for a fresh run.
+        origin: where the checkpoint lies.
+        weights: a state dict that a fresh run starts from; None for the initialisation.
+        broken: newer checkpoints that were passed over, and why.
+    """
+
+    checkpoint: Checkpoint | None = None
+    origin: Path | None = None
+    weights: Mapping[str, Tensor] | None = None
+    broken: Mapping[Path, str] = field(default_factory=dict)
 
 
-def begin(run: Path, trainer: Trainer) -> None:
-    """Puts the trainer where the run stands, and cuts the run's metrics back to there.
+def find_start(config: TrainConfig, world: World) -> Start:
+    """What the run of ``config`` starts from.
 
     Raises:
-        CheckpointError: nothing to resume, or it is of another run.
+        CheckpointError: there is nothing to resume, or no weights to start from.
         ValueError: a fresh run would overwrite one.
     """
-    config, ranks = trainer.config, trainer.ranks
+    run = Path(config.results_dir)
+    start = Start()
     if config.resume == "auto":
-        _resume_newest(run, trainer)
+        found = world.on_first(lambda: newest_checkpoint(run))
+        opened = None if found.path is None else open_checkpoint(found.path)
+        start = Start(opened, found.path, broken=found.broken)
     elif config.resume != "none":
-        _resume_from(Path(config.resume), run, trainer)
+        path = Path(config.resume)
+        world.on_first(lambda: verify_checkpoint(path))
+        start = Start(open_checkpoint(path), path)
     else:
-        ranks.on_first(lambda: _refuse_to_overwrite(run))
-    if trainer.step == 0 and config.init_from is not None:
-        initialise(trainer, config.init_from)
-    ranks.agree(
-        data_length=trainer.data.length,
-        class_to_idx=trainer.data.class_to_idx,
-        model=model_arguments(trainer.model),
-    )
-    ranks.on_first(lambda: _open_folder(run, trainer.step))
+        world.on_first(lambda: _refuse_to_overwrite(run))
+    if start.checkpoint is None and config.init_from is not None:
+        return Start(weights=_weights_of(Path(config.init_from)), broken=start.broken)
+    return start
 
 
 def _refuse_to_overwrite(run: Path) -> None:
@@ -66,80 +73,74 @@ def _refuse_to_overwrite(run: Path) -> None:
         raise ValueError(f"results_dir: {run} holds a run; --resume auto goes on with it, another folder starts a new one")
 
 
-def _open_folder(run: Path, step: int) -> None:
-    run.mkdir(parents=True, exist_ok=True)
-    cut_back(run / METRICS, step)
+def _weights_of(path: Path) -> Mapping[str, Tensor]:
+    checkpoint = load_checkpoint(path) if path.is_dir() else load_public_checkpoint(path)
+    return checkpoint.sampling_weights
 
 
-def _resume_newest(run: Path, trainer: Trainer) -> None:
-    found = trainer.ranks.on_first(lambda: newest_checkpoint(run)._replace(checkpoint=None))
-    if found.path is not None:
-        _take_over(open_checkpoint(found.path), found.path, trainer)
-    where = f"step {trainer.step}, {found.path}" if found.path else f"nothing: {run} holds no whole checkpoint"
-    trainer.ranks.on_first(lambda: _set_aside(found.broken))
-    trainer.ranks.on_first(lambda: print(f"resumed from {where}"))
+def check_same_run(
+    start: Start,
+    config: TrainConfig,
+    model: Mapping[str, Any],
+    data: TrainingData,
+    latent_space: LatentSpace | None,
+) -> Checkpoint:
+    """The checkpoint of ``start``, if it is of the run that these describe.
 
+    Args:
+        model: the arguments of the model that is trained.
+        latent_space: of what it is trained on; None for pixels.
 
-def _set_aside(broken: Mapping[Path, str]) -> None:
-    for path, reason in broken.items():
-        print(f"ditkernels: passed over a broken checkpoint, now {set_aside(path)}: {reason}", file=sys.stderr)
-
-
-def _resume_from(path: Path, run: Path, trainer: Trainer) -> None:
-    trainer.ranks.on_first(lambda: verify_checkpoint(path))
-    _take_over(open_checkpoint(path), path, trainer)
-    newer = [step for step in checkpoints_of(run) if step > trainer.step]
-    if newer:
-        raise CheckpointError(
-            f"resume: {run} holds checkpoints newer than {path}, up to step {newer[-1]}; give another results_dir"
-        )
-    trainer.ranks.on_first(lambda: print(f"resumed from step {trainer.step}, {path}"))
-
-
-def _take_over(checkpoint: Checkpoint, origin: Path, trainer: Trainer) -> None:
-    """Goes on from a checkpoint of the same run; CheckpointError lists what differs if it is of another one."""
+    Raises:
+        CheckpointError: the checkpoint is of another run, and what differs is listed; it holds no training state; the run's folder
+            holds newer ones.
+    """
+    checkpoint, origin = start.checkpoint, start.origin
+    assert checkpoint is not None
+    assert origin is not None
     if checkpoint.ema is None or checkpoint.optimizer is None or "training" not in checkpoint.config:
         raise CheckpointError(f"{origin} holds weights but no training state; init_from starts from weights")
-    recorded = checkpoint.config["training"]
-    trainer.keep_optimizer(recorded.get("optimizer", FIRST["optimizer"]))
-    found = differences(recorded, trainer.config)
-    if trainer.config.lr_schedule == "constant":
+    found = differences(checkpoint.config["training"], config)
+    if config.lr_schedule == "constant":
         # How long the run shall be changes no step of it, unless the rate depends on it.
         found = [text for text in found if not text.startswith(("steps:", "epochs:"))]
-    mine, theirs = model_arguments(trainer.model), checkpoint.config["model"]
-    found += [f"{name}: {theirs.get(name)!r} there, {mine[name]!r} here" for name in mine if theirs.get(name) != mine[name]]
-    for name, here in (("data_length", trainer.data.length), ("class_to_idx", trainer.data.class_to_idx)):
+    theirs = checkpoint.config["model"]
+    found += [f"{name}: {theirs.get(name)!r} there, {model[name]!r} here" for name in model if theirs.get(name) != model[name]]
+    for name, here in (("data_length", data.length), ("class_to_idx", data.class_to_idx)):
         if checkpoint.state[name] != here:
             found.append(f"{name}: other data")
     space = checkpoint.state.get("latent_space")
-    if space is not None and trainer.latent_space is not None:
-        found += LatentSpace(**space).differences(trainer.latent_space)
+    if space is not None and latent_space is not None:
+        found += LatentSpace(**space).differences(latent_space)
     if found:
         raise CheckpointError(f"{origin} is of another run: {'; '.join(found)}")
-    trainer.resume(checkpoint)
+    newer = [step for step in checkpoints_of(Path(config.results_dir)) if step > (checkpoint.step or 0)]
+    if newer and not start.broken:
+        raise CheckpointError(
+            f"resume: {config.results_dir} holds checkpoints newer than {origin}, up to step {newer[-1]}; give another results_dir"
+        )
+    return checkpoint
 
 
-# ---- Starting from weights -------------------------------------------------------------------------------------------
+def fitted_weights(start: Start, own: Mapping[str, Tensor], num_classes: int, source: str) -> dict[str, Tensor]:
+    """The weights of ``start`` as a state dict that fits the model.
 
+    Positions are made anew for another image size. With another number of classes the labels' rows start afresh, and the null class
+    keeps its row.
 
-def initialise(trainer: Trainer, source: str) -> None:
-    """Starts model and moving average from the weights of a checkpoint's folder or a public ``.pt`` file.
-
-    The moving average is taken where there is one. Positions are made anew for another image size. With another number of
-    classes the labels' rows start afresh, and the null class keeps its row.
+    Args:
+        own: the model's state dict, of whole tensors.
+        num_classes: the model's.
+        source: where the weights came from, for the error.
 
     Raises:
-        CheckpointError: no checkpoint, or tensors that do not fit; they are listed.
+        CheckpointError: tensors do not fit; they are listed.
     """
-    path = Path(source)
-    checkpoint = load_checkpoint(path) if path.is_dir() else load_public_checkpoint(path)
-    own = {name: trainer.ranks.whole_tensor(tensor) for name, tensor in trainer.model.state_dict().items()}
-    given = {**checkpoint.sampling_weights}
+    given = {**(start.weights or {})}
     if "pos_embed" in own:
         given["pos_embed"] = own["pos_embed"]
-    table = "y_embedder.embedding_table.weight"
-    if table in given:
-        given[table] = _resized_table(given[table], own[table], trainer.model.num_classes)
+    if TABLE in given:
+        given[TABLE] = _resized_table(given[TABLE], own[TABLE], num_classes)
     wrong = [
         f"{name} {_shape(given.get(name))}, here {_shape(own.get(name))}"
         for name in sorted(own.keys() | given.keys())
@@ -147,8 +148,7 @@ def initialise(trainer: Trainer, source: str) -> None:
     ]
     if wrong:
         raise CheckpointError(f"init_from: {source} does not fit the model: {'; '.join(wrong[:8])}")
-    trainer.load(given, given)
-    trainer.ranks.on_first(lambda: print(f"initialised from {source}"))
+    return given
 
 
 def _resized_table(given: Tensor, own: Tensor, classes: int) -> Tensor:
@@ -168,49 +168,19 @@ def _shape(tensor: Tensor | None) -> str:
     return "missing" if tensor is None else str(tuple(tensor.shape))
 
 
-# ---- The model -------------------------------------------------------------------------------------------------------
+def open_folder(start: Start, config: TrainConfig, step: int) -> None:
+    """Makes the run's folder agree with where the run stands, and says where that is.
 
-
-def latent_shape(config: TrainConfig, data: TrainingData, vae: VAE | None) -> tuple[int, int, int]:
-    """(C, H, W) of what the model sees; errors as of :meth:`VAE.latent_shape`."""
-    if vae is None or data.latents is not None:
-        return data.shape
-    return vae.latent_shape(config.image_size)
-
-
-def build_model(config: TrainConfig, shape: tuple[int, int, int]) -> DiT:
-    """The model of a config for inputs (C, H, W), freshly initialised on the CPU by ``global_seed``."""
-    sizes = {name: getattr(config, name) for name in ("hidden_size", "depth", "num_heads")}
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.global_seed)
-        model: DiT = DiT_models[config.model](
-            input_size=shape[1:],
-            in_channels=shape[0],
-            num_classes=1 if config.unconditional else config.num_classes,
-            class_dropout_prob=config.label_dropout,
-            conditioning=config.conditioning,
-            residual_dtype=RESIDUAL_DTYPES[config.residual_dtype],
-            attention_backend=config.attention_backend,
-            checkpointing=config.checkpointing,
-            **{name: size for name, size in sizes.items() if size is not None},
-        )
-    return model
-
-
-def model_arguments(model: DiT) -> dict[str, Any]:
-    """The arguments that make a DiT of the same shapes, as JSON values."""
-    rows = model.y_embedder.embedding_table.num_embeddings
-    hidden_size = model.x_embedder.proj.weight.shape[0]
-    return {
-        "input_size": list(model.input_size),
-        "patch_size": model.patch_size,
-        "in_channels": model.in_channels,
-        "hidden_size": hidden_size,
-        "depth": len(model.blocks),
-        "num_heads": model.num_heads,
-        "mlp_ratio": model.state_dict()["blocks.0.mlp.fc1.weight"].shape[0] / hidden_size,
-        "class_dropout_prob": model.y_embedder.dropout_prob if rows > model.num_classes else 0.0,
-        "num_classes": model.num_classes,
-        "learn_sigma": model.learn_sigma,
-        "conditioning": model.conditioning,
-    }
+    Broken checkpoints are set aside, and the metrics after ``step`` are dropped.
+    """
+    run = Path(config.results_dir)
+    for path, reason in start.broken.items():
+        print(f"ditkernels: passed over a broken checkpoint, now {set_aside(path)}: {reason}", file=sys.stderr)
+    if start.checkpoint is not None:
+        print(f"resumed from step {step}, {start.origin}")
+    elif config.resume == "auto":
+        print(f"starting at step 0: {run} holds no whole checkpoint")
+    if start.weights is not None:
+        print(f"initialised from {config.init_from}")
+    run.mkdir(parents=True, exist_ok=True)
+    cut_back(run / METRICS, step)

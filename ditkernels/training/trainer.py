@@ -1,50 +1,49 @@
 """Training: one loop, read from top to bottom, from a config to weights that a crash at any instant cannot change.
 
 Everything random is keyed by (seed, step, position in the batch), so a run is a function of its config and its data: how many
-processes read images, in how many parts a batch is computed and where the run was interrupted does not matter. The host enqueues
-a step and reads the loss of the one before; in between it waits for nothing. What several processes do differently from one is in
-``ditkernels/distributed.py``.
+processes read images, in how many microbatches a step is computed and where the run was interrupted does not matter. The host
+enqueues a step and reads the loss of the one before; in between it waits for nothing. What several processes do differently from
+one is in ``distributed.py``.
 """
 
 from __future__ import annotations
 
-import sys
-
-if __name__ == "__main__":
-    print("ditkernels: error: run `python -m ditkernels train ...` or `torchrun -m ditkernels train ...`", file=sys.stderr)
-    sys.exit(2)
-
-import argparse
 import signal
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from ditkernels import flops
-from ditkernels.beginning import begin, build_model, latent_shape, model_arguments
-from ditkernels.checkpoint import Checkpoint, checkpoint_directory
-from ditkernels.config import TrainConfig, add_flags, from_flags
-from ditkernels.data import (
-    Batch,
-    TrainingData,
-    UnreadableImagesError,
-    as_floats,
-    open_data,
-    stream_batches,
-)
+from ditkernels.checkpoints.format import Checkpoint
+from ditkernels.checkpoints.run import checkpoint_directory
+from ditkernels.data.folder import UnreadableImagesError, as_floats
+from ditkernels.data.loader import stream_batches
+from ditkernels.data.order import Batch
+from ditkernels.data.source import TrainingData, open_data
+from ditkernels.data.vae import VAE
 from ditkernels.diffusion import GaussianDiffusion, create_diffusion
-from ditkernels.distributed import Ranks, joined, telling
-from ditkernels.masters import Copies, accumulate_in, hand_over, lowered, refresh
-from ditkernels.optimizer import (
-    EMA,
+from ditkernels.evaluation.monitor import Monitor
+from ditkernels.models import count
+from ditkernels.ops.settings import use_backend
+from ditkernels.options import recorded_values
+from ditkernels.reference import DiT
+from ditkernels.rng import Stream, below, normals, uniforms
+from ditkernels.runtime import StopSignal, numerics, process_device, resolve_precision
+from ditkernels.sampling.drawing import SampleConfig, sample
+from ditkernels.sampling.outputs import grid_of, pixels_of, write_png
+from ditkernels.training.config import TrainConfig
+from ditkernels.training.distributed import Parallel, process_group, step_flags
+from ditkernels.training.ema import EMA, copy_for_average
+from ditkernels.training.factory import build_model, build_monitor, latent_shape, model_arguments, vae_for
+from ditkernels.training.log import OneStepLate, QuietLog, RunLog, StepMetrics
+from ditkernels.training.master_weights import Copies, accumulate_in, make_bf16_copies, move_grads_to_masters, refresh
+from ditkernels.training.optimizer import (
     AdamWEMA,
     LossScale,
-    copy_for_average,
     gradients,
     learning_rate,
     load_optimizer_tensors,
@@ -53,16 +52,7 @@ from ditkernels.optimizer import (
     resolved,
     update,
 )
-from ditkernels.random import Stream, below, normals, uniforms
-from ditkernels.reference import DiT
-from ditkernels.runlog import OneStepLate, QuietLog, RunLog, StepMetrics
-from ditkernels.surroundings import StopSignal, numerics, resolve_device, resolve_precision
-from ditkernels.torchrun import local_device
-from ditkernels.vae import VAE, vae_for
-from ditkernels.words import counted
-
-if TYPE_CHECKING:
-    from ditkernels.evaluate.monitor import Monitor
+from ditkernels.training.start import Start, check_same_run, find_start, fitted_weights, open_folder
 
 EVALUATED = ("fid", "sfid", "inception_score", "precision", "recall")
 AUTOCAST_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -111,24 +101,27 @@ def train(config: TrainConfig, *, model: DiT | None = None, data: TrainingData |
         NonFiniteGradientError: more than ``config.max_skipped`` steps in a row were skipped.
         OSError: a checkpoint could not be written; the ones before are whole.
     """
-    device = resolve_device(local_device(config.device))
+    device = process_device(config.device)
     run = Path(config.results_dir)
     with ExitStack() as stack:
-        ranks = stack.enter_context(joined(config, device))
-        stack.enter_context(numerics(config, device))
+        parallel = stack.enter_context(process_group(config, device))
+        world = parallel.world
+        tf32 = resolve_precision(config.precision, device) == "tf32"
+        stack.enter_context(numerics(tf32=tf32, deterministic=config.deterministic))
+        stack.enter_context(use_backend(None if config.backend == "auto" else config.backend))
         data = data or open_data(config)
         vae = vae_for(config, data.latents, device)
         model = model or build_model(config, latent_shape(config, data, vae))
-        trainer = Trainer(config, data, vae, model.to(device), ranks)
-        begin(run, trainer)
-        stop = stack.enter_context(StopSignal(once=ranks.size > 1))
-        writer = ranks.writer(run, config)
+        trainer = Trainer(config, data, vae, model.to(device), parallel)
+        trainer.begin(find_start(config, world))
+        stop = stack.enter_context(StopSignal(once=world.size > 1))
+        writer = parallel.writer(run, config)
         stack.callback(writer.close)
         log = trainer.new_log()
         stack.callback(log.close)
         late = OneStepLate()
         steps = range(trainer.step, trainer.total)
-        mine = ranks.batches(data.train, config.global_batch_size, config.accumulation)
+        mine = parallel.batches(data.train, config.global_batch_size, config.accumulation)
         batches = stack.enter_context(
             closing(stream_batches(mine, steps, workers=config.num_workers, pin_memory=device.type == "cuda"))
         )
@@ -139,22 +132,22 @@ def train(config: TrainConfig, *, model: DiT | None = None, data: TrainingData |
             rate = learning_rate(config, step, trainer.total)
             scalars = trainer.train_step(batch, step, rate, stop.number)
             trainer.step = step + 1
-            trainer.take_in(late.push(step + 1, rate, scalars), log)
+            trainer.record(late.push(step + 1, rate, scalars), log)
 
-            trainer.look(log)
+            trainer.evaluate_if_due(log)
             # Read once: a signal that comes later than this is the next step's.
-            stopped = ranks.asked_to_stop(stop.number, trainer.told)
+            stopped = parallel.asked_to_stop(stop.number, trainer.flags)
             last = stopped is not None or step + 1 == trainer.total
             if last or (step + 1) % config.ckpt_every == 0:
-                trainer.take_in(late.pop(), log)
+                trainer.record(late.pop(), log)
                 writer.save(trainer.checkpoint(log))
             writer.raise_failure()
             if last:
                 break
         writer.wait()
         # A rank that left earlier would have the others killed, perhaps while they write.
-        ranks.barrier()
-        if stopped is not None and ranks.first:
+        world.barrier()
+        if stopped is not None and world.first:
             whole = checkpoint_directory(run, trainer.step)
             log.say(f"stopped by {signal.Signals(stopped).name}; {whole} is whole")
     interrupted = stopped if trainer.step < trainer.total else None
@@ -169,13 +162,13 @@ class Trainer:
         data: what it trains on.
         vae: turns images into latents, and latents into pictures; None trains on pixels, or on latents unseen.
         model: on the device that trains.
-        ranks: the processes that train it; None: this one alone.
+        parallel: how processes share the model; None: this one trains it alone.
 
     Attributes:
         model: the trained one, in fp32. With ``master_weights`` another one computes, which holds bf16 copies of its matrices.
         step: steps taken.
         total: steps of the whole run.
-        told: what the ranks told each other in the last step that has reached the host.
+        flags: the step flags of all ranks in the last step that has reached the host.
     """
 
     def __init__(
@@ -184,9 +177,10 @@ class Trainer:
         data: TrainingData,
         vae: VAE | None,
         model: DiT,
-        ranks: Ranks | None = None,
+        parallel: Parallel | None = None,
     ) -> None:
-        self.ranks = ranks or Ranks()
+        self.parallel = parallel or Parallel()
+        self.world = self.parallel.world
         self.config = config
         self.data = data
         self.vae = vae
@@ -195,9 +189,9 @@ class Trainer:
         self.device = next(model.parameters()).device
         self.precision = resolve_precision(config.precision, self.device)
         self.diffusion: GaussianDiffusion = create_diffusion("", learn_sigma=model.learn_sigma)
-        # Counted before the model is spread. Forward and backward cost three times the forward; a multiply-add is two operations.
-        self.flops_per_image = 3 * flops.count(model).flops
-        self._positions = self.ranks.positions(config.global_batch_size, config.accumulation).to(self.device)
+        # Counted before the model is wrapped. Forward and backward cost three times the forward; a multiply-add is two operations.
+        self.flops_per_image = 3 * count(model).flops
+        self._positions = self.parallel.positions(config.global_batch_size, config.accumulation).to(self.device)
         self._check_label_dropout()
         model.train()
         # Labels are dropped below, by keyed draws; in train mode the embedder would drop again.
@@ -208,7 +202,7 @@ class Trainer:
             for block in (*computing.blocks, computing.final_layer):
                 block.compile(dynamic=False)
         images = len(self._positions) // config.accumulation
-        self._forward = self.ranks.spread(computing, average, AUTOCAST_DTYPES.get(self.precision), images, self._copies)
+        self._forward = self.parallel.wrap(computing, average, AUTOCAST_DTYPES.get(self.precision), images, self._copies)
         if config.accumulation > 1:
             accumulate_in(torch.float32, self._copies)
         self.ema = EMA(model, config.ema_decay, average)
@@ -219,7 +213,7 @@ class Trainer:
         self.total = config.steps or max(1, config.epochs * data.length // config.global_batch_size)
         self.skipped = 0
         self.skipped_in_a_row = 0
-        self.told: tuple[float, ...] = ()
+        self.flags: tuple[float, ...] = ()
         self.unreadable: set[str] = set()
         # Those that all ranks know of since they resumed.
         self._unreadable_before = 0
@@ -248,27 +242,27 @@ class Trainer:
             stopping: a signal that has reached it.
 
         Returns:
-            loss, gradient norm, skipped, and what the ranks told each other; 0-dim on the device.
+            loss, gradient norm, skipped, and the step flags of all ranks; 0-dim on the device.
         """
-        parts = self.config.accumulation
+        microbatches = self.config.accumulation
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.zero_grad(set_to_none=True)
         loss = torch.zeros((), device=self.device)
         images, labels = self._to_device(batch.images), self._to_device(batch.labels)
-        chunks = zip(self._positions.chunk(parts), images.chunk(parts), labels.chunk(parts), strict=True)
+        chunks = zip(*(tensor.chunk(microbatches) for tensor in (self._positions, images, labels)), strict=True)
         for number, (positions, some_images, some_labels) in enumerate(chunks, start=1):
-            with self.ranks.part(last=number == parts):
-                part = self._loss(some_images, some_labels, step, positions) / parts
-                (part if self.loss_scale is None else part * self.loss_scale.value).backward()
-            loss += part.detach()
-        hand_over(self._copies)
-        told = telling(stopping, len(self.unreadable) - self._unreadable_before)
-        whole = self.ranks.reduce(loss, gradients(self.optimizer), told)
+            with self.parallel.microbatch(last=number == microbatches):
+                share = self._loss(some_images, some_labels, step, positions) / microbatches
+                (share if self.loss_scale is None else share * self.loss_scale.value).backward()
+            loss += share.detach()
+        move_grads_to_masters(self._copies)
+        flags = step_flags(stopping, len(self.unreadable) - self._unreadable_before)
+        whole = self.parallel.reduce(loss, gradients(self.optimizer), flags)
         norm, skipped = update(self.optimizer, whole.loss, whole.norm, self.loss_scale, self.config.grad_clip)
         if not isinstance(self.optimizer, AdamWEMA):
             self.ema.update()
-        return [whole.loss, norm, skipped, *whole.told]
+        return [whole.loss, norm, skipped, *whole.flags]
 
     def _loss(self, images: Tensor, labels: Tensor, step: int, positions: Tensor) -> Tensor:
         """Mean loss of the samples at ``positions`` (b,) of the global batch of ``step``."""
@@ -308,7 +302,7 @@ class Trainer:
 
     def new_log(self) -> RunLog:
         """The log that goes on where the run stands."""
-        kind = RunLog if self.ranks.first else QuietLog
+        kind = RunLog if self.world.first else QuietLog
         return kind(
             self.config,
             total=self.total,
@@ -316,10 +310,10 @@ class Trainer:
             flops_per_image=self.flops_per_image,
             device=self.device,
             pending=self._pending,
-            devices=self.ranks.size,
+            devices=self.world.size,
         )
 
-    def take_in(self, metrics: StepMetrics | None, log: RunLog) -> None:
+    def record(self, metrics: StepMetrics | None, log: RunLog) -> None:
         """Counts and logs a step that has reached the host.
 
         Raises:
@@ -328,16 +322,17 @@ class Trainer:
         """
         if metrics is None:
             return
-        self.told = metrics.told
-        if self.told:
-            self._limit_unreadable(self._unreadable_before + int(self.told[-1]))
+        self.flags = metrics.flags
+        if self.flags:
+            self._limit_unreadable(self._unreadable_before + int(self.flags[-1]))
         self.skipped += metrics.skipped
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if metrics.skipped else 0
         log.step(metrics, self.skipped)
         if self.skipped_in_a_row > self.config.max_skipped:
+            count = "1 step" if self.skipped_in_a_row == 1 else f"{self.skipped_in_a_row} steps"
             raise NonFiniteGradientError(
-                f"{counted(self.skipped_in_a_row, 'step')} in a row up to step {metrics.step} had a loss or gradient that is not "
-                f"finite (the last: loss {metrics.loss}, norm {metrics.norm}); a lower learning rate is the usual cure"
+                f"{count} in a row up to step {metrics.step} had a loss or gradient that is not finite "
+                f"(the last: loss {metrics.loss}, norm {metrics.norm}); a lower learning rate is the usual cure"
             )
 
     def note_unreadable(self, batch: Batch, log: RunLog) -> None:
@@ -350,7 +345,7 @@ class Trainer:
             if path not in self.unreadable:
                 self.unreadable.add(path)
                 log.say(f"skipped {path}: not a readable image ({len(self.unreadable)} so far)")
-        if self.ranks.size == 1:
+        if self.world.size == 1:
             self._limit_unreadable(len(self.unreadable))
 
     def _limit_unreadable(self, count: int) -> None:
@@ -360,7 +355,7 @@ class Trainer:
                 f"unreadable images: got {count}, allowed are {self.config.max_unreadable} (max_unreadable){last}"
             )
 
-    def look(self, log: RunLog) -> None:
+    def evaluate_if_due(self, log: RunLog) -> None:
         """Takes the validation loss, draws samples and evaluates, at the steps that ask for them."""
         config, step = self.config, self.step
         if config.val_every and step % config.val_every == 0:
@@ -379,16 +374,16 @@ class Trainer:
         """
         if self.data.validation is None:
             raise ValueError("val_every: there are no held-out images, allowed is 0; val_path names some")
-        model = self.ranks.whole(self.ema.model)
+        model = self.parallel.whole(self.ema.model)
         # The ranks take batches in turn; a batch has the same numbers on whichever it is computed.
         own: dict[int, Tensor] = {}
-        index, length = self.ranks.rank, 0
+        index, length = self.world.rank, 0
         while index * length < self.config.val_images:
             batch = self.data.validation[index]
             length = len(batch.labels)
             own[index] = self._validation_losses(model, batch, index * length).cpu()
-            index += self.ranks.size
-        everyone = {index: losses for some in self.ranks.gather(own) for index, losses in some.items()}
+            index += self.world.size
+        everyone = {index: losses for some in self.world.gather(own) for index, losses in some.items()}
         losses = torch.cat([everyone[index] for index in sorted(everyone)])
         return losses[: self.config.val_images].mean().item()
 
@@ -405,10 +400,8 @@ class Trainer:
 
     def draw_samples(self, path: Path) -> None:
         """Writes a grid of 16 images drawn from the moving average, of classes spread over all, always from the same noise."""
-        from ditkernels.sampler import SampleConfig, sample
-
-        model = self.ranks.whole(self.ema.model)
-        if not self.ranks.first:
+        model = self.parallel.whole(self.ema.model)
+        if not self.world.first:
             return
         guided = self.config.label_dropout > 0
         settings = SampleConfig(
@@ -420,24 +413,23 @@ class Trainer:
         diffusion = create_diffusion(str(self.config.sample_steps), learn_sigma=self.model.learn_sigma)
         with self._autocast():
             drawn = sample(model, diffusion, labels, settings)
-        save_grid(drawn if self.vae is None else self.vae.decode(drawn), path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_png(path, grid_of(pixels_of(drawn if self.vae is None else self.vae.decode(drawn))))
 
     def _monitor(self) -> Monitor:
-        from ditkernels.evaluate.monitor import monitor_of_training
-
-        return monitor_of_training(
+        return build_monitor(
             self.config,
             num_classes=self.model.num_classes,
             learn_sigma=self.model.learn_sigma,
             device=self.device,
             decode=None if self.vae is None else self.vae.decode,
             autocast=AUTOCAST_DTYPES.get(self.precision),
-            ranks=self.ranks,
+            world=self.world,
         )
 
     def evaluate(self, monitor: Monitor) -> dict[str, float]:
         """The metrics of the moving average that could be computed, by name, and the number of images they are of."""
-        found = monitor(self.ranks.whole(self.ema.model))
+        found = monitor(self.parallel.whole(self.ema.model))
         metrics = {name: getattr(found, name) for name in EVALUATED}
         return {name: value for name, value in metrics.items() if value is not None} | {"evaluated_images": found.count}
 
@@ -447,7 +439,7 @@ class Trainer:
 
     def checkpoint(self, log: RunLog) -> Checkpoint:
         """Everything that training goes on from; the tensors are those in use, not copies."""
-        unreadable = set().union(*self.ranks.gather(self.unreadable))
+        unreadable = set().union(*self.world.gather(self.unreadable))
         return Checkpoint(
             model=self.model.state_dict(),
             ema=self.ema.model.state_dict(),
@@ -467,13 +459,32 @@ class Trainer:
             },
         )
 
+    def begin(self, start: Start) -> None:
+        """Takes over what the run starts from, and makes the run's folder agree with it.
+
+        Raises:
+            CheckpointError: the checkpoint is of another run, or the weights do not fit the model.
+            ValueError: the ranks differ in data or model.
+        """
+        arguments = model_arguments(self.model)
+        if start.checkpoint is not None:
+            recorded = start.checkpoint.config.get("training", {})
+            self.keep_optimizer(recorded_values(recorded, self.config)["optimizer"])
+            self.resume(check_same_run(start, self.config, arguments, self.data, self.latent_space))
+        elif start.weights is not None:
+            own = {name: self.parallel.whole_tensor(tensor) for name, tensor in self.model.state_dict().items()}
+            weights = fitted_weights(start, own, self.model.num_classes, str(self.config.init_from))
+            self.load(weights, weights)
+        self.world.agree(data_length=self.data.length, class_to_idx=self.data.class_to_idx, model=arguments)
+        self.world.on_first(lambda: open_folder(start, self.config, self.step))
+
     def resume(self, checkpoint: Checkpoint) -> None:
         """Takes over a checkpoint of the same run."""
         assert checkpoint.ema is not None
         assert checkpoint.optimizer is not None
         assert checkpoint.step is not None
         self.load(checkpoint.model, checkpoint.ema)
-        load_optimizer_tensors(self.optimizer, self.model, checkpoint.optimizer, self.ranks.placed)
+        load_optimizer_tensors(self.optimizer, self.model, checkpoint.optimizer, self.parallel.shard_like)
         self.step = checkpoint.step
         self.skipped = checkpoint.state["skipped"]
         self.skipped_in_a_row = checkpoint.state["skipped_in_a_row"]
@@ -485,8 +496,8 @@ class Trainer:
 
     def load(self, weights: Mapping[str, Tensor], average: Mapping[str, Tensor]) -> None:
         """Takes over state dicts of whole tensors; RuntimeError if one does not fit."""
-        self.ranks.load(self.model, weights)
-        self.ranks.load(self.ema.model, average)
+        self.parallel.load(self.model, weights)
+        self.parallel.load(self.ema.model, average)
         refresh(self._copies)
 
     def _computing(self) -> tuple[DiT, Copies]:
@@ -498,43 +509,9 @@ class Trainer:
                 f"master_weights: got precision {self.config.precision}, which is {self.precision} on "
                 f"{self.device.type}, allowed is bf16"
             )
-        return lowered(self.model, torch.bfloat16)
+        return make_bf16_copies(self.model)
 
     def _check_label_dropout(self) -> None:
         table, classes = self.model.y_embedder.embedding_table, self.model.num_classes
         if self.config.label_dropout > 0 and table.num_embeddings == classes:
             raise ValueError(f"label_dropout: got {self.config.label_dropout}, allowed is 0: the model has no null class")
-
-
-# ---- Sample grids ----------------------------------------------------------------------------------------------------
-
-
-def save_grid(images: Tensor, path: Path, columns: int = 4) -> None:
-    """Writes images (N, C, H, W), C 1 or 3, in [-1, 1], as one PNG, row by row.
-
-    Raises:
-        ImportError: Pillow is not installed.
-    """
-    try:
-        from PIL import Image
-    except ImportError as error:
-        raise ImportError(f"sample grids need Pillow ({error}): pip install ditkernels[vae]") from error
-    pixels = (images.float() * 127.5 + 128).clamp(0, 255).to(torch.uint8).cpu()
-    rows = [torch.cat(list(row), dim=-1) for row in pixels.split(columns)]
-    picture = torch.cat(rows, dim=-2).permute(1, 2, 0).squeeze(-1)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(picture.numpy()).save(path)
-
-
-# ---- `ditkernels train` ----------------------------------------------------------------------------------------------
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of `ditkernels train`: the fields of TrainConfig."""
-    add_flags(parser, TrainConfig)
-
-
-def run(args: argparse.Namespace) -> int:
-    """Trains; returns 0, or 128 + the number of the signal that ended the run early."""
-    result = train(from_flags(TrainConfig, args))
-    return 0 if result.interrupted is None else 128 + result.interrupted

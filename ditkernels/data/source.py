@@ -1,0 +1,150 @@
+"""What a run trains on: the data that a path names, opened and held against the run's config."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Protocol
+
+from ditkernels.data.digits import InMemoryBatches, LabelledImages, load_digits
+from ditkernels.data.folder import FolderBatches, ImageFolder
+from ditkernels.data.latents import INDEX, LatentBatches, LatentFolder
+from ditkernels.data.order import Batches
+from ditkernels.data.vae import LatentSpace
+
+VALIDATION_SEED = 0  # every run is measured on the same images
+
+
+class DataConfig(Protocol):
+    """What decides which data a run sees: fields of a ``TrainConfig``, explained there."""
+
+    @property
+    def data_path(self) -> str: ...
+    @property
+    def val_path(self) -> str | None: ...
+    @property
+    def unconditional(self) -> bool: ...
+    @property
+    def image_size(self) -> int: ...
+    @property
+    def num_classes(self) -> int: ...
+    @property
+    def flip(self) -> bool: ...
+    @property
+    def vae(self) -> str: ...
+    @property
+    def max_unreadable(self) -> int: ...
+    @property
+    def global_batch_size(self) -> int: ...
+    @property
+    def accumulation(self) -> int: ...
+    @property
+    def global_seed(self) -> int: ...
+    @property
+    def val_images(self) -> int: ...
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """What a run trains on and is measured by.
+
+    Attributes:
+        train: batches of ``global_batch_size`` images.
+        validation: batches of the images the validation loss is taken of, or None.
+        length: images in an epoch.
+        shape: (C, H, W) of an image, or of a latent.
+        class_to_idx: label by name of class.
+        latents: what they mean, where batches hold moments of latents; None where they hold images.
+    """
+
+    train: Batches
+    validation: Batches | None
+    length: int
+    shape: tuple[int, int, int]
+    class_to_idx: dict[str, int]
+    latents: LatentSpace | None = None
+
+
+def open_data(config: DataConfig) -> TrainingData:
+    """The data that ``config.data_path`` names: 'digits', a folder of images, or one of latents, known by its index.
+
+    Raises:
+        ValueError: no such data, or it does not fit ``image_size`` or ``num_classes``.
+        ImportError: the extra that reads it is not installed.
+    """
+    if not config.data_path:
+        raise ValueError("data_path: got nothing, allowed are a folder of images or of latents, and 'digits'")
+    if config.data_path == "digits" and not Path("digits").is_dir():
+        return _open_digits(config)
+    if (Path(config.data_path) / INDEX).is_file():
+        return _open_latents(config)
+    folder = ImageFolder.scan(config.data_path, unconditional=config.unconditional)
+    _check_classes(len(folder.class_to_idx), config)
+    reading = {"image_size": config.image_size, "max_unreadable": config.max_unreadable}
+    train = FolderBatches(folder, config.global_batch_size, config.global_seed, flip=config.flip, **reading)
+    validation = None
+    if config.val_path is not None:
+        held_out = ImageFolder.scan(config.val_path, unconditional=config.unconditional)
+        if held_out.class_to_idx != folder.class_to_idx:
+            raise ValueError(f"val_path: the classes of {config.val_path} are not those of {config.data_path}")
+        validation = FolderBatches(held_out, _validation_batch(config), VALIDATION_SEED, flip=False, **reading)
+    shape = (3, config.image_size, config.image_size)
+    return TrainingData(train, validation, len(folder), shape, folder.class_to_idx)
+
+
+def _open_latents(config: DataConfig) -> TrainingData:
+    folder = _latents_for("data_path", config.data_path, config)
+    _check_classes(len(folder.class_to_idx), config)
+    batches = partial(LatentBatches, unconditional=config.unconditional)
+    train = batches(folder, config.global_batch_size, config.global_seed, flip=config.flip)
+    validation = None
+    if config.val_path is not None:
+        held_out = _latents_for("val_path", config.val_path, config)
+        different = folder.space.differences(held_out.space)
+        if different:
+            raise ValueError(f"val_path: {config.val_path} is of another VAE: {'; '.join(different)}")
+        if held_out.class_to_idx != folder.class_to_idx:
+            raise ValueError(f"val_path: the classes of {config.val_path} are not those of {config.data_path}")
+        validation = batches(held_out, _validation_batch(config), VALIDATION_SEED, flip=False)
+    names = {} if config.unconditional else folder.class_to_idx
+    return TrainingData(train, validation, len(folder), folder.shape, names, folder.space)
+
+
+def _latents_for(name: str, path: str, config: DataConfig) -> LatentFolder:
+    """The latents at ``path``, which the setting ``name`` gives, if they fit the config."""
+    folder = LatentFolder.open(path)
+    if folder.image_size != config.image_size:
+        raise ValueError(f"image_size: got {config.image_size}, {name} {path} holds latents of images of {folder.image_size}")
+    if not folder.class_to_idx and not config.unconditional:
+        raise ValueError(f"{name}: {path} holds latents without classes; allowed with --unconditional")
+    return folder
+
+
+def _open_digits(config: DataConfig) -> TrainingData:
+    train, held_out = load_digits()
+    channels, height, width = train.images.shape[1:]
+    if config.image_size != height:
+        raise ValueError(f"image_size: got {config.image_size}, the digits have {height}")
+    if config.vae != "none":
+        raise ValueError(f"vae: got {config.vae!r}, the digits are trained on as pixels: --vae none")
+    names = {} if config.unconditional else {str(digit): digit for digit in range(10)}
+    _check_classes(len(names), config)
+    if config.unconditional:
+        train, held_out = (LabelledImages(part.images, 0 * part.labels) for part in (train, held_out))
+    return TrainingData(
+        InMemoryBatches(train, config.global_batch_size, config.global_seed),
+        InMemoryBatches(held_out, _validation_batch(config), VALIDATION_SEED),
+        len(train),
+        (channels, height, width),
+        names,
+    )
+
+
+def _validation_batch(config: DataConfig) -> int:
+    return min(config.val_images, config.global_batch_size // config.accumulation)
+
+
+def _check_classes(found: int, config: DataConfig) -> None:
+    if found > config.num_classes:
+        raise ValueError(f"num_classes: got {config.num_classes}, but {config.data_path} has {found} classes")

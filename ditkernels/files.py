@@ -1,0 +1,100 @@
+"""Files that are there whole or not at all, whatever instant a process or a machine dies at, and what proves that they are whole.
+
+A file is written under a name of its own beside its target, goes to the disk, and takes the target's name last. What a process
+that was killed had begun keeps its own name, ``.NAME.xxxxxxxx.tmp``, until :func:`remove_leftovers`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import secrets
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+
+def temporary_name(path: Path) -> Path:
+    """A name beside ``path`` that no other process takes."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yields the name to write to; what was written takes the place of ``path`` at the end of the block.
+
+    If the block raises, ``path`` is as it was and nothing is left beside it.
+
+    Raises:
+        OSError: the disk refused.
+    """
+    temporary = temporary_name(path)
+    try:
+        yield temporary
+        sync_file(temporary)
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Writes a whole file; errors as of :func:`replacing`."""
+    with replacing(path) as temporary:
+        temporary.write_bytes(content)
+
+
+def write_text(path: Path, content: str) -> None:
+    """Writes a whole file in UTF-8; errors as of :func:`replacing`."""
+    write_bytes(path, content.encode())
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Writes indented JSON; errors as of :func:`replacing`, and TypeError for what is no JSON."""
+    write_text(path, json.dumps(content, indent=2) + "\n")
+
+
+def remove_leftovers(folder: Path, pattern: str = "*") -> None:
+    """Removes what processes that were killed had begun to write in place of files named as ``pattern`` in ``folder``."""
+    for path in folder.glob(f".{pattern}.*.tmp"):
+        path.unlink(missing_ok=True)
+
+
+def make_directory(path: Path) -> None:
+    """Makes a folder and those above it; their names are on the disk on return."""
+    missing = [parent for parent in (path, *path.parents) if not parent.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    # The name of a new folder is on the disk once its parent is.
+    for made in missing:
+        sync_directory(made.parent)
+
+
+def sync_file(path: Path) -> None:
+    """Returns once the content of a file is on the disk."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def sync_directory(path: Path) -> None:
+    """Returns once the names in a folder are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sha256(path: Path) -> str:
+    """The SHA-256 of a file's content, in hexadecimal digits."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def json_sha256(content: Mapping[str, Any]) -> str:
+    """The SHA-256 of JSON, whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

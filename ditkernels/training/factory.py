@@ -1,0 +1,141 @@
+"""What a config describes: the model, the autoencoder, and the monitor that evaluates while training goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ditkernels.data.source import TrainingData
+from ditkernels.data.vae import VAE, LatentSpace, load_vae
+from ditkernels.diffusion import create_diffusion
+from ditkernels.evaluation.evaluate import load_reference
+from ditkernels.evaluation.features import load_extractor
+from ditkernels.evaluation.monitor import Monitor
+from ditkernels.models import DiT_models
+from ditkernels.reference import DiT
+from ditkernels.runtime import World
+from ditkernels.sampling.drawing import SampleConfig
+from ditkernels.sampling.generate import Batches
+from ditkernels.sampling.labels import Labels
+from ditkernels.training.config import TrainConfig
+
+RESIDUAL_DTYPES = {"auto": None, "bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def build_model(config: TrainConfig, shape: tuple[int, int, int]) -> DiT:
+    """The model of a config for inputs (C, H, W), freshly initialised on the CPU by ``global_seed``."""
+    sizes = {name: getattr(config, name) for name in ("hidden_size", "depth", "num_heads")}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.global_seed)
+        model: DiT = DiT_models[config.model](
+            input_size=shape[1:],
+            in_channels=shape[0],
+            num_classes=1 if config.unconditional else config.num_classes,
+            class_dropout_prob=config.label_dropout,
+            conditioning=config.conditioning,
+            residual_dtype=RESIDUAL_DTYPES[config.residual_dtype],
+            attention_backend=config.attention_backend,
+            checkpointing=config.checkpointing,
+            **{name: size for name, size in sizes.items() if size is not None},
+        )
+    return model
+
+
+def model_arguments(model: DiT) -> dict[str, Any]:
+    """The arguments that make a DiT of the same shapes, as JSON values."""
+    rows = model.y_embedder.embedding_table.num_embeddings
+    hidden_size = model.x_embedder.proj.weight.shape[0]
+    return {
+        "input_size": list(model.input_size),
+        "patch_size": model.patch_size,
+        "in_channels": model.in_channels,
+        "hidden_size": hidden_size,
+        "depth": len(model.blocks),
+        "num_heads": model.num_heads,
+        "mlp_ratio": model.state_dict()["blocks.0.mlp.fc1.weight"].shape[0] / hidden_size,
+        "class_dropout_prob": model.y_embedder.dropout_prob if rows > model.num_classes else 0.0,
+        "num_classes": model.num_classes,
+        "learn_sigma": model.learn_sigma,
+        "conditioning": model.conditioning,
+    }
+
+
+def latent_shape(config: TrainConfig, data: TrainingData, vae: VAE | None) -> tuple[int, int, int]:
+    """(C, H, W) of what the model sees; errors as of :meth:`VAE.latent_shape`."""
+    if vae is None or data.latents is not None:
+        return data.shape
+    return vae.latent_shape(config.image_size)
+
+
+def vae_for(config: TrainConfig, latents: LatentSpace | None, device: torch.device) -> VAE | None:
+    """The autoencoder that a run needs: to encode its images or, where it trains on latents, to show samples.
+
+    Args:
+        latents: of the data; None where it is images.
+
+    Returns:
+        None for pixels, and for latents where nothing is decoded and ``config.vae`` is the default.
+
+    Raises:
+        ImportError, ValueError: as :func:`load_vae`; the latents are of another autoencoder, or there is none to decode with.
+    """
+    if latents is None:
+        return None if config.vae == "none" else load_vae(config.vae, device)
+    decodes = [name for name in ("sample_every", "eval_every") if getattr(config, name)]
+    if config.vae == "none" and decodes:
+        raise ValueError(f"vae: got 'none', but {decodes[0]} decodes latents; allowed is the VAE that made them")
+    if config.vae == "none" or (config.vae == TrainConfig.vae and not decodes):
+        return None
+    vae = load_vae(config.vae, device)
+    different = latents.differences(vae.space)
+    if different:
+        raise ValueError(f"vae: {config.vae} is not the one that made the latents: {'; '.join(different)}")
+    return vae
+
+
+def build_monitor(
+    config: TrainConfig,
+    *,
+    num_classes: int,
+    learn_sigma: bool,
+    device: torch.device,
+    decode: Callable[[Tensor], Tensor] | None,
+    autocast: torch.dtype | None,
+    world: World,
+) -> Monitor:
+    """The monitor that the ``eval_`` fields of a config describe; its reference is read here, once.
+
+    Args:
+        config: ``sample_steps`` DDPM steps, classes in turn.
+        num_classes, learn_sigma: the model's.
+        device: of the features.
+        decode, autocast, world: as of :class:`Monitor`.
+
+    Raises:
+        ValueError, ImportError: no reference or no features named, or as ``load_reference`` and ``load_extractor``.
+    """
+    if config.eval_reference is None:
+        raise ValueError("eval_every: got no eval_reference, which samples are compared with")
+    extractor = load_extractor(config.eval_weights, config.eval_extractor, device)
+    if extractor is None:
+        raise ValueError("eval_every: got no features, allowed are eval_weights or eval_extractor")
+    settings = SampleConfig(
+        guidance_scale=config.eval_guidance,
+        guided_channels=None if decode is None else 3,
+        clip_denoised=decode is None,
+    )
+    return Monitor(
+        create_diffusion(str(config.sample_steps), learn_sigma=learn_sigma),
+        settings,
+        Labels("balanced", tuple(range(num_classes))),
+        Batches(config.eval_images, config.eval_batch_size),
+        load_reference(Path(config.eval_reference), extractor=extractor, batch_size=config.eval_batch_size),
+        extractor,
+        decode=decode,
+        autocast=autocast,
+        world=world,
+    )
