@@ -3,8 +3,10 @@ refuse."""
 
 from __future__ import annotations
 
+import inspect
 import math
 from itertools import pairwise
+from typing import get_type_hints
 
 import mpmath
 import numerics
@@ -866,6 +868,47 @@ def test_reverse_loop_yields_every_step():
     assert len(steps) == 9
     assert seen == diffusion.timestep_map[:-1]
     assert torch.equal(steps[-1]["sample"], diffusion.ddim_reverse_sample_loop(model, random(*SHAPE)))
+
+
+LOOPS = ["p_sample_loop", "ddim_sample_loop", "dpm_solver_sample_loop", "ddim_reverse_sample_loop"]
+
+
+@pytest.mark.parametrize("name", LOOPS)
+def test_a_loop_has_the_parameters_of_its_progressive_form_and_returns_a_tensor(name):
+    loop, progressive = getattr(GaussianDiffusion, name), getattr(GaussianDiffusion, f"{name}_progressive")
+    assert inspect.signature(loop) == inspect.signature(progressive).replace(return_annotation="Tensor")
+    assert get_type_hints(loop) == get_type_hints(progressive) | {"return": Tensor}
+    assert loop.__qualname__ == f"GaussianDiffusion.{name}"
+    assert loop.__doc__ != progressive.__doc__
+
+
+@pytest.mark.parametrize("name", LOOPS)
+def test_progressive_forms_check_at_the_call_and_ask_the_model_at_the_first_step(name):
+    progressive = getattr(create_diffusion("10"), f"{name}_progressive")
+
+    def model(x: Tensor, t: Tensor) -> Tensor:
+        raise RuntimeError("asked")
+
+    if name == "ddim_reverse_sample_loop":
+        start, wrong = {"x_start": random(*SHAPE)}, {"x_start": random(*SHAPE).long()}
+    else:
+        start, wrong = {"shape": SHAPE, "noise": random(*SHAPE)}, {"noise": random(*SHAPE).long()}
+    with pytest.raises(TypeError, match=r"got torch\.int64"):
+        progressive(model, **start | wrong)
+    if name == "ddim_sample_loop":
+        with pytest.raises(ValueError, match="eta: got 2"):
+            progressive(model, **start, eta=2)
+    steps = progressive(model, **start)
+    with pytest.raises(RuntimeError, match="asked"):
+        next(steps)
+
+
+@pytest.mark.parametrize("name", LOOPS)
+def test_a_loop_follows_a_progressive_form_that_a_subclass_overrides(name):
+    steps = [{"sample": torch.zeros(2, 3)}, {"sample": torch.ones(2, 3)}]
+    override = {f"{name}_progressive": lambda self, *args, **kwargs: iter(steps)}
+    diffusion = type("Overriding", (GaussianDiffusion,), override)(NoiseSchedule(named_beta_schedule("linear", 50)))
+    assert getattr(diffusion, name)(wavy, random(2, 3)) is steps[-1]["sample"]
 
 
 @pytest.mark.parametrize("name", ["p_sample", "ddim", "ddim_eta"])

@@ -6,9 +6,11 @@ gaussian.py states the conventions, docs/diffusion.md the formulas.
 
 from __future__ import annotations
 
+import inspect
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from functools import partial, wraps
+from typing import Concatenate, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +29,32 @@ from ditkernels.diffusion.gaussian import (
 )
 from ditkernels.diffusion.inputs import check_like, noise_for, widened
 from ditkernels.diffusion.schedule import Coefficients
+
+Diffusion = TypeVar("Diffusion")
+Arguments = ParamSpec("Arguments")
+
+
+def _over_the_steps_of(
+    progressive: Callable[Concatenate[Diffusion, Arguments], Iterator[Sample]],
+) -> Callable[[Callable[[Diffusion, Iterator[Sample]], Tensor]], Callable[Concatenate[Diffusion, Arguments], Tensor]]:
+    """A decorator: the method takes the arguments of ``progressive``, and its body gets the steps that those yield.
+
+    Type checkers, help() and inspect.signature() see the parameters of ``progressive`` and what the method returns.
+    """
+
+    def decorate(method: Callable[[Diffusion, Iterator[Sample]], Tensor]) -> Callable[Concatenate[Diffusion, Arguments], Tensor]:
+        @wraps(method)
+        def loop(self: Diffusion, *args: Arguments.args, **kwargs: Arguments.kwargs) -> Tensor:
+            # The lookup by name lets a subclass change the loop by overriding the progressive method alone.
+            steps = getattr(self, progressive.__name__)(*args, **kwargs)
+            return method(self, steps)
+
+        returned = inspect.signature(method).return_annotation
+        loop.__annotations__ = progressive.__annotations__ | {"return": returned}
+        loop.__signature__ = inspect.signature(progressive).replace(return_annotation=returned)  # type: ignore[attr-defined]
+        return loop
+
+    return decorate
 
 
 class GaussianDiffusion(DiffusionProcess):
@@ -184,40 +212,6 @@ class GaussianDiffusion(DiffusionProcess):
     # Whole trajectories. Autograd is off inside the steps, and back on for whoever consumes them.
     # --------------------------------------------------------------------------------------------------------
 
-    def p_sample_loop(
-        self,
-        model: Model,
-        shape: Sequence[int],
-        noise: Tensor | None = None,
-        clip_denoised: bool = True,
-        denoised_fn: DenoisedFn | None = None,
-        cond_fn: CondFn | None = None,
-        model_kwargs: ModelKwargs | None = None,
-        device: torch.device | str | None = None,
-        progress: bool = False,
-        *,
-        generator: torch.Generator | None = None,
-    ) -> Tensor:
-        """Samples of ``shape`` (B, C, …) by DDPM over all steps, starting from ``noise`` (default: drawn).
-
-        ``device``: default that of ``noise``, else that of the model's parameters. ``progress`` shows a tqdm
-        bar. ``generator`` draws the starting noise, unless it is given, and that of the steps. Raises
-        ValueError where shape, noise and device contradict each other.
-        """
-        steps = self.p_sample_loop_progressive(
-            model,
-            shape,
-            noise,
-            clip_denoised,
-            denoised_fn,
-            cond_fn,
-            model_kwargs,
-            device,
-            progress,
-            generator=generator,
-        )
-        return _last_sample(steps)
-
     def p_sample_loop_progressive(
         self,
         model: Model,
@@ -241,35 +235,14 @@ class GaussianDiffusion(DiffusionProcess):
 
         return _trajectory(step, x, range(self.num_timesteps)[::-1], progress)
 
-    def ddim_sample_loop(
-        self,
-        model: Model,
-        shape: Sequence[int],
-        noise: Tensor | None = None,
-        clip_denoised: bool = True,
-        denoised_fn: DenoisedFn | None = None,
-        cond_fn: CondFn | None = None,
-        model_kwargs: ModelKwargs | None = None,
-        device: torch.device | str | None = None,
-        progress: bool = False,
-        eta: float = 0.0,
-        *,
-        generator: torch.Generator | None = None,
-    ) -> Tensor:
-        """Samples of ``shape`` (B, C, …) by DDIM over all steps: as p_sample_loop, and eta of ddim_sample."""
-        steps = self.ddim_sample_loop_progressive(
-            model,
-            shape,
-            noise,
-            clip_denoised,
-            denoised_fn,
-            cond_fn,
-            model_kwargs,
-            device,
-            progress,
-            eta,
-            generator=generator,
-        )
+    @_over_the_steps_of(p_sample_loop_progressive)
+    def p_sample_loop(self, steps: Iterator[Sample]) -> Tensor:
+        """Samples of ``shape`` (B, C, …) by DDPM over all steps, starting from ``noise`` (default: drawn).
+
+        ``device``: default that of ``noise``, else that of the model's parameters. ``progress`` shows a tqdm
+        bar. ``generator`` draws the starting noise, unless it is given, and that of the steps. Raises
+        ValueError where shape, noise and device contradict each other.
+        """
         return _last_sample(steps)
 
     def ddim_sample_loop_progressive(
@@ -297,33 +270,9 @@ class GaussianDiffusion(DiffusionProcess):
 
         return _trajectory(step, x, range(self.num_timesteps)[::-1], progress)
 
-    def dpm_solver_sample_loop(
-        self,
-        model: Model,
-        shape: Sequence[int],
-        noise: Tensor | None = None,
-        clip_denoised: bool = True,
-        denoised_fn: DenoisedFn | None = None,
-        cond_fn: CondFn | None = None,
-        model_kwargs: ModelKwargs | None = None,
-        device: torch.device | str | None = None,
-        progress: bool = False,
-        *,
-        generator: torch.Generator | None = None,
-    ) -> Tensor:
-        """Samples of ``shape`` (B, C, …) by DPM-Solver++(2M) over all steps: as p_sample_loop."""
-        steps = self.dpm_solver_sample_loop_progressive(
-            model,
-            shape,
-            noise,
-            clip_denoised,
-            denoised_fn,
-            cond_fn,
-            model_kwargs,
-            device,
-            progress,
-            generator=generator,
-        )
+    @_over_the_steps_of(ddim_sample_loop_progressive)
+    def ddim_sample_loop(self, steps: Iterator[Sample]) -> Tensor:
+        """Samples of ``shape`` (B, C, …) by DDIM over all steps: as p_sample_loop, and eta of ddim_sample."""
         return _last_sample(steps)
 
     def dpm_solver_sample_loop_progressive(
@@ -353,25 +302,9 @@ class GaussianDiffusion(DiffusionProcess):
 
         return _trajectory(step, x, range(self.num_timesteps)[::-1], progress)
 
-    def ddim_reverse_sample_loop(
-        self,
-        model: Model,
-        x_start: Tensor,
-        clip_denoised: bool = True,
-        denoised_fn: DenoisedFn | None = None,
-        cond_fn: CondFn | None = None,
-        model_kwargs: ModelKwargs | None = None,
-        progress: bool = False,
-    ) -> Tensor:
-        """The latent, like x_start, from which ``ddim_sample_loop(noise=latent)`` comes back to x_start.
-
-        x_start is taken as the state at step 0; num_timesteps − 1 steps lead to the state at the last step,
-        which is where sampling begins. Exact for a model whose prediction does not change along a step, else
-        up to the ODE's discretisation.
-        """
-        steps = self.ddim_reverse_sample_loop_progressive(
-            model, x_start, clip_denoised, denoised_fn, cond_fn, model_kwargs, progress
-        )
+    @_over_the_steps_of(dpm_solver_sample_loop_progressive)
+    def dpm_solver_sample_loop(self, steps: Iterator[Sample]) -> Tensor:
+        """Samples of ``shape`` (B, C, …) by DPM-Solver++(2M) over all steps: as p_sample_loop."""
         return _last_sample(steps)
 
     def ddim_reverse_sample_loop_progressive(
@@ -389,6 +322,16 @@ class GaussianDiffusion(DiffusionProcess):
         denoiser = Denoiser(model, clip_denoised, denoised_fn, cond_fn, model_kwargs)
         step = partial(self._ddim_reverse_step, denoiser)
         return _trajectory(step, x, range(self.num_timesteps - 1), progress)
+
+    @_over_the_steps_of(ddim_reverse_sample_loop_progressive)
+    def ddim_reverse_sample_loop(self, steps: Iterator[Sample]) -> Tensor:
+        """The latent, like x_start, from which ``ddim_sample_loop(noise=latent)`` comes back to x_start.
+
+        x_start is taken as the state at step 0; num_timesteps − 1 steps lead to the state at the last step,
+        which is where sampling begins. Exact for a model whose prediction does not change along a step, else
+        up to the ODE's discretisation.
+        """
+        return _last_sample(steps)
 
 
 # ---- Trajectories ----------------------------------------------------------------------------------------------------
