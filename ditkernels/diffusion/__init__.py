@@ -1,4 +1,4 @@
-"""Diffusion: noise schedules, losses and samplers. Mathematics only; it knows no kernel and no device."""
+"""Diffusion: noise schedules, losses and samplers. This is mathematics only: nothing here knows a kernel or a device."""
 
 from __future__ import annotations
 
@@ -28,19 +28,21 @@ def create_diffusion(
 ) -> GaussianDiffusion:
     """The diffusion of DiT: train with ``create_diffusion("")``, sample with ``create_diffusion("250")``.
 
-    ``timestep_respacing``: which of the ``diffusion_steps`` are kept: "" (all), "250", "10,15,20", "ddim50",
-    or a list of steps per section, see :func:`space_timesteps`; or "logsnr20", fractions of timesteps at equal distances in
-    log-SNR, for solvers of the ODE, see :func:`uniform_log_snr_timesteps`. ``noise_schedule``: "linear" or
-    "squaredcos_cap_v2" ("cosine"). ``predict_xstart``: the model predicts x_0, not the noise.
-    ``learn_sigma``: it also returns v, which interpolates the variance; otherwise the variance is fixed, at
-    β̃ if ``sigma_small`` and at β if not. ``use_kl``: train on the variational bound times the number of
-    steps; otherwise on the mean square error plus, with a learned variance, the variational term (times
-    num_timesteps / 1000 if ``rescale_learned_sigmas``). As in the public DiT, ``sigma_small`` says nothing
-    where the variance is learned, and ``rescale_learned_sigmas`` nothing under ``use_kl`` or a fixed
-    variance.
+    ``timestep_respacing`` says which of the ``diffusion_steps`` the chain keeps. "" keeps all of them. "250", "10,15,20",
+    "ddim50" and a list of steps per section mean what :func:`space_timesteps` says. "logsnr20" gives 20 fractions of
+    timesteps at equal distances in log-SNR, for solvers of the ODE (:func:`uniform_log_snr_timesteps`).
 
-    Raises ValueError or TypeError for a schedule, respacing or number of steps that does not exist, saying
-    what does.
+    ``noise_schedule`` is "linear" or "squaredcos_cap_v2", also called "cosine". With ``predict_xstart`` the model predicts
+    x_0, otherwise the noise. With ``learn_sigma`` it also returns v, which interpolates the variance. Otherwise the
+    variance is fixed, at β̃ if ``sigma_small`` and at β if not.
+
+    With ``use_kl`` the loss is the variational bound times the number of steps. Otherwise it is the mean square error, to
+    which a learned variance adds the variational term. ``rescale_learned_sigmas`` multiplies that term by
+    num_timesteps / 1000. As in the public DiT, ``sigma_small`` has no effect on a learned variance, and
+    ``rescale_learned_sigmas`` has none under ``use_kl`` or a fixed variance.
+
+    Raises ValueError or TypeError for a schedule, respacing or number of steps that does not exist. The message says what
+    does.
     """
     betas = named_beta_schedule(noise_schedule, diffusion_steps)
     schedule = NoiseSchedule(betas, _timesteps(betas, timestep_respacing))

@@ -1,23 +1,25 @@
 """Gaussian diffusion: the forward process q, the learned reverse process p and the training losses.
 
-Mathematics only: a model is any callable, a device is wherever its tensors are. Sources: Ho et al. 2020
-(arXiv 2006.11239) for q, p and the losses; Nichol & Dhariwal 2021 (arXiv 2102.09672) for the learned variance
-and the hybrid loss; Song et al. 2020 (arXiv 2010.02502) for DDIM; Dhariwal & Nichol 2021 (arXiv 2105.05233)
-for gradient guidance (``cond_fn``). docs/diffusion.md states the formulas.
+This is mathematics only: a model is any callable, and the tensors say which device computes. docs/diffusion.md states the
+formulas. Their sources are:
 
-Conventions, everywhere below:
+- Ho et al. 2020 (arXiv 2006.11239) for q, p and the losses;
+- Nichol & Dhariwal 2021 (arXiv 2102.09672) for the learned variance and the hybrid loss;
+- Song et al. 2020 (arXiv 2010.02502) for DDIM;
+- Dhariwal & Nichol 2021 (arXiv 2105.05233) for gradient guidance (``cond_fn``).
 
-- x, x_start, noise: (B, C, …) floating point. float64 is computed in float64, everything narrower in float32,
-  since an error of the predicted noise grows by √(1/ᾱ − 1), up to 157 on the linear schedule; results have
-  that dtype.
-- t: (B,) int64 or int32 on x's device, steps of the (respaced) chain, 0 … num_timesteps − 1. Models and
-  ``cond_fn`` get the *original* timesteps, ``timestep_map[t]``, as (B,) int64, or fp32 where they are
-  fractions. A t out of range raises ValueError on a CPU; elsewhere the device asserts, because reading t
-  would stall the host.
-- model(x, timesteps, **model_kwargs) -> (B, C, …), or (B, 2C, …) where the variance is learned: the
-  prediction, then v.
-- ``noise`` gives the random numbers, ``generator`` (a torch.Generator on x's device) says where to draw them.
-  Not both.
+These conventions hold for every method of a diffusion:
+
+- x, x_start and noise are (B, C, …) floating point. The computation is float64 for float64 and float32 for everything
+  narrower, and results have its dtype. The reason is that an error of the predicted noise grows by √(1/ᾱ − 1), which
+  reaches 157 on the linear schedule.
+- t is (B,) int64 or int32 on x's device. It holds steps of the (respaced) chain, 0 … num_timesteps − 1. Models and
+  ``cond_fn`` get the *original* timesteps, ``timestep_map[t]``, as (B,) int64, or as float32 where they are fractions. A t
+  out of range raises ValueError on a CPU. Elsewhere the device asserts, because reading t would stall the host.
+- model(x, timesteps, **model_kwargs) returns the prediction, (B, C, …). Where the variance is learned, it returns the
+  prediction and then v, together (B, 2C, …).
+- ``noise`` holds the random numbers, and ``generator`` (a torch.Generator on x's device) says where to draw them. A caller
+  gives at most one of the two. Only a loop takes both, because its ``noise`` is where it starts.
 """
 
 from __future__ import annotations
@@ -49,7 +51,7 @@ Sample = dict[str, Tensor]
 
 
 class Denoiser(NamedTuple):
-    """A model and how its prediction of x_0 is treated: what every sampler needs, whatever its step."""
+    """A model and what a sampler does with its prediction of x_0. Every sampler needs this, whatever its step."""
 
     model: Model
     clip_denoised: bool = True
@@ -59,7 +61,7 @@ class Denoiser(NamedTuple):
 
 
 class Reverse(NamedTuple):
-    """p(x_{t−1} | x_t) and the x_0 it was derived from, each of x's shape."""
+    """p(x_{t−1} | x_t) and the predicted x_0 that it follows from, each of x's shape."""
 
     mean: Tensor
     variance: Tensor
@@ -68,14 +70,14 @@ class Reverse(NamedTuple):
 
 
 class DiffusionProcess:
-    """The two processes over a :class:`NoiseSchedule`, and the losses that make the second undo the first.
+    """The processes q and p over a :class:`NoiseSchedule`, and the losses that make p undo q.
 
-    ``prediction``: what the model returns, "epsilon" or "x_start". ``variance``: "learned_range" (the model
-    returns v too), "fixed_small" (β̃) or "fixed_large" (β). ``loss``: "mse", "rescaled_mse" (variational term
-    times num_timesteps / 1000), "kl" (the variational bound alone), "rescaled_kl" (that times num_timesteps).
+    ``prediction`` is what the model returns: "epsilon" or "x_start". ``variance`` is "learned_range" (the model returns v
+    too), "fixed_small" (β̃) or "fixed_large" (β). ``loss`` is "mse", "rescaled_mse" (the variational term times
+    num_timesteps / 1000), "kl" (the variational bound alone) or "rescaled_kl" (that bound times num_timesteps). Raises
+    ValueError for any other value.
 
-    Attributes: ``num_timesteps``, ``timestep_map``, ``betas`` and ``alphas_cumprod`` as in NoiseSchedule, and
-    ``schedule``.
+    ``schedule`` is an attribute, and so are its ``num_timesteps``, ``timestep_map``, ``betas`` and ``alphas_cumprod``.
     """
 
     def __init__(
@@ -115,7 +117,7 @@ class DiffusionProcess:
     # --------------------------------------------------------------------------------------------------------
 
     def q_mean_variance(self, x_start: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Mean, variance and log variance of q(x_t | x_0): √ᾱ·x_0 and 1 − ᾱ, each of x_start's shape."""
+        """The mean √ᾱ·x_0, the variance 1 − ᾱ and the log variance of q(x_t | x_0), each of x_start's shape."""
         x_start, t = self._check(x_start, t)
         c = self.schedule.at(t, x_start)
         return (
@@ -132,14 +134,14 @@ class DiffusionProcess:
         *,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """A draw from q(x_t | x_0): √ᾱ·x_0 + √(1 − ᾱ)·noise."""
+        """A draw from q(x_t | x_0), of x_start's shape: √ᾱ·x_0 + √(1 − ᾱ)·noise."""
         x_start, t = self._check(x_start, t)
         return diffuse(self.schedule.at(t, x_start), x_start, noise_for(x_start, noise, generator))
 
     def q_posterior_mean_variance(self, x_start: Tensor, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Mean, variance β̃ and clipped log variance of q(x_{t−1} | x_t, x_0), each of x_t's shape.
+        """The mean, the variance β̃ and the clipped log variance of q(x_{t−1} | x_t, x_0), each of x_t's shape.
 
-        The log variance at t = 0, where β̃ is 0, is that of t = 1.
+        At t = 0, where β̃ is 0, the log variance is that of t = 1.
         """
         x_t, t = self._check(x_t, t)
         x_start = widened(x_start, "x_start")
@@ -166,8 +168,8 @@ class DiffusionProcess:
     ) -> Sample:
         """p(x_{t−1} | x_t): a dict of ``mean``, ``variance``, ``log_variance``, ``pred_xstart``, each like x.
 
-        ``denoised_fn`` is applied to the predicted x_0 before it is clipped to [−1, 1]. Raises ValueError
-        where the model's output has not the shape that the variance asks for.
+        ``denoised_fn`` maps the predicted x_0 before ``clip_denoised`` clips it to [−1, 1]. Raises ValueError where the
+        model's output does not have the shape that the variance asks for.
         """
         x, t = self._check(x, t)
         denoiser = Denoiser(model, clip_denoised, denoised_fn, None, model_kwargs)
@@ -178,7 +180,7 @@ class DiffusionProcess:
         return self._interpret(denoiser, c, x, output, v)
 
     def _call(self, denoiser: Denoiser, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The prediction, (B, C, …), and v of the same shape, or None where the variance is fixed."""
+        """The prediction, (B, C, …), and v, which has the same shape or is None where the variance is fixed."""
         output = denoiser.model(x, self.schedule.original_timesteps(t), **(denoiser.model_kwargs or {}))
         learned = self.variance == "learned_range"
         expected = (x.shape[0], x.shape[1] * (2 if learned else 1), *x.shape[2:])
@@ -230,10 +232,10 @@ class DiffusionProcess:
     ) -> Sample:
         """The losses of a batch at steps t, as a dict of (B,) tensors in the dtype of the computation.
 
-        ``loss`` is what to minimise. The mse losses add ``mse``, the mean square error of what the model
-        predicts, and, with a learned variance, ``vb``, the variational term in bits per dimension as it
-        enters the loss (loss = mse + vb); it trains v alone, the prediction is detached in it. The kl losses
-        add ``vb``, equal to the loss. Nothing is clipped.
+        ``loss`` is what to minimise. The mse losses also give ``mse``, the mean square error of what the model predicts.
+        With a learned variance they give ``vb`` too, the variational term in bits per dimension as it enters the loss:
+        loss = mse + vb. This term trains v alone, because the prediction is detached in it. The kl losses also give
+        ``vb``, which equals the loss. No loss clips the predicted x_0.
         """
         x_start, t = self._check(x_start, t)
         noise = noise_for(x_start, noise, generator)
@@ -256,7 +258,7 @@ class DiffusionProcess:
         return {"loss": mse + vb, "mse": mse, "vb": vb}
 
     def _variational_term(self, reverse: Reverse, c: Coefficients, x_start: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-        """One term of the bound, (B,) bits per dimension: KL(q || p), at t = 0 the decoder's NLL."""
+        """One term of the bound, (B,) bits per dimension: KL(q || p), or at t = 0 the decoder's negative log likelihood."""
         true_mean = posterior_mean(c, x_start, x_t)
         kl = normal_kl(true_mean, c.posterior_log_variance_clipped, reverse.mean, reverse.log_variance)
         nll = -discretized_gaussian_log_likelihood(x_start, reverse.mean, 0.5 * reverse.log_variance)
@@ -272,11 +274,11 @@ class DiffusionProcess:
         *,
         generator: torch.Generator | None = None,
     ) -> Sample:
-        """The whole variational bound of x_start, in bits per dimension, with one noise draw a step.
+        """The whole variational bound of x_start, in bits per dimension, with one draw of noise a step.
 
-        A dict: ``total_bpd`` (B,), which is ``prior_bpd`` (B,), KL(q(x_T | x_0) || N(0, 1)), plus the sum of
-        ``vb`` (B, T); and ``xstart_mse`` and ``mse`` (B, T), the mean square errors of the predicted x_0 and
-        noise. T = num_timesteps; column k is step T − 1 − k.
+        The result is a dict. ``prior_bpd`` (B,) is KL(q(x_T | x_0) || N(0, 1)). ``vb`` (B, T) holds the terms of the
+        steps, and ``total_bpd`` (B,) is their sum plus ``prior_bpd``. ``xstart_mse`` and ``mse``, (B, T) each, are the mean
+        square errors of the predicted x_0 and of the predicted noise. T is num_timesteps, and column k is step T − 1 − k.
         """
         x_start, _ = self._check(x_start, step_of(x_start, 0))
         denoiser = Denoiser(model, clip_denoised, model_kwargs=model_kwargs)
@@ -312,7 +314,7 @@ class DiffusionProcess:
         return bits_per_dim(normal_kl(mean, log_variance, zero, zero))
 
     def _check(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        """x in the dtype of the computation, and t: or an error that says what is wrong with them."""
+        """x in the dtype of the computation, and t. The errors are those of widened and check_timesteps."""
         x = widened(x)
         check_timesteps(t, x, self.num_timesteps)
         return x, t
@@ -320,7 +322,7 @@ class DiffusionProcess:
 
 def step_of(x: Tensor, index: int) -> Tensor:
     """Step ``index`` for each sample of x, (B,) int64."""
-    # full() writes on the device itself; a tensor made from a list would be copied there at every step.
+    # full() writes on the device itself. A tensor made from a list would be copied there at every step.
     return torch.full(x.shape[:1], index, dtype=torch.int64, device=x.device)
 
 

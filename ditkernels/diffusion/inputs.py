@@ -1,4 +1,4 @@
-"""What may come in: each check names the argument, what came and what is allowed."""
+"""Checks of arguments. Each error names the argument, what came and what is allowed."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def widened(x: Tensor, name: str = "x") -> Tensor:
 
 
 def check_timesteps(t: Tensor, x: Tensor, steps: int) -> None:
-    """t must be one step of 0 … steps − 1 for each sample of x, on x's device."""
+    """t must hold one step of 0 … steps − 1 for each sample of x, and lie on x's device."""
     if not isinstance(t, Tensor) or t.dtype not in (torch.int64, torch.int32):
         came = t.dtype if isinstance(t, Tensor) else type(t).__name__
         raise TypeError(f"t: got {came}, allowed is a tensor of int64 or int32")
@@ -47,14 +47,14 @@ def check_timesteps(t: Tensor, x: Tensor, steps: int) -> None:
         raise ValueError(f"t: got shape {tuple(t.shape)} on {t.device}, allowed is {tuple(x.shape[:1])} on {x.device}")
     inside = ((t >= 0) & (t < steps)).all()
     if t.device.type != "cpu" or torch.compiler.is_compiling():
-        # Reading the answer would stall the host at every step; this lets the device itself complain.
+        # Reading the answer would stall the host at every step. The assertion lets the device itself complain.
         torch._assert_async(inside, f"t: got a step out of range, allowed are 0 to {steps - 1}")
     elif not inside:
         raise ValueError(f"t: got steps from {int(t.min())} to {int(t.max())}, allowed are 0 to {steps - 1}")
 
 
 def noise_for(x: Tensor, noise: Tensor | None, generator: torch.Generator | None) -> Tensor:
-    """``noise`` in x's dtype if it fits x, or standard normals from ``generator``."""
+    """``noise``, which must fit x, in x's dtype; where it is None, standard normals from ``generator``."""
     if noise is None:
         return torch.randn(x.shape, device=x.device, dtype=x.dtype, generator=generator)
     if generator is not None:

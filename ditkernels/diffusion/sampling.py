@@ -1,7 +1,7 @@
 """Samplers: single steps of DDPM (Ho et al. 2020), DDIM (Song et al. 2020) and DPM-Solver++(2M) (Lu et al. 2022), and the
 loops over them.
 
-gaussian.py states the conventions, docs/diffusion.md the formulas.
+gaussian.py states the conventions, and docs/diffusion.md states the formulas.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ Arguments = ParamSpec("Arguments")
 def _over_the_steps_of(
     progressive: Callable[Concatenate[Diffusion, Arguments], Iterator[Sample]],
 ) -> Callable[[Callable[[Diffusion, Iterator[Sample]], Tensor]], Callable[Concatenate[Diffusion, Arguments], Tensor]]:
-    """A decorator: the method takes the arguments of ``progressive``, and its body gets the steps that those yield.
+    """A decorator that gives a method the parameters of ``progressive``. The body gets the steps that ``progressive`` yields.
 
-    Type checkers, help() and inspect.signature() see the parameters of ``progressive`` and what the method returns.
+    Type checkers, help() and inspect.signature() see those parameters, and the type that the method returns.
     """
 
     def decorate(method: Callable[[Diffusion, Iterator[Sample]], Tensor]) -> Callable[Concatenate[Diffusion, Arguments], Tensor]:
@@ -58,7 +58,7 @@ def _over_the_steps_of(
 
 
 class GaussianDiffusion(DiffusionProcess):
-    """A diffusion one can train on and draw from; :func:`ditkernels.diffusion.create_diffusion` makes one."""
+    """A diffusion to train on and to draw from. :func:`ditkernels.diffusion.create_diffusion` makes one."""
 
     # --------------------------------------------------------------------------------------------------------
     # One step of a sampler
@@ -77,10 +77,10 @@ class GaussianDiffusion(DiffusionProcess):
         noise: Tensor | None = None,
         generator: torch.Generator | None = None,
     ) -> Sample:
-        """x_{t−1} from x_t by ancestral sampling (DDPM): a dict of ``sample`` and ``pred_xstart``, like x.
+        """x_{t−1} from x_t by ancestral sampling (DDPM): a dict of ``sample`` and ``pred_xstart``, each like x.
 
-        No noise is added at t = 0. ``cond_fn(x, timesteps, **model_kwargs)`` returns ∇ log p(y | x), of x's
-        shape, and moves the mean by variance times that.
+        The step at t = 0 adds no noise. ``cond_fn(x, timesteps, **model_kwargs)`` returns ∇ log p(y | x), of x's shape. The
+        step adds the variance times this gradient to the mean.
         """
         x, t = self._check(x, t)
         denoiser = Denoiser(model, clip_denoised, denoised_fn, cond_fn, model_kwargs)
@@ -111,11 +111,11 @@ class GaussianDiffusion(DiffusionProcess):
         noise: Tensor | None = None,
         generator: torch.Generator | None = None,
     ) -> Sample:
-        """x_{t−1} from x_t by DDIM: a dict of ``sample`` and ``pred_xstart``, like x.
+        """x_{t−1} from x_t by DDIM: a dict of ``sample`` and ``pred_xstart``, each like x.
 
-        σ = eta·√β̃: eta = 0 is deterministic and draws no noise, eta = 1 is DDPM with the fixed small
-        variance. A learned variance plays no part. ``cond_fn`` shifts the predicted noise by −√(1 − ᾱ) times
-        its gradient. Raises ValueError for eta outside [0, 1].
+        The step adds noise of standard deviation σ = eta·√β̃. With eta = 0 it is deterministic and draws no noise. With
+        eta = 1 it is DDPM with the fixed small variance. A learned variance plays no part. ``cond_fn`` shifts the
+        predicted noise by −√(1 − ᾱ) times its gradient. Raises ValueError for eta outside [0, 1].
         """
         x, t = self._check(x, t)
         _check_eta(eta)
@@ -125,7 +125,7 @@ class GaussianDiffusion(DiffusionProcess):
     def _ddim_step(self, denoiser: Denoiser, x: Tensor, t: Tensor, eta: float, noise: Tensor | None) -> Sample:
         c = self.schedule.at(t, x)
         pred_xstart, epsilon = self._denoise(denoiser, c, x, t)
-        # 1 − ᾱ_prev − σ² without the difference, which would cancel, even to below zero, at long strides.
+        # This is 1 − ᾱ_prev − σ² without the difference, which at long strides would cancel, even to below zero.
         squared = (1 - eta**2) * c.one_minus_alphas_cumprod_prev
         squared = squared + eta**2 * c.posterior_mean_coef2.square() * c.one_minus_alphas_cumprod
         sample = c.sqrt_alphas_cumprod_prev * pred_xstart + squared.sqrt() * epsilon
@@ -143,9 +143,9 @@ class GaussianDiffusion(DiffusionProcess):
         cond_fn: CondFn | None = None,
         model_kwargs: ModelKwargs | None = None,
     ) -> Sample:
-        """x_{t+1} from x_t by DDIM run backwards: a dict of ``sample`` and ``pred_xstart``, like x.
+        """x_{t+1} from x_t by DDIM run backwards: a dict of ``sample`` and ``pred_xstart``, each like x.
 
-        After the last step ᾱ is taken as 0, so there the sample is the predicted noise itself.
+        ᾱ counts as 0 after the last step, so the sample there is the predicted noise itself.
         """
         x, t = self._check(x, t)
         denoiser = Denoiser(model, clip_denoised, denoised_fn, cond_fn, model_kwargs)
@@ -169,10 +169,10 @@ class GaussianDiffusion(DiffusionProcess):
         *,
         previous: Tensor | None = None,
     ) -> Sample:
-        """x_{t−1} from x_t by DPM-Solver++(2M): a dict of ``sample`` and ``pred_xstart``, like x.
+        """x_{t−1} from x_t by DPM-Solver++(2M): a dict of ``sample`` and ``pred_xstart``, each like x.
 
-        Deterministic. ``previous`` is the ``pred_xstart`` of the step before, at t + 1; without it the step is of first
-        order, which is DDIM's. A learned variance plays no part; ``cond_fn`` acts as in ddim_sample.
+        The step is deterministic. ``previous``, like x, is the ``pred_xstart`` of the step before, at t + 1. Without it the
+        step is of first order, which is DDIM's. A learned variance plays no part. ``cond_fn`` acts as in ddim_sample.
         """
         x, t = self._check(x, t)
         if previous is not None:
@@ -193,7 +193,7 @@ class GaussianDiffusion(DiffusionProcess):
         }
 
     def _denoise(self, denoiser: Denoiser, c: Coefficients, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        """The predicted x_0, clipped and guided, and the noise to go with it: what ODE samplers step on."""
+        """The predicted x_0, clipped and guided, and the noise that goes with it: samplers of the ODE step on these."""
         output, _ = self._call(denoiser, x, t)
         pred_xstart = self._predict_xstart(denoiser, c, x, output)
         epsilon = epsilon_from_xstart(c, x, pred_xstart)
@@ -209,7 +209,7 @@ class GaussianDiffusion(DiffusionProcess):
         return gradient.to(x.dtype)
 
     # --------------------------------------------------------------------------------------------------------
-    # Whole trajectories. Autograd is off inside the steps, and back on for whoever consumes them.
+    # Whole trajectories. Autograd is off inside a step, and as the caller has it between steps.
     # --------------------------------------------------------------------------------------------------------
 
     def p_sample_loop_progressive(
@@ -226,7 +226,10 @@ class GaussianDiffusion(DiffusionProcess):
         *,
         generator: torch.Generator | None = None,
     ) -> Iterator[Sample]:
-        """p_sample_loop, yielding the result of every step: num_timesteps dicts as of p_sample."""
+        """p_sample_loop as an iterator over the results of its steps: num_timesteps dicts like those of p_sample.
+
+        The call checks the arguments. The model first runs at the first ``next``.
+        """
         x = _starting_noise(model, shape, noise, device, generator)
         denoiser = Denoiser(model, clip_denoised, denoised_fn, cond_fn, model_kwargs)
 
@@ -239,9 +242,10 @@ class GaussianDiffusion(DiffusionProcess):
     def p_sample_loop(self, steps: Iterator[Sample]) -> Tensor:
         """Samples of ``shape`` (B, C, …) by DDPM over all steps, starting from ``noise`` (default: drawn).
 
-        ``device``: default that of ``noise``, else that of the model's parameters. ``progress`` shows a tqdm
-        bar. ``generator`` draws the starting noise, unless it is given, and that of the steps. Raises
-        ValueError where shape, noise and device contradict each other.
+        The samples are float64 if ``noise`` is, and float32 otherwise. ``device`` is by default that of ``noise``, or
+        without ``noise`` that of the model's parameters. ``progress`` shows a tqdm bar. ``generator`` draws the noise of
+        the steps, and the starting noise too unless ``noise`` is given. The other arguments are those of p_sample. Raises
+        ValueError where shape, noise and device contradict each other, or where nothing names a device.
         """
         return _last_sample(steps)
 
@@ -260,7 +264,7 @@ class GaussianDiffusion(DiffusionProcess):
         *,
         generator: torch.Generator | None = None,
     ) -> Iterator[Sample]:
-        """ddim_sample_loop, yielding the result of every step: num_timesteps dicts as of ddim_sample."""
+        """ddim_sample_loop as an iterator over the results of its steps: num_timesteps dicts like those of ddim_sample."""
         _check_eta(eta)
         x = _starting_noise(model, shape, noise, device, generator)
         denoiser = Denoiser(model, clip_denoised, denoised_fn, cond_fn, model_kwargs)
@@ -272,7 +276,7 @@ class GaussianDiffusion(DiffusionProcess):
 
     @_over_the_steps_of(ddim_sample_loop_progressive)
     def ddim_sample_loop(self, steps: Iterator[Sample]) -> Tensor:
-        """Samples of ``shape`` (B, C, …) by DDIM over all steps: as p_sample_loop, and eta of ddim_sample."""
+        """Samples of ``shape`` (B, C, …) by DDIM over all steps: as p_sample_loop, with the ``eta`` of ddim_sample."""
         return _last_sample(steps)
 
     def dpm_solver_sample_loop_progressive(
@@ -289,7 +293,7 @@ class GaussianDiffusion(DiffusionProcess):
         *,
         generator: torch.Generator | None = None,
     ) -> Iterator[Sample]:
-        """dpm_solver_sample_loop, yielding the result of every step: num_timesteps dicts as of dpm_solver_sample."""
+        """dpm_solver_sample_loop as an iterator over the results of its steps: num_timesteps dicts like dpm_solver_sample's."""
         x = _starting_noise(model, shape, noise, device, generator)
         denoiser = Denoiser(model, clip_denoised, denoised_fn, cond_fn, model_kwargs)
         previous: Tensor | None = None
@@ -317,7 +321,7 @@ class GaussianDiffusion(DiffusionProcess):
         model_kwargs: ModelKwargs | None = None,
         progress: bool = False,
     ) -> Iterator[Sample]:
-        """ddim_reverse_sample_loop, yielding the result of every step: num_timesteps − 1 dicts."""
+        """ddim_reverse_sample_loop as an iterator over the results of its steps: num_timesteps − 1 dicts."""
         x, _ = self._check(x_start, step_of(x_start, 0))
         denoiser = Denoiser(model, clip_denoised, denoised_fn, cond_fn, model_kwargs)
         step = partial(self._ddim_reverse_step, denoiser)
@@ -327,9 +331,9 @@ class GaussianDiffusion(DiffusionProcess):
     def ddim_reverse_sample_loop(self, steps: Iterator[Sample]) -> Tensor:
         """The latent, like x_start, from which ``ddim_sample_loop(noise=latent)`` comes back to x_start.
 
-        x_start is taken as the state at step 0; num_timesteps − 1 steps lead to the state at the last step,
-        which is where sampling begins. Exact for a model whose prediction does not change along a step, else
-        up to the ODE's discretisation.
+        x_start counts as the state at step 0. From there num_timesteps − 1 steps lead to the state at the last step, where
+        sampling begins. The return is exact for a model whose prediction does not change along a step. For others it is
+        exact up to the ODE's discretisation.
         """
         return _last_sample(steps)
 
@@ -338,9 +342,9 @@ class GaussianDiffusion(DiffusionProcess):
 
 
 def _trajectory(step: Callable[[Tensor, Tensor], Sample], x: Tensor, steps: Sequence[int], progress: bool) -> Iterator[Sample]:
-    """Feeds x through ``step(x, t)`` for each of ``steps``, yielding its results; "sample" is the next x.
+    """Feeds x through ``step(x, t)`` for each of ``steps`` and yields the results. The "sample" of one is the next x.
 
-    The one loop of all samplers: one that looks back at earlier predictions keeps them in its ``step``.
+    All samplers share this loop. A sampler that looks back at earlier predictions keeps them in its ``step``.
     """
     for index in _with_bar(steps) if progress else steps:
         with torch.no_grad():

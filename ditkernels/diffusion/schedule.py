@@ -1,8 +1,8 @@
-"""Noise schedules: which betas, which of their timesteps are kept, and every table that follows from them.
+"""Noise schedules: the betas, the timesteps that a chain keeps, and every table that follows from them.
 
-Beta schedules: "linear" from Ho et al. 2020 (arXiv 2006.11239), "squaredcos_cap_v2" from Nichol & Dhariwal
-2021 (arXiv 2102.09672), which also describes respacing. Everything is computed in float64 with numpy; a
-device sees one packed table, copied there once.
+The "linear" betas are those of Ho et al. 2020 (arXiv 2006.11239). The "squaredcos_cap_v2" betas are those of Nichol &
+Dhariwal 2021 (arXiv 2102.09672), who also describe respacing. NumPy computes everything in float64. A device sees one
+packed table, copied there once.
 """
 
 from __future__ import annotations
@@ -31,8 +31,7 @@ def _linear_betas(steps: int) -> FloatArray:
             f"diffusion_steps: got {steps}, allowed for the linear schedule are 21 and more, "
             "since its last beta is 20 / diffusion_steps"
         )
-    # Ho et al. chose 1e-4 .. 0.02 for 1000 steps; scaling keeps the noise at the end the same for any number
-    # of them.
+    # Ho et al. chose 1e-4 .. 0.02 for 1000 steps. The scale keeps the noise at the end the same for any number of steps.
     scale = 1000 / steps
     return np.linspace(1e-4 * scale, 0.02 * scale, steps, dtype=np.float64)
 
@@ -52,10 +51,10 @@ BETA_SCHEDULES: dict[str, Callable[[int], FloatArray]] = {
 def named_beta_schedule(name: str, diffusion_steps: int) -> FloatArray:
     """The betas of a named schedule, (diffusion_steps,) float64.
 
-    "linear": linspace(1e-4·s, 0.02·s, T), s = 1000/T. "squaredcos_cap_v2", also called "cosine": from
-    alpha_bar(u) = cos²((u + 0.008)/1.008 · π/2), each beta at most 0.999.
+    With T steps, "linear" is linspace(1e-4·s, 0.02·s, T), where s = 1000/T. "squaredcos_cap_v2", also called "cosine",
+    follows from alpha_bar(u) = cos²((u + 0.008)/1.008 · π/2), and no beta of it is above 0.999.
 
-    Raises ValueError for an unknown name or too few steps, TypeError for steps that are no int.
+    Raises ValueError for an unknown name or too few steps, and TypeError for steps that are no int.
     """
     if name not in BETA_SCHEDULES:
         raise ValueError(f"noise_schedule: got {name!r}, allowed are {', '.join(map(repr, BETA_SCHEDULES))}")
@@ -69,12 +68,13 @@ def named_beta_schedule(name: str, diffusion_steps: int) -> FloatArray:
 def space_timesteps(diffusion_steps: int, timestep_respacing: str | int | Sequence[int] | None) -> list[int]:
     """The timesteps to keep out of ``range(diffusion_steps)``, ascending.
 
-    ``""`` or None keeps all. ``"250"`` (or 250, or [250]) keeps 250, first and last included, evenly spread.
-    ``"10,15,20"`` (or a list) cuts the range into that many sections of (nearly) equal length and spreads 10,
-    15, 20 over them. ``"ddim250"`` keeps 0, s, 2s … for the integer stride s that gives exactly 250, as Song
-    et al. 2020 do.
+    ``""`` or None keeps all. ``"250"`` (or 250, or [250]) keeps 250, evenly spread, the first and the last included.
+    ``"10,15,20"`` (or a list) cuts the range into one section per number, of (nearly) equal lengths. It spreads 10 steps
+    over the first section, 15 over the second and 20 over the third. ``"ddim250"`` keeps 0, s, 2s … for the integer
+    stride s that gives exactly 250, as Song et al. 2020 do.
 
-    Raises ValueError, naming what is possible, where the steps cannot be had, and TypeError for another type.
+    Raises ValueError where the range cannot give these steps, and the message names what it can give. Raises TypeError for
+    a respacing of another type.
     """
     check_count("diffusion_steps", diffusion_steps, least=2)
     if isinstance(timestep_respacing, str) and timestep_respacing.startswith("ddim"):
@@ -90,8 +90,8 @@ def space_timesteps(diffusion_steps: int, timestep_respacing: str | int | Sequen
                 f"timestep_respacing: got {timestep_respacing!r}, which wants {count} steps from section {i} "
                 f"of {len(counts)}; allowed are 1 to {size}, its share of {diffusion_steps} diffusion steps"
             )
-        # A running sum, not i·stride: the two round apart where a position falls on one half, and the running
-        # sum is what published sampling results used.
+        # The positions are a running sum, as in published sampling results. i·stride would round differently where a
+        # position falls on one half.
         positions = accumulate(repeat((size - 1) / max(count - 1, 1), count - 1), initial=0.0)
         kept.extend(start + round(position) for position in positions)
         start += size
@@ -123,7 +123,7 @@ def _strided_timesteps(diffusion_steps: int, respacing: str) -> list[int]:
     number = respacing.removeprefix("ddim")
     if not number.isdecimal():
         raise ValueError(f"timestep_respacing: got {respacing!r}, allowed after 'ddim' is a number, as in 'ddim50'")
-    # Stride s keeps ceil(T / s) steps; the smallest stride that gives N is ceil(T / N), if any stride does.
+    # Stride s keeps ceil(T / s) steps. If any stride keeps N, then ceil(T / N) does, and it is the smallest.
     wanted = int(number)
     if wanted > 0:
         kept = range(0, diffusion_steps, -(-diffusion_steps // wanted))
@@ -145,12 +145,13 @@ def half_log_snr(alphas_cumprod: FloatArray) -> FloatArray:
 def uniform_log_snr_timesteps(betas: FloatArray, steps: int) -> list[float]:
     """``steps`` timesteps, ascending, at equal distances in λ, from the first of ``betas`` (T,) to the last, both included.
 
-    They are fractions: between two timesteps λ is taken as linear in t. Raises ValueError for fewer than 2 steps.
+    They are fractions, because this function takes λ as linear in t between two timesteps. Raises ValueError for fewer
+    than 2 steps.
     """
     check_count("timestep_respacing", steps, least=2)
     half = half_log_snr(np.cumprod(1 - betas))
     wanted = np.linspace(half[0], half[-1], steps)
-    # λ falls with t, and np.interp wants ascending points.
+    # λ falls with t, and np.interp wants ascending points, so λ goes in with its sign turned.
     timesteps = np.interp(-wanted, -half, np.arange(len(betas)))
     timesteps[[0, -1]] = 0, len(betas) - 1
     return timesteps.tolist()
@@ -168,11 +169,10 @@ def _alphas_cumprod_at(betas: FloatArray, timesteps: Sequence[float]) -> FloatAr
 
 
 class Coefficients(NamedTuple):
-    """What the schedule says at the timesteps of a batch: each field (B, 1, …, 1), broadcasting against x (B,
-    C, …).
+    """The schedule at the timesteps of a batch. Each field is (B, 1, …, 1), to broadcast against x (B, C, …).
 
-    With ᾱ the cumulative product of 1 − β, ᾱ_prev and ᾱ_next its neighbours (1 before the first, 0 after the
-    last), and β̃ = β·(1 − ᾱ_prev)/(1 − ᾱ) the variance of q(x_{t−1} | x_t, x_0). The solver coefficients are those of
+    ᾱ is the cumulative product of 1 − β. ᾱ_prev and ᾱ_next are its neighbours: 1 before the first step, 0 after the last.
+    β̃ = β·(1 − ᾱ_prev)/(1 − ᾱ) is the variance of q(x_{t−1} | x_t, x_0). The solver coefficients are those of
     DPM-Solver++(2M): x_{t−1} = state·x_t + data·(x̂_0 + history·(x̂_0 − x̂_0 of the step before)).
     """
 
@@ -201,15 +201,15 @@ class Coefficients(NamedTuple):
 class NoiseSchedule:
     """A chain of betas, the original timestep of each of its steps, and the tables of :class:`Coefficients`.
 
-    ``betas`` (T,) in (0, 1) belong to the original chain; ``timesteps`` are those kept, ascending (default:
-    all); fractions lie between two timesteps, where λ = ½ log(ᾱ/(1 − ᾱ)) is taken as linear. Over the kept
-    steps the betas become β_i = 1 − ᾱ_i / ᾱ_{i−1}, so that ᾱ at a kept step stays what it was.
+    ``betas``, (T,) in (0, 1), belong to the original chain. ``timesteps`` are those to keep, ascending (default: all). A
+    fraction lies between two timesteps, where the schedule takes λ = ½ log(ᾱ/(1 − ᾱ)) as linear. Over the kept steps the
+    betas become β_i = 1 − ᾱ_i / ᾱ_{i−1}, so that ᾱ at a kept step stays what it was.
 
-    Attributes, T' = number of kept steps: ``num_timesteps`` (T'), ``original_num_steps`` (T),
-    ``timestep_map`` (list of T' numbers), ``betas`` and ``alphas_cumprod`` ((T',) float64, read-only).
+    With T' kept steps, the attributes are ``num_timesteps`` (T'), ``original_num_steps`` (T), ``timestep_map`` (a list of
+    T' numbers), ``betas`` and ``alphas_cumprod`` (both (T',) float64, read-only).
 
-    Raises ValueError for betas outside (0, 1), timesteps outside the chain or unsorted, or a chain of fewer
-    than two steps (its only step would have no posterior variance).
+    Raises ValueError for betas outside (0, 1), for timesteps outside the chain or unsorted, and for a chain of fewer than
+    two steps, whose only step would have no posterior variance.
     """
 
     def __init__(self, betas: npt.ArrayLike, timesteps: Sequence[float] | None = None) -> None:
@@ -231,8 +231,7 @@ class NoiseSchedule:
         self._timestep_maps: dict[torch.device, Tensor] = {}
 
     def at(self, t: Tensor, x: Tensor) -> Coefficients:
-        """The coefficients at steps t, (B,) int64 on x's device, in x's dtype, shaped to broadcast against x
-        (B, …)."""
+        """The coefficients at steps t, (B,) int64 on x's device. They have x's dtype and broadcast against x (B, …)."""
         key = (t.device, x.dtype)
         if key not in self._tables:
             self._tables[key] = _constant(self._packed, x.dtype, t.device)
@@ -240,7 +239,7 @@ class NoiseSchedule:
         return Coefficients(*rows.view(*rows.shape, *[1] * (x.ndim - 1)).unbind(1))
 
     def original_timesteps(self, t: Tensor) -> Tensor:
-        """The timesteps of the original chain that the steps t, (B,) int64, stand for: (B,) int64, or fp32 for fractions."""
+        """The timesteps of the original chain that steps t, (B,) int64, stand for: (B,) int64, or float32 for fractions."""
         if t.device not in self._timestep_maps:
             kept = np.array(self.timestep_map)
             dtype = torch.int64 if np.issubdtype(kept.dtype, np.integer) else torch.float32
@@ -256,11 +255,11 @@ def _check_kept(kept: list[Any], steps: int) -> None:
 
 
 def _pack(betas: FloatArray, alphas_cumprod: FloatArray) -> FloatArray:
-    """Every field of Coefficients as a column, (T, number of fields): one gather serves a whole batch."""
+    """Every field of Coefficients as a column, (T, number of fields), so that one gather serves a whole batch."""
     prev = np.append(1.0, alphas_cumprod[:-1])
     following = np.append(alphas_cumprod[1:], 0.0)
     posterior_variance = betas * (1 - prev) / (1 - alphas_cumprod)
-    # β̃ is 0 at the first step: its logarithm, and the large variance there, use the second step's instead.
+    # β̃ is 0 at the first step. Its logarithm and the large variance take the second step's β̃ there.
     clipped_variance = np.append(posterior_variance[1], posterior_variance[1:])
     large_variance = np.append(posterior_variance[1], betas[1:])
     tables = {
@@ -287,9 +286,12 @@ def _pack(betas: FloatArray, alphas_cumprod: FloatArray) -> FloatArray:
 
 
 def _solver_coefficients(alphas_cumprod: FloatArray, prev: FloatArray) -> dict[str, FloatArray]:
-    """DPM-Solver++(2M), Lu et al. 2022 (arXiv 2211.01095, algorithm 2), with h = λ_{t−1} − λ_t: σ_{t−1}/σ_t,
-    −α_{t−1}·(e^{−h} − 1) and h/(2·h of the step before). The first step has nothing before it, and the last, to λ = ∞, is of
-    first order: there the history counts 0."""
+    """The coefficients of DPM-Solver++(2M), algorithm 2 of Lu et al. 2022 (arXiv 2211.01095).
+
+    With α = √ᾱ, σ = √(1 − ᾱ) and h = λ_{t−1} − λ_t, they are σ_{t−1}/σ_t for the state, −α_{t−1}·(e^{−h} − 1) for the
+    data and h/(2·h of the step before) for the history. The history counts 0 at two steps of a trajectory: the first has
+    nothing before it, and the last, to λ = ∞, is of first order.
+    """
     half = half_log_snr(alphas_cumprod)
     h = np.append(np.inf, half[:-1] - half[1:])
     history = np.zeros_like(h)
@@ -302,5 +304,6 @@ def _solver_coefficients(alphas_cumprod: FloatArray, prev: FloatArray) -> dict[s
 
 
 def _constant(values: npt.NDArray[np.generic], dtype: torch.dtype, device: torch.device) -> Tensor:
-    # from_numpy, unlike tensor(), does not obey a default device; the cast comes first, for devices without float64.
+    # from_numpy(), unlike tensor(), does not obey a default device. The cast comes first, because some devices have no
+    # float64.
     return torch.from_numpy(values).to(dtype).to(device)
