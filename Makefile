@@ -52,10 +52,10 @@ wheel: $(STAMP)
 	rm -rf build/wheel build/lib* build/bdist*
 	DITKERNELS_BUILD_CPU=1 $(BIN)/python -m pip wheel --disable-pip-version-check --no-build-isolation --no-deps -w build/wheel .
 	PATH="$$PWD/$(BIN):$$PATH" $(BIN)/python -m auditwheel repair --exclude libtorch_cpu.so -w dist build/wheel/*.whl
-	$(BIN)/python tools/finish_wheel.py dist/*.whl
+	$(BIN)/python -m tools.finish_wheel dist/*.whl
 
 gpu:
-	$(PYTHON) benchmarks/gpu.py $(if $(WHEELS),--wheels "$(WHEELS)") $(ARGS)
+	$(PYTHON) -m benchmarks.gpu.driver $(if $(WHEELS),--wheels "$(WHEELS)") $(ARGS)
 
 $(STAMP): $(REQUIREMENTS) pyproject.toml setup.py
 	$(PYTHON) -m venv $(VENV)

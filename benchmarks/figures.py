@@ -1,7 +1,7 @@
 """Draws every figure of README and docs from the JSON in benchmarks/results; one without its data is not drawn, and named.
 
-    python benchmarks/figures.py                        all that have data
-    python benchmarks/figures.py --only training.png    one
+    python -m benchmarks.figures                        all that have data
+    python -m benchmarks.figures --only training.png    one
 
 Speeds come from the latest folder of a GPU that holds the file, and the figure says which GPU, when, at which commit; those of
 cpu.png come from a CPU's own file. Results of a benchmark that was cut short are not drawn. Predictions are no data:
@@ -17,10 +17,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import digits as study
-import measure
+from benchmarks.speed import measure
+from benchmarks.studies import digits as study
+from tools.tree import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 Rows = list[dict[str, Any]]
 COLOURS = {
     "ours": "tab:blue",
@@ -163,11 +163,11 @@ def _finish(figure: Any, path: Path, origin: str) -> None:
 # ---- Which, and from what --------------------------------------------------------------------------------------------
 
 
-def of_script(module: str, function: str) -> Callable[[Rows, Path, str], None]:
-    """A figure whose script draws it itself."""
+def of_study(name: str, function: str) -> Callable[[Rows, Path, str], None]:
+    """A figure that a study draws itself."""
 
     def draw(rows: Rows, path: Path, origin: str) -> None:
-        getattr(importlib.import_module(module), function)(rows, path)
+        getattr(importlib.import_module(f"benchmarks.studies.{name}"), function)(rows, path)
 
     return draw
 
@@ -177,13 +177,13 @@ FIGURES = (
     Figure("training.png", "training.json", "make gpu", draw_training, measured=True),
     Figure("sampling.png", "sampling.json", "make gpu", draw_sampling, measured=True),
     Figure("attention.png", "attention.json", "make gpu", draw_attention, measured=True),
-    Figure("cpu.png", "cpu-ops.json", "python benchmarks/cpu.py", draw_cpu),
+    Figure("cpu.png", "cpu-ops.json", "python -m benchmarks.speed.cpu", draw_cpu),
     *(
         Figure(
             file,
             f"{name}.json",
-            f"python benchmarks/{name}.py --json benchmarks/results/{name}.json",
-            of_script(name, draw),
+            f"python -m benchmarks.studies.{name} --json benchmarks/results/{name}.json",
+            of_study(name, draw),
         )
         for file, name, draw in (
             ("guidance.png", "guidance", "draw"),

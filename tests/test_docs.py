@@ -7,13 +7,13 @@ import re
 import shlex
 from pathlib import Path
 
-import commands
 import pytest
 
 from ditkernels import ops
 from ditkernels.ops import dispatch
+from tests.helpers import commands
+from tools.tree import ROOT
 
-ROOT = commands.ROOT
 RESULTS = ROOT / "benchmarks/results/README.md"
 # The log tells of what was, commands that are gone among it.
 PAGES = [
@@ -21,8 +21,8 @@ PAGES = [
     *sorted(set((ROOT / "docs").glob("*.md")) - {ROOT / "docs/log.md"}),
     RESULTS,
 ]
-SCRIPTS = sorted((ROOT / "benchmarks").glob("*.py"))
-COMMAND = re.compile(r"(?:torchrun .* -m )?(ditkernels [a-z].*|python benchmarks/\w+\.py.*)")
+SCRIPTS = sorted(file for folder in ("benchmarks", "tools/kernel_proof") for file in (ROOT / folder).rglob("*.py"))
+COMMAND = re.compile(r"(?:torchrun .* -m )?(ditkernels [a-z].*|python -m (?:benchmarks|tools)\.\w.*)")
 
 
 def commands_in(path: Path) -> list[list[str]]:
@@ -65,7 +65,7 @@ def test_the_readme_lists_the_backends_of_attention() -> None:
 def test_every_command_parses(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for command in commands_in(path):
         words = [word for word in command if word != "..."]
-        program = 2
+        program = 3 if words[0] == "python" else 2
         if words != command or len(words) == program or words[-1].startswith("--"):
             # It is named, and not all that it needs is written.
             with pytest.raises(SystemExit) as stop:
@@ -81,8 +81,8 @@ def test_commands_are_found() -> None:
     found = [" ".join(command) for command in commands_in(ROOT / "README.md")]
     assert "ditkernels train --config xl2.yaml --resume auto" in found
     assert "ditkernels consolidate results/xl2 whole" in found
-    assert "python benchmarks/ops.py" in found
-    assert "python benchmarks/training.py --repeats 3" in [" ".join(c) for c in commands_in(RESULTS)]
+    assert "python -m benchmarks.speed.ops" in found
+    assert "python -m benchmarks.speed.training --repeats 3" in [" ".join(c) for c in commands_in(RESULTS)]
 
 
 @pytest.mark.parametrize("path", PAGES, ids=name_of)

@@ -6,12 +6,13 @@ import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
-import numerics
 import pytest
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
+from tests import numerics
+from tools.tree import ROOT
+
+EXAMPLES = ROOT / "examples"
 
 
 def run(name: str, *arguments: str) -> str:

@@ -16,6 +16,7 @@ from packaging.specifiers import SpecifierSet
 
 import ditkernels
 from ditkernels.ops import _native
+from tools.tree import ROOT
 
 PACKAGE = Path(ditkernels.__file__).parent
 WORKS = """
@@ -103,7 +104,7 @@ def test_a_fingerprint_tells_versions_apart_wherever_they_lie(tmp_path: Path, so
 
 @pytest.mark.parametrize("version", ["2.10.0.dev20251101+cu130", "2.15.0.dev20261101", "2.10.0", "2.14.1+cu130"])
 def test_nightlies_of_torch_satisfy_the_requirement(version: str) -> None:
-    text = (Path(__file__).parent.parent / "pyproject.toml").read_text(encoding="utf-8")
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     (required,) = re.findall(r'"torch(>=[^"]*)"', text)
     assert version in SpecifierSet(required)
     assert "2.9.1" not in SpecifierSet(required)

@@ -10,13 +10,12 @@ import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
-import build_native
-import finish_wheel
 import pytest
-from native_cpu import needs_library
 
 from ditkernels._version import __version__
 from ditkernels.ops import _native
+from tests.helpers.native_cpu import needs_library
+from tools import build_native, finish_wheel
 
 HEADER = 64  # bytes of an ELF header
 

@@ -8,10 +8,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from unittest import mock
 
-import numerics
 import pytest
 import torch
-from native_cpu import SERVING, as_ops, needs_compiler
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -19,6 +17,8 @@ import ditkernels
 from ditkernels import models, reference
 from ditkernels.ops import dispatch
 from ditkernels.reference import CONDITIONINGS
+from tests import numerics
+from tests.helpers.native_cpu import SERVING, as_ops, needs_compiler
 
 F32, BF16, F64 = torch.float32, torch.bfloat16, torch.float64
 SMALL = {"input_size": (4, 6), "hidden_size": 48, "depth": 3, "num_heads": 4, "num_classes": 5}

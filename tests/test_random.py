@@ -5,10 +5,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from numerics import NORMAL_DEVIATIONS, NORMAL_ULPS
 
 from ditkernels import random
 from ditkernels.random import Stream, below, normals, permutation, philox4x32, uniforms, words
+from tests.numerics import NORMAL_DEVIATIONS, NORMAL_ULPS
 
 F = 0xFFFFFFFF
 # kat_vectors of Random123 (D. E. Shaw Research), the lines "philox4x32 10".

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+from tools.tree import ROOT
+
 FOLDERS = ("ditkernels", "benchmarks", "examples", "tests", "tools")
 FILES = sorted((*ROOT.glob("*.py"), *(file for folder in FOLDERS for file in (ROOT / folder).rglob("*.py"))))
 # Their ``open`` gives no text file.

@@ -1,4 +1,4 @@
-"""Notes down in a wheel what its libraries are now: python tools/finish_wheel.py dist/*.whl
+"""Notes down in a wheel what its libraries are now: python -m tools.finish_wheel dist/*.whl
 
 `auditwheel repair` may write a library anew, after setup.py has recorded its size and checksum. This comes last: it records them
 once more, and mends the wheel's own list of files (RECORD, https://packaging.python.org/specifications/binary-distribution-format).
@@ -16,7 +16,7 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-import build_native
+from tools import build_native
 
 LIBRARIES = {f"ditkernels/{file}": kind for file, kind in ((build_native.LIBRARY, "CUDA"), (build_native.CPU_LIBRARY, "CPU"))}
 

@@ -38,7 +38,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-ROOT = Path(__file__).resolve().parent.parent
+from tools import build_native
+from tools.tree import ROOT, found_from
+
 BENCHMARKS = ROOT / "benchmarks"
 LIBRARY = ROOT / "build/gpu"
 WHEELS = ROOT / "build/gpu-wheels"
@@ -62,9 +64,8 @@ OWN_CODE = {"9.0": "9.0a"}
 
 PROBE = """
 import json, sys
-sys.path.insert(0, sys.argv[1])
-import measure
-device = measure.resolve_device(sys.argv[2])
+from benchmarks.speed import measure
+device = measure.resolve_device(sys.argv[1])
 print(json.dumps({"type": device.type, **measure.environment(device)}))
 """
 
@@ -148,9 +149,6 @@ def _build(machine: dict[str, Any]) -> Stage:
 
 
 def _nvcc() -> str | None:
-    sys.path.insert(0, str(ROOT / "tools"))
-    import build_native
-
     return build_native.find_nvcc()
 
 
@@ -167,7 +165,7 @@ def _check(dry: bool) -> list[str]:
 def _parity(name: str, tests: list[str], limit: int, library: dict[str, str], needs: str | None = None) -> Stage:
     missing = importlib.util.find_spec("pytest") is None
     return Stage(
-        name, ["python", "benchmarks/gpu_tests.py", *tests], limit, rows=True, needs=needs,
+        name, ["python", "-m", "benchmarks.gpu.gpu_tests", *tests], limit, rows=True, needs=needs,
         skip="pytest is not installed; the stage check stands alone" if missing else None, environment=library,
     )  # fmt: skip
 
@@ -181,7 +179,7 @@ def _sanitizer(tool: str, dry: bool, build: Stage, library: dict[str, str]) -> S
         skip = "no device"
     elif build.skip:
         skip = build.skip
-    command = [program or "", "--tool", tool, "--error-exitcode", "9", "python", "benchmarks/sanitize.py"]
+    command = [program or "", "--tool", tool, "--error-exitcode", "9", "python", "-m", "tools.kernel_proof.sanitize"]
     return Stage(
         tool, [*command, "--backend", "cuda"], 55, skip=skip,
         # Without torch's pool every tensor is an allocation of its own, whose ends memcheck watches.
@@ -273,11 +271,11 @@ def _of_wheels(dry: bool, wheels: Path | None, library: dict[str, str]) -> list[
     idle = skip or ("no device" if dry else None)
     if idle is None and not backends:
         idle = f"no wheel of {', '.join(PACKAGES)} is among them"
-    beside = {**library, "PYTHONPATH": os.pathsep.join((_paths()["PYTHONPATH"], str(WHEELS)))}
-    parity = f"python benchmarks/attention_parity.py --backends {backends}"
-    speed = f"python benchmarks/attention.py --tokens 256,1024 --backends {backends},cudnn,torch_flash"
+    beside = {**library, "PYTHONPATH": os.pathsep.join((found_from(os.environ)["PYTHONPATH"], str(WHEELS)))}
+    parity = f"python -m benchmarks.studies.attention_parity --backends {backends}"
+    speed = f"python -m benchmarks.speed.attention --tokens 256,1024 --backends {backends},cudnn,torch_flash"
     more: dict[str, Any] = {"needs": "wheels", "skip": idle, "environment": beside, "given": given}
-    unpack = ["python", "benchmarks/wheels.py", str(wheels), str(WHEELS)]
+    unpack = ["python", "-m", "benchmarks.gpu.wheels", str(wheels), str(WHEELS)]
     return [
         Stage("wheels", unpack, 60, skip=skip, given=given),
         Stage("parity-wheels", parity.split(), 90, **more),
@@ -295,7 +293,7 @@ def run_stage(stage: Stage, folder: Path, limit: float) -> dict[str, Any]:
     if stage.rows:
         command += ["--json", str(numbers), "--resume"]
     began = time.monotonic()
-    rc, output = _bounded(command, {**os.environ, **_paths(), **stage.environment}, limit)
+    rc, output = _bounded(command, {**_environment(), **stage.environment}, limit)
     found: dict[str, Any] = {
         "status": "passed" if rc == 0 else "failed",
         "command": command,
@@ -313,9 +311,8 @@ def run_stage(stage: Stage, folder: Path, limit: float) -> dict[str, Any]:
     return found
 
 
-def _paths() -> dict[str, str]:
-    before = os.environ.get("PYTHONPATH")
-    return {"PYTHONPATH": str(ROOT) + (os.pathsep + before if before else ""), "PYTHONUNBUFFERED": "1"}
+def _environment() -> dict[str, str]:
+    return {**found_from(os.environ), "PYTHONUNBUFFERED": "1"}
 
 
 def _bounded(command: Sequence[str], environment: dict[str, str], limit: float) -> tuple[int | None, str]:
@@ -441,8 +438,8 @@ def _now() -> str:
 
 def probe(device: str) -> dict[str, Any]:
     """What a result says of itself, and the type of the device; asked in a process of its own, so that none here holds the GPU."""
-    command = [sys.executable, "-c", PROBE, str(BENCHMARKS), device]
-    status, output = _bounded(command, {**os.environ, **_paths()}, PROBING)
+    command = [sys.executable, "-c", PROBE, device]
+    status, output = _bounded(command, _environment(), PROBING)
     last = (output.strip().splitlines() or [f"no answer from {sys.executable} in {PROBING} s"])[-1]
     if status != 0:
         raise SystemExit(f"make gpu: {last}")

@@ -1,7 +1,7 @@
 """From what was measured to what `auto` chooses: which of our backends is the fastest at an op, where both may serve.
 
-    python benchmarks/fastest.py benchmarks/results/DIR              says who wins, and by how much
-    python benchmarks/fastest.py benchmarks/results/DIR --write      into the table in ditkernels/ops/dispatch.py
+    python -m benchmarks.gpu.fastest benchmarks/results/DIR            says who wins, and by how much
+    python -m benchmarks.gpu.fastest benchmarks/results/DIR --write    into the table in ditkernels/ops/dispatch.py
 
 Every complete file of ops.py, mlp.py and optimizer.py in the folder is read. A backend wins if it is faster in every setting that
 was measured, and the spreads of the two do not overlap in any; else nothing is said and Triton stays. `mlp` is judged by forward
@@ -19,8 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import measure
-
+from benchmarks.speed import measure
 from ditkernels.ops import dispatch
 
 RIVALS = ("triton", "cuda")

@@ -1,6 +1,6 @@
 """The tests that need a GPU, resumable: those that passed in an earlier try are not run again.
 
-    python benchmarks/gpu_tests.py tests/gpu/test_adaln_gpu.py --json parity.json --resume
+    python -m benchmarks.gpu.gpu_tests tests/gpu/test_adaln_gpu.py --json parity.json --resume
 
 A row is a test that passed, and the seconds it took. What is skipped, because a device or memory is missing, is tried every time.
 Ends with pytest's exit status.
@@ -12,8 +12,9 @@ import argparse
 import sys
 from pathlib import Path
 
-import measure
 import pytest
+
+from benchmarks.speed import measure
 
 OPTIONS = ("-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-m", "gpu")
 

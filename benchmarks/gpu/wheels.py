@@ -1,6 +1,6 @@
 """Unpacks a folder of wheels into a folder of its own, to be put on PYTHONPATH: nothing of the user's Python is touched.
 
-    python benchmarks/wheels.py WHEELS TARGET
+    python -m benchmarks.gpu.wheels WHEELS TARGET
 
 No index is asked and no dependency is looked for. A wheel too large to be carried in one file may lie there in pieces, NAME.whl.00,
 NAME.whl.01 and so on. torch, triton and numpy are refused: they would stand before those that are installed.

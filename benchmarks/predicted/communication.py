@@ -1,9 +1,9 @@
 """What many GPUs cost in communication, predicted: bytes counted, link speeds stated, nothing run.
 
-    python benchmarks/communication.py                                   the twelve models, 1 to 1,024 GPUs
-    python benchmarks/communication.py --docs docs/scaling.md --figures docs/figures        writes that page's tables and figures
-    python benchmarks/communication.py --models DiT-XL/2 --images 8      fewer images a GPU
-    python benchmarks/communication.py --models DiT-XL/2 --nvlink 300    another machine
+    python -m benchmarks.predicted.communication                                                the twelve models, 1 to 1,024 GPUs
+    python -m benchmarks.predicted.communication --docs docs/scaling.md --figures docs/figures  that page's tables and figures
+    python -m benchmarks.predicted.communication --models DiT-XL/2 --images 8                   fewer images a GPU
+    python -m benchmarks.predicted.communication --models DiT-XL/2 --nvlink 300                 another machine
 
 Compute is that of `cost_model.py`: operations and bytes of the real model over assumed rates. Collectives cost hops and bytes:
 
@@ -35,12 +35,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import cost_model
-import measure
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from benchmarks.predicted import cost_model
+from benchmarks.speed import measure
 from ditkernels import reference, use_backend
 
 NODE = 8

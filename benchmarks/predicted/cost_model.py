@@ -1,9 +1,9 @@
 """Where a training step's time goes, predicted: operations and bytes counted, speeds assumed.
 
-    python benchmarks/cost_model.py                                    the twelve models at 256 px, batch 256
-    python benchmarks/cost_model.py --models DiT-XL/2 --detail         one model, every kind of kernel
-    python benchmarks/cost_model.py --tflops 700 --bandwidth 4000      another device
-    python benchmarks/cost_model.py --docs docs/performance.md         writes that page's tables
+    python -m benchmarks.predicted.cost_model                                  the twelve models at 256 px, batch 256
+    python -m benchmarks.predicted.cost_model --models DiT-XL/2 --detail       one model, every kind of kernel
+    python -m benchmarks.predicted.cost_model --tflops 700 --bandwidth 4000    another device
+    python -m benchmarks.predicted.cost_model --docs docs/performance.md       writes that page's tables
 
 No step is run. One forward and backward of the model passes through fake tensors, which have shapes and no values, while every
 kernel is counted: a product by its operations, anything else by the bytes of its inputs and outputs, each once. Time is
@@ -32,8 +32,6 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import host
-import measure
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -42,6 +40,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 import ditkernels
+from benchmarks.speed import host, measure
 from ditkernels import models, reference
 from ditkernels.masters import lowered
 from ditkernels.ops import _triton

@@ -1,8 +1,8 @@
 """What is known of every kernel without a GPU: registers, spills, occupancy, access widths, and the bytes it moves.
 
-    python benchmarks/static_report.py                                          both backends, S, B, L and XL, Hopper
-    python benchmarks/static_report.py --archs 80,90,100 --json report.json     all three: many minutes, kept in build/static
-    python benchmarks/static_report.py --backends triton --models XL --batch 32 --bandwidth 3350
+    python -m benchmarks.predicted.static_report                                       both backends, S, B, L and XL, Hopper
+    python -m benchmarks.predicted.static_report --archs 80,90,100 --json report.json  all three: many minutes, kept in build/static
+    python -m benchmarks.predicted.static_report --backends triton --models XL --batch 32 --bandwidth 3350
 
 A row a launch, forward and backward of each op of a model at 256 px, then one for all launches of the pass. And the update of all
 weights of the model, with fp32 gradients and with bf16 gradients and copies: there a touch is one of every parameter.
@@ -27,15 +27,11 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-import cuda_code
-import emulated_cuda
-import launches
-import machine_code
-import measure
-import ops as sites
-from launches import Case
-
+from benchmarks.speed import measure
+from benchmarks.speed import ops as sites
 from ditkernels.reference import SIZES
+from tools.kernel_proof import cuda_code, emulated_cuda, launches, machine_code
+from tools.kernel_proof.launches import Case
 
 MODELS = {name.removeprefix("DiT-"): size["hidden_size"] for name, size in SIZES.items()}
 ARCHITECTURES = {"80": "80", "90": "90a", "100": "100"}  # as Triton, and as nvcc calls them

@@ -1,6 +1,6 @@
 """Every attention backend, forward and backward, at the head widths and lengths of the paper's models.
 
-    python benchmarks/attention.py --json benchmarks/results/attention.json
+    python -m benchmarks.speed.attention --json benchmarks/results/attention.json
 
 TFLOP/s counts 4·B·heads·N²·head_dim operations forward and 2.5 times that backward (five products where forward has two).
 A backend whose output or gradients break the numerical contract gets no speed; the ones that cannot serve say why.
@@ -12,12 +12,12 @@ import argparse
 from collections.abc import Iterator
 from typing import Any
 
-import measure
 import torch
-from ceilings import DTYPES
-from measure import Contender
 from torch import Tensor
 
+from benchmarks.speed import measure
+from benchmarks.speed.ceilings import DTYPES
+from benchmarks.speed.measure import Contender
 from ditkernels import check, ops
 from ditkernels.ops import dispatch
 

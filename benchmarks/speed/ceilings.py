@@ -1,6 +1,6 @@
 """What the device can do at best: copying memory, and the products of a DiT at their own shapes.
 
-    python benchmarks/ceilings.py --model DiT-XL/2 --batch 256
+    python -m benchmarks.speed.ceilings --model DiT-XL/2 --batch 256
 
 Every other number is read against these: a memory-bound kernel against the copy, a training step against the products.
 """
@@ -11,10 +11,10 @@ import argparse
 from collections.abc import Iterator
 from typing import Any
 
-import measure
 import torch
 
 import ditkernels
+from benchmarks.speed import measure
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 

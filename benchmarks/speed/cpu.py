@@ -1,9 +1,9 @@
 """What README and benchmarks/results/README.md say of speed on a CPU: measured, and written into their tables.
 
-    python benchmarks/cpu.py                        measures everything: hours; the same command goes on where it was cut short
-    python benchmarks/cpu.py --only ops,large       some of it
-    python benchmarks/figures.py --only cpu.png     draws the figure, which README's part shows
-    python benchmarks/cpu.py --docs README.md benchmarks/results/README.md    writes the tables, and measures nothing
+    python -m benchmarks.speed.cpu                      measures everything: hours; the same command goes on where it was cut short
+    python -m benchmarks.speed.cpu --only ops,large     some of it
+    python -m benchmarks.figures --only cpu.png         draws the figure, which README's part shows
+    python -m benchmarks.speed.cpu --docs README.md benchmarks/results/README.md    writes the tables, and measures nothing
 
 Each measurement is a script of this folder at sizes that a CPU can bear, training on 1 and 2 threads, in five processes each, into
 benchmarks/results/cpu-NAME.json. A table stands between marks, ``<!-- cpu summary -->`` or ``<!-- cpu ops -->`` and its end.
@@ -20,9 +20,9 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import measure
+from benchmarks.speed import measure
+from tools.tree import ROOT, found_from
 
-ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks/results"
 NORMS = ("modulate_norm", "gated_residual", "gated_residual_norm")
 SHAPE = [4, 256, 384]  # of the ops in the summary
@@ -64,7 +64,8 @@ def take(name: str, results: Path, processes: int) -> None:
         "--json",
         os.path.relpath(path_of(name, results)),  # it is written into the file
     ]
-    subprocess.run([sys.executable, str(ROOT / f"benchmarks/{script}.py"), *common, *flags], check=True)
+    command = [sys.executable, "-m", f"benchmarks.speed.{script}", *common, *flags]
+    subprocess.run(command, check=True, env=found_from(os.environ))
 
 
 # ---- Tables ----------------------------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """Seconds until the first training step, each contender in processes of its own: what a user waits for after pressing return.
 
-    python benchmarks/first_use.py --json first_use.json             DiT-XL/2 at 256 px, bf16
-    python benchmarks/first_use.py --contenders ours-bf16 --model DiT-B/4
+    python -m benchmarks.speed.first_use --json first_use.json    DiT-XL/2 at 256 px, bf16
+    python -m benchmarks.speed.first_use --contenders ours-bf16 --model DiT-B/4
 
 Each contender begins twice: ``cold``, with empty caches of Triton's and Inductor's kernels, and ``warm``, with those that the first
 left. Seconds of the clock: ``imported`` from the start of the process until all is imported, ``built`` until the model and its
@@ -20,9 +20,10 @@ import time
 from collections.abc import Iterator
 from itertools import pairwise
 
-import measure
 import torch
-import training
+
+from benchmarks.speed import measure, training
+from tools.tree import found_from
 
 CACHES = ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR")
 STEPS = ("first", "second")
@@ -56,8 +57,9 @@ def in_a_process(name: str, caches: str, args: argparse.Namespace) -> dict[str, 
         *("--begin", name, "--started", repr(time.time()), "--model", args.model, "--device", args.device),
         *("--input-size", str(args.input_size), "--batch", str(args.batch)),
     )
-    environment = {**os.environ, **{cache: f"{caches}/{cache}" for cache in CACHES}}
-    done = subprocess.run([sys.executable, __file__, *flags], env=environment, capture_output=True, text=True)
+    environment = found_from({**os.environ, **{cache: f"{caches}/{cache}" for cache in CACHES}})
+    command = [sys.executable, "-m", "benchmarks.speed.first_use", *flags]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{name} ended with {done.returncode}: {done.stderr[-2000:]}")
     found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])

@@ -1,6 +1,6 @@
 """What a call costs the host: microseconds of every op and of a whole DiT, kernels left out, beside plain PyTorch in the same run.
 
-    python benchmarks/host.py --json benchmarks/results/host.json
+    python -m benchmarks.speed.host --json benchmarks/results/host.json
 
 Tensors lie on the CPU and are so small that their arithmetic is nothing. Ours runs the Triton backend's own wrappers with the
 launch alone replaced by nothing; plain PyTorch is the reference. A launch is timed apart: ours against Triton's own, each with a
@@ -19,14 +19,14 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 from unittest import mock
 
-import measure
-import stub_driver
 import torch
 from torch import Tensor
 
+from benchmarks.speed import measure
 from ditkernels import ops, reference, use_backend
 from ditkernels.models import DiT
 from ditkernels.ops import _triton, dispatch
+from tools.kernel_proof import stub_driver
 
 BATCH, TOKENS, WIDTH = 2, 4, 64
 # The letters of all declarations; H and W are an image's sides, P and Q a patch's, F and E the MLP's and the embedding's widths.

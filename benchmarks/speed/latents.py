@@ -1,7 +1,7 @@
 """How fast latents are read in the random order of training, beside what a GPU would take of them.
 
-    python benchmarks/latents.py --json benchmarks/results/latents.json --rounds 5
-    python benchmarks/latents.py --folder /data --images 1281167 --workers 4,8      as many as ImageNet, on the disk in question
+    python -m benchmarks.speed.latents --json benchmarks/results/latents.json --rounds 5
+    python -m benchmarks.speed.latents --folder /data --images 1281167 --workers 4,8    as many as ImageNet, on the disk in question
 
 Latents of random numbers are written as `ditkernels encode` lays them out, and read as `ditkernels train` reads them: shuffled,
 mirrored by key, in batches, by so many reading processes (0: the training process itself), and on to the device if it is a GPU.
@@ -21,10 +21,10 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import measure
 import torch
 from safetensors.torch import save_file
 
+from benchmarks.speed import measure
 from ditkernels.data import LatentBatches, stream_batches
 from ditkernels.latents import DTYPES, INDEX, LatentFolder, Shard, make_index
 from ditkernels.sampler.outputs import write_json

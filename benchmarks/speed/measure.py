@@ -36,6 +36,7 @@ from ditkernels._version import __version__
 from ditkernels.check import resolve_device
 from ditkernels.info import driver_version
 from ditkernels.ops import _native
+from tools.tree import found_from
 
 PAUSE_CYCLES = 4_000_000  # about 2 ms on a GPU at 2 GHz: longer than any host needs to enqueue one contender's kernels
 CACHE_BYTES = 256 * 2**20  # larger than the last-level cache of any GPU or CPU this is likely to meet
@@ -415,9 +416,9 @@ def carry_out(
         return
     if not journal.rows:
         words = sys.argv[1:] if argv is None else list(argv)
-        script = Path(__file__).with_name(f"{benchmark}.py")
+        command = ["-m", f"benchmarks.speed.{benchmark}", *words]
         with _folder_beside(args.json) as folder:
-            journal.add(*over_processes(_rows_of_processes([str(script), *words], args.processes, threads, folder)))
+            journal.add(*over_processes(_rows_of_processes(command, args.processes, threads, folder)))
     journal.close(["threads", *columns])
 
 
@@ -441,7 +442,8 @@ def _rows_of_processes(command: list[str], processes: int, threads: list[int], f
             out = folder / f"{process}-{number}.json"
             flags = ["--processes", "1", "--threads", str(number), "--json", str(out)]
             start = time.perf_counter()
-            subprocess.run([sys.executable, *command, *flags], check=True, stdout=subprocess.DEVNULL)
+            words = [sys.executable, *command, *flags]
+            subprocess.run(words, check=True, env=found_from(os.environ), stdout=subprocess.DEVNULL)
             print(f"process {process + 1} of {processes}, threads {number}: {time.perf_counter() - start:.0f} s", flush=True)
             yield from ({**row, "threads": number} for row in json.loads(out.read_text(encoding="utf-8"))["rows"])
 

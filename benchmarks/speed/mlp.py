@@ -1,7 +1,7 @@
 """Times the MLP of a block, without its last bias: what the epilogues save beside products that others make.
 
-    python benchmarks/mlp.py --json mlp.json                        DiT-XL/2 at 256 px, batch 256, bf16
-    python benchmarks/mlp.py --model DiT-B/4 --batch 512
+    python -m benchmarks.speed.mlp --json mlp.json    DiT-XL/2 at 256 px, batch 256, bf16
+    python -m benchmarks.speed.mlp --model DiT-B/4 --batch 512
 
 ``eager`` and ``compiled`` are the reference; ``triton`` is the product with our bias-and-GELU kernel behind it, ``cuda`` has GELU
 as an epilogue of cuBLASLt's products. A row a contender and pass; TFLOP/s of the products, which are two forward and four backward
@@ -13,9 +13,8 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator
 
-import measure
-import ops as sites
-
+from benchmarks.speed import measure
+from benchmarks.speed import ops as sites
 from ditkernels import check
 from ditkernels.reference import PATCH_SIZES, SIZES
 

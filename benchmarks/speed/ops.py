@@ -1,7 +1,7 @@
 """The fused ops against plain and compiled PyTorch, forward and backward, beside the measured copy bandwidth.
 
-    python benchmarks/ops.py --json benchmarks/results/ops.json          DiT-XL/2 at 256 px, batch 256
-    python benchmarks/ops.py --device cpu --threads 1,2 --processes 5    sizes that a CPU can bear, in five processes each
+    python -m benchmarks.speed.ops --json benchmarks/results/ops.json          DiT-XL/2 at 256 px, batch 256
+    python -m benchmarks.speed.ops --device cpu --threads 1,2 --processes 5    sizes that a CPU can bear, in five processes each
 
 GB/s counts the bytes that the op must move at least: the (B, N, D) tensors as often as the design asks, and the image. What a
 contender moves beyond that shows as a lower rate. A backend whose forward or gradients break the numerical contract on a
@@ -19,11 +19,11 @@ import math
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-import measure
 import torch
-from measure import Contender
 from torch import Tensor
 
+from benchmarks.speed import measure
+from benchmarks.speed.measure import Contender
 from ditkernels import check, ops, reference, use_backend
 from ditkernels.ops import dispatch
 

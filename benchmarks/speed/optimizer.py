@@ -1,7 +1,7 @@
 """The optimizer's step: AdamW and the moving average in one pass against torch's two, over the weights of a model.
 
-    python benchmarks/optimizer.py --json benchmarks/results/optimizer.json          DiT-XL/2
-    python benchmarks/optimizer.py --device cpu --threads 1,2 --processes 5          a model that a CPU can bear, five processes
+    python -m benchmarks.speed.optimizer --json benchmarks/results/optimizer.json    DiT-XL/2
+    python -m benchmarks.speed.optimizer --device cpu --threads 1,2 --processes 5    a model that a CPU can bear, five processes
 
 GB/s counts 36 bytes a parameter, what one pass over fp32 weights must move; torch's two move 40 and show as a lower rate. With
 gradients and copies in bf16, as `train --master-weights` has them, it is 36 again, and 52 for torch, casts included. ``fused`` and
@@ -16,12 +16,11 @@ import argparse
 from collections.abc import Iterator
 from typing import Any
 
-import measure
 import torch
-import training
-from measure import Contender
 from torch import Tensor, nn
 
+from benchmarks.speed import measure, training
+from benchmarks.speed.measure import Contender
 from ditkernels import check, ops, use_backend
 
 BACKENDS = ("torch", "triton", "cuda")

@@ -1,7 +1,7 @@
 """Guided images a second of a DiT: the sampler against the public loop, plain and compiled, in one run.
 
-    python benchmarks/sampling.py --json benchmarks/results/sampling.json                 DiT-XL/2 at 256 px
-    python benchmarks/sampling.py --device cpu --threads 1,2 --processes 5                sizes that a CPU can bear, five processes
+    python -m benchmarks.speed.sampling --json benchmarks/results/sampling.json     DiT-XL/2 at 256 px
+    python -m benchmarks.speed.sampling --device cpu --threads 1,2 --processes 5    sizes that a CPU can bear, five processes
 
 The public loop is what people run: the model's ``forward_with_cfg`` on the doubled batch, one solver's step after another. The
 sampler is ``ditkernels.sampler.sample``: modulation computed ahead, and on a GPU a CUDA graph, captured anew for every batch.
@@ -27,12 +27,11 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
-import measure
 import torch
-import training
-from measure import Contender
 from torch import Tensor
 
+from benchmarks.speed import measure, training
+from benchmarks.speed.measure import Contender
 from ditkernels import reference
 from ditkernels.diffusion import GaussianDiffusion, create_diffusion
 from ditkernels.random import Stream, normals

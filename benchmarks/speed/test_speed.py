@@ -1,7 +1,7 @@
 """The benchmarks as pytest-benchmark suites, for comparing two commits on one machine; the scripts beside it compare contenders.
 
-    pytest benchmarks/ --benchmark-only                          the sizes of DiT-XL/2 on a GPU, small ones on a CPU
-    pytest benchmarks/ --benchmark-only --benchmark-autosave     then --benchmark-compare on another commit
+    pytest benchmarks/ --benchmark-only                         the sizes of DiT-XL/2 on a GPU, small ones on a CPU
+    pytest benchmarks/ --benchmark-only --benchmark-autosave    then --benchmark-compare on another commit
 
 Not part of the test suite, which looks into tests/ alone. What breaks the numerical contract fails and is not timed; a backend
 that cannot serve is skipped with its reason.
@@ -14,15 +14,11 @@ import itertools
 from collections.abc import Callable
 from typing import Any
 
-import attention
-import measure
-import ops
 import pytest
-import sampling
 import torch
-import training
-from measure import Contender
 
+from benchmarks.speed import attention, measure, ops, sampling, training
+from benchmarks.speed.measure import Contender
 from ditkernels.check import resolve_device
 from ditkernels.ops import dispatch
 

@@ -1,7 +1,7 @@
 """What the trainer costs on top of the step itself: forward, backward, AdamW, moving average and gradient norm.
 
-    python benchmarks/trainer_overhead.py --json benchmarks/results/trainer_overhead.json             DiT-S/8 at 256 px, batch 8
-    python benchmarks/trainer_overhead.py --model DiT-XL/2 --batch 256 --precision bf16               a GPU
+    python -m benchmarks.speed.trainer_overhead --json benchmarks/results/trainer_overhead.json    DiT-S/8 at 256 px, batch 8
+    python -m benchmarks.speed.trainer_overhead --model DiT-XL/2 --batch 256 --precision bf16      a GPU
 
 Both contenders train the same model at the same batch, in turns, a few steps a turn. The bare one gets latents, labels, timesteps
 and noise made beforehand. The trainer makes them: it permutes the data, draws timesteps, noise and dropped labels by key, sets the
@@ -22,10 +22,10 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
-import measure
 import torch
 
 import ditkernels
+from benchmarks.speed import measure
 from ditkernels.beginning import build_model
 from ditkernels.config import TrainConfig
 from ditkernels.data import InMemoryBatches, LabelledImages, TrainingData

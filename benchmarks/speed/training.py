@@ -1,7 +1,7 @@
 """A whole training step of a DiT: loss, backward, AdamW and the moving average, ours against plain and compiled PyTorch.
 
-    python benchmarks/training.py --json benchmarks/results/training.json            DiT-XL/2 at 256 px, batch 256
-    python benchmarks/training.py --device cpu --threads 1,2 --processes 5             sizes that a CPU can bear, five processes
+    python -m benchmarks.speed.training --json benchmarks/results/training.json     DiT-XL/2 at 256 px, batch 256
+    python -m benchmarks.speed.training --device cpu --threads 1,2 --processes 5    sizes that a CPU can bear, five processes
 
 Each contender runs at the largest of ``--batches`` that fits. Images/s is what counts, because the batches differ. Gflops are
 multiply-adds, as in the paper, three times the forward's; MFU is twice that over ``--peak-tflops``, or over the rate this
@@ -26,13 +26,13 @@ from functools import partial
 from typing import Any, NamedTuple
 from unittest import mock
 
-import measure
 import torch
-from ceilings import DTYPES, product_shapes
-from measure import Contender
 from torch import Tensor
 
 import ditkernels
+from benchmarks.speed import measure
+from benchmarks.speed.ceilings import DTYPES, product_shapes
+from benchmarks.speed.measure import Contender
 from ditkernels import flops, reference
 from ditkernels.diffusion import create_diffusion
 from ditkernels.masters import hand_over, lowered

@@ -1,6 +1,6 @@
 """Attention backends that come as packages, held against the reference: forward and every gradient, at head_dim 64 and 72.
 
-    python benchmarks/attention_parity.py --backends xformers,flash_attn_4 --json parity.json
+    python -m benchmarks.studies.attention_parity --backends xformers,flash_attn_4 --json parity.json
 
 Ends with status 1 where a backend serves and breaks the numerical contract, or serves nowhere. What it refuses on a GPU although
 its package is there is run all the same, last, and only written down: a refusal that stands for a fault which is gone may go too.
@@ -15,9 +15,8 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 from unittest import mock
 
-import measure
-from ceilings import DTYPES
-
+from benchmarks.speed import measure
+from benchmarks.speed.ceilings import DTYPES
 from ditkernels import check
 from ditkernels.ops import dispatch
 from ditkernels.ops.attention import BACKENDS, PackageBackend

@@ -1,6 +1,6 @@
 """What guidance buys and what it costs, on the handwritten digits: class accuracy rises with the scale, diversity falls.
 
-    python benchmarks/guidance.py --figure docs/figures/guidance.png
+    python -m benchmarks.studies.guidance --figure docs/figures/guidance.png
 
 Trains one small DiT, then draws the same images, from the same noise, at every scale. Accuracy: how many a network trained on
 real digits reads as the class asked for. Diversity: the mean distance of two samples of one class in that network's features,
@@ -12,11 +12,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import digits as study
-import measure
 import torch
 from torch import Tensor
 
+from benchmarks.speed import measure
+from benchmarks.studies import digits as study
 from ditkernels.evaluate import evaluate
 from ditkernels.sampler import SampleConfig
 

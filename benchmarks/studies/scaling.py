@@ -1,7 +1,7 @@
 """The two questions of the DiT paper, in small: does quality follow a model's Gflops, and can more sampling steps replace them?
 
-    python benchmarks/scaling.py --figures docs/figures        minutes on a CPU
-    python benchmarks/scaling.py --sizes 64x4,128x6,256x8 --patches 4,2,1 --train-steps 20000 --device cpu
+    python -m benchmarks.studies.scaling --figures docs/figures    minutes on a CPU
+    python -m benchmarks.studies.scaling --sizes 64x4,128x6,256x8 --patches 4,2,1 --train-steps 20000 --device cpu
 
 Every size (width x depth) is trained with every patch size on the handwritten digits, for the same number of steps. Quality is
 the Fréchet distance between features of samples and of real digits, in a small network trained on the real ones: lower is
@@ -16,9 +16,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-import digits as study
-import measure
-
+from benchmarks.speed import measure
+from benchmarks.studies import digits as study
 from ditkernels import flops
 from ditkernels.evaluate import Reference, evaluate
 from ditkernels.models import DiT

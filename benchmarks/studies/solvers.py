@@ -1,6 +1,6 @@
 """Orders of convergence of the ODE solvers on an analytic score: a mixture of Gaussians, diffused exactly.
 
-    python benchmarks/solvers.py --figure docs/figures/solvers.png
+    python -m benchmarks.studies.solvers --figure docs/figures/solvers.png
 
 Draws the error of the state at the smallest noise (λ of timestep 0), against DPM-Solver++(2M) at ``--reference`` steps, over
 the number of steps, on uniform log-SNR and on respaced integer timesteps. float64 on a CPU; nothing is timed.
@@ -10,11 +10,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import measure
 import numpy as np
 import torch
 from torch import Tensor
 
+from benchmarks.speed import measure
 from ditkernels.diffusion import create_diffusion
 from ditkernels.diffusion.schedule import half_log_snr
 

@@ -52,7 +52,7 @@ AUTOMATIC = ["cpu", "triton", "cuda", "torch"]
 """The order in which ``auto`` asks the backends where ``PREFERRED`` says nothing."""
 
 # The backend that was measured to be fastest, by compute capability and op, as in ("9.0", "modulate_norm"): "cuda".
-# benchmarks/fastest.py rewrites what stands between the braces, from runs whose parity was green.
+# benchmarks/gpu/fastest.py rewrites what stands between the braces, from runs whose parity was green.
 PREFERRED: dict[tuple[str, str], str] = {}
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])

@@ -14,25 +14,25 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
-import emulated_cuda
-import numerics
 import pytest
 import torch
-from native_cpu import SERVING, as_ops
 from torch import Tensor, nn
 
 import ditkernels
 from ditkernels import accelerate, restore
+from tests import numerics
+from tests.helpers.native_cpu import SERVING, as_ops
+from tools.kernel_proof import emulated_cuda
+from tools.tree import ROOT
 
 pytest.importorskip("torchvision", reason="timm needs torchvision, which cannot be had here")
 pytest.importorskip("timm")
 
-from models import lightning, public
+from tests.stand_ins import lightning, public
 
 diffusers = pytest.importorskip("diffusers")
 
 F32, BF16, F64 = torch.float32, torch.bfloat16, torch.float64
-ROOT = Path(__file__).parent.parent
 Results = dict[str, Tensor]
 
 
@@ -202,9 +202,8 @@ def test_guidance_and_labels_drop_as_before(training: bool) -> None:
 
 
 BACKEND_PROGRAM = """
-import copy, sys
-sys.path[:0] = ["tests", "benchmarks"]
-import test_accelerate as t
+import copy
+from tests.accelerate import test_accelerate as t
 model = t.make("{name}")
 fused = copy.deepcopy(model)
 import ditkernels

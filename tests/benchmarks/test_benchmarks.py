@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import runpy
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -15,16 +14,16 @@ from typing import Any
 import pytest
 import torch
 
-BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+from tests.helpers import commands
+from tools.tree import ROOT
+
 ENVIRONMENT = {"date", "commit", "device", "driver", "cuda", "python", "torch", "triton", "platform"}
 TIMING = {"median_ms", "low_ms", "high_ms"}
 
 
-def run(name: str, *arguments: str, monkeypatch: pytest.MonkeyPatch, out: Path) -> list[dict[str, Any]]:
+def run(name: str, *arguments: str, out: Path) -> list[dict[str, Any]]:
     """Runs a script as the shell would, and returns the rows of its JSON."""
-    monkeypatch.syspath_prepend(BENCHMARKS)
-    monkeypatch.setattr("sys.argv", [name, "--device", "cpu", "--rounds", "2", "--json", str(out), *arguments])
-    runpy.run_path(str(BENCHMARKS / f"{name}.py"), run_name="__main__")
+    commands.run(commands.module_of(name), "--device", "cpu", "--rounds", "2", "--json", str(out), *arguments)
     result = json.loads(out.read_text(encoding="utf-8"))
     assert result["benchmark"] == name
     assert set(result["environment"]) >= ENVIRONMENT
@@ -37,9 +36,9 @@ def run(name: str, *arguments: str, monkeypatch: pytest.MonkeyPatch, out: Path) 
     return result["rows"]
 
 
-def test_ceilings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_ceilings(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     size = ("--model", "DiT-S/8", "--batch", "1", "--input-size", "16", "--copy-mib", "1", "--dtype", "fp32")
-    rows = run("ceilings", *size, monkeypatch=monkeypatch, out=tmp_path / "c.json")
+    rows = run("ceilings", *size, out=tmp_path / "c.json")
     assert [row["what"] for row in rows] == ["copy", "qkv", "proj", "fc1", "fc2"]
     assert rows[1]["shape"] == [4, 1152, 384]
     assert all(row.get("gbps", row.get("tflops")) > 0 for row in rows)
@@ -49,12 +48,12 @@ def test_ceilings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytes
 OPS = "modulate_norm,gated_residual,gated_residual_norm,patch_embed,final_layer,bias_gelu,split_qkv"
 
 
-def test_ops(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_ops(tmp_path: Path) -> None:
     size = (
         *("--ops", OPS, "--shapes", "2x6x32", "--precisions", "bf16,fp32+bf16", "--passes", "forward,backward"),
         *("--copy-mib", "1", "--contenders", "eager,torch,cuda"),
     )
-    rows = run("ops", *size, monkeypatch=monkeypatch, out=tmp_path / "o.json")
+    rows = run("ops", *size, out=tmp_path / "o.json")
     timed = [row for row in rows if "median_ms" in row]
     # six ops in two passes and split_qkv's backward, two precisions, two contenders that can serve
     assert len(timed) == 52
@@ -72,16 +71,16 @@ def test_a_wrong_op_gets_no_speed(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     monkeypatch.setattr(ops, "modulate_norm", lambda x, *args, **options: 1.01 * right(x, *args, **options))
     size = ("--shapes", "2x6x32", "--copy-mib", "1", "--precisions", "fp32", "--passes", "forward")
     named = ("--ops", "modulate_norm", "--contenders", "eager,torch")
-    rows = run("ops", *size, *named, monkeypatch=monkeypatch, out=tmp_path / "o.json")
+    rows = run("ops", *size, *named, out=tmp_path / "o.json")
     assert {row["contender"] for row in rows if "median_ms" in row} == {"eager"}
     assert any("WRONG" in row.get("note", "") for row in rows)
 
 
-def test_contenders_are_compared_within_a_round_and_over_processes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_contenders_are_compared_within_a_round_and_over_processes(tmp_path: Path) -> None:
     named = ("--ops", "gated_residual,gelu", "--contenders", "eager,cpu,copy", "--precisions", "fp32")
     size = ("--shapes", "1x4x32,2x6x32", "--copy-mib", "1", "--passes", "inference,forward+backward")
     processes = ("--processes", "2", "--threads", "1,2")
-    rows = run("ops", *named, *size, *processes, monkeypatch=monkeypatch, out=tmp_path / "o.json")
+    rows = run("ops", *named, *size, *processes, out=tmp_path / "o.json")
     timed = [row for row in rows if "median_ms" in row and row["contender"] != "cpu"]
     assert len(timed) == 2 * 2 * 2 * 2 * 2
     assert len({json.dumps([row[key] for key in ("op", "contender", "pass", "shape", "threads")]) for row in timed}) == len(timed)
@@ -97,9 +96,7 @@ def test_contenders_are_compared_within_a_round_and_over_processes(monkeypatch: 
 
 
 def test_processes_that_were_cut_short_are_gone_on_with(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.syspath_prepend(BENCHMARKS)
-    import measure
-    import ops
+    from benchmarks.speed import measure, ops
 
     named = ("--ops", "gated_residual", "--contenders", "eager", "--precisions", "fp32", "--passes", "inference")
     out = tmp_path / "o.json"
@@ -123,9 +120,8 @@ def test_processes_that_were_cut_short_are_gone_on_with(monkeypatch: pytest.Monk
     assert first[1]["median_ms"] in (eager["least"]["median_ms"], eager["most"]["median_ms"])
 
 
-def test_medians_over_processes_keep_apart_what_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(BENCHMARKS)
-    import measure
+def test_medians_over_processes_keep_apart_what_is_not_measured() -> None:
+    from benchmarks.speed import measure
 
     rows = [{"contender": name, "batch": 2, "gbps": gbps, "ratio": None} for gbps in (3.0, 1.0, 2.0) for name in ("a", "b")]
     note = {"contender": "a", "note": "out of memory"}
@@ -137,8 +133,7 @@ def test_medians_over_processes_keep_apart_what_is_not_measured(monkeypatch: pyt
 
 
 def test_on_a_cpu_sizes_are_smaller_unless_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(BENCHMARKS)
-    import measure
+    from benchmarks.speed import measure
 
     def batch(*argv: str) -> int:
         parser = measure.parser(None)
@@ -155,9 +150,9 @@ def test_on_a_cpu_sizes_are_smaller_unless_named(monkeypatch: pytest.MonkeyPatch
     ]
 
 
-def test_attention(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_attention(tmp_path: Path) -> None:
     size = ("--batch", "2", "--heads", "2", "--tokens", "5,16", "--dtype", "fp32")
-    rows = run("attention", *size, monkeypatch=monkeypatch, out=tmp_path / "a.json")
+    rows = run("attention", *size, out=tmp_path / "a.json")
     timed = [row for row in rows if "median_ms" in row]
     assert {row["backend"] for row in timed} == {"torch_flash", "plain"}
     assert {row["shape"][1] for row in timed} == {5, 16}
@@ -168,9 +163,8 @@ def test_attention(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 PARITY = ("--device", "cpu", "--tokens", "5", "--dtypes", "bf16,fp32")
 
 
-def test_attention_parity(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.syspath_prepend(BENCHMARKS)
-    import attention_parity
+def test_attention_parity(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from benchmarks.studies import attention_parity
 
     out = tmp_path / "p.json"
     assert attention_parity.main([*PARITY, "--backends", "torch_flash,plain", "--json", str(out)]) == 0
@@ -188,8 +182,7 @@ def test_attention_parity(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsy
 
 
 def test_a_wrong_attention_backend_is_told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.syspath_prepend(BENCHMARKS)
-    import attention_parity
+    from benchmarks.studies import attention_parity
 
     attention = sys.modules["ditkernels.ops.attention"]
     right = attention._attend
@@ -200,14 +193,13 @@ def test_a_wrong_attention_backend_is_told(monkeypatch: pytest.MonkeyPatch, caps
     assert "x the error allowed" in said
 
 
-def test_training(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_training(tmp_path: Path) -> None:
     size = ("--models", "DiT-S/8", "--input-sizes", "16", "--batches", "2", "--passes", "step")
     rows = run(
         "training",
         *size,
         "--contenders",
         "eager-fp32,ours-bf16-residual,ours-bf16-residual-epilogues",
-        monkeypatch=monkeypatch,
         out=tmp_path / "t.json",
     )
     product, without, eager, ours = rows
@@ -222,9 +214,9 @@ def test_training(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert torch.get_float32_matmul_precision() == "highest"
 
 
-def test_passes_of_training_are_paired_with_the_plain_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_passes_of_training_are_paired_with_the_plain_model(tmp_path: Path) -> None:
     size = ("--models", "64x1/2", "--input-sizes", "8", "--batches", "2", "--contenders", "eager-fp32,ours-fp32")
-    _, *rows = run("training", *size, monkeypatch=monkeypatch, out=tmp_path / "t.json")
+    _, *rows = run("training", *size, out=tmp_path / "t.json")
     assert [(row["contender"], row["pass"]) for row in rows] == [
         (name, which) for which in ("forward", "forward+backward") for name in ("eager-fp32", "ours-fp32")
     ]
@@ -236,9 +228,7 @@ def test_passes_of_training_are_paired_with_the_plain_model(monkeypatch: pytest.
 def test_a_contender_with_epilogues_takes_them_unmeasured_and_the_others_do_not(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.syspath_prepend(BENCHMARKS)
-    import training
-
+    from benchmarks.speed import training
     from ditkernels.ops import dispatch
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -251,9 +241,9 @@ def test_a_contender_with_epilogues_takes_them_unmeasured_and_the_others_do_not(
     assert dispatch.PREFERRED == {}
 
 
-def test_mlp(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_mlp(tmp_path: Path) -> None:
     size = ("--model", "DiT-S/8", "--batch", "2", "--input-size", "16", "--contenders", "eager,torch,cuda")
-    missing, *timed = run("mlp", *size, monkeypatch=monkeypatch, out=tmp_path / "mlp.json")
+    missing, *timed = run("mlp", *size, out=tmp_path / "mlp.json")
     assert missing["note"].startswith("cannot serve: ")
     assert [(row["pass"], row["contender"]) for row in timed] == [
         *(("forward", "eager"), ("forward", "torch"), ("backward", "eager"), ("backward", "torch"))
@@ -264,9 +254,9 @@ def test_mlp(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         assert math.isclose(row["tflops"] * row["median_ms"] * 1e9, products * 2 * 8 * 384 * 1536)
 
 
-def test_first_use(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_first_use(tmp_path: Path) -> None:
     size = ("--model", "DiT-S/8", "--input-size", "16", "--batch", "2", "--contenders", "ours-fp32")
-    cold, warm = run("first_use", *size, monkeypatch=monkeypatch, out=tmp_path / "f.json")
+    cold, warm = run("first_use", *size, out=tmp_path / "f.json")
     assert (cold["caches"], warm["caches"]) == ("cold", "warm")
     for row in (cold, warm):
         parts = [row[part] for part in ("imported", "built", "first", "second")]
@@ -274,18 +264,17 @@ def test_first_use(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         assert math.isclose(row["until_first"], sum(parts[:3]))
 
 
-def test_a_process_that_fails_is_an_error_with_its_words(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_process_that_fails_is_an_error_with_its_words(tmp_path: Path) -> None:
     size = ("--model", "DiT-S/8", "--input-size", "7", "--contenders", "ours-fp32")
     with pytest.raises(RuntimeError, match=r"(?s)ours-fp32 ended with 1: .*input_size: got"):
-        run("first_use", *size, monkeypatch=monkeypatch, out=tmp_path / "f.json")
+        run("first_use", *size, out=tmp_path / "f.json")
 
 
 SAMPLING = ("--model", "DiT-S/8", "--input-size", "16", "--batches", "2", "--steps", "50,250", "--lengths", "2,6")
 
 
 def test_training_goes_through_all_models_and_sizes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.syspath_prepend(BENCHMARKS)
-    import training
+    from benchmarks.speed import training
 
     def told(names: list[str], network: Any, *_: Any) -> Iterator[dict[str, Any]]:
         yield from ({**network._asdict(), "contender": name} for name in names)
@@ -300,9 +289,9 @@ def test_training_goes_through_all_models_and_sizes(monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize("solver", ["ddim", "ddpm"])
-def test_sampling(solver: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_sampling(solver: str, tmp_path: Path) -> None:
     named = ("--solver", solver, "--contenders", "eager-fp32,sampler-fp32")
-    rows = run("sampling", *SAMPLING, *named, monkeypatch=monkeypatch, out=tmp_path / "s.json")
+    rows = run("sampling", *SAMPLING, *named, out=tmp_path / "s.json")
     assert [(row["contender"], row["steps"]) for row in rows] == [
         *(("eager-fp32", 50), ("eager-fp32", 250)),
         *(("sampler-fp32", 50), ("sampler-fp32", 250)),
@@ -323,9 +312,7 @@ def test_the_plain_model_with_modulation_ahead_is_held_to_the_contract_too(monke
     right = sampler.sample
     for factor, timed in ((1.0, ["eager-fp32", "ahead-fp32"]), (1.1, ["eager-fp32"])):
         monkeypatch.setattr(sampler, "sample", lambda *args, factor=factor, **options: factor * right(*args, **options))
-        monkeypatch.syspath_prepend(BENCHMARKS)
-        monkeypatch.setattr("sys.argv", ["sampling", "--device", "cpu", *size, "--json", str(tmp_path / "s.json")])
-        runpy.run_path(str(BENCHMARKS / "sampling.py"), run_name="__main__")
+        commands.run("benchmarks.speed.sampling", "--device", "cpu", *size, "--json", str(tmp_path / "s.json"))
         rows = json.loads((tmp_path / "s.json").read_text(encoding="utf-8"))["rows"]
         assert list(dict.fromkeys(row["contender"] for row in rows if "median_ms" in row)) == timed
 
@@ -341,7 +328,7 @@ def test_a_wrong_model_draws_no_speed(monkeypatch: pytest.MonkeyPatch, tmp_path:
 
     monkeypatch.setattr(ops, "gated_residual_norm", wrong)
     named = ("--contenders", "eager-bf16,ours-fp32,sampler-fp32")
-    rows = run("sampling", *SAMPLING, *named, monkeypatch=monkeypatch, out=tmp_path / "s.json")
+    rows = run("sampling", *SAMPLING, *named, out=tmp_path / "s.json")
     assert {row["contender"] for row in rows if "median_ms" in row} == {"eager-bf16"}
     assert [row["contender"] for row in rows if "WRONG" in row.get("note", "")] == [
         "ours-fp32",
@@ -349,9 +336,8 @@ def test_a_wrong_model_draws_no_speed(monkeypatch: pytest.MonkeyPatch, tmp_path:
     ]
 
 
-def test_a_benchmark_cut_short_leaves_what_it_had(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.syspath_prepend(BENCHMARKS)
-    import measure
+def test_a_benchmark_cut_short_leaves_what_it_had(tmp_path: Path) -> None:
+    from benchmarks.speed import measure
 
     def rows() -> Iterator[dict[str, Any]]:
         yield {"what": "first"}
@@ -374,7 +360,7 @@ def test_the_suites_of_pytest_benchmark_run_and_are_no_part_of_the_test_suite(tm
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "benchmarks/", "--benchmark-only", *options],
-        cwd=BENCHMARKS.parent,
+        cwd=ROOT,
         env=environment,
         capture_output=True,
         text=True,
@@ -386,9 +372,9 @@ def test_the_suites_of_pytest_benchmark_run_and_are_no_part_of_the_test_suite(tm
     assert pytestconfig.getini("testpaths") == ["tests"]
 
 
-def test_optimizer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_optimizer(tmp_path: Path) -> None:
     size = ("--models", "DiT-S/8", "--copy-mib", "1", "--contenders", "fused,foreach,torch,triton,cuda")
-    rows = run("optimizer", *size, monkeypatch=monkeypatch, out=tmp_path / "o.json")
+    rows = run("optimizer", *size, out=tmp_path / "o.json")
     timed = [row for row in rows if "median_ms" in row]
     assert [(row["contender"], row["copied"]) for row in timed] == [
         *(("torch", False), ("fused", False), ("foreach", False), ("torch", True))
@@ -401,9 +387,9 @@ def test_optimizer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert notes == {"triton": "cannot serve", "cuda": "cannot serve"}
 
 
-def test_cost_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_cost_model(tmp_path: Path) -> None:
     size = ("--models", "DiT-S/8", "--batch", "64", "--detail", "--tflops", "100", "--bandwidth", "1000")
-    rows = run("cost_model", *size, monkeypatch=monkeypatch, out=tmp_path / "m.json")
+    rows = run("cost_model", *size, out=tmp_path / "m.json")
     steps = {row["variant"]: row for row in rows if "step_ms" in row}
     assert steps["ours, bf16 residual"]["moving_ms"] < steps["ours"]["moving_ms"] < steps["plain"]["moving_ms"]
     assert len({row["products_ms"] for row in steps.values()}) == 1
@@ -429,9 +415,8 @@ def test_cost_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         assert of_host[f"{name}_host_bound_to"] > 0.9 * 64 * (of_host["plain_host_ms"] - 1.4) / steps[name]["step_ms"]
 
 
-def test_more_layers_are_more_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(BENCHMARKS)
-    import cost_model
+def test_more_layers_are_more_kernels() -> None:
+    from benchmarks.predicted import cost_model
 
     for ours in (False, True):
         of_two, of_three, of_four = (cost_model.kernels(ours, depth) for depth in (2, 3, 4))
@@ -443,17 +428,15 @@ def test_more_layers_are_more_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     [["DiT-S/8"], pytest.param(["DiT-S/8", "DiT-B/4", "DiT-XL/2"], marks=pytest.mark.slow)],
     ids=["one model", "three"],
 )
-def test_the_tables_of_predictions_in_the_docs_are_the_scripts(
-    names: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    written = (BENCHMARKS.parent / "docs/performance.md").read_text(encoding="utf-8")
+def test_the_tables_of_predictions_in_the_docs_are_the_scripts(names: list[str], tmp_path: Path) -> None:
+    written = (ROOT / "docs/performance.md").read_text(encoding="utf-8")
     page = tmp_path / "page.md"
     page.write_text(written, encoding="utf-8")
     flags = ("--models", ",".join(names), "--docs", str(page))
-    run("cost_model", *flags, monkeypatch=monkeypatch, out=tmp_path / "m.json")
+    run("cost_model", *flags, out=tmp_path / "m.json")
     anew = page.read_text(encoding="utf-8")
     rows = [line for line in anew.splitlines() if line not in written.splitlines()]
-    assert rows == [], "python benchmarks/cost_model.py --docs docs/performance.md writes them"
+    assert rows == [], "python -m benchmarks.predicted.cost_model --docs docs/performance.md writes them"
     assert f"| {names[0].removeprefix('DiT-')} |" in anew
     assert len(anew) < len(written)
 
@@ -469,19 +452,15 @@ def test_the_tables_of_predictions_in_the_docs_are_the_scripts(
         ("sampling", ("--lengths", "5,5"), "got 5,5, allowed are two numbers of steps"),
     ],
 )
-def test_a_bad_flag_is_named(
-    script: str, arguments: tuple[str, ...], said: str, monkeypatch: pytest.MonkeyPatch, capsys: Any
-) -> None:
-    monkeypatch.syspath_prepend(BENCHMARKS)
-    monkeypatch.setattr("sys.argv", [script, *arguments])
+def test_a_bad_flag_is_named(script: str, arguments: tuple[str, ...], said: str, capsys: Any) -> None:
     with pytest.raises(SystemExit):
-        runpy.run_path(str(BENCHMARKS / f"{script}.py"), run_name="__main__")
+        commands.run(commands.module_of(script), *arguments)
     assert said in capsys.readouterr().err
 
 
-def test_trainer_overhead(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_trainer_overhead(tmp_path: Path) -> None:
     size = ("--batch", "2", "--input-size", "8", "--steps", "2", "--log-every", "2")
-    bare, trainer = run("trainer_overhead", *size, monkeypatch=monkeypatch, out=tmp_path / "o.json")
+    bare, trainer = run("trainer_overhead", *size, out=tmp_path / "o.json")
     assert (bare["contender"], trainer["contender"]) == ("bare", "trainer")
     assert bare["ms_a_step"] > 0
     assert -1 < trainer["overhead"] < math.inf
@@ -493,7 +472,7 @@ CPU_ROW = {"contender": "cpu", "processes": 2, "median_ms": 1.0, "copied": False
 
 
 def cpu_results(folder: Path) -> None:
-    """What benchmarks/cpu.py would have measured of one op, at toy size."""
+    """What benchmarks/speed/cpu.py would have measured of one op, at toy size."""
     gains = {"over_eager": 2.0, "over_compiled": 1.5, "over_copy": 0.5}
     measured = {**gains, "least": dict.fromkeys(gains, 1.0), "most": dict.fromkeys(gains, 3.0)}
     op = {**CPU_ROW, **measured, "op": "gated_residual_norm", "precision": "fp32", "pass": "inference"}
@@ -505,10 +484,9 @@ def cpu_results(folder: Path) -> None:
         (folder / f"cpu-{name}.json").write_text(json.dumps({"environment": of, "complete": True, "rows": rows}), encoding="utf-8")
 
 
-def test_what_a_cpu_measured_is_written_between_the_marks_of_a_page(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.syspath_prepend(BENCHMARKS)
-    import cpu
-    import figures
+def test_what_a_cpu_measured_is_written_between_the_marks_of_a_page(tmp_path: Path) -> None:
+    from benchmarks import figures
+    from benchmarks.speed import cpu
 
     page = tmp_path / "page.md"
     marks = "".join(f"<!-- {name} -->\n<!-- end of {name} -->\n" for name in cpu.TABLES)
@@ -535,15 +513,12 @@ def test_what_a_cpu_measured_is_written_between_the_marks_of_a_page(monkeypatch:
 
 def test_the_docs_have_the_marks() -> None:
     for page, name in (("README.md", "cpu summary"), ("benchmarks/results/README.md", "cpu ops")):
-        text = (BENCHMARKS.parent / page).read_text(encoding="utf-8")
+        text = (ROOT / page).read_text(encoding="utf-8")
         assert 0 < text.find(f"<!-- {name} -->\n") < text.find(f"<!-- end of {name} -->")
 
 
-def test_the_measurements_of_a_cpu_parse(monkeypatch: pytest.MonkeyPatch) -> None:
-    import commands
-
-    monkeypatch.syspath_prepend(BENCHMARKS)
-    import cpu
+def test_the_measurements_of_a_cpu_parse() -> None:
+    from benchmarks.speed import cpu
 
     for script, *flags in cpu.MEASUREMENTS.values():
-        assert commands.parse(["python", f"benchmarks/{script}.py", "--device", "cpu", *flags]).processes == 1
+        assert commands.parse(["python", "-m", commands.module_of(script), "--device", "cpu", *flags]).processes == 1

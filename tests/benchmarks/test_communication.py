@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import communication
-import measure
 import pytest
-from communication import BUCKET, WAYS, Cluster, Link, Work
-from test_benchmarks import run
 
+from benchmarks.predicted import communication
+from benchmarks.predicted.communication import BUCKET, WAYS, Cluster, Link, Work
+from benchmarks.speed import measure
 from ditkernels import reference
+from tests.benchmarks.test_benchmarks import run
+from tools.tree import ROOT
 
-DOCS = Path(__file__).parent.parent / "docs/scaling.md"
+DOCS = ROOT / "docs/scaling.md"
 NVLINK, INFINIBAND = Link(400.0, 3.0), Link(50.0, 10.0)
 FREE = Link(1e12, 0.0)
 
@@ -112,7 +113,7 @@ def test_the_tables_in_the_docs_are_the_scripts(names: list[str]) -> None:
     for header, rule, *rows in communication.tables(found, models, args):
         written = page[page.index(header) :].split("\n\n")[0].splitlines()
         mine = [line for line in written[2:] if f"DiT-{line.split()[1]}" in names]
-        told = "python benchmarks/communication.py --docs docs/scaling.md --figures docs/figures writes them"
+        told = "python -m benchmarks.predicted.communication --docs docs/scaling.md --figures docs/figures writes them"
         assert (written[1], mine) == (rule, rows), told
         assert [f"DiT-{line.split()[1]}" for line in written[2:]] == list(reference.DiT_models)
 
@@ -125,11 +126,11 @@ def test_a_table_is_written_in_the_place_of_the_one_with_its_header() -> None:
         measure.written_into(page, ["| c |", "|---|"])
 
 
-def test_the_script(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_script(tmp_path: Path) -> None:
     size = ("--models", "DiT-S/8", "--input-size", "16", "--gpus", "1,8,64", "--batch", "16")
     figures = tmp_path / "figures"
     flags = (*size, "--figures", str(figures))
-    rows = run("communication", *flags, monkeypatch=monkeypatch, out=tmp_path / "c.json")
+    rows = run("communication", *flags, out=tmp_path / "c.json")
     drawn = {path.name: path.read_bytes() for path in figures.iterdir()}
     assert set(drawn) == {"communication-efficiency.svg", "communication-ways.svg"}
     communication.draw_efficiency(rows, figures / "communication-efficiency.svg")

@@ -1,4 +1,4 @@
-"""What was measured decides what `auto` chooses: benchmarks/fastest.py, on results made up."""
+"""What was measured decides what `auto` chooses: benchmarks/gpu/fastest.py, on results made up."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-import fastest
 import pytest
 import torch
 
+from benchmarks.gpu import fastest
 from ditkernels.ops import dispatch
 
 

@@ -6,8 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-import figures
 import pytest
+
+from benchmarks import figures
+from tools.tree import ROOT
 
 ON_GPU = {
     "device": "NVIDIA H200",
@@ -93,7 +95,7 @@ def test_the_latest_result_is_taken(tmp_path: Path) -> None:
 def test_the_figures_in_the_docs_are_those_of_the_committed_data(tmp_path: Path) -> None:
     drawn = [figure for figure in figures.FIGURES if figure.source in ("guidance.json", "scaling.json", "solvers.json")]
     assert len(drawn) == 4
-    draw(figures.ROOT / "benchmarks/results", tmp_path, *(figure.file for figure in drawn))
+    draw(ROOT / "benchmarks/results", tmp_path, *(figure.file for figure in drawn))
     for figure in drawn:
         assert (tmp_path / figure.file).stat().st_size > 10_000
-        assert (figures.ROOT / "docs/figures" / figure.file).exists()
+        assert (ROOT / "docs/figures" / figure.file).exists()

@@ -17,19 +17,20 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import commands
-import gpu
-import gpu_tests
-import measure
 import pytest
-from gpu import Stage
+
+from benchmarks.gpu import driver, gpu_tests
+from benchmarks.gpu.driver import Stage
+from benchmarks.speed import measure
+from tests.helpers import commands
+from tools.tree import ROOT
 
 OK = ("python", "-c", "print('well')")
 BAD = ("python", "-c", "print('ill'); raise SystemExit(3)")
 
 
 def by_name(machine: dict[str, Any], wheels: Path | None = None) -> dict[str, Stage]:
-    return {stage.name: stage for group in gpu.stages(machine, wheels) for stage in group}
+    return {stage.name: stage for group in driver.stages(machine, wheels) for stage in group}
 
 
 def record(folder: Path) -> dict[str, Any]:
@@ -37,83 +38,80 @@ def record(folder: Path) -> dict[str, Any]:
 
 
 def run(folder: Path, *stages: Stage, code: str = "a", force: bool = False, budget: float = 60) -> dict[str, Any]:
-    call = gpu.Call(folder, code, force=force, end=time.monotonic() + budget)
+    call = driver.Call(folder, code, force=force, end=time.monotonic() + budget)
     fine = call.run(stages)
     written = record(folder)
-    assert fine == all(written[s.name]["status"] in gpu.DONE for s in stages)
+    assert fine == all(written[s.name]["status"] in driver.DONE for s in stages)
     return written
 
 
 @pytest.mark.slow
 def test_it_dry_runs_on_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(gpu, "fingerprint", lambda: "code")  # the tree may be edited meanwhile
+    monkeypatch.setattr(driver, "fingerprint", lambda: "code")  # the tree may be edited meanwhile
     stages = by_name({"type": "cpu"})
     # Of the later ones all but latents are the first ones' scripts, or have tests of their own.
-    chosen = [name for name in stages if name == "latents" or name not in gpu.LATER]
+    chosen = [name for name in stages if name == "latents" or name not in driver.LATER]
     for name in set(stages) - set(chosen):
         commands.parse([*stages[name].command, "--json", "rows.json", "--resume"])
     command = ["--device", "cpu", "--results", str(tmp_path), "--seconds", "3000"]  # other work may slow it
-    assert gpu.main([*command, "--stages", ",".join(chosen)]) == 0
+    assert driver.main([*command, "--stages", ",".join(chosen)]) == 0
     written = record(tmp_path)
     assert list(written) == chosen
     skipped = {name for name, found in written.items() if found["status"] == "skipped"}
     assert skipped == {"build", "memcheck", "racecheck", "wheels", "parity-wheels", "attention-wheels"}
     assert all(written[name]["reason"] for name in skipped)
-    for name in (*gpu.FIRST, "latents"):
+    for name in (*driver.FIRST, "latents"):
         assert json.loads((tmp_path / written[name]["numbers"]).read_text(encoding="utf-8"))["rows"]
     assert json.loads((tmp_path / "environment.json").read_text(encoding="utf-8"))["type"] == "cpu"
-    numbers = {f"{name}.json" for name in (*gpu.FIRST, "latents", "parity-triton", "parity-cuda")}
+    numbers = {f"{name}.json" for name in (*driver.FIRST, "latents", "parity-triton", "parity-cuda")}
     assert {path.name for path in tmp_path.iterdir()} == {"environment.json", "stages.json", *numbers}
     capsys.readouterr()
-    assert gpu.main([*command, "--stages", "check,ops,training"]) == 0
+    assert driver.main([*command, "--stages", "check,ops,training"]) == 0
     assert capsys.readouterr().out.count("passed before") == 3
 
 
 def test_the_fingerprint_follows_the_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu, "ROOT", tmp_path)
+    monkeypatch.setattr(driver, "ROOT", tmp_path)
     (tmp_path / "csrc").mkdir()
-    before = gpu.fingerprint()
+    before = driver.fingerprint()
     (tmp_path / "csrc/kernel.cu").write_text("1", encoding="utf-8")
-    between = gpu.fingerprint()
+    between = driver.fingerprint()
     (tmp_path / "csrc/kernel.cu").write_text("2", encoding="utf-8")
-    after = gpu.fingerprint()
-    monkeypatch.setattr(gpu, "_version", lambda package: f"another {package}")
-    assert len({before, between, after, gpu.fingerprint()}) == 4
+    after = driver.fingerprint()
+    monkeypatch.setattr(driver, "_version", lambda package: f"another {package}")
+    assert len({before, between, after, driver.fingerprint()}) == 4
 
 
 def test_on_a_gpu_every_stage_has_its_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(gpu, "_nvcc", lambda: "nvcc")
-    monkeypatch.setattr(gpu.shutil, "which", lambda name, path=None: f"/bin/{name}")
+    monkeypatch.setattr(driver, "_nvcc", lambda: "nvcc")
+    monkeypatch.setattr(driver.shutil, "which", lambda name, path=None: f"/bin/{name}")
     (tmp_path / "xformers-0.0.35-py39-none-manylinux_2_28_x86_64.whl").touch()
     (tmp_path / "flash_attn_4-4.0.0b36-py3-none-any.whl").touch()
     machine = {"type": "cuda", "compute_capability": "9.0"}
     stages = by_name(machine, tmp_path)
     assert not [s.name for s in stages.values() if s.skip]
     assert stages["parity-wheels"].command[-1] == "xformers,flash_attn_4"
-    assert str(gpu.WHEELS) in stages["attention-wheels"].environment["PYTHONPATH"]
+    assert str(driver.WHEELS) in stages["attention-wheels"].environment["PYTHONPATH"]
     assert all("PYTHONPATH" not in s.environment for s in stages.values() if "wheels" not in s.name)
-    assert set(gpu.GATES) <= set(stages)
+    assert set(driver.GATES) <= set(stages)
     assert stages["build"].environment["TORCH_CUDA_ARCH_LIST"] == "9.0a"
     library = stages["parity-cuda"].environment["DITKERNELS_CUDA_LIBRARY"]
     assert all(
         s.environment.get("DITKERNELS_CUDA_LIBRARY") == library for s in stages.values() if s.name not in ("build", "wheels")
     )
     tests = {word for stage in stages.values() for word in stage.command if word.startswith("tests/")}
-    assert tests == {f"tests/gpu/{path.name}" for path in (gpu.ROOT / "tests/gpu").glob("test_*.py")}
+    assert tests == {f"tests/gpu/{path.name}" for path in (driver.ROOT / "tests/gpu").glob("test_*.py")}
     names = list(stages)
     speeds = [name for name, stage in stages.items() if stage.benchmark]
-    assert max(names.index(gate) for gate in gpu.GATES) < min(names.index(name) for name in speeds)
+    assert max(names.index(gate) for gate in driver.GATES) < min(names.index(name) for name in speeds)
     for stage in stages.values():
-        if stage.command[0] == "python" and stage.command[1] not in (
-            "tools/build_native.py",
-            "benchmarks/wheels.py",
-        ):
+        if stage.command[0] == "python" and not {"tools/build_native.py", "benchmarks.gpu.wheels"} & set(stage.command):
             more = ["--json", "rows.json", "--resume"] if stage.rows else []
             commands.parse([*stage.command, *more])
 
 
 def test_without_nvcc_the_stages_of_cuda_are_skipped_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu, "_nvcc", lambda: None)
+    monkeypatch.setattr(driver, "_nvcc", lambda: None)
     stages = by_name({"type": "cuda", "compute_capability": "9.0"})
     assert "nvcc is not here" in str(stages["build"].skip)
     assert stages["memcheck"].skip
@@ -159,7 +157,7 @@ time.sleep(60)
 
 
 def test_a_stage_that_takes_too_long_is_ended_with_what_it_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu, "SHORTEST", 0.5)
+    monkeypatch.setattr(driver, "SHORTEST", 0.5)
     began = time.monotonic()
     found = run(tmp_path, Stage("check", ("python", "-c", STARTS_OTHERS), 4), budget=4)["check"]
     assert time.monotonic() - began < 25
@@ -193,8 +191,8 @@ class Simulated:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, folder: Path, **seconds: float) -> None:
         self.now, self.seconds, self.folder = 0.0, seconds, folder
         self.tries: list[tuple[str, float]] = []
-        monkeypatch.setattr(gpu, "time", SimpleNamespace(monotonic=lambda: self.now))
-        monkeypatch.setattr(gpu, "run_stage", self.run_stage)
+        monkeypatch.setattr(driver, "time", SimpleNamespace(monotonic=lambda: self.now))
+        monkeypatch.setattr(driver, "run_stage", self.run_stage)
 
     def run_stage(self, stage: Stage, folder: Path, limit: float) -> dict[str, Any]:
         took = min(limit, self.seconds[stage.name])
@@ -206,7 +204,7 @@ class Simulated:
     def call(self, *groups: list[Stage]) -> tuple[bool, float, list[tuple[str, float]]]:
         """Whether all is done, seconds taken, and what was tried for how long."""
         began, before = self.now, len(self.tries)
-        call = gpu.Call(self.folder, "code", force=False, end=self.now + gpu.BUDGET)
+        call = driver.Call(self.folder, "code", force=False, end=self.now + driver.BUDGET)
         fine = [call.run(group) for group in groups]
         return all(fine), self.now - began, self.tries[before:]
 
@@ -224,7 +222,7 @@ def test_a_call_ends_in_time_and_the_next_goes_on(monkeypatch: pytest.MonkeyPatc
     # No speed before the gates are through; then the more valuable first, twice as long; then what time is left for.
     assert run.call(first, later) == (
         False,
-        gpu.BUDGET,
+        driver.BUDGET,
         [
             *(("check", 30), ("parity-triton", 100)),
             *(("parity-triton", 50), ("ops", 120), ("training", 140)),
@@ -232,24 +230,24 @@ def test_a_call_ends_in_time_and_the_next_goes_on(monkeypatch: pytest.MonkeyPatc
         ],
     )
     assert record(tmp_path)["training"]["status"] == "cut short"
-    assert record(tmp_path)["latents"]["reason"] == gpu.OVER
+    assert record(tmp_path)["latents"]["reason"] == driver.OVER
     assert run.call(first, later) == (True, 200, [("training", 70), ("training", 110), ("latents", 20)])
     assert run.call(first, later) == (True, 0, [])
 
 
 def test_stages_that_hang_cost_a_call_its_time_and_no_other_stage_its_turn(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    first, _ = gpu.stages({"type": "cuda", "compute_capability": "9.0"})
+    first, _ = driver.stages({"type": "cuda", "compute_capability": "9.0"})
     first = [replace(stage, skip=None, needs=None) for stage in first]
     run = Simulated(monkeypatch, tmp_path, **{stage.name: math.inf for stage in first if stage.benchmark})
     run.seconds |= {stage.name: float(stage.limit) for stage in first if not stage.benchmark}
     fine, seconds, tries = run.call(first)
-    assert (fine, seconds) == (False, gpu.BUDGET)
+    assert (fine, seconds) == (False, driver.BUDGET)
     assert {name for name, _ in tries} == {stage.name for stage in first}
     # So does a gate; the speeds wait for it.
     run = Simulated(monkeypatch, tmp_path / "gate", **{stage.name: 1.0 for stage in first})
     run.seconds["parity-triton"] = math.inf
     fine, seconds, tries = run.call(first)
-    assert (fine, seconds) == (False, gpu.BUDGET)
+    assert (fine, seconds) == (False, driver.BUDGET)
     assert {name for name, _ in tries} == {stage.name for stage in first if not stage.benchmark}
 
 
@@ -273,7 +271,7 @@ time.sleep(60 if new == 2 else 0)
 def test_a_benchmark_cut_short_goes_on_after_its_rows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(gpu, "SHORTEST", 0.5)
+    monkeypatch.setattr(driver, "SHORTEST", 0.5)
 
     def rows() -> int:
         return len(json.loads((tmp_path / "ops.json").read_text(encoding="utf-8"))["rows"])
@@ -285,7 +283,7 @@ def test_a_benchmark_cut_short_goes_on_after_its_rows(
     # What the end of a call leaves no time for keeps what is known of it.
     capsys.readouterr()
     assert run(tmp_path, ops, budget=0)["ops"] == found
-    assert capsys.readouterr().out == f"{'ops':<22} cut short: {gpu.OVER}\n"
+    assert capsys.readouterr().out == f"{'ops':<22} cut short: {driver.OVER}\n"
     assert run(tmp_path, ops)["ops"]["status"] == "passed"
     assert rows() == 3
     # Other code begins anew.
@@ -381,7 +379,7 @@ def test_wheels_are_unpacked_beside_the_users_packages(tmp_path: Path, monkeypat
     for index, start in enumerate(range(0, whole.stat().st_size, 300)):
         (handed / f"{whole.name}.{index:02}").write_bytes(whole.read_bytes()[start : start + 300])
     whole.unlink()
-    monkeypatch.setattr(gpu, "WHEELS", tmp_path / "target")
+    monkeypatch.setattr(driver, "WHEELS", tmp_path / "target")
     stages = by_name({"type": "cpu"}, handed)
     found = run(tmp_path / "results", stages["wheels"])["wheels"]
     assert found["status"] == "passed", found["output_tail"]
@@ -411,7 +409,7 @@ def test_wheels_are_unpacked_beside_the_users_packages(tmp_path: Path, monkeypat
 def test_a_folder_of_wheels_that_cannot_be_used_is_named(
     names: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    import wheels
+    from benchmarks.gpu import wheels
 
     for name in names:
         (tmp_path / name).touch()
@@ -420,14 +418,14 @@ def test_a_folder_of_wheels_that_cannot_be_used_is_named(
 
 
 def test_the_limits_of_the_first_stages_add_up_to_one_call() -> None:
-    first, _ = gpu.stages({"type": "cuda", "compute_capability": "9.0"})
-    assert sum(stage.limit for stage in first) <= gpu.BUDGET <= 9 * 60 - 2 * gpu.ENDING
+    first, _ = driver.stages({"type": "cuda", "compute_capability": "9.0"})
+    assert sum(stage.limit for stage in first) <= driver.BUDGET <= 9 * 60 - 2 * driver.ENDING
 
 
 def test_the_debts_name_the_stages_that_pay_them() -> None:
-    debts = commands.ROOT.joinpath("benchmarks/results/README.md").read_text(encoding="utf-8").split("\n## Owed")[1]
+    debts = (ROOT / "benchmarks/results/README.md").read_text(encoding="utf-8").split("\n## Owed")[1]
     assert set(re.findall(r"stages? ([\w-]+)", debts)) <= set(by_name({"type": "cpu"}))
-    assert not [name for name in (*gpu.FIRST, *gpu.LATER) if not re.search(rf"\b{name}\b", debts)]
+    assert not [name for name in (*driver.FIRST, *driver.LATER) if not re.search(rf"\b{name}\b", debts)]
 
 
 def test_a_stage_whose_need_failed_is_not_run(tmp_path: Path) -> None:
@@ -443,27 +441,27 @@ def test_a_tool_that_the_device_does_not_allow_is_a_named_skip(tmp_path: Path) -
 
 
 def test_a_run_resumes_in_its_own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu, "BENCHMARKS", tmp_path)
+    monkeypatch.setattr(driver, "BENCHMARKS", tmp_path)
     machine = {"type": "cuda", "device": "NVIDIA H200"}
-    new = gpu.folder_of(machine, "code")
-    assert new.name == f"{gpu._now()[:10]}-nvidia-h200"
+    new = driver.folder_of(machine, "code")
+    assert new.name == f"{driver._now()[:10]}-nvidia-h200"
     before = new.with_name("2020-01-01-nvidia-h200")
     before.mkdir(parents=True)
     (before / "stages.json").write_text(json.dumps({"check": {"code": "code"}}), encoding="utf-8")
-    assert gpu.folder_of(machine, "code") == before
-    assert gpu.folder_of(machine, "other") == new
+    assert driver.folder_of(machine, "code") == before
+    assert driver.folder_of(machine, "other") == new
 
 
 def test_an_unknown_stage_and_an_unknown_device_are_named(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        gpu.main(["--device", "cpu", "--stages", "checks"])
+        driver.main(["--device", "cpu", "--stages", "checks"])
     assert "got checks, allowed are build, check" in capsys.readouterr().err
     with pytest.raises(SystemExit, match=r"make gpu: .*tpu"):
-        gpu.main(["--device", "tpu"])
+        driver.main(["--device", "tpu"])
 
 
 def test_it_sanitizes_every_op(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    import sanitize
+    from tools.kernel_proof import sanitize
 
     monkeypatch.setattr(sys, "argv", ["sanitize"])
     sanitize.main(["--backend", "torch", "--device", "cpu"])

@@ -10,10 +10,11 @@ import math
 from pathlib import Path
 from typing import Any
 
-import launches
 import pytest
-import static_report
-from machine_code import WIDE_SHARE
+
+from benchmarks.predicted import static_report
+from tools.kernel_proof import launches
+from tools.kernel_proof.machine_code import WIDE_SHARE
 
 # Reads and writes of (B, N, D) tensors, forward and backward: docs/kernels.md.
 PASSES = {

@@ -6,7 +6,6 @@ import argparse
 import json
 from pathlib import Path
 
-import numerics
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -16,6 +15,7 @@ from ditkernels import reference
 from ditkernels.checkpoint import Checkpoint, CheckpointError, load_checkpoint, save_checkpoint
 from ditkernels.cli import main
 from ditkernels.convert import WARNING, convert, to_diffusers, to_public
+from tests import numerics
 
 State = dict[str, Tensor]
 CONFIG = {"input_size": 8, "hidden_size": 48, "depth": 3, "num_heads": 4, "num_classes": 10}

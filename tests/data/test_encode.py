@@ -11,9 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from sabotage import KILLED, kill_at_call
 from safetensors.torch import load_file, save_file
-from test_benchmarks import run as run_benchmark
 
 from ditkernels import latents as latents_module
 from ditkernels.beginning import build_model, latent_shape
@@ -27,6 +25,8 @@ from ditkernels.runlog import read_metrics
 from ditkernels.sampler import World
 from ditkernels.trainer import Trainer
 from ditkernels.vae import VAE, load_vae, vae_for
+from tests.benchmarks.test_benchmarks import run as run_benchmark
+from tests.helpers.sabotage import KILLED, kill_at_call
 
 CPU = torch.device("cpu")
 SIZE = 8
@@ -708,7 +708,7 @@ def test_a_run_goes_on_with_latents_of_its_own_vae_only(images, vae, encoded, tm
     assert "encoder_sha256: " in capsys.readouterr().err
 
 
-def test_the_benchmark_of_reading(monkeypatch, tmp_path):
+def test_the_benchmark_of_reading(tmp_path):
     size = (
         "--images",
         "40",
@@ -728,7 +728,6 @@ def test_the_benchmark_of_reading(monkeypatch, tmp_path):
         "0,1",
         "--dtypes",
         "bf16",
-        monkeypatch=monkeypatch,
         out=tmp_path / "l.json",
     )
     assert [(row["cache"], row["workers"]) for row in rows] == [

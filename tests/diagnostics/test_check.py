@@ -4,12 +4,12 @@ import io
 import math
 import re
 
-import numerics
 import pytest
 import torch
 
 from ditkernels import check, cli, ops
 from ditkernels.ops import _native, dispatch, norm
+from tests import numerics
 
 CPU = torch.device("cpu")
 FP32 = check.PRECISIONS[0]

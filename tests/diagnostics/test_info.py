@@ -8,10 +8,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from native_cpu import SERVING
 
 from ditkernels import cli, info
 from ditkernels.ops import _native, _triton, dispatch
+from tests.helpers.native_cpu import SERVING
 
 # The fixture below replaces it.
 DRIVER_VERSION = info.driver_version

@@ -9,7 +9,6 @@ from itertools import pairwise
 from typing import get_type_hints
 
 import mpmath
-import numerics
 import numpy as np
 import pytest
 import torch
@@ -29,6 +28,7 @@ from ditkernels.diffusion import (
 from ditkernels.diffusion.likelihood import discretized_gaussian_log_likelihood, normal_kl
 from ditkernels.diffusion.schedule import Coefficients
 from ditkernels.reference import DiT
+from tests import numerics
 
 AMPLIFICATION = 4 * numerics.EPSILON_AMPLIFICATION  # the inputs here are normals: up to 4
 ALPHAS_CUMPROD = torch.from_numpy(create_diffusion("").alphas_cumprod.copy())

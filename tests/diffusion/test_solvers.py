@@ -2,38 +2,27 @@
 
 from __future__ import annotations
 
-import importlib
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from numerics import EPSILON_AMPLIFICATION, ORDER_MARGIN, assert_identity
 
+from benchmarks.studies import solvers as study
 from ditkernels.diffusion import create_diffusion
 from ditkernels.diffusion.schedule import half_log_snr
-
-BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
-
-
-@pytest.fixture(scope="module")
-def study():
-    """The script that draws the figure: its score and its slope are what is tested."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(BENCHMARKS)
-        return importlib.import_module("solvers")
+from tests.numerics import EPSILON_AMPLIFICATION, ORDER_MARGIN, assert_identity
 
 
 @pytest.mark.parametrize("solver, order", [("ddim", 1), ("dpm_solver", 2)])
-def test_the_order_of_convergence_on_uniform_log_snr(solver, order, study):
+def test_the_order_of_convergence_on_uniform_log_snr(solver, order):
     steps = [65, 129, 257, 513]
     exact = study.state_at_the_smallest_noise("dpm_solver", "logsnr4097")
     errors = [(study.state_at_the_smallest_noise(solver, f"logsnr{n}") - exact).square().mean().sqrt().item() for n in steps]
     assert study.slope(steps, errors) == pytest.approx(order, abs=ORDER_MARGIN)
 
 
-def test_the_score_is_the_gradient_of_the_diffused_density(study):
+def test_the_score_is_the_gradient_of_the_diffused_density():
     """−σ·∇ log p(x_t) by autograd, with p written as what it is: a mixture of Gaussians of mean α·μ and variance α²s² + σ²."""
     x = torch.randn(6, 2, dtype=torch.float64, requires_grad=True)
     bar = create_diffusion("").alphas_cumprod[300]
@@ -47,7 +36,7 @@ def test_the_score_is_the_gradient_of_the_diffused_density(study):
     assert_identity(found, -((1 - bar) ** 0.5) * gradient, EPSILON_AMPLIFICATION)
 
 
-def test_the_script_draws_the_figure(study, tmp_path, monkeypatch, capsys):
+def test_the_script_draws_the_figure(tmp_path, monkeypatch, capsys):
     flags = ["--steps", "9,17,33", "--reference", "129", "--json", str(tmp_path / "solvers.json")]
     monkeypatch.setattr("sys.argv", ["solvers", *flags, "--figure", str(tmp_path / "solvers.png")])
     study.main()

@@ -14,8 +14,6 @@ import scipy.linalg
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from numerics import METRIC_AGREEMENT
-from test_sampler import random_model
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 from torch_fidelity.metric_isc import isc_features_to_metric
@@ -27,6 +25,8 @@ from ditkernels.evaluate import Features, Inception, Reference, evaluate, load_r
 from ditkernels.evaluate.metrics import Gaussian, GaussianSum, InceptionScore, frechet_distance
 from ditkernels.evaluate.monitor import Monitor
 from ditkernels.sampler import Batches, Job, Labels, SampleConfig, generate
+from tests.numerics import METRIC_AGREEMENT
+from tests.sampling.test_sampler import random_model
 
 
 def random_features(count, seed, *, width=24, shift=0.0):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 
-import numerics
 import pytest
 import torch
 from torch import Tensor
@@ -13,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from ditkernels import ops, reference
 from ditkernels.ops import dispatch
 from ditkernels.reference import SIZES
+from tests import numerics
 
 pytestmark = [
     pytest.mark.gpu,

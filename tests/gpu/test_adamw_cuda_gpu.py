@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_adamw_ema import BF16, OPTIONS, assert_equal, cloned, make_state
-from test_adamw_gpu import (  # noqa: F401 (they run here on the fixture below)
+
+from ditkernels import ops
+from ditkernels.ops import _native, dispatch
+from tests.gpu.test_adamw_gpu import (  # noqa: F401 (they run here on the fixture below)
     XL_SHAPES,
     on_device,
     test_a_skipped_step_changes_the_averages_alone,
@@ -16,9 +18,7 @@ from test_adamw_gpu import (  # noqa: F401 (they run here on the fixture below)
     test_repeats_bit_for_bit,
     test_training_with_it_is_training,
 )
-
-from ditkernels import ops
-from ditkernels.ops import _native, dispatch
+from tests.ops.test_adamw_ema import BF16, OPTIONS, assert_equal, cloned, make_state
 
 pytestmark = [
     pytest.mark.gpu,

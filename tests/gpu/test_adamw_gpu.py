@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_adamw_ema import BF16, CASES, F32, SHAPES, State, assert_equal, make_state, updated
-from test_adamw_ema import assert_parity as assert_parity_of
 from torch import nn
 
 from ditkernels import ops, reference
 from ditkernels.ops import dispatch
+from tests.ops.test_adamw_ema import BF16, CASES, F32, SHAPES, State, assert_equal, make_state, updated
+from tests.ops.test_adamw_ema import assert_parity as assert_parity_of
 
 pytestmark = [
     pytest.mark.gpu,

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-import numerics
 import pytest
 import torch
 from torch import Tensor
@@ -17,6 +16,7 @@ from torch import Tensor
 from ditkernels import check, ops, reference
 from ditkernels.check import Case
 from ditkernels.ops import _native, dispatch
+from tests import numerics
 
 pytestmark = [
     pytest.mark.gpu,

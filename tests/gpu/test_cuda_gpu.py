@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import pytest
-import test_adaln_gpu
 import torch
-from test_adaln_gpu import (  # noqa: F401 (they run here on the fixture below)
+
+from ditkernels.ops import _native, dispatch, norm
+from tests.gpu import test_adaln_gpu
+from tests.gpu.test_adaln_gpu import (  # noqa: F401 (they run here on the fixture below)
     BF16,
     F32,
     TAKES,
@@ -18,18 +20,16 @@ from test_adaln_gpu import (  # noqa: F401 (they run here on the fixture below)
     test_repeats_bit_for_bit,
     test_replays_from_a_cuda_graph,
 )
-from test_model_gpu import (  # noqa: F401
+from tests.gpu.test_model_gpu import (  # noqa: F401
     test_a_cuda_graph_replays_the_forward,
     test_activation_checkpointing_changes_no_gradient,
     test_rounds_no_worse_than_the_reference,
 )
-from test_patches_gpu import (  # noqa: F401
+from tests.gpu.test_patches_gpu import (  # noqa: F401
     test_parity_of_final_layer,
     test_parity_of_patch_embed,
     test_values_moved_by_unpatchify,
 )
-
-from ditkernels.ops import _native, dispatch, norm
 
 pytestmark = [
     pytest.mark.gpu,

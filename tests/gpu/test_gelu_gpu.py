@@ -6,12 +6,12 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from test_bias_gelu import BF16, COVERING, F16, F32, LAYOUTS, assert_parity, make_inputs, on_device, run
 from torch import Tensor
 
 from ditkernels import ops
 from ditkernels.ops import _native, dispatch
 from ditkernels.reference import SIZES
+from tests.ops.test_bias_gelu import BF16, COVERING, F16, F32, LAYOUTS, assert_parity, make_inputs, on_device, run
 
 pytestmark = [
     pytest.mark.gpu,

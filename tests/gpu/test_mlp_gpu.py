@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import numerics
 import pytest
 import torch
-from test_mlp import BF16, COVERING, F16, LAYOUTS, NAMES, make_inputs, run
 from torch import Tensor
 
 from ditkernels import ops, reference
 from ditkernels.ops import _native, dispatch
 from ditkernels.reference import SIZES
+from tests import numerics
+from tests.ops.test_mlp import BF16, COVERING, F16, LAYOUTS, NAMES, make_inputs, run
 
 pytestmark = [
     pytest.mark.gpu,

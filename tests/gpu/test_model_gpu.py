@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import copy
 
-import numerics
 import pytest
 import torch
-from test_models import BF16, F32, F64, pair
 from torch import Tensor
 
 from ditkernels import reference
 from ditkernels.ops import dispatch
 from ditkernels.reference import CONDITIONINGS, SIZES
+from tests import numerics
+from tests.test_models import BF16, F32, F64, pair
 
 pytestmark = [
     pytest.mark.gpu,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import numerics
 import pytest
 import torch
 from torch import Tensor
@@ -13,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from ditkernels import reference
 from ditkernels.ops import dispatch, final_layer, patch_embed, unpatchify
 from ditkernels.reference import SIZES
+from tests import numerics
 
 pytestmark = [
     pytest.mark.gpu,

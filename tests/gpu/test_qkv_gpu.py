@@ -7,7 +7,12 @@ from collections.abc import Iterator
 import pytest
 import torch
 import torch.nn.functional as F
-from test_qkv import (
+from torch import Tensor
+
+from ditkernels import ops
+from ditkernels.ops import _native, dispatch
+from ditkernels.reference import SIZES
+from tests.ops.test_qkv import (
     BF16,
     COVERING,
     F16,
@@ -18,11 +23,6 @@ from test_qkv import (
     gradients,
     on_device,
 )
-from torch import Tensor
-
-from ditkernels import ops
-from ditkernels.ops import _native, dispatch
-from ditkernels.reference import SIZES
 
 pytestmark = [
     pytest.mark.gpu,

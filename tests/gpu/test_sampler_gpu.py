@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from numerics import assert_trajectory
-from test_sampler import GUIDANCE, LABELS, by_hand, random_model
 
 from ditkernels.diffusion import create_diffusion
 from ditkernels.models import DiT as FusedDiT
 from ditkernels.reference import CONDITIONINGS
 from ditkernels.sampler import SOLVERS, SampleConfig, sample, sample_progressive
+from tests.numerics import assert_trajectory
+from tests.sampling.test_sampler import GUIDANCE, LABELS, by_hand, random_model
 
 pytestmark = [
     pytest.mark.gpu,

@@ -1,4 +1,4 @@
-"""Commands that the docs and `make gpu` name: read by the parser that would read them, and not run."""
+"""Commands that the docs and `make gpu` name: run in this process, or only read by the parser that would read them."""
 
 from __future__ import annotations
 
@@ -6,13 +6,25 @@ import argparse
 import runpy
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NoReturn
 from unittest import mock
 
 from ditkernels import cli
+from tools.tree import ROOT
 
-ROOT = Path(__file__).parent.parent
+BENCHMARKS = ROOT / "benchmarks"
+
+
+def module_of(benchmark: str) -> str:
+    """The module of a benchmark of this name, whichever folder it lies in."""
+    (path,) = BENCHMARKS.rglob(f"{benchmark}.py")
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts)
+
+
+def run(module: str, *arguments: str) -> None:
+    """Runs a module as ``python -m`` would, in this process, whatever has imported it before."""
+    with mock.patch.object(sys, "argv", [module, *arguments]):
+        runpy.run_path(str(ROOT / f"{module.replace('.', '/')}.py"), run_name="__main__")
 
 
 class _Parsed(Exception):
@@ -20,7 +32,7 @@ class _Parsed(Exception):
 
 
 def parse(command: Sequence[str]) -> argparse.Namespace:
-    """The arguments of ``python benchmarks/NAME.py ...``, ``python -m ditkernels ...`` or ``ditkernels ...``.
+    """The arguments of ``python -m benchmarks.NAME ...``, ``python -m ditkernels ...`` or ``ditkernels ...``.
 
     Raises:
         SystemExit: the program takes them not.
@@ -37,8 +49,7 @@ def parse(command: Sequence[str]) -> argparse.Namespace:
             if words[0] == "ditkernels":
                 cli.main(words[1:])
             else:
-                with mock.patch.object(sys, "argv", words):
-                    runpy.run_path(str(ROOT / words[0]), run_name="__main__")
+                run(*words)
         except _Parsed as parsed:
             return parsed.args[0]
     raise AssertionError(f"{' '.join(command)}: reads no arguments")

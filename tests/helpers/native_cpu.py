@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from subsets import WholeWay
 
 from ditkernels.ops import _native, dispatch
+from tests.helpers.subsets import WholeWay
 
 
 def run_formulas(monkeypatch: pytest.MonkeyPatch, op: str, forward: Callable[..., Any], backward: Callable[..., Any]) -> None:

@@ -5,17 +5,17 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 
-import numerics
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from native_cpu import as_ops, needs_compiler, on_both_backends, run_formulas  # noqa: F401
 from torch import Tensor
 
 from ditkernels import reference
 from ditkernels.ops import dispatch, norm
 from ditkernels.ops.spec import Declaration, encoded
+from tests import numerics
+from tests.helpers.native_cpu import as_ops, needs_compiler, on_both_backends, run_formulas  # noqa: F401
 
 OPS = ("modulate_norm", "gated_residual", "gated_residual_norm")
 VECTORS = ("gate", "shift", "scale", "branch_bias", "weight", "bias")

@@ -1,16 +1,19 @@
-"""The CUDA kernels of the norm family, run on the host by tests/emulation: parity, traffic, order, offsets, refusals."""
+"""The CUDA kernels of the norm family, run on the host by tests/ops/emulation: parity, traffic, order, offsets, refusals."""
 
 from __future__ import annotations
 
 from types import ModuleType
 from unittest import mock
 
-import emulated_cuda
-import numerics
 import pytest
 import torch
-from adaln_access import ALL, FAR_SHAPES, PASSES, spread
-from adaln_parity import (  # noqa: F401 (they run here on the fixture below)
+
+from ditkernels.ops import _native, dispatch, norm
+from ditkernels.ops.spec import encoded
+from tests import numerics
+from tests.ops.test_adaln import BF16, F16, F32, F64, OPS, assert_parity, make_inputs, run
+from tests.ops.triton_proof.adaln_access import ALL, FAR_SHAPES, PASSES, spread
+from tests.ops.triton_proof.adaln_parity import (  # noqa: F401 (they run here on the fixture below)
     test_agrees_with_the_torch_backend_on_which_gradients_exist,
     test_cotangents_of_any_strides,
     test_eps_beside_a_variance_of_its_size,
@@ -20,10 +23,7 @@ from adaln_parity import (  # noqa: F401 (they run here on the fixture below)
     test_parity,
     test_repeats_bit_for_bit_and_writes_every_output,
 )
-from test_adaln import BF16, F16, F32, F64, OPS, assert_parity, make_inputs, run
-
-from ditkernels.ops import _native, dispatch, norm
-from ditkernels.ops.spec import encoded
+from tools.kernel_proof import emulated_cuda
 
 LARGE = {"x", "x1", "h", "branch", "dx1", "dh", "dx", "dbranch"}
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import emulated_cuda
 import pytest
 import torch
-from test_adamw_ema import (
+
+from ditkernels import ops
+from tests.ops.test_adamw_ema import (
     BF16,
     CASES,
     F16,
@@ -25,8 +26,7 @@ from test_adamw_ema import (
     make_state,
     updated,
 )
-
-from ditkernels import ops
+from tools.kernel_proof import emulated_cuda
 
 
 @pytest.fixture(autouse=True)

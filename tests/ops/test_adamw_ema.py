@@ -7,12 +7,8 @@ import math
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
-import numerics
 import pytest
 import torch
-from native_cpu import on_both_backends  # noqa: F401
-from subsets import WholeWay
-from test_trainer import make_trainer, same_bits, small_model
 from torch import Tensor, nn
 
 from ditkernels import ops, reference
@@ -21,6 +17,10 @@ from ditkernels.data import Batch
 from ditkernels.ops import _native, dispatch
 from ditkernels.optimizer import EMA, AdamWEMA, make_optimizer, optimizer_tensors
 from ditkernels.trainer import Trainer
+from tests import numerics
+from tests.helpers.native_cpu import on_both_backends  # noqa: F401
+from tests.helpers.subsets import WholeWay
+from tests.training.test_trainer import make_trainer, same_bits, small_model
 
 F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
 State = dict[str, list[Tensor]]

@@ -8,11 +8,9 @@ import sys
 import types
 from functools import partial
 
-import numerics
 import pytest
 import torch
 import torch.nn.functional as F
-from native_cpu import needs_compiler
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
@@ -24,6 +22,8 @@ from ditkernels import reference
 from ditkernels.ops import settings
 from ditkernels.ops.attention import BACKENDS, Problem, attention, choose, describe, explain, explain_problem
 from ditkernels.ops.dispatch import ATTENTION_BACKENDS, BackendError, set_backend, use_backend
+from tests import numerics
+from tests.helpers.native_cpu import needs_compiler
 
 module = importlib.import_module("ditkernels.ops.attention")
 

@@ -5,20 +5,20 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 
-import numerics
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from native_cpu import as_ops, on_both_backends, run_formulas  # noqa: F401
-from subsets import WholeWay, assert_every_subset
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from ditkernels import ops, reference
 from ditkernels.ops import dispatch, gelu
 from ditkernels.ops.spec import encoded
+from tests import numerics
+from tests.helpers.native_cpu import as_ops, on_both_backends, run_formulas  # noqa: F401
+from tests.helpers.subsets import WholeWay, assert_every_subset
 
 F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
 LAYOUTS = ("packed", "channels apart", "samples apart", "tokens first")

@@ -15,10 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import stub_driver
 import torch
 from functorch.compile import make_boxed_func
-from native_cpu import needs_compiler, needs_library
 from torch import Tensor
 from torch._functorch.aot_autograd import aot_module_simplified
 from torch._subclasses import FakeTensorMode
@@ -30,6 +28,8 @@ import ditkernels
 from ditkernels import ops, reference
 from ditkernels.check import CASES, PRECISIONS
 from ditkernels.ops import _triton, dispatch
+from tests.helpers.native_cpu import needs_compiler, needs_library
+from tools.kernel_proof import stub_driver
 
 CPU = torch.device("cpu")
 CASE = {case.op: case for case in sorted(CASES, key=lambda case: len(case.shapes))}  # with most inputs, of each op

@@ -14,18 +14,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import build_native
-import numerics
 import pytest
 import torch
-from native_cpu import needs_library
 from torch import Tensor
 
 from ditkernels import ops, reference
 from ditkernels.ops import _native, dispatch
 from ditkernels.ops.spec import _CODES as CODES
+from tests import numerics
+from tests.helpers.native_cpu import needs_library
+from tools import build_native
+from tools.tree import ROOT
 
-ROOT = Path(__file__).parent.parent
 TORCH = Path(torch.__file__).parent
 on_x86 = pytest.mark.skipif(platform.machine() != "x86_64", reason="reads x86-64 machine code")
 needs_binutils = pytest.mark.skipif(shutil.which("objdump") is None, reason="needs objdump and nm")
@@ -157,9 +157,8 @@ def test_the_stated_errors_of_exp_and_of_the_logistic_function() -> None:
 
 BITS = """
 import hashlib, sys, torch
-sys.path[:0] = ["tests", "tests/triton_proof", "benchmarks"]
-import test_adaln, test_bias_gelu, test_qkv, test_adamw_ema
 from ditkernels import ops, reference
+from tests.ops import test_adaln, test_adamw_ema, test_bias_gelu, test_qkv
 torch.set_num_threads(int(sys.argv[1]))
 F32, BF16 = torch.float32, torch.bfloat16
 made = []
@@ -246,11 +245,11 @@ FAULTS = {
     ],
 }
 PARITY = {
-    "norm": "tests/test_adaln.py -k chosen-and-(parity-or-combination)",
-    "gelu": "tests/test_bias_gelu.py -k chosen-and-(parity-or-tails-or-subset)",
-    "qkv": "tests/test_qkv.py -k chosen-and-(parity-or-subset)",
-    "optimizer": "tests/test_adamw_ema.py -k chosen-and-(parity-or-skipped-or-formula)",
-    "image": "tests/test_patch_embed.py -k chosen-and-rounded",
+    "norm": "tests/ops/test_adaln.py -k chosen-and-(parity-or-combination)",
+    "gelu": "tests/ops/test_bias_gelu.py -k chosen-and-(parity-or-tails-or-subset)",
+    "qkv": "tests/ops/test_qkv.py -k chosen-and-(parity-or-subset)",
+    "optimizer": "tests/ops/test_adamw_ema.py -k chosen-and-(parity-or-skipped-or-formula)",
+    "image": "tests/ops/test_patch_embed.py -k chosen-and-rounded",
 }
 
 
@@ -317,7 +316,7 @@ def loops(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
         if shutil.which(needed) is None:
             pytest.skip(f"needs {needed}")
     program = tmp_path_factory.mktemp("loops") / request.param
-    source = ROOT / "tests/cpu_proof/loops.cpp"
+    source = ROOT / "tests/ops/cpu_proof/loops.cpp"
     subprocess.run([compiler, *build_native.CPU_FLAGS, *flags, "-static", str(source), "-o", str(program)], check=True)
     return [*runner, str(program)]
 

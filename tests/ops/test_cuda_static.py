@@ -1,7 +1,7 @@
 """The machine code of the CUDA kernels: no spills, vectorised accesses, no TF32; compiled for GPUs that are not there.
 
 Every kernel for Hopper, a sample for Ampere and Blackwell; ``-m slow`` takes every kernel for all three. The table that goes with
-it is printed by ``python benchmarks/static_report.py``.
+it is printed by ``python -m benchmarks.predicted.static_report``.
 """
 
 from __future__ import annotations
@@ -9,10 +9,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import build_native
-import cuda_code
-import machine_code
 import pytest
+
+from tools import build_native
+from tools.kernel_proof import cuda_code, machine_code
 
 pytestmark = pytest.mark.skipif(cuda_code.why_not() is not None, reason=str(cuda_code.why_not()))
 

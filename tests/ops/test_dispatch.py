@@ -14,8 +14,6 @@ from typing import Any
 
 import pytest
 import torch
-from native_cpu import SERVING
-from subsets import WholeWay
 from torch import Tensor
 from torch._dynamo.source import ConstantSource
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -26,6 +24,8 @@ import ditkernels
 from ditkernels import check, ops, reference
 from ditkernels.ops import dispatch
 from ditkernels.ops.spec import decoded, encoded
+from tests.helpers.native_cpu import SERVING
+from tests.helpers.subsets import WholeWay
 
 # Compiled libraries and exported programs depend on these: change one only together with a new op name.
 SCHEMAS = (Path(ops.__file__).parent / "schemas.txt").read_text(encoding="utf-8").splitlines()

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import emulated_cuda
 import pytest
 import torch
 
 from ditkernels.ops import norm
+from tools.kernel_proof import emulated_cuda
 
 FAULTS = {
     "beyond_the_end": "write to memory out of bounds: byte 256 of 256",

@@ -6,12 +6,10 @@ import itertools
 from collections import Counter
 from collections.abc import Iterable
 
-import numerics
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from native_cpu import on_both_backends  # noqa: F401
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
@@ -20,6 +18,8 @@ import ditkernels
 from ditkernels import reference
 from ditkernels.ops import dispatch
 from ditkernels.ops.image import FINAL_LAYER, PATCHIFY, UNPATCHIFY, final_layer, unpatchify
+from tests import numerics
+from tests.helpers.native_cpu import on_both_backends  # noqa: F401
 
 F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
 # In the order of the op's schema.

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-import emulated_cuda
 import pytest
 import torch
-from test_bias_gelu import (
+
+from ditkernels import ops
+from ditkernels.ops import dispatch
+from ditkernels.ops.spec import encoded
+from tests.ops.test_bias_gelu import (
     BF16,
     F16,
     F32,
@@ -17,10 +20,7 @@ from test_bias_gelu import (
     test_every_subset_of_inputs_gets_its_gradients_and_saves_what_they_need,  # noqa: F401 (it runs here on the fixture below)
     test_parity,  # noqa: F401
 )
-
-from ditkernels import ops
-from ditkernels.ops import dispatch
-from ditkernels.ops.spec import encoded
+from tools.kernel_proof import emulated_cuda
 
 
 @pytest.fixture(autouse=True)

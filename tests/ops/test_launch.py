@@ -19,12 +19,13 @@ from ditkernels.ops._triton import Tile
 
 triton = pytest.importorskip("triton")
 
-import stub_driver  # noqa: E402
 import triton.language as tl  # noqa: E402
-from stub_driver import Driver  # noqa: E402
 from triton import knobs  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.runtime import jit  # noqa: E402
+
+from tools.kernel_proof import stub_driver  # noqa: E402
+from tools.kernel_proof.stub_driver import Driver  # noqa: E402
 
 CPU = torch.device("cpu")
 MI300 = GPUTarget("hip", "gfx942", 64)

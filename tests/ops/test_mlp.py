@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 
-import numerics
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from native_cpu import on_both_backends  # noqa: F401
-from subsets import WholeWay, assert_every_subset
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -18,6 +15,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from ditkernels import ops, reference
 from ditkernels.ops import dispatch
 from ditkernels.ops.spec import encoded
+from tests import numerics
+from tests.helpers.native_cpu import on_both_backends  # noqa: F401
+from tests.helpers.subsets import WholeWay, assert_every_subset
 
 F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
 NAMES = ("output", "dx", "dfc1_weight", "dfc1_bias", "dfc2_weight")

@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 import itertools
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from types import ModuleType
 from unittest import mock
 
-import emulated_cuda
-import numerics
 import pytest
 import torch
-from test_mlp import BF16, COVERING, F16, F32, LAYOUTS, UNEVEN, assert_parity, check_repeats, make_inputs, run
-from test_models import SMALL, forward_backward, pair
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ditkernels import ops, reference
 from ditkernels.ops import dispatch
 from ditkernels.ops.mlp import serves
+from tests import numerics
+from tests.ops.test_mlp import BF16, COVERING, F16, F32, LAYOUTS, UNEVEN, assert_parity, check_repeats, make_inputs, run
+from tests.test_models import SMALL, forward_backward, pair
+from tools.kernel_proof import emulated_cuda
+from tools.tree import found_from
 
 
 @pytest.fixture(autouse=True)
@@ -169,10 +170,9 @@ def test_a_missing_library_is_a_reason() -> None:
 
 # In a process of its own: a handle, once made, is kept.
 FIRST_CALLS = """
-import sys
-sys.path.insert(0, sys.argv[1])
-import emulated_cuda, torch
+import torch
 from ditkernels import ops
+from tools.kernel_proof import emulated_cuda
 
 inputs = [torch.ones(size, dtype=torch.bfloat16) for size in ((1, 2, 8), (16, 8), (16,), (8, 16))]
 with emulated_cuda.running() as emulation:
@@ -186,8 +186,8 @@ with emulated_cuda.running() as emulation:
 
 
 def test_a_handle_that_could_not_be_made_is_made_once_there_is_memory() -> None:
-    command = [sys.executable, "-c", FIRST_CALLS, str(Path(emulated_cuda.__file__).parent)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    command = [sys.executable, "-c", FIRST_CALLS]
+    done = subprocess.run(command, env=found_from(os.environ), capture_output=True, text=True)
     assert done.stdout.split("\n") == ["True", "True", "(1, 2, 8)", ""], done.stderr
 
 

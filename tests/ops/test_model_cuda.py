@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import emulated_cuda
 import pytest
-from model_parity import test_twenty_training_steps_stay_with_the_reference  # noqa: F401 (runs here on the fixture below)
-from test_models import (  # noqa: F401
+
+from tests.ops.triton_proof.model_parity import test_twenty_training_steps_stay_with_the_reference  # noqa: F401 (runs here on the fixture below)
+from tests.test_models import (  # noqa: F401
     SMALL,
     forward_backward,
     pair,
     test_autocast_keeps_the_stream_in_fp32,
     test_rounds_no_worse_than_the_reference,
 )
+from tools.kernel_proof import emulated_cuda
 
 
 @pytest.fixture(autouse=True)

@@ -1,12 +1,14 @@
-"""Runs the proofs of tests/cuda_proof, each in a process of its own: a process holds one build of the kernels."""
+"""Runs the proofs of tests/ops/cuda_proof, each in a process of its own: a process holds one build of the kernels."""
 
 from __future__ import annotations
 
-import emulated_cuda
 import pytest
-from test_triton import in_a_process
 
-PROOFS = emulated_cuda.ROOT / "tests/cuda_proof"
+from tests.ops.test_triton import in_a_process
+from tools.kernel_proof import emulated_cuda
+from tools.tree import ROOT
+
+PROOFS = ROOT / "tests/ops/cuda_proof"
 
 
 @pytest.mark.parametrize("file", sorted(p.name for p in PROOFS.glob("*.py")))

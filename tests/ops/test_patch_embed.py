@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import itertools
 
-import numerics
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from native_cpu import on_both_backends  # noqa: F401
-from test_final_layer import Saved
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from ditkernels import reference
 from ditkernels.ops import dispatch
 from ditkernels.ops.image import PATCH_EMBED, patch_embed
+from tests import numerics
+from tests.helpers.native_cpu import on_both_backends  # noqa: F401
+from tests.ops.test_final_layer import Saved
 
 F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
 NAMES = ("x", "weight", "bias", "pos_embed")

@@ -5,13 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from unittest import mock
 
-import emulated_cuda
 import pytest
-import test_final_layer
-import test_patch_embed
 import torch
-from adaln_access import FAR, spread
-from patches_parity import (  # noqa: F401 (they run here on the fixture below)
+from torch import Tensor
+
+from ditkernels.ops import _native, dispatch
+from ditkernels.ops.image import FINAL_LAYER, PATCH_EMBED, PATCHIFY, final_layer, patch_embed, unpatchify
+from tests.ops import test_final_layer, test_patch_embed
+from tests.ops.test_final_layer import OPTIONAL
+from tests.ops.test_patch_embed import BF16, F16, F32, F64, forward_and_gradients, make_inputs
+from tests.ops.triton_proof.adaln_access import FAR, spread
+from tests.ops.triton_proof.patches_parity import (  # noqa: F401 (they run here on the fixture below)
     FINAL,
     case_id,
     test_a_wider_image_is_not_rounded_to_the_weights_dtype,
@@ -27,13 +31,8 @@ from patches_parity import (  # noqa: F401 (they run here on the fixture below)
     test_rows_are_rounded_to_the_weights_dtype_forward_and_backward,
     test_unpatchify_moves_every_value_and_its_gradient,
 )
-from patches_parity import test_parity_of_final_layer as parity_of_final_layer
-from test_final_layer import OPTIONAL
-from test_patch_embed import BF16, F16, F32, F64, forward_and_gradients, make_inputs
-from torch import Tensor
-
-from ditkernels.ops import _native, dispatch
-from ditkernels.ops.image import FINAL_LAYER, PATCH_EMBED, PATCHIFY, final_layer, patch_embed, unpatchify
+from tests.ops.triton_proof.patches_parity import test_parity_of_final_layer as parity_of_final_layer
+from tools.kernel_proof import emulated_cuda
 
 
 @pytest.fixture(autouse=True)

@@ -5,20 +5,20 @@ from __future__ import annotations
 from contextlib import nullcontext
 from functools import partial
 
-import numerics
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from native_cpu import on_both_backends  # noqa: F401
-from subsets import WholeWay, subsets
-from test_bias_gelu import poisoned
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from ditkernels import models, ops, reference
 from ditkernels.ops import dispatch, qkv
+from tests import numerics
+from tests.helpers.native_cpu import on_both_backends  # noqa: F401
+from tests.helpers.subsets import WholeWay, subsets
+from tests.ops.test_bias_gelu import poisoned
 
 F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
 LAYOUTS = ("packed", "heads first", "channels apart", "samples apart", "parts of one", "each its own")

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import emulated_cuda
 import pytest
 import torch
-from test_qkv import (
+
+from ditkernels.ops import dispatch
+from tests.ops.test_qkv import (
     BF16,
     F32,
     Shape,
@@ -16,8 +17,7 @@ from test_qkv import (
     gradients,
     test_parity,  # noqa: F401 (it runs here on the fixture below)
 )
-
-from ditkernels.ops import dispatch
+from tools.kernel_proof import emulated_cuda
 
 
 @pytest.fixture(autouse=True)

@@ -1,4 +1,4 @@
-"""Drives the proofs of the Triton kernels (tests/triton_proof) and the command-line check, each in a process of its own.
+"""Drives the proofs of the Triton kernels (tests/ops/triton_proof) and the command-line check, each in a process of its own.
 
 TRITON_INTERPRET is read when the kernels are imported, so interpreting and compiling exclude each other within one process.
 """

@@ -18,7 +18,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from test_sampler import random_model
 
 from ditkernels import cli
 from ditkernels.checkpoint import Checkpoint, CheckpointError, checkpoint_directory, save_checkpoint
@@ -39,6 +38,8 @@ from ditkernels.sampler import (
 )
 from ditkernels.sampler.labels import as_ranges, parse_classes, read_labels
 from ditkernels.sampler.outputs import grid_of, to_pixels
+from tests.sampling.test_sampler import random_model
+from tools.tree import ROOT
 
 FLAGS = [
     "--count",
@@ -201,7 +202,7 @@ def torchrun(checkpoint, out):
         [*command, "-m", "ditkernels", "sample", str(checkpoint), "--out", str(out), *LONGER],
         env=environment,
         start_new_session=True,
-        cwd=Path(__file__).parent.parent,
+        cwd=ROOT,
     )
 
 

@@ -4,7 +4,6 @@ import copy
 
 import pytest
 import torch
-from numerics import SAMPLE_AGREEMENT, assert_trajectory
 
 from ditkernels.diffusion import create_diffusion
 from ditkernels.models import DiT as FusedDiT
@@ -12,6 +11,7 @@ from ditkernels.random import Stream, normals
 from ditkernels.reference import CONDITIONINGS, DiT
 from ditkernels.sampler import SOLVERS, SampleConfig, sample, sample_progressive
 from ditkernels.sampler.denoiser import Denoiser
+from tests.numerics import SAMPLE_AGREEMENT, assert_trajectory
 
 LABELS = [0, 2, 1, 2, 3]
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from models.public import DiT, FinalLayer, modulate, tanh_gelu
 from timm.models.vision_transformer import Mlp
 from torch import Tensor, nn
+
+from tests.stand_ins.public import DiT, FinalLayer, modulate, tanh_gelu
 
 
 class RMSNorm(nn.Module):

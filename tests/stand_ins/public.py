@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-sys.path.append(str(Path(__file__).parent.parent.parent / "examples"))
+from tools.tree import ROOT
+
+sys.path.append(str(ROOT / "examples"))
 
 from public_models import Attention, DiT, DiTBlock, FinalLayer, SiT, modulate, tanh_gelu
 

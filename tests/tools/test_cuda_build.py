@@ -17,13 +17,13 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import build_native
 import pytest
 import torch
 
 from ditkernels.ops import _native, norm
+from tools import build_native
+from tools.tree import ROOT
 
-ROOT = Path(__file__).parent.parent
 DEFAULT = build_native.DEFAULT_ARCHITECTURES
 needs_nvcc = pytest.mark.skipif(
     build_native.find_nvcc() is None or build_native.find_cxx() is None, reason="needs nvcc and a C++ compiler"

@@ -2,12 +2,12 @@
 
 import argparse
 import dataclasses
-from pathlib import Path
 
 import pytest
 
 from ditkernels.cli import main
 from ditkernels.config import TrainConfig, add_flags, differences, from_flags
+from tools.tree import ROOT
 
 
 def parsed(*flags):
@@ -137,5 +137,5 @@ def test_a_record_from_before_a_field_was_there_had_what_was_done_then():
 
 
 def test_the_example_is_a_config():
-    found = parsed("--config", str(Path(__file__).parent.parent / "examples" / "digits.yaml"))
+    found = parsed("--config", str(ROOT / "examples/digits.yaml"))
     assert found.data_path == "digits"

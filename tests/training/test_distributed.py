@@ -17,6 +17,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -24,10 +25,7 @@ import torch
 import torch._dynamo
 import torch.distributed as dist
 import torch.distributed.fsdp  # imported once, in the server
-from numerics import REORDERING_FACTOR
-from sabotage import KILLED, flip_a_bit, kill_at_call, slow_steps
 from sklearn.datasets import load_digits as _warm  # noqa: F401 (likewise)
-from test_trainer import CountSynchronisations
 from torch.distributed.launcher.api import LaunchConfig
 
 from ditkernels import distributed as distributed_module
@@ -52,6 +50,10 @@ from ditkernels.sampler.loading import load_model
 from ditkernels.surroundings import StopSignal
 from ditkernels.torchrun import local_device, place
 from ditkernels.trainer import Trainer
+from tests.helpers.sabotage import KILLED, flip_a_bit, kill_at_call, slow_steps
+from tests.numerics import REORDERING_FACTOR
+from tests.training.test_trainer import CountSynchronisations
+from tools.tree import found_from
 
 STEPS = 20
 HIDDEN = 32
@@ -71,12 +73,10 @@ DDP, FSDP = ("--parallel", "ddp"), ("--parallel", "fsdp")
 @pytest.fixture(scope="module")
 def forked():
     context = multiprocessing.get_context("forkserver")
-    before = os.environ.get("PYTHONPATH", "")
-    # The server looks for what it imports there.
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), before])
     context.set_forkserver_preload([__name__])
-    yield context
-    os.environ["PYTHONPATH"] = before
+    # The server looks there for what it imports.
+    with mock.patch.dict(os.environ, found_from(os.environ)):
+        yield context
 
 
 def child(argv, environment, log, ready, sabotage):

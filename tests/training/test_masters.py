@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 
 import pytest
 import torch
-from test_trainer import config, make_trainer, same_bits, small_model, some_data
 from torch import nn
 from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -20,6 +18,7 @@ from ditkernels.masters import hand_over, lowered, refresh
 from ditkernels.optimizer import EMA, AdamWEMA, gradient_norm, optimizer_tensors
 from ditkernels.surroundings import numerics
 from ditkernels.trainer import Trainer, train
+from tests.training.test_trainer import config, make_trainer, same_bits, small_model, some_data
 
 BF16, F32 = torch.bfloat16, torch.float32
 PLAIN = {"precision": "bf16", "optimizer": "fused", "ema_decay": 0.9}
@@ -93,9 +92,8 @@ def test_a_norm_of_gradients_in_bf16_and_fp32_is_that_of_the_same_in_fp32():
 
 
 @use_backend("torch")
-def test_the_benchmarks_contender_takes_the_steps_of_the_one_it_is_compared_with(monkeypatch):
-    monkeypatch.syspath_prepend(Path(__file__).parent.parent / "benchmarks")
-    import training
+def test_the_benchmarks_contender_takes_the_steps_of_the_one_it_is_compared_with():
+    from benchmarks.speed import training
 
     network, cpu = training.Network("DiT-S/8", 16), torch.device("cpu")
     masters, plain = (

@@ -13,11 +13,11 @@ import signal
 import sys
 import time
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 import torch._dynamo  # an optimizer imports it when it is made
-from sabotage import KILLED, flip_a_bit, kill_at_call, slow_steps
 from sklearn.datasets import load_digits as _warm  # noqa: F401 (the server imports this module once for all)
 
 from ditkernels import sampler, trainer  # noqa: F401 (likewise)
@@ -27,6 +27,8 @@ from ditkernels.config import TrainConfig
 from ditkernels.ops import _native
 from ditkernels.optimizer import resolved
 from ditkernels.runlog import METRICS, read_metrics
+from tests.helpers.sabotage import KILLED, flip_a_bit, kill_at_call, slow_steps
+from tools.tree import found_from
 
 STEPS = 10
 TRAIN = [
@@ -43,12 +45,10 @@ TRAIN = [
 @pytest.fixture(scope="module")
 def forked():
     context = multiprocessing.get_context("forkserver")
-    before = os.environ.get("PYTHONPATH", "")
-    # The server looks for what it imports there.
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), before])
     context.set_forkserver_preload([__name__])
-    yield context
-    os.environ["PYTHONPATH"] = before
+    # The server looks there for what it imports.
+    with mock.patch.dict(os.environ, found_from(os.environ)):
+        yield context
 
 
 def child(argv, ready, sabotage):

@@ -7,8 +7,6 @@ import sys
 import numpy as np
 import pytest
 import torch
-from native_cpu import needs_library
-from numerics import ACCUMULATION_ULPS, assert_drift
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -30,6 +28,8 @@ from ditkernels.optimizer import (
 from ditkernels.runlog import METRICS, StepMetrics, read_metrics
 from ditkernels.surroundings import numerics
 from ditkernels.trainer import NonFiniteGradientError, Trainer, train
+from tests.helpers.native_cpu import needs_library
+from tests.numerics import ACCUMULATION_ULPS, assert_drift
 
 CLASSES = 3
 

@@ -18,10 +18,10 @@ from typing import Any
 
 import torch
 import triton
-from machine_code import Code
 from triton.backends.compiler import GPUTarget
 
 from ditkernels.ops import _triton
+from tools.kernel_proof.machine_code import Code
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 PARAMETER = re.compile(r"\[\w+_param_(\d+)")

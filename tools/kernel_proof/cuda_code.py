@@ -12,18 +12,15 @@ import importlib.util
 import json
 import re
 import subprocess
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "tools"))
-
-import build_native  # noqa: E402
-import machine_code  # noqa: E402
-from build_native import BuildError  # noqa: E402, F401 (for those who ask for rows)
-from machine_code import Code  # noqa: E402
+from tools import build_native
+from tools.build_native import BuildError  # noqa: F401 (for those who ask for rows)
+from tools.kernel_proof import machine_code
+from tools.kernel_proof.machine_code import Code
+from tools.tree import ROOT
 
 # The (B, N, D) tensors, by the names that the kernels' parameters have; such a parameter is a `Tokens`.
 BIG = ("x", "x1", "branch", "h", "y", "dx", "dx1", "dbranch", "dh", "dy", "dq", "dk", "dv", "dpacked")

@@ -1,4 +1,4 @@
-"""Builds csrc/cuda with g++ against the host emulation of tests/emulation, once for all processes of a test run.
+"""Builds csrc/cuda with g++ against the host emulation of tests/ops/emulation, once for all processes of a test run.
 
 with running() as emulation: ...          DITKERNELS_BACKEND=cuda, on the CPU; the module shows counters and switches
 with running(tracing=True, order=3): ...  every element's accesses are counted; blocks and warps in another order
@@ -25,9 +25,9 @@ from unittest import mock
 import torch
 
 from ditkernels.ops import _native, dispatch
+from tools.tree import ROOT
 
-ROOT = Path(__file__).parent.parent
-EMULATION = ROOT / "tests/emulation"
+EMULATION = ROOT / "tests/ops/emulation"
 MODULE = "ditkernels_emulation"
 # _FORTIFY_SOURCE takes a jump from one fiber to another for a broken stack.
 FLAGS = (

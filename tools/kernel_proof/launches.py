@@ -31,18 +31,15 @@ from unittest import mock
 
 import torch
 
+from benchmarks.speed import ops as sites
 from ditkernels import check, ops, reference, use_backend
 from ditkernels.ops._triton import ceil_div
 from ditkernels.ops.optimizer.triton import CHUNK
-
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "benchmarks"))
-
-import machine_code  # noqa: E402
-import ops as sites  # noqa: E402
+from tools.kernel_proof import machine_code
+from tools.tree import ROOT, found_from
 
 if TYPE_CHECKING:
-    from ahead import Compiled
+    from tools.kernel_proof.ahead import Compiled
 
 LATENTS = 32  # edge, of an image of 256 pixels
 OUTPUTS = 8
@@ -211,7 +208,8 @@ def _asked(what: str, of: str, cases: list[Case], variables: dict[str, str]) -> 
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("DITKERNELS", "TRITON_INTERPRET"))}
     command = [
         sys.executable,
-        str(Path(__file__)),
+        "-m",
+        "tools.kernel_proof.launches",
         what,
         of,
         json.dumps(cases),
@@ -220,7 +218,7 @@ def _asked(what: str, of: str, cases: list[Case], variables: dict[str, str]) -> 
     with open(folder / "lock", "w", encoding="utf-8") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not done.exists():
-            ended = subprocess.run(command, env={**environment, **variables}, capture_output=True, text=True)
+            ended = subprocess.run(command, env=found_from({**environment, **variables}), capture_output=True, text=True)
             if ended.returncode:
                 raise RuntimeError(f"{what} of {of}: {ended.stderr[-4000:]}")
             done.with_suffix(".tmp").replace(done)
@@ -231,7 +229,13 @@ def _asked(what: str, of: str, cases: list[Case], variables: dict[str, str]) -> 
 def _key(*asked: object) -> str:
     versions = [metadata.version(name) for name in ("torch", "triton")]
     key = hashlib.sha256(repr((asked, versions, sys.version)).encode())
-    for pattern in ("ditkernels/ops/**/*.py", "csrc/cuda/*", "tests/emulation/*", "benchmarks/*.py"):
+    for pattern in (
+        "ditkernels/ops/**/*.py",
+        "csrc/cuda/*",
+        "tests/ops/emulation/*",
+        "tools/kernel_proof/*.py",
+        "benchmarks/speed/*.py",
+    ):
         for path in sorted(ROOT.glob(pattern)):
             key.update(path.read_bytes())
     return key.hexdigest()[:16]
@@ -241,9 +245,8 @@ def _key(*asked: object) -> str:
 
 
 def _code(architecture: str, cases: list[Case]) -> Iterator[dict[str, Any]]:
-    from ahead import Compiled, recorded
-
     from ditkernels.ops import _triton
+    from tools.kernel_proof.ahead import Compiled, recorded
 
     with mock.patch.object(_triton, "device_reason", return_value=None), use_backend("triton"):
         for index, case in enumerate(cases):
@@ -344,7 +347,7 @@ def _interpreted(cases: list[Case]) -> Iterator[dict[str, Any]]:
 
 
 def _interpreted_case(index: int, case: Case) -> Iterator[dict[str, Any]]:
-    from interpreted import guarded, in_place, reordered, traced
+    from tools.kernel_proof.interpreted import guarded, in_place, reordered, traced
 
     sample = Sample(case)
     # An update's addresses are no arguments.
@@ -365,7 +368,7 @@ def _interpreted_case(index: int, case: Case) -> Iterator[dict[str, Any]]:
 
 
 def _emulated(cases: list[Case]) -> Iterator[dict[str, Any]]:
-    import emulated_cuda
+    from tools.kernel_proof import emulated_cuda
 
     for index, case in enumerate(cases):
         sample = Sample(case)

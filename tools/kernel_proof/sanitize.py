@@ -1,6 +1,6 @@
 """Forward and backward of every op on one backend, at the small and awkward shapes of `ditkernels check`: for compute-sanitizer.
 
-compute-sanitizer --tool memcheck --error-exitcode 9 python benchmarks/sanitize.py --backend cuda
+compute-sanitizer --tool memcheck --error-exitcode 9 python -m tools.kernel_proof.sanitize --backend cuda
 """
 
 from __future__ import annotations

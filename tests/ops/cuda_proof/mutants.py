@@ -12,26 +12,21 @@ from collections.abc import Iterator
 from functools import cache
 from types import ModuleType
 
-import emulated_cuda
 import pytest
-import test_adamw_ema
-import test_bias_gelu
-import test_final_layer
-import test_mlp
-import test_patch_embed
-import test_qkv
 import torch
-from numerics import assert_contract
-from patches_mutants import check_final_layer, check_patch_embed
-from test_adaln import BF16, F16, F32, assert_parity, make_inputs
-from test_adaln_cuda import WANTED, check_what_is_wanted
-from test_mlp_cuda import EPILOGUES, check_a_lack_of_algorithms
 
 from ditkernels import reference
 from ditkernels.ops import dispatch
 from ditkernels.ops.image import PATCHIFY, UNPATCHIFY, final_layer, patch_embed
 from ditkernels.ops.mlp import mlp
 from ditkernels.ops.spec import encoded
+from tests.numerics import assert_contract
+from tests.ops import test_adamw_ema, test_bias_gelu, test_final_layer, test_mlp, test_patch_embed, test_qkv
+from tests.ops.test_adaln import BF16, F16, F32, assert_parity, make_inputs
+from tests.ops.test_adaln_cuda import WANTED, check_what_is_wanted
+from tests.ops.test_mlp_cuda import EPILOGUES, check_a_lack_of_algorithms
+from tests.ops.triton_proof.patches_mutants import check_final_layer, check_patch_embed
+from tools.kernel_proof import emulated_cuda
 
 COMMON, PRODUCTS, SUMS = "common.cuh", "products.cuh", "sums.cuh"
 NORM, IMAGE, GELU, ADAMW, MLP, QKV = "norm.cu", "image.cu", "gelu.cu", "optimizer.cu", "mlp.cu", "qkv.cu"

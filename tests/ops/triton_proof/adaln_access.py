@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from interpreted import Launch, guarded, in_place, load_sources, reordered, shuffled, traced
-from test_adaln import BF16, F32, OPS, make_inputs, run
 from torch import Tensor
 from triton.runtime.errors import InterpreterError
 
 from ditkernels.ops import _triton, dispatch, norm
 from ditkernels.ops._triton import Tile
 from ditkernels.ops.norm import triton as kernels
+from tests.ops.test_adaln import BF16, F32, OPS, make_inputs, run
+from tools.kernel_proof.interpreted import Launch, guarded, in_place, load_sources, reordered, shuffled, traced
 
 ALL = "gate shift scale branch_bias weight bias"
 # Reads and writes of (B, N, D) tensors, forward and backward, with these vectors present.

@@ -6,12 +6,12 @@ import itertools
 
 import pytest
 import torch
-from ahead import Compiled, recorded
-from machine_code import WIDE_SHARE, wide_shares
 
 from ditkernels.ops import _triton
 from ditkernels.ops.norm import triton as norm
 from ditkernels.reference import SIZES
+from tools.kernel_proof.ahead import Compiled, recorded
+from tools.kernel_proof.machine_code import WIDE_SHARE, wide_shares
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 BATCH, TOKENS = 2, 256

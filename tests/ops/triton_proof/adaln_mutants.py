@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from interpreted import guarded, mutant
-from test_adaln import BF16, F32, assert_parity, make_inputs
 from triton.runtime.errors import InterpreterError
 
 from ditkernels.ops import dispatch
 from ditkernels.ops.norm import triton as kernels
+from tests.ops.test_adaln import BF16, F32, assert_parity, make_inputs
+from tools.kernel_proof.interpreted import guarded, mutant
 
 # Of a weight the gradient of x needs, but not the weight's own; of sums and terms some, and in other places than among all.
 NEEDS = ("x bias", "scale", "gate", "weight branch_bias")

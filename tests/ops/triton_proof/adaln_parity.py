@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import itertools
 
-import numerics
 import pytest
 import torch
-from test_adaln import (
+from torch import Tensor
+
+from ditkernels import reference
+from ditkernels.ops import dispatch, norm
+from ditkernels.ops.norm import triton as kernels
+from tests import numerics
+from tests.ops.test_adaln import (
     BF16,
     F16,
     F32,
@@ -21,11 +26,6 @@ from test_adaln import (
     make_inputs,
     run,
 )
-from torch import Tensor
-
-from ditkernels import reference
-from ditkernels.ops import dispatch, norm
-from ditkernels.ops.norm import triton as kernels
 
 # Each pair of (batch, length, width, stream dtype, branch dtype, norm) values that matters occurs in some row: one token, a
 # length that fills no block, several chunks; the paper's widths, an exact pair of pieces, a masked tail, tiny ones.

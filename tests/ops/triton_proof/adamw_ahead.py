@@ -6,9 +6,9 @@ from collections import Counter
 
 import pytest
 import torch
-from ahead import Compiled, recorded
 
 from ditkernels.ops.optimizer import triton as kernels
+from tools.kernel_proof.ahead import Compiled, recorded
 
 F32, BF16 = torch.float32, torch.bfloat16
 

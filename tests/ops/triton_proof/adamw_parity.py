@@ -6,8 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from interpreted import Launch, in_place, mutant, reordered, shuffled, traced
-from test_adamw_ema import (
+from triton.runtime.errors import InterpreterError
+
+from ditkernels import ops
+from ditkernels.ops import dispatch
+from ditkernels.ops.optimizer import triton as kernels
+from tests.ops.test_adamw_ema import (
     BF16,
     CASES,
     OPTIONS,
@@ -25,11 +29,7 @@ from test_adamw_ema import (
     make_state,
     updated,
 )
-from triton.runtime.errors import InterpreterError
-
-from ditkernels import ops
-from ditkernels.ops import dispatch
-from ditkernels.ops.optimizer import triton as kernels
+from tools.kernel_proof.interpreted import Launch, in_place, mutant, reordered, shuffled, traced
 
 # The interpreter computes with NumPy, which warns of what a skipped step throws away.
 pytestmark = pytest.mark.filterwarnings("ignore:(invalid value|divide by zero):RuntimeWarning")

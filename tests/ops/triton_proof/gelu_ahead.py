@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from ahead import Compiled, recorded
-from machine_code import wide_shares
 
 from ditkernels.ops.gelu import triton as kernels
 from ditkernels.reference import SIZES
+from tools.kernel_proof.ahead import Compiled, recorded
+from tools.kernel_proof.machine_code import wide_shares
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 TOUCHED = {"forward_tiles": {"x", "y"}, "backward_tiles": {"dy", "x", "dx"}, "add_samples": set()}

@@ -6,8 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from interpreted import guarded, in_place, mutant, reordered, shuffled, traced
-from test_bias_gelu import (
+from triton.runtime.errors import InterpreterError
+
+from ditkernels import ops
+from ditkernels.ops import dispatch
+from ditkernels.ops.gelu import triton as kernels
+from tests.ops.test_bias_gelu import (
     BF16,
     COVERING,
     F32,
@@ -19,11 +23,7 @@ from test_bias_gelu import (
     poisoned,
     run,
 )
-from triton.runtime.errors import InterpreterError
-
-from ditkernels import ops
-from ditkernels.ops import dispatch
-from ditkernels.ops.gelu import triton as kernels
+from tools.kernel_proof.interpreted import guarded, in_place, mutant, reordered, shuffled, traced
 
 
 @pytest.fixture(autouse=True)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import pytest
-from interpreted import traced
-from test_mlp import BF16, F32, UNEVEN, assert_parity, check_repeats, make_inputs, run
 
 from ditkernels import ops
 from ditkernels.ops import dispatch
+from tests.ops.test_mlp import BF16, F32, UNEVEN, assert_parity, check_repeats, make_inputs, run
+from tools.kernel_proof.interpreted import traced
 
 
 @pytest.fixture(autouse=True)

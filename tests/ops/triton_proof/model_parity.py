@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import copy
 
-import numerics
 import pytest
 import torch
-from test_models import F32, F64, forward_backward, pair
 
 from ditkernels import create_diffusion, reference
 from ditkernels.ops import dispatch
 from ditkernels.reference import CONDITIONINGS
+from tests import numerics
+from tests.test_models import F32, F64, forward_backward, pair
 
 TINY = {"input_size": (4, 6), "hidden_size": 40, "depth": 2, "num_heads": 2, "num_classes": 5}
 

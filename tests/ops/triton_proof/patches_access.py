@@ -7,16 +7,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import test_final_layer
-import test_patch_embed
 import torch
-from interpreted import Launch, guarded, in_place, load_sources, reordered, shuffled, traced
-from test_final_layer import BF16, F32, OPTIONAL
 from torch import Tensor
 from triton.runtime.errors import InterpreterError
 
 from ditkernels.ops import dispatch
 from ditkernels.ops.image import final_layer, patch_embed, triton, unpatchify
+from tests.ops import test_final_layer, test_patch_embed
+from tests.ops.test_final_layer import BF16, F32, OPTIONAL
+from tools.kernel_proof.interpreted import Launch, guarded, in_place, load_sources, reordered, shuffled, traced
 
 GRID = (5, 8)  # 40 tokens: blocks of 16, 32 and 64 that are not full
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from ahead import Compiled, recorded
-from machine_code import WIDE_SHARE, wide_shares
 
 from ditkernels.ops.image import triton as image
 from ditkernels.reference import SIZES
+from tools.kernel_proof.ahead import Compiled, recorded
+from tools.kernel_proof.machine_code import WIDE_SHARE, wide_shares
 
 F32, BF16 = torch.float32, torch.bfloat16
 BATCH, SIDE, CHANNELS = 2, 32, 4

@@ -5,18 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-import numerics
 import pytest
-import test_final_layer
-import test_patch_embed
 import torch
-from interpreted import guarded, mutant
-from test_final_layer import F32
 from triton.runtime.errors import InterpreterError
 
 from ditkernels import reference
 from ditkernels.ops import dispatch
 from ditkernels.ops.image import final_layer, patch_embed, triton, unpatchify
+from tests import numerics
+from tests.ops import test_final_layer, test_patch_embed
+from tests.ops.test_final_layer import F32
+from tools.kernel_proof.interpreted import guarded, mutant
 
 # What is replaced in the kernels' source, and by what.
 SHARED = {

@@ -5,10 +5,7 @@ from __future__ import annotations
 import itertools
 
 import pytest
-import test_final_layer
-import test_patch_embed
 import torch
-from test_final_layer import BF16, F16, F32, F64, OPTIONAL
 
 from ditkernels import reference
 from ditkernels.ops import dispatch
@@ -21,6 +18,8 @@ from ditkernels.ops.image import (
     patch_embed,
     unpatchify,
 )
+from tests.ops import test_final_layer, test_patch_embed
+from tests.ops.test_final_layer import BF16, F16, F32, F64, OPTIONAL
 
 MODELS_OWN = ("branch", "gate", "shift", "scale", "bias")
 

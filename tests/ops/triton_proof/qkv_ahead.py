@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from ahead import Compiled, recorded
-from machine_code import wide_shares
-from test_qkv import gradients
 
 from ditkernels.ops.qkv import triton as kernels
 from ditkernels.reference import SIZES
+from tests.ops.test_qkv import gradients
+from tools.kernel_proof.ahead import Compiled, recorded
+from tools.kernel_proof.machine_code import wide_shares
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 BIG = ("dq", "dk", "dv", "dpacked")

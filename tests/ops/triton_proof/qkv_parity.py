@@ -6,8 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from interpreted import guarded, in_place, mutant, reordered, shuffled, traced
-from test_qkv import (
+from triton.runtime.errors import InterpreterError
+
+from ditkernels.ops import dispatch
+from ditkernels.ops.qkv import triton as kernels
+from tests.ops.test_qkv import (
     BF16,
     COVERING,
     F32,
@@ -18,10 +21,7 @@ from test_qkv import (
     check_repeats,
     gradients,
 )
-from triton.runtime.errors import InterpreterError
-
-from ditkernels.ops import dispatch
-from ditkernels.ops.qkv import triton as kernels
+from tools.kernel_proof.interpreted import guarded, in_place, mutant, reordered, shuffled, traced
 
 
 @pytest.fixture(autouse=True)

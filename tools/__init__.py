@@ -1,0 +1,1 @@
+"""What builds, finishes and proves the kernels. This file lets the folder win over a package of its name in site-packages."""
