@@ -26,7 +26,7 @@ def test_the_op_of_the_page_passes_its_tests(tmp_path: Path) -> None:
         subprocess.run(apply, cwd=tmp_path, input=change, text=True, check=True, env=_outside_a_repository(tmp_path))
     chosen = "squared or schemas or reference_s or kernels_take or every_op"
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", "-p", "no:cacheprovider", "-k", chosen]
-    tests = ["tests/test_squared_relu.py", "tests/ops/test_dispatch.py", "tests/diagnostics/test_check.py"]
+    tests = ["tests/ops/test_squared_relu.py", "tests/ops/test_dispatch.py", "tests/diagnostics/test_check.py"]
     environment = {**os.environ, "PYTHONPATH": str(tmp_path), "TRITON_INTERPRET": "1", "DITKERNELS_CPU_LIBRARY": "none"}
     done = subprocess.run([*command, *tests], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:]

@@ -21,7 +21,7 @@ PAGES = [
     *sorted(set((ROOT / "docs").glob("*.md")) - {ROOT / "docs/log.md"}),
     RESULTS,
 ]
-SCRIPTS = sorted(file for folder in ("benchmarks", "tools/kernel_proof") for file in (ROOT / folder).rglob("*.py"))
+SCRIPTS = sorted(file for folder in ("benchmarks", "tools/kernel_proof") for file in (ROOT / folder).glob("**/[!_]*.py"))
 COMMAND = re.compile(r"(?:torchrun .* -m )?(ditkernels [a-z].*|python -m (?:benchmarks|tools)\.\w.*)")
 
 

@@ -257,7 +257,7 @@ def _benchmark(name: str, runs: dict[str, Run], dry: bool, library: dict[str, st
     script = name.partition("-")[0]
     if dry:
         flags = f"--rounds 2 --device cpu {TOYS[script]}"
-    command = ["python", f"benchmarks/{script}.py", *flags.split()]
+    command = ["python", "-m", f"benchmarks.speed.{script}", *flags.split()]
     return Stage(name, command, limit, rows=True, benchmark=True, environment=library)
 
 

@@ -649,7 +649,10 @@ for entry in there.iterdir():
         (stack / entry.name).symlink_to(entry)
 (here / "stack.pth").write_text(str(stack), encoding="utf-8")
 """
-CPU_SIDE = ("test_adaln.py", "test_dispatch.py", "test_info.py", "test_patch_embed.py", "test_final_layer.py")
+CPU_SIDE = (
+    *("ops/test_adaln.py", "ops/test_dispatch.py", "ops/test_patch_embed.py", "ops/test_final_layer.py"),
+    "diagnostics/test_info.py",
+)
 
 
 @needs_nvcc
