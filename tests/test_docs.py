@@ -21,8 +21,11 @@ PAGES = [
     *sorted(set((ROOT / "docs").glob("*.md")) - {ROOT / "docs/log.md"}),
     RESULTS,
 ]
-SCRIPTS = sorted(file for folder in ("benchmarks", "tools/kernel_proof") for file in (ROOT / folder).glob("**/[!_]*.py"))
+FOLDERS = ("benchmarks", "tools/kernel_proof")
+SCRIPTS = sorted(file for name in FOLDERS for file in (ROOT / name).glob("**/[!_]*.py") if not file.is_symlink())
 COMMAND = re.compile(r"(?:torchrun .* -m )?(ditkernels [a-z].*|python -m (?:benchmarks|tools)\.\w.*)")
+PATH = re.compile(r"(?<![\w/.<-])(?:benchmarks|csrc|ditkernels|docs|examples|tests|tools)/[\w./*-]*[\w*]")
+PLACEHOLDERS = {"benchmarks/results/DIR"}
 
 
 def commands_in(path: Path) -> list[list[str]]:
@@ -90,3 +93,21 @@ def test_links_lead_somewhere(path: Path) -> None:
     targets = re.findall(r"\[[^]\"]*\]\(([^)#\s]+)", path.read_text(encoding="utf-8"))
     missing = [t for t in targets if "://" not in t and not (path.parent / t).exists()]
     assert not missing
+
+
+def paths_in(text: str) -> set[str]:
+    """The paths in this tree that a text names, be they patterns, without those that its diffs add or a build makes."""
+    added = re.findall(r"^--- /dev/null\n\+\+\+ (\S+)$", text, flags=re.MULTILINE)
+    return {path for path in PATH.findall(text) if not path.endswith(".so")} - {*added}
+
+
+@pytest.mark.parametrize("path", [*PAGES, ROOT / "Makefile"], ids=name_of)
+def test_every_path_that_is_named_exists(path: Path) -> None:
+    missing = {named for named in paths_in(path.read_text(encoding="utf-8")) if not any(ROOT.glob(named))}
+    assert not missing - PLACEHOLDERS
+
+
+def test_paths_are_found() -> None:
+    assert "examples/digits.yaml" in paths_in("`examples/digits.yaml`, of which there are more")
+    assert {"csrc/cpu/*", "tools/build_native.py"} <= paths_in((ROOT / "Makefile").read_text(encoding="utf-8"))
+    assert {"tests/numerics.py", "ditkernels/reference.py"} <= paths_in((ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ import pytest
 import torch
 
 from tests.helpers import commands
+from tests.helpers.commands import BENCHMARKS
 from tools.tree import ROOT
 
 ENVIRONMENT = {"date", "commit", "device", "driver", "cuda", "python", "torch", "triton", "platform"}
@@ -522,3 +524,18 @@ def test_the_measurements_of_a_cpu_parse() -> None:
 
     for script, *flags in cpu.MEASUREMENTS.values():
         assert commands.parse(["python", "-m", commands.module_of(script), "--device", "cpu", *flags]).processes == 1
+
+
+@pytest.mark.parametrize("script", ["figures", "speed/ops", "studies/solvers", "predicted/cost_model", "gpu/driver", "gpu/fastest"])
+def test_a_script_run_by_its_path_tells_in_one_line_how_it_is_run(script: str) -> None:
+    done = subprocess.run([sys.executable, f"benchmarks/{script}.py"], capture_output=True, text=True, cwd=ROOT)
+    module = f"benchmarks.{script.replace('/', '.')}"
+    assert (done.returncode, done.stderr) == (1, f"benchmarks/{script}.py: run it in {ROOT} as python -m {module}\n")
+
+
+def test_every_script_finds_a_link_in_place_of_the_first_package_that_it_imports() -> None:
+    for file in sorted(BENCHMARKS.rglob("*.py")):
+        text = file.read_text(encoding="utf-8")
+        first = re.search(r"^from (benchmarks|tools)\b", text, flags=re.MULTILINE)
+        if first and '__name__ == "__main__"' in text:
+            assert file.with_name(f"{first[1]}.py").is_symlink(), file
