@@ -1,7 +1,7 @@
 """From what was measured to what `auto` chooses: which of our backends is the fastest at an op, where both may serve.
 
     python -m benchmarks.gpu.fastest benchmarks/results/DIR            says who wins, and by how much
-    python -m benchmarks.gpu.fastest benchmarks/results/DIR --write    into the table in ditkernels/ops/dispatch.py
+    python -m benchmarks.gpu.fastest benchmarks/results/DIR --write    into the table in ditkernels/ops/choice.py
 
 Every complete file of ops.py, mlp.py and optimizer.py in the folder is read. A backend wins if it is faster in every setting that
 was measured, and the spreads of the two do not overlap in any; else nothing is said and Triton stays. `mlp` is judged by forward
@@ -20,12 +20,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks.speed import measure
-from ditkernels.ops import dispatch
+from ditkernels.ops import choice
 
 RIVALS = ("triton", "cuda")
 READ = ("ops", "mlp", "optimizer")
 TOGETHER = {"mlp": ("mlp", "mlp_backward"), "mlp_backward": ("mlp", "mlp_backward")}
-TABLE = Path(dispatch.__file__)
+TABLE = Path(choice.__file__)
 PREFERRED = re.compile(r"(?<=^PREFERRED: dict\[tuple\[str, str\], str\] = )\{.*?\}$", re.DOTALL | re.MULTILINE)
 SETTING = ("unit", "model", "precision", "shape", "copied")
 
@@ -120,7 +120,7 @@ def main(argv: list[str] | None = None) -> None:
     for name, result in results(args.folder):
         for op, settings in times(name, result).items():
             merged[result["environment"]["compute_capability"]][op].update(settings)
-    preferred = dict(dispatch.PREFERRED)
+    preferred = dict(choice.PREFERRED)
     for capability, found in merged.items():
         rows = [row(op, settings) for op, settings in sorted(judged_together(found).items())]
         print(f"compute capability {capability}")
@@ -133,7 +133,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def with_table(source: str, preferred: dict[tuple[str, str], str]) -> str:
-    """The source of dispatch.py with another table."""
+    """The source of choice.py with another table."""
     lines = "".join(f'    ("{c}", "{op}"): "{backend}",\n' for (c, op), backend in sorted(preferred.items()))
     changed, count = PREFERRED.subn(f"{{\n{lines}}}" if lines else "{}", source)
     assert count == 1, f"{TABLE} has {count} tables PREFERRED"

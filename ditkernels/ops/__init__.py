@@ -1,10 +1,5 @@
 """The fused ops. Each folder tells one family's whole story; ``ditkernels.reference`` says what each op means."""
 
-import ditkernels.ops.gelu.triton
-import ditkernels.ops.image.triton
-import ditkernels.ops.norm.triton
-import ditkernels.ops.optimizer.triton
-import ditkernels.ops.qkv.triton  # noqa: F401 (these files give the ops a backend)
 from ditkernels.ops.attention import attention
 from ditkernels.ops.gelu import *
 from ditkernels.ops.gelu import __all__ as _gelu

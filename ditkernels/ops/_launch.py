@@ -20,7 +20,7 @@ Importing this module needs Triton; ``_triton`` does so, and says what is missin
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,8 +30,7 @@ from triton.knobs import HookChain
 from triton.runtime.driver import driver as drivers
 from triton.runtime.jit import JITFunction
 
-if TYPE_CHECKING:
-    from ditkernels.ops._triton import Tile
+from ditkernels.ops._tile import Tile
 
 Reader = Callable[..., tuple[Any, ...]]
 

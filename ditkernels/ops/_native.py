@@ -24,8 +24,8 @@ import torch
 from torch import Tensor
 
 from ditkernels._version import __version__
-from ditkernels.ops import dispatch
-from ditkernels.ops.dispatch import Op
+from ditkernels.ops.choice import Op, forget
+from ditkernels.ops.context import constant_when_traced
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_WIDTH = 4096
@@ -64,7 +64,7 @@ class Library:
         self.absence, self.path = None, path
         for remembered in (architectures, runtime, cpu_isa):
             remembered.cache_clear()
-        dispatch.forget()
+        forget()
 
     def load_if_present(self) -> None:
         """Loads the library that lies in the package or that the environment names; remembers why if it cannot."""
@@ -358,7 +358,7 @@ def _isa_reason() -> str | None:
     return None
 
 
-@dispatch.constant_when_traced
+@constant_when_traced
 def cpu_serves() -> bool:
     """Whether the CPU library is there and runs on this processor."""
     return CPU.absence is None and _isa_reason() is None

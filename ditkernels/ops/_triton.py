@@ -1,25 +1,25 @@
 """What the Triton kernels of all ops share: when they can run, how a row is cut into pieces, how a kernel is launched.
 
-Importing this module neither compiles a kernel nor initialises CUDA. Where Triton or the sources of the kernels are missing the
-import succeeds, and ``MISSING`` says why.
+Importing this module imports Triton, which takes longer than all else in this package, so nothing imports it before the Triton
+backend is asked for. The import neither compiles a kernel nor initialises CUDA. Where Triton or the sources of the kernels are
+missing it succeeds, and ``MISSING`` says why.
 """
 
 from __future__ import annotations
 
 import functools
-import importlib
 import os
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from ditkernels.ops.dispatch import Op
+from ditkernels.ops._tile import Tile
+from ditkernels.ops.choice import Op
 
 MISSING: str | None = None
 """Why no kernel can run here, whatever the tensors; None: nothing is missing."""
@@ -27,16 +27,6 @@ MISSING: str | None = None
 
 def _told(error: Exception) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())
-
-
-def _import_as_if_without_triton(module: str) -> None:
-    kept = {name: found for name, found in sys.modules.items() if name == "triton"}
-    sys.modules["triton"] = None  # type: ignore[assignment]
-    try:
-        importlib.import_module(module)
-    finally:
-        del sys.modules["triton"]
-        sys.modules.update(kept)
 
 
 try:
@@ -47,8 +37,22 @@ try:
 except Exception as error:  # noqa: BLE001 (a driver, a library or another version of Triton may raise anything)
     triton = tl = None
     MISSING = f"triton cannot be imported: {_told(error)}"
-    # It imports Triton too, and forgives ImportError alone. Ops register their FLOPs with it.
-    _import_as_if_without_triton("torch.utils.flop_counter")
+
+
+@contextmanager
+def absent_if_broken() -> Iterator[None]:
+    """Within this context a Triton whose import failed, whatever it raised, raises ImportError, which more callers forgive."""
+    if triton is not None:
+        yield
+        return
+    kept = {name: found for name, found in sys.modules.items() if name == "triton"}
+    sys.modules["triton"] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del sys.modules["triton"]
+        sys.modules.update(kept)
+
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_WIDTH = 16384  # above 4096 the results are right, but the backward spills registers
@@ -149,23 +153,6 @@ def refuse(op: Op, args: Sequence[Any]) -> str | None:
 
 
 # ---- How a row is cut ------------------------------------------------------------------------------------------------
-
-
-class Tile(NamedTuple):
-    """How one program works: rows held at a time, warps, pipeline stages, and the most registers a thread may use.
-
-    With None, ptxas sets the limit on registers from the number of programs that it wants on a multiprocessor.
-    """
-
-    rows: int
-    warps: int
-    stages: int = 1
-    registers: int | None = None
-
-    @property
-    def options(self) -> dict[str, int | None]:
-        """The options that a launch passes to Triton; ``rows`` is a constant of the kernel instead."""
-        return {"num_warps": self.warps, "num_stages": self.stages, "maxnreg": self.registers}
 
 
 def pieces(width: int) -> tuple[int, int]:

@@ -13,6 +13,9 @@ would crash; the sources stand beside each refusal.
 ``auto`` picks only among the backends that come with PyTorch: cuDNN on Hopper and data-centre Blackwell,
 flash on other GPUs, the memory-efficient kernel for fp32 on a GPU, flash on a CPU, and plain products where
 none of these serves. flash-attn and xformers run on request.
+
+The file is long because backends, choice and memory all read one ``Problem``, and what one of them needs to know
+of a call the others must look at, too.
 """
 
 from __future__ import annotations

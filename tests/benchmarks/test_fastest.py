@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from benchmarks.gpu import fastest
-from ditkernels.ops import dispatch
+from ditkernels.ops import choice
 
 
 def row(contender: str, median: float, spread: float = 0.01, **what: Any) -> dict[str, Any]:
@@ -35,16 +35,16 @@ BEFORE = {("8.0", "patch_embed"): "cuda", ("9.0", "bias_gelu"): "cuda"}
 
 @pytest.fixture
 def table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of dispatch.py that knows of another device."""
-    path = tmp_path / "dispatch.py"
-    path.write_text(fastest.with_table(Path(dispatch.__file__).read_text(encoding="utf-8"), BEFORE), encoding="utf-8")
+    """A copy of choice.py that knows of another device."""
+    path = tmp_path / "choice.py"
+    path.write_text(fastest.with_table(Path(choice.__file__).read_text(encoding="utf-8"), BEFORE), encoding="utf-8")
     monkeypatch.setattr(fastest, "TABLE", path)
-    monkeypatch.setattr(dispatch, "PREFERRED", BEFORE)
+    monkeypatch.setattr(choice, "PREFERRED", BEFORE)
     return path
 
 
 def written(path: Path) -> dict[tuple[str, str], str]:
-    """The table in a copy of dispatch.py, as Python reads it."""
+    """The table in a copy of choice.py, as Python reads it."""
     found = next(
         node
         for node in ast.parse(path.read_text(encoding="utf-8")).body
@@ -113,10 +113,10 @@ def test_nothing_is_written_unasked(folder: Path, table: Path) -> None:
 
 def test_auto_goes_by_the_table(folder: Path, table: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fastest.main([str(folder), "--write"])
-    monkeypatch.setattr(dispatch, "PREFERRED", written(table))
+    monkeypatch.setattr(choice, "PREFERRED", written(table))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    assert dispatch.fastest("modulate_norm", torch.device("cuda")) == "cuda"
-    assert dispatch.fastest("modulate_norm_backward", torch.device("cuda")) is None
+    assert choice.fastest("modulate_norm", torch.device("cuda")) == "cuda"
+    assert choice.fastest("modulate_norm_backward", torch.device("cuda")) is None
 
 
 def test_what_says_nothing_of_a_gpu_is_refused(folder: Path, table: Path, tmp_path: Path) -> None:

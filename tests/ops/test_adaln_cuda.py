@@ -241,7 +241,7 @@ def test_cuda_is_not_chosen_unasked() -> None:
     x = torch.zeros(1, 2, 8)
     arguments = (x, None, None, None, None, "layernorm", 1e-6, F32, False)
     assert norm.MODULATE_NORM.reasons(*arguments)["cuda"] is None
-    with mock.patch.object(dispatch, "AUTOMATIC", ["torch", "cuda"]):
+    with mock.patch.object(choice, "AUTOMATIC", ["torch", "cuda"]):
         assert norm.MODULATE_NORM.choose(*arguments) == "torch"
         assert "not measured" in str(norm.MODULATE_NORM.not_automatic("cuda", *arguments))
 

@@ -27,7 +27,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 import ditkernels
 from ditkernels import ops, reference
 from ditkernels.check import CASES, PRECISIONS
-from ditkernels.ops import _triton, dispatch
+from ditkernels.ops import _triton, choice, dispatch
 from tests.helpers.native_cpu import needs_compiler, needs_library
 from tools.kernel_proof import stub_driver
 
@@ -68,7 +68,7 @@ def says(answer: str | None) -> dispatch.Refusal:
 @pytest.fixture
 def numbered(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every backend but cpu serves bias_gelu, and returns its number."""
-    monkeypatch.setattr(dispatch, "AUTOMATIC", ["triton", "cuda", "torch"])
+    monkeypatch.setattr(choice, "AUTOMATIC", ["triton", "cuda", "torch"])
     op = dispatch.OPS["bias_gelu"]
     for backend, number in NUMBER.items():
 

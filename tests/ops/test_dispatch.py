@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 import ditkernels
 from ditkernels import check, ops, reference
-from ditkernels.ops import dispatch
+from ditkernels.ops import choice, dispatch
 from ditkernels.ops.spec import decoded, encoded
 from tests.helpers.native_cpu import SERVING
 from tests.helpers.subsets import WholeWay
@@ -276,7 +276,7 @@ def test_auto(monkeypatch: pytest.MonkeyPatch, willing: str, preferred: str | No
         reason = None if backend in willing.split() else "no"
         made = dispatch.Implementation(plain.kernel, plain.internal, says(reason))
         monkeypatch.setitem(op.implementations, backend, made)
-    monkeypatch.setattr(dispatch, "fastest", lambda op, device: preferred)
+    monkeypatch.setattr(choice, "fastest", lambda op, device: preferred)
     assert op.choose(torch.zeros(1, 4, 4), 2, 2, 2, False) == chosen
 
 

@@ -266,5 +266,5 @@ def test_cuda_is_not_chosen_unasked() -> None:
     embed = (torch.zeros(1, 1, 2, 2), torch.zeros(4, 1, 2, 2), None, None, F32)
     for op, arguments in ((FINAL_LAYER, final), (PATCH_EMBED, embed)):
         assert op.reasons(*arguments)["cuda"] is None
-        with mock.patch.object(dispatch, "AUTOMATIC", ["torch", "cuda"]):
+        with mock.patch.object(choice, "AUTOMATIC", ["torch", "cuda"]):
             assert "not measured" in str(op.not_automatic("cuda", *arguments))

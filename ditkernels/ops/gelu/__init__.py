@@ -126,3 +126,4 @@ def backward(dy: Tensor, x: Tensor, bias: Tensor | None, wanted: Wanted) -> tupl
 for _op in (BIAS_GELU, BIAS_GELU.gradients):
     _op.implement_elsewhere("cuda", refuse=_native.refuse_cuda)
     _op.implement_elsewhere("cpu", refuse=_native.refuse_cpu)
+    _op.implement_later("triton", f"{__name__}.triton")

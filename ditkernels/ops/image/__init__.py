@@ -479,3 +479,5 @@ for _op in (PATCH_EMBED, FINAL_LAYER):
 for _op in (PATCHIFY, UNPATCHIFY):
     _op.implement_elsewhere("cuda", refuse=_native.refuse_cuda)
     _op.implement_elsewhere("cpu", refuse=_native.refuse_cpu)
+for _op in (PATCH_EMBED, FINAL_LAYER, PATCHIFY, UNPATCHIFY):
+    _op.implement_later("triton", f"{__name__}.triton")

@@ -29,10 +29,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ditkernels.ops import _native, _triton
+from ditkernels.ops import _native
 from ditkernels.ops.dispatch import Op, Refusal, backend_setting, constant_when_traced, declare, define, fastest, without_autocast
 from ditkernels.ops.gelu import BIAS_GELU
-from ditkernels.ops.gelu import triton as _kernels  # noqa: F401 (they give it a backend)
+from ditkernels.ops.library import Kernel
 from ditkernels.ops.spec import Example, Given, Gradient, Wanted
 
 __all__ = ["mlp"]
@@ -159,9 +159,8 @@ def _implement(backend: str, hidden: Hidden, hidden_backward: HiddenBackward, re
         return dx, dweight1, dbias1, dweight2
 
 
-def _through_bias_gelu(backend: str, refuse: Refusal) -> None:
-    """A product that adds the bias, then the backend's kernel of ``bias_gelu``."""
-    gelu, gelu_backward = (op.implementations[backend].kernel for op in (BIAS_GELU, BIAS_GELU.gradients))
+def through_bias_gelu(backend: str, gelu: Kernel, gelu_backward: Kernel, refuse: Refusal) -> None:
+    """Gives the op to a backend by its kernels of ``bias_gelu`` and its backward; the product before them adds the bias."""
 
     def hidden(x: Tensor, weight: Tensor, bias: Tensor | None, keep: bool) -> tuple[Tensor, Tensor]:
         z = F.linear(x, weight, bias)
@@ -173,9 +172,11 @@ def _through_bias_gelu(backend: str, refuse: Refusal) -> None:
     _implement(backend, hidden, hidden_backward, refuse, refuse)
 
 
-_through_bias_gelu("torch", lambda op, args: None)
-_through_bias_gelu("triton", _triton.refuse)
-_through_bias_gelu("cpu", _native.refuse_cpu)
+_gelu, _gelu_backward = BIAS_GELU.implementation, BIAS_GELU.gradients.implementation
+through_bias_gelu("torch", _gelu("torch").kernel, _gelu_backward("torch").kernel, lambda op, args: None)
+through_bias_gelu("cpu", _gelu("cpu").kernel, _gelu_backward("cpu").kernel, _native.refuse_cpu)
+for _op in (MLP, MLP.gradients):
+    _op.implement_later("triton", f"{__name__}.triton")
 
 
 # ---- The CUDA C++ backend: GELU as an epilogue of cuBLASLt's products ------------------------------------------------

@@ -555,3 +555,4 @@ for _op in (MODULATE_NORM, GATED_RESIDUAL, GATED_RESIDUAL_NORM):
     for _each in (_op, _op.gradients):
         _each.implement_elsewhere("cuda", refuse=_native.refuse_cuda)
         _each.implement_elsewhere("cpu", refuse=_native.refuse_cpu)
+        _each.implement_later("triton", f"{__name__}.triton")

@@ -27,6 +27,8 @@ two programs write one element, and the number of chunks depends on shapes and d
 Two power-of-two pieces, HEAD and TAIL channels wide (``_triton.pieces``), hold a row. They fill all lanes at the paper's widths;
 other widths mask the tail. The kernels read (B, N, D) tensors in place at any strides and (B, D) vectors at any batch stride; a
 vector with strided channels is copied first. Offsets are 64-bit.
+
+The file is long because three ops and their backwards share its kernels.
 """
 
 from __future__ import annotations

@@ -231,3 +231,4 @@ def _cpu_reason(op: Op, args: Sequence[Any]) -> str | None:
 
 ADAMW_EMA.implement_elsewhere("cuda", refuse=_cuda_reason)
 ADAMW_EMA.implement_elsewhere("cpu", refuse=_cpu_reason)
+ADAMW_EMA.implement_later("triton", f"{__name__}.triton")

@@ -190,3 +190,4 @@ def backward(dq: Tensor | None, dk: Tensor, dv: Tensor, dtype: torch.dtype) -> t
 
 SPLIT_QKV_BACKWARD.implement_elsewhere("cuda", refuse=_native.refuse_cuda)
 SPLIT_QKV_BACKWARD.implement_elsewhere("cpu", refuse=_native.refuse_cpu)
+SPLIT_QKV_BACKWARD.implement_later("triton", f"{__name__}.triton")
