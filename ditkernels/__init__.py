@@ -98,19 +98,39 @@ _ROOMS = ("diffusion", "models", "ops", "reference")
 
 
 def _refuse_scripts() -> None:
-    """Ends a process whose script is a file of the package: Python looks for modules in the script's folder first."""
+    """Ends a process that runs a file or a module of the package as a program, but for ``python -m ditkernels``."""
     main = sys.modules.get("__main__")
-    file = getattr(main, "__file__", None)
-    if file is None or getattr(main, "__spec__", None) is not None:  # python -m has a spec
-        return
-    folder, name = os.path.split(os.path.realpath(file))
     package = os.path.dirname(os.path.realpath(__file__))
-    if os.path.join(folder, "").startswith(os.path.join(package, "")):
-        command = name.removesuffix(".py")
-        is_command = folder == os.path.join(package, "commands") and not command.startswith("_")
-        how = f"run `python -m ditkernels {command} ...`" if is_command else "`python -m ditkernels --help` shows what can be run"
-        print(f"ditkernels: error: {name} is a part of a package; {how}", file=sys.stderr)
+    module = _module_run()
+    if getattr(main, "__spec__", None) is None and getattr(main, "__file__", None) is not None:  # python -m has a spec
+        file = os.path.realpath(str(main.__file__))  # type: ignore[union-attr]
+        inside = file.startswith(os.path.join(package, ""))
+        name = os.path.basename(file)
+    else:
+        inside = module.startswith("ditkernels.") and module != "ditkernels.__main__"
+        name = module
+    if inside:
+        print(f"ditkernels: error: {_how_to_run(name, os.path.join(package, 'commands'))}", file=sys.stderr)
         sys.exit(2)
+
+
+def _module_run() -> str:
+    """What follows the interpreter's own ``-m``, if it got one."""
+    options = iter(sys.orig_argv[1:])
+    for option in options:
+        if option == "-m":
+            return next(options, "")
+        if not option.startswith("-"):
+            break
+    return ""
+
+
+def _how_to_run(name: str, commands: str) -> str:
+    command = name.removesuffix(".py").rpartition(".")[2]
+    if not os.path.isfile(os.path.join(commands, f"{command}.py")) or command.startswith("_"):
+        return f"{name} is a part of a package; `python -m ditkernels --help` shows what can be run"
+    also = f" or `torchrun -m ditkernels {command} ...`" if command in ("train", "sample", "encode") else ""
+    return f"run `python -m ditkernels {command} ...`{also}"
 
 
 def __getattr__(name: str) -> Any:

@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from ditkernels import demo
-from ditkernels.checkpoint import newest_checkpoint
 from ditkernels.cli import main
 from ditkernels.demo import Read
 from ditkernels.reference import DiT
-from ditkernels.trainer import train
+from ditkernels.training.trainer import train
+from tests.helpers.runs import newest_checkpoint
 
 SHORT = ("--device", "cpu", "--steps", "3", "--sampling-steps", "2")
 PICTURES = ("samples.png", "loss.png")

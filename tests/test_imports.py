@@ -58,7 +58,7 @@ def test_whatever_tritons_import_raises_becomes_the_backends_reason(kind: str, t
     (tmp_path / "triton").mkdir()
     (tmp_path / "triton" / "__init__.py").write_text(source, encoding="utf-8")
     # The trainer counts FLOPs with a module of torch that imports Triton, and forgives ImportError alone.
-    _, reason = printed(f"{WORKS}\nimport ditkernels.trainer", tmp_path, PACKAGE.parent)
+    _, reason = printed(f"{WORKS}\nimport ditkernels.training.trainer", tmp_path, PACKAGE.parent)
     assert reason.startswith(f"triton cannot be imported: {told}")
 
 

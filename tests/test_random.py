@@ -6,8 +6,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ditkernels import random
-from ditkernels.random import Stream, below, normals, permutation, philox4x32, uniforms, words
+from ditkernels import rng as random
+from ditkernels.rng import Stream, below, normals, permutation, philox4x32, uniforms, words
 from tests.numerics import NORMAL_DEVIATIONS, NORMAL_ULPS
 
 F = 0xFFFFFFFF

@@ -42,8 +42,8 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 import ditkernels
 from benchmarks.speed import host, measure
 from ditkernels import models, reference
-from ditkernels.masters import lowered
 from ditkernels.ops import _triton
+from ditkernels.training.master_weights import make_bf16_copies
 
 # An H200's, as design figures: 790 TFLOP/s of bf16 products, 4300 GB/s of copying. Assumed here, not measured.
 ASSUMED_TFLOPS, ASSUMED_GBPS = 790.0, 4300.0
@@ -155,7 +155,7 @@ def count(variant: Variant, model: str, input_size: int, batch: int) -> Counted:
         # In eval mode no labels are dropped, which is nothing to count; gradients are taken all the same.
         net = variant.models[model](input_size=input_size, **variant.options).eval()
         if variant.master_weights:
-            net, _ = lowered(net, torch.bfloat16)
+            net, _ = make_bf16_copies(net)
         x = torch.empty(batch, net.in_channels, input_size, input_size)
         labels = torch.empty(batch, dtype=torch.int64)
         with counter, moved, ditkernels.use_backend("torch"), _as_on_a_gpu(variant.epilogues):

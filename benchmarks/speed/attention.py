@@ -18,7 +18,8 @@ from torch import Tensor
 from benchmarks.speed import measure
 from benchmarks.speed.ceilings import DTYPES
 from benchmarks.speed.measure import Contender
-from ditkernels import check, ops
+from ditkernels import ops
+from ditkernels.diagnostics import check
 from ditkernels.ops import dispatch
 
 GATE_BATCH, GATE_HEADS = 2, 2

@@ -25,9 +25,9 @@ import torch
 from safetensors.torch import save_file
 
 from benchmarks.speed import measure
-from ditkernels.data import LatentBatches, stream_batches
-from ditkernels.latents import DTYPES, INDEX, LatentFolder, Shard, make_index
-from ditkernels.sampler.outputs import write_json
+from ditkernels.data.latents import DTYPES, INDEX, LatentBatches, LatentFolder, Shard, make_index
+from ditkernels.data.loader import stream_batches
+from ditkernels.files import write_json
 
 SHARD = 4096
 

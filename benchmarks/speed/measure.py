@@ -33,9 +33,9 @@ import torch
 from torch import Tensor
 
 from ditkernels._version import __version__
-from ditkernels.check import resolve_device
-from ditkernels.info import driver_version
+from ditkernels.diagnostics.info import driver_version
 from ditkernels.ops import _native
+from ditkernels.runtime import resolve_device
 from tools.tree import found_from
 
 PAUSE_CYCLES = 4_000_000  # about 2 ms on a GPU at 2 GHz: longer than any host needs to enqueue one contender's kernels

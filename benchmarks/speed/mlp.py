@@ -15,7 +15,7 @@ from collections.abc import Iterator
 
 from benchmarks.speed import measure
 from benchmarks.speed import ops as sites
-from ditkernels import check
+from ditkernels.diagnostics import check
 from ditkernels.reference import PATCH_SIZES, SIZES
 
 RATIO = sites.MLP_RATIO

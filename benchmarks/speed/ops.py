@@ -24,7 +24,8 @@ from torch import Tensor
 
 from benchmarks.speed import measure
 from benchmarks.speed.measure import Contender
-from ditkernels import check, ops, reference, use_backend
+from ditkernels import ops, reference, use_backend
+from ditkernels.diagnostics import check
 from ditkernels.ops import dispatch
 
 PRECISIONS = {

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 from benchmarks.speed import measure, training
 from benchmarks.speed.measure import Contender
-from ditkernels import check, ops, use_backend
+from ditkernels import ops, use_backend
+from ditkernels.diagnostics import check
 
 BACKENDS = ("torch", "triton", "cuda")
 TORCH = ("fused", "foreach")

@@ -34,8 +34,10 @@ from benchmarks.speed import measure, training
 from benchmarks.speed.measure import Contender
 from ditkernels import reference
 from ditkernels.diffusion import GaussianDiffusion, create_diffusion
-from ditkernels.random import Stream, normals
-from ditkernels.sampler import MODULATION_BYTES, SampleConfig, sample
+from ditkernels.rng import Stream, normals
+from ditkernels.sampling.config import SampleConfig
+from ditkernels.sampling.denoiser import MODULATION_BYTES
+from ditkernels.sampling.drawing import sample
 
 SCALE = 4.0
 GATE_STEPS = 3

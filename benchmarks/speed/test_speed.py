@@ -19,8 +19,8 @@ import torch
 
 from benchmarks.speed import attention, measure, ops, sampling, training
 from benchmarks.speed.measure import Contender
-from ditkernels.check import resolve_device
 from ditkernels.ops import dispatch
+from ditkernels.runtime import resolve_device
 
 DEVICE = resolve_device("auto")
 ON_GPU = DEVICE.type == "cuda"

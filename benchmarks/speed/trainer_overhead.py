@@ -26,13 +26,15 @@ import torch
 
 import ditkernels
 from benchmarks.speed import measure
-from ditkernels.beginning import build_model
-from ditkernels.config import TrainConfig
-from ditkernels.data import InMemoryBatches, LabelledImages, TrainingData
-from ditkernels.optimizer import EMA, make_optimizer
-from ditkernels.runlog import OneStepLate
-from ditkernels.surroundings import numerics
-from ditkernels.trainer import Trainer
+from ditkernels.data.digits import InMemoryBatches, LabelledImages
+from ditkernels.data.source import TrainingData
+from ditkernels.runtime import numerics
+from ditkernels.training.config import TrainConfig
+from ditkernels.training.ema import EMA
+from ditkernels.training.factory import build_model
+from ditkernels.training.log import OneStepLate
+from ditkernels.training.optimizer import make_optimizer
+from ditkernels.training.trainer import Trainer
 
 LIMIT = 0.05  # of the bare step: what the trainer may cost
 
@@ -94,7 +96,7 @@ def trained(config: TrainConfig, device: torch.device) -> Callable[[], None]:
         batch = trainer.data.train[trainer.step]
         scalars = trainer.train_step(batch, trainer.step, config.learning_rate)
         trainer.step += 1
-        trainer.take_in(late.push(trainer.step, config.learning_rate, scalars), log)
+        trainer.record(late.push(trainer.step, config.learning_rate, scalars), log)
 
     return step
 

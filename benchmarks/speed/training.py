@@ -33,12 +33,14 @@ import ditkernels
 from benchmarks.speed import measure
 from benchmarks.speed.ceilings import DTYPES, product_shapes
 from benchmarks.speed.measure import Contender
-from ditkernels import flops, reference
+from ditkernels import reference
 from ditkernels.diffusion import create_diffusion
-from ditkernels.masters import hand_over, lowered
+from ditkernels.models import count
 from ditkernels.ops import dispatch
 from ditkernels.ops.mlp import ALIGNED, reason
-from ditkernels.optimizer import EMA, AdamWEMA
+from ditkernels.training.ema import EMA
+from ditkernels.training.master_weights import make_bf16_copies, move_grads_to_masters
+from ditkernels.training.optimizer import AdamWEMA
 
 CONTRACT_FACTOR, CONTRACT_ULPS = 4.0, 2.0  # what the numerical contract allows a whole model
 GATE_BATCH = 2
@@ -241,13 +243,13 @@ class MasterStep(Step):
     """A training step with master weights."""
 
     def prepare(self) -> reference.DiT:
-        computing, self.copies = lowered(self.model, torch.bfloat16)
+        computing, self.copies = make_bf16_copies(self.model)
         average = EMA(self.model, EMA_DECAY)
         self.optimizer = AdamWEMA(self.weights, average, self.copies, lr=LEARNING_RATE, weight_decay=0.0)
         return computing
 
     def update(self) -> None:
-        hand_over(self.copies)
+        move_grads_to_masters(self.copies)
         self.optimizer.step()
 
 
@@ -330,7 +332,7 @@ def speed(name: str, which: str, ready: Ready, samples: dict[str, list[float]], 
     """What a row says of a contender's speed in a pass."""
     step, device = ready.step, ready.step.device
     timing = measure.timing(samples[name])
-    macs = MULTIPLY_ADDS[which] * flops.count(step.model).macs
+    macs = MULTIPLY_ADDS[which] * count(step.model).macs
     images = 1e3 * ready.batch / timing.median_ms
     return {
         "batch": ready.batch,

@@ -17,7 +17,7 @@ from unittest import mock
 
 from benchmarks.speed import measure
 from benchmarks.speed.ceilings import DTYPES
-from ditkernels import check
+from ditkernels.diagnostics import check
 from ditkernels.ops import dispatch
 from ditkernels.ops.attention import BACKENDS, PackageBackend
 

@@ -10,12 +10,15 @@ import torch
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from ditkernels.data import LabelledImages, load_digits
+from ditkernels.data.digits import LabelledImages, load_digits
 from ditkernels.diffusion import create_diffusion
-from ditkernels.evaluate import Features, Reference, load_reference
+from ditkernels.evaluation.evaluate import Reference, load_reference
+from ditkernels.evaluation.features import Features
 from ditkernels.models import DiT
-from ditkernels.sampler import Batches, Labels, SampleConfig, draw
-from ditkernels.sampler.outputs import to_pixels
+from ditkernels.sampling.config import SampleConfig
+from ditkernels.sampling.generate import Batches, draw
+from ditkernels.sampling.labels import Labels
+from ditkernels.sampling.outputs import to_pixels
 
 CLASSES = 10
 LEARNING_RATE, EMA_DECAY = 3e-3, 0.99

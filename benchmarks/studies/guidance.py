@@ -17,8 +17,8 @@ from torch import Tensor
 
 from benchmarks.speed import measure
 from benchmarks.studies import digits as study
-from ditkernels.evaluate import evaluate
-from ditkernels.sampler import SampleConfig
+from ditkernels.evaluation.evaluate import evaluate
+from ditkernels.sampling.config import SampleConfig
 
 
 def numbers(text: str) -> list[float]:

@@ -18,10 +18,9 @@ from typing import Any
 
 from benchmarks.speed import measure
 from benchmarks.studies import digits as study
-from ditkernels import flops
-from ditkernels.evaluate import Reference, evaluate
-from ditkernels.models import DiT
-from ditkernels.sampler import SampleConfig
+from ditkernels.evaluation.evaluate import Reference, evaluate
+from ditkernels.models import DiT, count
+from ditkernels.sampling.config import SampleConfig
 
 
 def sizes(text: str) -> list[tuple[int, int]]:
@@ -64,7 +63,7 @@ def main() -> None:
 
 def sampled(model: DiT, name: str, judge: study.Judge, reference: Reference, args: argparse.Namespace) -> list[dict[str, Any]]:
     """A row for every number of sampling steps."""
-    gflops = flops.count(model).macs / 1e9
+    gflops = count(model).macs / 1e9
     rows = []
     for steps in args.sampling_steps:
         config = SampleConfig("ddpm", 1.0, None, clip_denoised=True, seed=args.seed)

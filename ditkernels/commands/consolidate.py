@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 
+import ditkernels  # noqa: F401 (it refuses to run this file as a script)
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of `ditkernels consolidate`."""

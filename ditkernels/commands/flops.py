@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 
+import ditkernels  # noqa: F401 (it refuses to run this file as a script)
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of `ditkernels flops`."""

@@ -9,8 +9,8 @@ one is in ``distributed.py``.
 from __future__ import annotations
 
 import signal
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -106,9 +106,7 @@ def train(config: TrainConfig, *, model: DiT | None = None, data: TrainingData |
     with ExitStack() as stack:
         parallel = stack.enter_context(process_group(config, device))
         world = parallel.world
-        tf32 = resolve_precision(config.precision, device) == "tf32"
-        stack.enter_context(numerics(tf32=tf32, deterministic=config.deterministic))
-        stack.enter_context(use_backend(None if config.backend == "auto" else config.backend))
+        stack.enter_context(process_settings(config, device))
         data = data or open_data(config)
         vae = vae_for(config, data.latents, device)
         model = model or build_model(config, latent_shape(config, data, vae))
@@ -152,6 +150,15 @@ def train(config: TrainConfig, *, model: DiT | None = None, data: TrainingData |
             log.say(f"stopped by {signal.Signals(stopped).name}; {whole} is whole")
     interrupted = stopped if trainer.step < trainer.total else None
     return TrainResult(trainer.model, trainer.ema.model, trainer.step, interrupted)
+
+
+@contextmanager
+def process_settings(config: TrainConfig, device: torch.device) -> Iterator[None]:
+    """The settings of a run that hold for the whole process: TF32, determinism, backends; they are put back at the end."""
+    tf32 = resolve_precision(config.precision, device) == "tf32"
+    backend = None if config.backend == "auto" else config.backend
+    with numerics(tf32=tf32, deterministic=config.deterministic), use_backend(backend):
+        yield
 
 
 class Trainer:

@@ -308,7 +308,7 @@ def test_sampling(solver: str, tmp_path: Path) -> None:
 
 
 def test_the_plain_model_with_modulation_ahead_is_held_to_the_contract_too(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from ditkernels import sampler
+    from ditkernels.sampling import drawing as sampler
 
     size = ("--model", "64x1/4", "--input-size", "8", "--batches", "1", "--contenders", "eager-fp32,ahead-fp32", "--rounds", "1")
     right = sampler.sample

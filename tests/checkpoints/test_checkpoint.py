@@ -13,21 +13,14 @@ import pytest
 import safetensors
 import torch
 
-from ditkernels import checkpoint as checkpoint_module
-from ditkernels.checkpoint import (
-    MANIFEST,
-    Checkpoint,
-    CheckpointError,
-    CheckpointWriter,
-    checkpoint_directory,
-    checkpoints_of,
-    load_checkpoint,
-    load_public_checkpoint,
-    newest_checkpoint,
-    remove_old_checkpoints,
-    save_checkpoint,
-    set_aside,
-)
+from ditkernels import files
+from ditkernels.checkpoints import format as checkpoint_module
+from ditkernels.checkpoints import writer
+from ditkernels.checkpoints.format import MANIFEST, Checkpoint, CheckpointError, load_checkpoint, save_checkpoint
+from ditkernels.checkpoints.public import load_public_checkpoint
+from ditkernels.checkpoints.run import checkpoint_directory, checkpoints_of, remove_old_checkpoints, set_aside
+from ditkernels.checkpoints.writer import CheckpointWriter
+from tests.helpers.runs import newest_checkpoint
 
 
 def make(seed, *, ema=True):
@@ -222,7 +215,7 @@ def test_a_foreign_manifest_is_refused(tmp_path, change, message):
     body = json.loads((tmp_path / MANIFEST).read_text(encoding="utf-8"))
     del body["sha256"]
     body.update(change)
-    body["sha256"] = checkpoint_module._digest_of_body(body)
+    body["sha256"] = files.json_sha256(body)
     (tmp_path / MANIFEST).write_text(json.dumps(body), encoding="utf-8")
     with pytest.raises(CheckpointError, match=message):
         load_checkpoint(tmp_path)
@@ -338,13 +331,13 @@ def test_optimizer_and_state_come_back(tmp_path):
 
 def test_new_folders_are_on_the_disk_before_what_they_hold_counts(tmp_path, monkeypatch):
     synced = []
-    genuine = checkpoint_module._sync_directory
+    genuine = files.sync_directory
 
     def sync(path):
         synced.append(path)
         genuine(path)
 
-    monkeypatch.setattr(checkpoint_module, "_sync_directory", sync)
+    monkeypatch.setattr(files, "sync_directory", sync)
     directory = checkpoint_directory(tmp_path / "run", 7)
     save_checkpoint(directory, whole(7))
     assert sorted(synced[:3]) == [tmp_path, tmp_path / "run", tmp_path / "run" / "checkpoints"]
@@ -381,13 +374,13 @@ def test_what_has_no_manifest_is_removed_and_not_counted(tmp_path):
 
 def test_the_writer_saves_what_was_there_when_it_was_asked(tmp_path, monkeypatch):
     gate = threading.Event()
-    genuine = checkpoint_module.save_checkpoint
+    genuine = writer.save_checkpoint
 
     def slow(*arguments):
         gate.wait(timeout=60)
         genuine(*arguments)
 
-    monkeypatch.setattr(checkpoint_module, "save_checkpoint", slow)
+    monkeypatch.setattr(writer, "save_checkpoint", slow)
     writer = CheckpointWriter(tmp_path, keep_last=1, keep_every=0)
     checkpoint = whole(1)
     writer.save(checkpoint)
@@ -452,7 +445,7 @@ def test_on_a_full_file_system_the_old_checkpoint_survives_and_nothing_is_left_o
 def test_a_save_raises_the_failure_of_the_one_before(tmp_path, monkeypatch):
     writer = CheckpointWriter(tmp_path, keep_last=1, keep_every=0)
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint_module.os, "replace", lambda *_: (_ for _ in ()).throw(OSError(28, "full")))
+        patch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError(28, "full")))
         writer.save(whole(1))
         with pytest.raises(OSError, match="full"):
             writer.save(whole(2))

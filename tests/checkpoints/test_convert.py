@@ -12,9 +12,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ditkernels import reference
-from ditkernels.checkpoint import Checkpoint, CheckpointError, load_checkpoint, save_checkpoint
+from ditkernels.checkpoints.convert import WARNING, convert, to_diffusers, to_public
+from ditkernels.checkpoints.format import Checkpoint, CheckpointError, load_checkpoint, save_checkpoint
 from ditkernels.cli import main
-from ditkernels.convert import WARNING, convert, to_diffusers, to_public
 from tests import numerics
 
 State = dict[str, Tensor]
@@ -193,12 +193,12 @@ def test_an_existing_target_stays(tmp_path: Path, public_pt: Path) -> None:
 def test_a_failed_write_leaves_nothing(
     tmp_path: Path, public_pt: Path, monkeypatch: pytest.MonkeyPatch, name: str, layout: str
 ) -> None:
-    import ditkernels.convert as module
+    from ditkernels.checkpoints import convert as module
 
     def full(*args: object, **kwargs: object) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr(module, "save_file", full)
+    monkeypatch.setattr(module, "save_tensors", full)
     monkeypatch.setattr(module.torch, "save", full)
     with pytest.raises(OSError, match="disk full"):
         convert(public_pt, tmp_path / name, layout, num_heads=4)

@@ -9,19 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from ditkernels.config import TrainConfig
-from ditkernels.data import (
-    FolderBatches,
-    ImageFolder,
-    InMemoryBatches,
-    LabelledImages,
-    ShuffledStream,
-    UnreadableImagesError,
-    center_crop,
-    load_digits,
-    open_data,
-    stream_batches,
-)
+from ditkernels.data.digits import InMemoryBatches, LabelledImages, load_digits
+from ditkernels.data.folder import FolderBatches, ImageFolder, UnreadableImagesError, center_crop
+from ditkernels.data.loader import stream_batches
+from ditkernels.data.order import ShuffledStream
+from ditkernels.data.source import open_data
+from ditkernels.training.config import TrainConfig
 
 
 def test_digits_are_images_in_minus_one_to_one():

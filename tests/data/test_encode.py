@@ -13,18 +13,21 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from ditkernels import latents as latents_module
-from ditkernels.beginning import build_model, latent_shape
 from ditkernels.cli import main
-from ditkernels.config import TrainConfig
-from ditkernels.data import ImageFolder, open_data, stream_batches
-from ditkernels.encode import EncodeConfig, _begin, encode, settings_of
-from ditkernels.latents import INDEX, LatentFolder, LatentsError
-from ditkernels.random import Stream, normals
-from ditkernels.runlog import read_metrics
-from ditkernels.sampler import World
-from ditkernels.trainer import Trainer
-from ditkernels.vae import VAE, load_vae, vae_for
+from ditkernels.data import latents as latents_module
+from ditkernels.data.config import EncodeConfig
+from ditkernels.data.encode import _begin, encode, settings_of
+from ditkernels.data.folder import ImageFolder
+from ditkernels.data.latents import INDEX, LatentFolder, LatentsError
+from ditkernels.data.loader import stream_batches
+from ditkernels.data.source import open_data
+from ditkernels.data.vae import VAE, load_vae
+from ditkernels.rng import Stream, normals
+from ditkernels.runtime import World
+from ditkernels.training.config import TrainConfig
+from ditkernels.training.factory import build_model, latent_shape, vae_for
+from ditkernels.training.log import read_metrics
+from ditkernels.training.trainer import Trainer
 from tests.benchmarks.test_benchmarks import run as run_benchmark
 from tests.helpers.sabotage import KILLED, kill_at_call
 

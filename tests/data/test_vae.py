@@ -6,13 +6,13 @@ import pytest
 import torch
 from PIL import Image
 
-from ditkernels.beginning import build_model, latent_shape, model_arguments
 from ditkernels.cli import main
-from ditkernels.config import TrainConfig
-from ditkernels.data import open_data
-from ditkernels.random import Stream, normals
-from ditkernels.trainer import Trainer
-from ditkernels.vae import load_vae
+from ditkernels.data.source import open_data
+from ditkernels.data.vae import load_vae
+from ditkernels.rng import Stream, normals
+from ditkernels.training.config import TrainConfig
+from ditkernels.training.factory import build_model, latent_shape, model_arguments
+from ditkernels.training.trainer import Trainer
 
 CPU = torch.device("cpu")
 

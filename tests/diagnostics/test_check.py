@@ -7,7 +7,8 @@ import re
 import pytest
 import torch
 
-from ditkernels import check, cli, ops
+from ditkernels import cli, ops
+from ditkernels.diagnostics import check
 from ditkernels.ops import _native, dispatch, norm
 from tests import numerics
 

@@ -8,7 +8,10 @@ import json
 import pytest
 import torch
 
-from ditkernels import flops, reference
+from ditkernels import reference
+from ditkernels.commands import flops as command
+from ditkernels.diagnostics import flops
+from ditkernels.models import count
 
 # Parameters with the frozen position embedding.
 EXACT_PARAMS = {
@@ -72,10 +75,10 @@ def test_a_model_that_exists_is_counted_where_it_lives(conditioning):
     model = reference.DiT(**TINY, conditioning=conditioning)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     state = torch.get_rng_state()
-    counted = flops.count(model)
+    counted = count(model)
     assert torch.equal(torch.get_rng_state(), state)
     with torch.device("meta"):
-        assert counted == flops.count(reference.DiT(**TINY, conditioning=conditioning))
+        assert counted == count(reference.DiT(**TINY, conditioning=conditioning))
     after = model.state_dict()
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert all(parameter.grad is None and parameter.device.type == "cpu" for parameter in model.parameters())
@@ -86,7 +89,7 @@ def test_a_model_that_exists_is_counted_where_it_lives(conditioning):
 def test_the_fused_model_counts_the_same(conditioning, options):
     models = pytest.importorskip("ditkernels.models")
     settings = {**TINY, **options, "conditioning": conditioning}
-    assert flops.count(models.DiT(**settings)) == flops.count(reference.DiT(**settings))
+    assert count(models.DiT(**settings)) == count(reference.DiT(**settings))
 
 
 def test_the_fused_xl_counts_the_same(rows):
@@ -99,12 +102,12 @@ def test_the_fused_xl_counts_the_same(rows):
 def test_the_command_prints_json_and_a_table(rows, monkeypatch, capsys):
     monkeypatch.setattr(flops, "rows", lambda: rows)
     parser = argparse.ArgumentParser()
-    flops.add_arguments(parser)
-    assert flops.run(parser.parse_args(["--json"])) == 0
+    command.add_arguments(parser)
+    assert command.run(parser.parse_args(["--json"])) == 0
     printed = json.loads(capsys.readouterr().out)
     assert printed == rows
     assert {"model", "image_size", "conditioning", "gmacs", "gflops", "params"} < set(printed[0])
-    assert flops.run(parser.parse_args([])) == 0
+    assert command.run(parser.parse_args([])) == 0
     table = capsys.readouterr().out
     line = next(line for line in table.splitlines() if line.startswith("DiT-XL/2") and " 256 adaln_zero" in line)
     assert line.split()[3:] == ["675,129,632", "675M", "237.24", "118.62", "118.64"]

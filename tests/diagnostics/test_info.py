@@ -9,7 +9,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from ditkernels import cli, info
+from ditkernels import cli
+from ditkernels.diagnostics import info
 from ditkernels.ops import _native, _triton, dispatch
 from tests.helpers.native_cpu import SERVING
 

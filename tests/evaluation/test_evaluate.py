@@ -21,10 +21,15 @@ from torch_fidelity.metric_prc import prc_features_to_metric
 
 from ditkernels import cli
 from ditkernels.diffusion import create_diffusion
-from ditkernels.evaluate import Features, Inception, Reference, evaluate, load_reference, metrics
-from ditkernels.evaluate.metrics import Gaussian, GaussianSum, InceptionScore, frechet_distance
-from ditkernels.evaluate.monitor import Monitor
-from ditkernels.sampler import Batches, Job, Labels, SampleConfig, generate
+from ditkernels.evaluation import metrics
+from ditkernels.evaluation.evaluate import Reference, evaluate, load_reference
+from ditkernels.evaluation.features import Features, Inception
+from ditkernels.evaluation.metrics import Gaussian, GaussianSum, InceptionScore, frechet_distance
+from ditkernels.evaluation.monitor import Monitor
+from ditkernels.sampling import generate
+from ditkernels.sampling.config import SampleConfig
+from ditkernels.sampling.generate import Batches, Job
+from ditkernels.sampling.labels import Labels
 from tests.numerics import METRIC_AGREEMENT
 from tests.sampling.test_sampler import random_model
 

@@ -13,8 +13,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from ditkernels import check, ops, reference
-from ditkernels.check import Case
+from ditkernels import ops, reference
+from ditkernels.diagnostics import check
+from ditkernels.diagnostics.check import Case
 from ditkernels.ops import _native, dispatch
 from tests import numerics
 

@@ -8,7 +8,8 @@ import torch
 from ditkernels.diffusion import create_diffusion
 from ditkernels.models import DiT as FusedDiT
 from ditkernels.reference import CONDITIONINGS
-from ditkernels.sampler import SOLVERS, SampleConfig, sample, sample_progressive
+from ditkernels.sampling.config import SOLVERS, SampleConfig
+from ditkernels.sampling.drawing import sample, sample_progressive
 from tests.numerics import assert_trajectory
 from tests.sampling.test_sampler import GUIDANCE, LABELS, by_hand, random_model
 

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from ditkernels.trainer import Trainer
+from ditkernels.training.trainer import Trainer
 
 KILLED = -signal.SIGKILL
 CALLS = ("fsync", "replace", "unlink", "rmdir", "mkdir")

@@ -8,7 +8,7 @@ from unittest import mock
 import pytest
 import torch
 
-from ditkernels.ops import _native, dispatch, norm
+from ditkernels.ops import _native, choice, dispatch, norm
 from ditkernels.ops.spec import encoded
 from tests import numerics
 from tests.ops.test_adaln import BF16, F16, F32, F64, OPS, assert_parity, make_inputs, run

@@ -12,11 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from ditkernels import ops, reference
-from ditkernels.config import TrainConfig
-from ditkernels.data import Batch
+from ditkernels.data.order import Batch
 from ditkernels.ops import _native, dispatch
-from ditkernels.optimizer import EMA, AdamWEMA, make_optimizer, optimizer_tensors
-from ditkernels.trainer import Trainer
+from ditkernels.training.config import TrainConfig
+from ditkernels.training.ema import EMA
+from ditkernels.training.optimizer import AdamWEMA, make_optimizer, optimizer_tensors
+from ditkernels.training.trainer import Trainer
 from tests import numerics
 from tests.helpers.native_cpu import on_both_backends  # noqa: F401
 from tests.helpers.subsets import WholeWay

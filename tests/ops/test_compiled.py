@@ -26,7 +26,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 import ditkernels
 from ditkernels import ops, reference
-from ditkernels.check import CASES, PRECISIONS
+from ditkernels.diagnostics.check import CASES, PRECISIONS
 from ditkernels.ops import _triton, choice, dispatch
 from tests.helpers.native_cpu import needs_compiler, needs_library
 from tools.kernel_proof import stub_driver

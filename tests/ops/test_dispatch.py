@@ -21,7 +21,8 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, Stateles
 from torch.utils.checkpoint import checkpoint
 
 import ditkernels
-from ditkernels import check, ops, reference
+from ditkernels import ops, reference
+from ditkernels.diagnostics import check
 from ditkernels.ops import choice, dispatch
 from ditkernels.ops.spec import decoded, encoded
 from tests.helpers.native_cpu import SERVING

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ditkernels.ops import _native, dispatch
+from ditkernels.ops import _native, choice, dispatch
 from ditkernels.ops.image import FINAL_LAYER, PATCH_EMBED, PATCHIFY, final_layer, patch_embed, unpatchify
 from tests.ops import test_final_layer, test_patch_embed
 from tests.ops.test_final_layer import OPTIONAL

@@ -20,24 +20,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ditkernels import cli
-from ditkernels.checkpoint import Checkpoint, CheckpointError, checkpoint_directory, save_checkpoint
+from ditkernels.checkpoints.format import Checkpoint, CheckpointError, save_checkpoint
+from ditkernels.checkpoints.model import load_model
+from ditkernels.checkpoints.run import checkpoint_directory
 from ditkernels.diffusion import create_diffusion
 from ditkernels.models import DiT
 from ditkernels.reference import CONDITIONINGS, SIZES
-from ditkernels.sampler import (
-    Batches,
-    Job,
-    Labels,
-    SampleConfig,
-    World,
-    draw,
-    generate,
-    load_model,
-    outputs,
-    sample,
-)
-from ditkernels.sampler.labels import as_ranges, parse_classes, read_labels
-from ditkernels.sampler.outputs import grid_of, to_pixels
+from ditkernels.runtime import World
+from ditkernels.sampling import generate, outputs
+from ditkernels.sampling.config import SampleConfig
+from ditkernels.sampling.drawing import sample
+from ditkernels.sampling.generate import Batches, Job, draw
+from ditkernels.sampling.labels import Labels, as_ranges, parse_classes, read_labels
+from ditkernels.sampling.outputs import grid_of, to_pixels
 from tests.sampling.test_sampler import random_model
 from tools.tree import ROOT
 

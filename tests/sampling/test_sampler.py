@@ -7,10 +7,11 @@ import torch
 
 from ditkernels.diffusion import create_diffusion
 from ditkernels.models import DiT as FusedDiT
-from ditkernels.random import Stream, normals
 from ditkernels.reference import CONDITIONINGS, DiT
-from ditkernels.sampler import SOLVERS, SampleConfig, sample, sample_progressive
-from ditkernels.sampler.denoiser import Denoiser
+from ditkernels.rng import Stream, normals
+from ditkernels.sampling.config import SOLVERS, SampleConfig
+from ditkernels.sampling.denoiser import Denoiser
+from ditkernels.sampling.drawing import sample, sample_progressive
 from tests.numerics import SAMPLE_AGREEMENT, assert_trajectory
 
 LABELS = [0, 2, 1, 2, 3]

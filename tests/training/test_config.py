@@ -6,7 +6,8 @@ import dataclasses
 import pytest
 
 from ditkernels.cli import main
-from ditkernels.config import TrainConfig, add_flags, differences, from_flags
+from ditkernels.options import add_flags, differences, from_flags
+from ditkernels.training.config import TrainConfig
 from tools.tree import ROOT
 
 

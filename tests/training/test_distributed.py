@@ -28,28 +28,23 @@ import torch.distributed.fsdp  # imported once, in the server
 from sklearn.datasets import load_digits as _warm  # noqa: F401 (likewise)
 from torch.distributed.launcher.api import LaunchConfig
 
-from ditkernels import distributed as distributed_module
-from ditkernels import sampler, trainer  # noqa: F401 (likewise)
-from ditkernels.beginning import build_model
-from ditkernels.checkpoint import (
-    MANIFEST,
-    Checkpoint,
-    CheckpointError,
-    Peers,
-    checkpoints_of,
-    load_checkpoint,
-    newest_checkpoint,
-    save_checkpoint,
-)
+from ditkernels import runtime
+from ditkernels.checkpoints.format import MANIFEST, Checkpoint, CheckpointError, load_checkpoint, save_checkpoint
+from ditkernels.checkpoints.model import load_model
+from ditkernels.checkpoints.run import checkpoints_of
+from ditkernels.checkpoints.sharded import Peers
 from ditkernels.cli import main
-from ditkernels.config import TrainConfig
-from ditkernels.data import InMemoryBatches, LabelledImages
-from ditkernels.distributed import ManyRanks, Ranks
-from ditkernels.runlog import METRICS, read_metrics
-from ditkernels.sampler.loading import load_model
-from ditkernels.surroundings import StopSignal
-from ditkernels.torchrun import local_device, place
-from ditkernels.trainer import Trainer
+from ditkernels.data.digits import InMemoryBatches, LabelledImages
+from ditkernels.files import json_sha256
+from ditkernels.runtime import StopSignal, local_device, place
+from ditkernels.training import distributed as distributed_module
+from ditkernels.training import trainer
+from ditkernels.training.config import TrainConfig
+from ditkernels.training.distributed import ManyRanks, Parallel
+from ditkernels.training.factory import build_model
+from ditkernels.training.log import METRICS, read_metrics
+from ditkernels.training.trainer import Trainer
+from tests.helpers.runs import newest_checkpoint
 from tests.helpers.sabotage import KILLED, flip_a_bit, kill_at_call, slow_steps
 from tests.numerics import REORDERING_FACTOR
 from tests.training.test_trainer import CountSynchronisations
@@ -451,13 +446,11 @@ def test_a_missing_or_altered_shard_is_named_and_passed_over(forked, unbroken, t
 
 
 def test_a_tensor_of_which_a_piece_is_not_listed_is_named(unbroken, tmp_path):
-    from ditkernels import checkpoint
-
     shutil.copytree(checkpoints_of(unbroken(2, FSDP))[STEPS], tmp_path / "cut")
     manifest = json.loads((tmp_path / "cut" / "manifest.json").read_text(encoding="utf-8"))
     del manifest["files"]["model"]["shards"][1]["rows"]["final_layer.linear.weight"]
     del manifest["sha256"]
-    digest = checkpoint._digest_of_body(manifest)
+    digest = json_sha256(manifest)
     (tmp_path / "cut" / "manifest.json").write_text(json.dumps({**manifest, "sha256": digest}), encoding="utf-8")
     with pytest.raises(CheckpointError, match=r"does not list all of tensor 'final_layer\.linear\.weight'"):
         load_checkpoint(tmp_path / "cut")
@@ -678,13 +671,17 @@ def test_unreadable_images_are_counted_over_all_ranks(forked, pictures, tmp_path
 # ---- What a rank is --------------------------------------------------------------------------------------------------
 
 
+def among(size: int, rank: int) -> runtime.World:
+    world = runtime.World()
+    world.rank, world.size = rank, size
+    return world
+
+
 @pytest.mark.parametrize("size, parts", [(1, 1), (1, 3), (2, 1), (3, 2), (2, 6)])
 def test_ranks_share_every_part_of_the_batch(size, parts):
     shares = []
     for rank in range(size):
-        ranks = Ranks()
-        ranks.rank, ranks.size = rank, size
-        shares.append(ranks.positions(12, parts))
+        shares.append(Parallel(among(size, rank)).positions(12, parts))
     for number, part in enumerate(torch.arange(12).chunk(parts)):
         together = torch.cat([share.chunk(parts)[number] for share in shares])
         assert torch.equal(together, part)
@@ -693,9 +690,7 @@ def test_ranks_share_every_part_of_the_batch(size, parts):
 def test_a_rank_reads_its_own_images_alone():
     data = LabelledImages(torch.arange(40.0).reshape(40, 1, 1, 1), torch.arange(40))
     batches = InMemoryBatches(data, 12, 3)
-    ranks = Ranks()
-    ranks.rank, ranks.size = 1, 3
-    mine = ManyRanks.batches(ranks, batches, 12, 2)[5]
+    mine = ManyRanks.batches(Parallel(among(3, 1)), batches, 12, 2)[5]
     assert torch.equal(mine.labels, batches[5].labels[[2, 3, 8, 9]])
     assert torch.equal(mine.images.flatten(), mine.labels.float())
 

@@ -10,14 +10,16 @@ from torch import nn
 from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ditkernels import beginning, models, optimizer, reference, use_backend
-from ditkernels.checkpoint import load_checkpoint
-from ditkernels.config import TrainConfig
-from ditkernels.data import Batch
-from ditkernels.masters import hand_over, lowered, refresh
-from ditkernels.optimizer import EMA, AdamWEMA, gradient_norm, optimizer_tensors
-from ditkernels.surroundings import numerics
-from ditkernels.trainer import Trainer, train
+from ditkernels import models, reference, use_backend
+from ditkernels.checkpoints.format import load_checkpoint
+from ditkernels.data.order import Batch
+from ditkernels.training import optimizer
+from ditkernels.training.config import TrainConfig
+from ditkernels.training.ema import EMA
+from ditkernels.training.master_weights import make_bf16_copies, move_grads_to_masters, refresh
+from ditkernels.training.optimizer import AdamWEMA, gradient_norm, optimizer_tensors
+from ditkernels.training.start import find_start
+from ditkernels.training.trainer import Trainer, process_settings, train
 from tests.training.test_trainer import config, make_trainer, same_bits, small_model, some_data
 
 BF16, F32 = torch.bfloat16, torch.float32
@@ -29,7 +31,7 @@ def trained(tmp_path, model, steps=6, poisoned=(2,), **settings):
     """A trainer after some steps, of which the poisoned ones are skipped, and their losses, norms and skips."""
     trainer = make_trainer(tmp_path, model=model, **settings)
     numbers = []
-    with numerics(trainer.config, torch.device("cpu")):
+    with process_settings(trainer.config, torch.device("cpu")):
         for step in range(steps):
             images, labels, unreadable = trainer.data.train[step]
             batch = Batch(images * (math.nan if step in poisoned else 1), labels, unreadable)
@@ -120,7 +122,7 @@ def matrices(model):
 
 def test_matrices_compute_in_bf16_and_all_else_is_the_masters_own():
     model = small_model(random=True)
-    computing, copies = lowered(model, BF16)
+    computing, copies = make_bf16_copies(model)
     pairs = dict(zip(model.parameters(), computing.parameters(), strict=True))
     assert {id(weight) for weight in copies} == {id(weight) for weight in matrices(model)}
     for master, used in pairs.items():
@@ -144,7 +146,7 @@ def test_a_weight_that_is_computed_and_one_that_is_frozen_have_no_copy():
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4))
     parametrize.register_parametrization(model[0], "weight", Doubled())
     model[1].weight.requires_grad_(False)
-    computing, copies = lowered(model, BF16)
+    computing, copies = make_bf16_copies(model)
     assert [id(master) for master in copies] == [id(model[2].weight)]
     with torch.autocast("cpu", BF16):
         computing(torch.ones(2, 4)).sum().backward()
@@ -209,11 +211,11 @@ def test_the_model_that_computes_is_the_one_compiled(tmp_path, monkeypatch):
 
 def test_without_a_gradient_a_master_and_its_copy_stay(tmp_path):
     model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
-    computing, copies = lowered(model, BF16)
+    computing, copies = make_bf16_copies(model)
     stepping = AdamWEMA(model.parameters(), EMA(model, 0.5), copies, lr=0.1, weight_decay=0.0)
     before = [weight.detach().clone() for weight in computing.parameters()]
     computing[1].weight.grad = torch.ones(2, 3, dtype=BF16)
-    hand_over(copies)
+    move_grads_to_masters(copies)
     assert computing[1].weight.grad is None
     stepping.step()
     moved = [not torch.equal(old, new) for old, new in zip(before, computing.parameters(), strict=True)]
@@ -256,7 +258,7 @@ def test_a_checkpoint_of_either_setting_goes_on_with_the_other(tmp_path, unbroke
 
 def test_given_weights_reach_the_copies(tmp_path, unbroken):
     trainer = make_trainer(tmp_path, init_from=str(unbroken[1]), **MASTERS)
-    beginning.begin(tmp_path / "run", trainer)
+    trainer.begin(find_start(trainer.config, trainer.world))
     assert same_bits(trainer.model, unbroken[0].ema)
     for master, made in trainer._copies.items():
         assert torch.equal(made, master.to(BF16))

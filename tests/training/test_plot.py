@@ -5,9 +5,9 @@ import sys
 
 import pytest
 
-from ditkernels import plot
 from ditkernels.cli import main
-from ditkernels.runlog import METRICS
+from ditkernels.training import plot
+from ditkernels.training.log import METRICS
 
 
 @pytest.fixture

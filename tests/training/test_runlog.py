@@ -7,9 +7,9 @@ import types
 import pytest
 import torch
 
-from ditkernels import runlog
-from ditkernels.config import TrainConfig
-from ditkernels.runlog import METRICS, RunLog, StepMetrics, cut_back, line, read_metrics
+from ditkernels.training import log as runlog
+from ditkernels.training.config import TrainConfig
+from ditkernels.training.log import METRICS, RunLog, StepMetrics, cut_back, line, read_metrics
 
 ROW = {
     "step": 20,

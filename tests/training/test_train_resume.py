@@ -20,13 +20,16 @@ import torch
 import torch._dynamo  # an optimizer imports it when it is made
 from sklearn.datasets import load_digits as _warm  # noqa: F401 (the server imports this module once for all)
 
-from ditkernels import sampler, trainer  # noqa: F401 (likewise)
-from ditkernels.checkpoint import CheckpointWriter, checkpoints_of, load_checkpoint, newest_checkpoint, save_checkpoint
+from ditkernels.checkpoints.format import load_checkpoint, save_checkpoint
+from ditkernels.checkpoints.run import checkpoints_of
+from ditkernels.checkpoints.writer import CheckpointWriter
 from ditkernels.cli import main
-from ditkernels.config import TrainConfig
 from ditkernels.ops import _native
-from ditkernels.optimizer import resolved
-from ditkernels.runlog import METRICS, read_metrics
+from ditkernels.training import trainer  # noqa: F401 (likewise)
+from ditkernels.training.config import TrainConfig
+from ditkernels.training.log import METRICS, read_metrics
+from ditkernels.training.optimizer import resolved
+from tests.helpers.runs import newest_checkpoint
 from tests.helpers.sabotage import KILLED, flip_a_bit, kill_at_call, slow_steps
 from tools.tree import found_from
 
@@ -339,7 +342,7 @@ def test_a_named_checkpoint_is_resumed_in_another_folder(unbroken, tmp_path, cap
 
 
 def test_weights_alone_are_no_run_to_resume(unbroken, tmp_path, capsys):
-    from ditkernels.checkpoint import Checkpoint, save_checkpoint
+    from ditkernels.checkpoints.format import Checkpoint, save_checkpoint
 
     found = load_checkpoint(checkpoints_of(unbroken)[STEPS])
     save_checkpoint(tmp_path / "weights", Checkpoint(found.model, found.ema, 10, found.config))

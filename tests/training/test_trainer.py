@@ -10,25 +10,22 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ditkernels import beginning, models, reference, use_backend
-from ditkernels import trainer as trainer_module
-from ditkernels.checkpoint import Checkpoint, CheckpointError, load_checkpoint, newest_checkpoint
+from ditkernels import models, reference, use_backend
+from ditkernels.checkpoints.format import Checkpoint, CheckpointError, load_checkpoint
 from ditkernels.cli import main
-from ditkernels.config import TrainConfig
-from ditkernels.data import InMemoryBatches, LabelledImages, TrainingData
-from ditkernels.optimizer import (
-    EMA,
-    LossScale,
-    gradient_norm,
-    gradients,
-    learning_rate,
-    make_optimizer,
-    update,
-)
-from ditkernels.runlog import METRICS, StepMetrics, read_metrics
-from ditkernels.surroundings import numerics
-from ditkernels.trainer import NonFiniteGradientError, Trainer, train
+from ditkernels.data.digits import InMemoryBatches, LabelledImages
+from ditkernels.data.source import TrainingData
+from ditkernels.sampling.outputs import grid_of, pixels_of, write_png
+from ditkernels.training import trainer as trainer_module
+from ditkernels.training.config import TrainConfig
+from ditkernels.training.ema import EMA
+from ditkernels.training.factory import build_model, model_arguments
+from ditkernels.training.log import METRICS, OneStepLate, StepMetrics, read_metrics
+from ditkernels.training.optimizer import LossScale, gradient_norm, gradients, learning_rate, make_optimizer, update
+from ditkernels.training.start import find_start
+from ditkernels.training.trainer import NonFiniteGradientError, Trainer, process_settings, train
 from tests.helpers.native_cpu import needs_library
+from tests.helpers.runs import newest_checkpoint
 from tests.numerics import ACCUMULATION_ULPS, assert_drift
 
 CLASSES = 3
@@ -142,12 +139,12 @@ def test_the_callers_random_state_and_settings_are_left_alone(tmp_path):
 def test_the_config_makes_the_model(tmp_path):
     settings = config(tmp_path, model="DiT-S/2", hidden_size=16, depth=2, num_heads=2, steps=1)
     torch.manual_seed(3)
-    first = beginning.build_model(settings, (1, 4, 4))
+    first = build_model(settings, (1, 4, 4))
     torch.manual_seed(4)
-    assert same_bits(first, beginning.build_model(settings, (1, 4, 4)))
-    other = beginning.build_model(dataclasses.replace(settings, global_seed=6), (1, 4, 4))
+    assert same_bits(first, build_model(settings, (1, 4, 4)))
+    other = build_model(dataclasses.replace(settings, global_seed=6), (1, 4, 4))
     assert not same_bits(first, other)
-    arguments = beginning.model_arguments(first)
+    arguments = model_arguments(first)
     assert arguments["hidden_size"] == 16
     again = models.DiT(**arguments)
     again.load_state_dict(first.state_dict())
@@ -267,7 +264,7 @@ def test_the_fused_model_trains_as_the_reference_does(tmp_path, precision):
         trainer = Trainer(settings, data, None, model)
         trainer.model.to(dtype)
         trainer.ema.model.to(dtype)
-        with numerics(settings, torch.device("cpu")):
+        with process_settings(settings, torch.device("cpu")):
             return [trainer.train_step(data.train[step], step, 1e-3)[0].item() for step in range(200)]
 
     exact = drift(reference, "fp32", torch.float64)
@@ -324,7 +321,7 @@ def test_the_steady_step_makes_no_host_synchronisation(tmp_path, changes):
     trainer = make_trainer(tmp_path, **changes)
     batches = [trainer.data.train[step] for step in range(3)]
     trainer.train_step(batches[0], 0, 1e-3)
-    late = trainer_module.OneStepLate()
+    late = OneStepLate()
     with CountSynchronisations() as count:
         for step in (1, 2):
             late.push(step, 1e-3, trainer.train_step(batches[step], step, 1e-3))
@@ -341,7 +338,7 @@ def test_the_count_sees_a_synchronisation(tmp_path):
 
 
 def test_metrics_reach_the_host_one_step_late():
-    late = trainer_module.OneStepLate()
+    late = OneStepLate()
     assert late.push(1, 0.1, [torch.tensor(value) for value in (2.0, 3.0, 0.0)]) is None
     first = late.push(2, 0.2, [torch.tensor(value) for value in (4.0, 5.0, 1.0)])
     assert first == StepMetrics(1, 0.1, 2.0, 3.0, False)
@@ -573,7 +570,7 @@ def test_weights_of_a_checkpoint_start_a_run(tmp_path):
     first = run(tmp_path / "a")
     source = tmp_path / "a" / "run" / "checkpoints" / "step-00000004"
     trainer = make_trainer(tmp_path / "b", init_from=str(source))
-    beginning.begin(tmp_path / "b" / "run", trainer)
+    trainer.begin(find_start(trainer.config, trainer.world))
     assert same_bits(trainer.model, first.ema)
     assert same_bits(trainer.ema.model, first.ema)
     assert trainer.step == 0
@@ -584,10 +581,11 @@ def test_another_size_and_other_classes_fit(tmp_path):
     given = small_model(random=True)
     torch.save(given.state_dict(), tmp_path / "public.pt")
     other = small_model(input_size=8, num_classes=5)
-    trainer = Trainer(config(tmp_path), some_data(config(tmp_path)), None, other)
+    settings = config(tmp_path, init_from=str(tmp_path / "public.pt"))
+    trainer = Trainer(settings, some_data(settings), None, other)
     positions = other.pos_embed.clone()
     fresh = other.y_embedder.embedding_table.weight.detach().clone()
-    beginning.initialise(trainer, str(tmp_path / "public.pt"))
+    trainer.begin(find_start(settings, trainer.world))
     assert torch.equal(other.pos_embed, positions)
     table = other.y_embedder.embedding_table.weight
     assert torch.equal(table[:5], fresh[:5])
@@ -599,16 +597,18 @@ def test_another_size_and_other_classes_fit(tmp_path):
 def test_the_same_classes_keep_their_rows_with_and_without_a_null_class(tmp_path, given_dropout, own_dropout):
     given = small_model(random=True, class_dropout_prob=given_dropout)
     torch.save(given.state_dict(), tmp_path / "public.pt")
-    trainer = make_trainer(tmp_path, model=small_model(class_dropout_prob=own_dropout), label_dropout=own_dropout)
-    beginning.initialise(trainer, str(tmp_path / "public.pt"))
+    model = small_model(class_dropout_prob=own_dropout)
+    trainer = make_trainer(tmp_path, model=model, label_dropout=own_dropout, init_from=str(tmp_path / "public.pt"))
+    trainer.begin(find_start(trainer.config, trainer.world))
     mine, theirs = (m.y_embedder.embedding_table.weight for m in (trainer.model, given))
     assert torch.equal(mine[:CLASSES], theirs[:CLASSES])
 
 
 def test_weights_that_do_not_fit_are_listed(tmp_path):
     torch.save(small_model(hidden_size=32).state_dict(), tmp_path / "public.pt")
+    trainer = make_trainer(tmp_path, init_from=str(tmp_path / "public.pt"))
     with pytest.raises(CheckpointError, match=r"does not fit the model: .*\(32,\), here \(16,\)"):
-        beginning.initialise(make_trainer(tmp_path), str(tmp_path / "public.pt"))
+        trainer.begin(find_start(trainer.config, trainer.world))
 
 
 # ---- Validation and samples ------------------------------------------------------------------------------------------
@@ -713,8 +713,8 @@ def test_a_grid_lies_row_by_row(tmp_path):
     from PIL import Image
 
     shades = torch.tensor([-1.0, 0.0, 1.0, 2.0]).reshape(4, 1, 1, 1).expand(4, 3, 2, 2)
-    trainer_module.save_grid(shades, tmp_path / "new" / "grid.png", columns=2)
-    with Image.open(tmp_path / "new" / "grid.png") as picture:
+    write_png(tmp_path / "grid.png", grid_of(pixels_of(shades)))
+    with Image.open(tmp_path / "grid.png") as picture:
         assert picture.size == (4, 4)
         assert [picture.getpixel(at) for at in ((0, 0), (2, 0), (0, 2), (3, 3))] == [
             (0, 0, 0),

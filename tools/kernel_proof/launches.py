@@ -32,7 +32,8 @@ from unittest import mock
 import torch
 
 from benchmarks.speed import ops as sites
-from ditkernels import check, ops, reference, use_backend
+from ditkernels import ops, reference, use_backend
+from ditkernels.diagnostics import check
 from ditkernels.ops._triton import ceil_div
 from ditkernels.ops.optimizer.triton import CHUNK
 from tools.kernel_proof import machine_code

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from ditkernels import ops
-from ditkernels.check import CASES, PRECISIONS, Case, resolve_device, updated
+from ditkernels.diagnostics.check import CASES, PRECISIONS, Case, updated
 from ditkernels.ops import dispatch
+from ditkernels.runtime import resolve_device
 
 
 def run(case: Case, inputs: dict[str, Tensor]) -> None:
