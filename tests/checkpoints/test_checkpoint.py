@@ -15,7 +15,7 @@ import torch
 
 from ditkernels import files
 from ditkernels.checkpoints import format as checkpoint_module
-from ditkernels.checkpoints import writer
+from ditkernels.checkpoints import writer as writer_module
 from ditkernels.checkpoints.format import MANIFEST, Checkpoint, CheckpointError, load_checkpoint, save_checkpoint
 from ditkernels.checkpoints.public import load_public_checkpoint
 from ditkernels.checkpoints.run import checkpoint_directory, checkpoints_of, remove_old_checkpoints, set_aside
@@ -337,7 +337,8 @@ def test_new_folders_are_on_the_disk_before_what_they_hold_counts(tmp_path, monk
         synced.append(path)
         genuine(path)
 
-    monkeypatch.setattr(files, "sync_directory", sync)
+    for module in (files, checkpoint_module):
+        monkeypatch.setattr(module, "sync_directory", sync)
     directory = checkpoint_directory(tmp_path / "run", 7)
     save_checkpoint(directory, whole(7))
     assert sorted(synced[:3]) == [tmp_path, tmp_path / "run", tmp_path / "run" / "checkpoints"]
@@ -374,13 +375,13 @@ def test_what_has_no_manifest_is_removed_and_not_counted(tmp_path):
 
 def test_the_writer_saves_what_was_there_when_it_was_asked(tmp_path, monkeypatch):
     gate = threading.Event()
-    genuine = writer.save_checkpoint
+    genuine = writer_module.save_checkpoint
 
     def slow(*arguments):
         gate.wait(timeout=60)
         genuine(*arguments)
 
-    monkeypatch.setattr(writer, "save_checkpoint", slow)
+    monkeypatch.setattr(writer_module, "save_checkpoint", slow)
     writer = CheckpointWriter(tmp_path, keep_last=1, keep_every=0)
     checkpoint = whole(1)
     writer.save(checkpoint)
