@@ -6,7 +6,6 @@ agent's; two tests start torchrun itself. All of it runs over gloo on a CPU.
 
 import hashlib
 import json
-import multiprocessing
 import os
 import random
 import resource
@@ -17,7 +16,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from unittest import mock
 
 import numpy as np
 import pytest
@@ -45,10 +43,10 @@ from ditkernels.training.factory import build_model
 from ditkernels.training.log import METRICS, read_metrics
 from ditkernels.training.trainer import Trainer
 from tests.helpers.runs import newest_checkpoint
+from tests.helpers.forked import assert_same_end, child
 from tests.helpers.sabotage import KILLED, flip_a_bit, kill_at_call, slow_steps
 from tests.numerics import REORDERING_FACTOR
 from tests.training.test_trainer import CountSynchronisations
-from tools.tree import found_from
 
 STEPS = 20
 HIDDEN = 32
@@ -63,31 +61,6 @@ DDP, FSDP = ("--parallel", "ddp"), ("--parallel", "fsdp")
 
 
 # ---- Ranks -----------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def forked():
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
-    # The server looks there for what it imports.
-    with mock.patch.dict(os.environ, found_from(os.environ)):
-        yield context
-
-
-def child(argv, environment, log, ready, sabotage):
-    """Trains in a forked process; ``sabotage`` is called before."""
-    # A group of its own, as torchrun gives each; a signal to the group reaches the data workers too.
-    os.setsid()
-    torch.set_num_threads(1)
-    os.environ.update(environment)
-    written = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(written, 1)
-    os.dup2(written, 2)
-    sys.stdout = sys.stderr = os.fdopen(1, "w", buffering=1, encoding="utf-8")
-    if sabotage is not None:
-        sabotage[0](*sabotage[1:])
-    ready.send(None)
-    sys.exit(main(argv))
 
 
 class World:
@@ -241,24 +214,6 @@ def distances(folder, other):
 def assert_as_alone(folder, alone, tolerance):
     apart = distances(folder, alone)
     assert all(found <= allowed for found, allowed in zip(apart, tolerance, strict=True)), (apart, tolerance)
-
-
-def rows(folder):
-    """The metrics that are no measurement of speed or memory."""
-    kept = ("step", "loss", "grad_norm", "learning_rate", "skipped")
-    return [{name: row.get(name) for name in kept} for row in read_metrics(folder / METRICS)]
-
-
-def assert_same_end(folder, unbroken):
-    mine, theirs = newest_checkpoint(folder), newest_checkpoint(unbroken)
-    assert not mine.broken
-    assert mine.checkpoint.step == theirs.checkpoint.step
-    for part, tensors in theirs.checkpoint.parts.items():
-        found = mine.checkpoint.parts[part]
-        assert found.keys() == tensors.keys()
-        assert all(torch.equal(found[name], tensors[name]) for name in tensors), part
-    assert mine.checkpoint.state == theirs.checkpoint.state
-    assert rows(folder) == rows(unbroken)
 
 
 # ---- Against one process ---------------------------------------------------------------------------------------------

@@ -4,16 +4,13 @@ Training runs in processes forked from a server that has imported everything, so
 """
 
 import json
-import multiprocessing
 import os
 import random
 import resource
 import shutil
 import signal
-import sys
 import time
 from pathlib import Path
-from unittest import mock
 
 import pytest
 import torch
@@ -30,8 +27,8 @@ from ditkernels.training.config import TrainConfig
 from ditkernels.training.log import METRICS, read_metrics
 from ditkernels.training.optimizer import resolved
 from tests.helpers.runs import newest_checkpoint
+from tests.helpers.forked import assert_same_end, child, rows
 from tests.helpers.sabotage import KILLED, flip_a_bit, kill_at_call, slow_steps
-from tools.tree import found_from
 
 STEPS = 10
 TRAIN = [
@@ -45,33 +42,10 @@ TRAIN = [
 # ---- Processes -------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def forked():
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
-    # The server looks there for what it imports.
-    with mock.patch.dict(os.environ, found_from(os.environ)):
-        yield context
-
-
-def child(argv, ready, sabotage):
-    """Trains in a forked process; ``sabotage`` is called before."""
-    # A group of its own, as a job has; a signal to the group reaches the data workers too.
-    os.setsid()
-    torch.set_num_threads(1)
-    log = os.open(f"{argv[argv.index('--results-dir') + 1]}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(log, 1)
-    os.dup2(log, 2)
-    sys.stdout = sys.stderr = os.fdopen(1, "w", buffering=1, encoding="utf-8")
-    if sabotage is not None:
-        sabotage[0](*sabotage[1:])
-    ready.send(None)
-    sys.exit(main(argv))
-
-
 def start(context, folder, *flags, sabotage=None):
     here, there = context.Pipe()
-    process = context.Process(target=child, args=([*TRAIN, "--results-dir", str(folder), *flags], there, sabotage))
+    argv = [*TRAIN, "--results-dir", str(folder), *flags]
+    process = context.Process(target=child, args=(argv, {}, f"{folder}.log", there, sabotage))
     process.start()
     there.close()
     here.recv()
@@ -99,26 +73,9 @@ def told(folder):
 def unbroken(forked, tmp_path_factory):
     folder = tmp_path_factory.mktemp("unbroken") / "run"
     assert complete(forked, folder) == 0
+    last = newest_checkpoint(folder).checkpoint
+    assert (last.step, last.parts.keys()) == (STEPS, {"model", "ema", "optimizer"})
     return folder
-
-
-def rows(folder):
-    """The metrics that are no measurement of speed or memory."""
-    kept = ("step", "loss", "grad_norm", "learning_rate", "skipped")
-    return [{name: row.get(name) for name in kept} for row in read_metrics(folder / METRICS)]
-
-
-def assert_same_end(folder, unbroken):
-    mine, theirs = newest_checkpoint(folder), newest_checkpoint(unbroken)
-    assert not mine.broken
-    assert mine.checkpoint.step == theirs.checkpoint.step == STEPS
-    assert mine.checkpoint.parts.keys() == {"model", "ema", "optimizer"}
-    for part, tensors in theirs.checkpoint.parts.items():
-        found = mine.checkpoint.parts[part]
-        assert found.keys() == tensors.keys()
-        assert all(torch.equal(found[name], tensors[name]) for name in tensors), part
-    assert mine.checkpoint.state == theirs.checkpoint.state
-    assert rows(folder) == rows(unbroken)
 
 
 # ---- Killed ----------------------------------------------------------------------------------------------------------
