@@ -50,25 +50,27 @@ def batch(model: reference.DiT, size: int = 3, dtype: torch.dtype = F32) -> tupl
     return x, t, torch.randint(0, model.num_classes + 1, (size,), generator=generator)
 
 
-def forward_backward(model: reference.DiT, dtype: torch.dtype = F32) -> dict[str, Tensor]:
-    """Output, input gradient and the gradient of every parameter, for a fixed random cotangent.
+def without_keys(results: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Gradients of qkv biases without their K part, whose true value is zero: softmax ignores it."""
+    kept = dict(results)
+    for name, value in results.items():
+        if name.endswith("attn.qkv.bias"):
+            q, _, v = value.chunk(3)
+            kept[name] = torch.cat([q, v])
+        if name.endswith("cross_attn.kv.bias"):
+            kept[name] = value.chunk(2)[1]
+    return kept
 
-    Gradients of qkv biases come without their K part, whose true value is zero: softmax ignores it.
-    """
+
+def forward_backward(model: reference.DiT, dtype: torch.dtype = F32) -> dict[str, Tensor]:
+    """Output, input gradient and the gradient of every parameter that is not zero, for a fixed random cotangent."""
     x, t, y = batch(model, dtype=dtype)
     x.requires_grad_()
     out = model(x, t, y)
     cotangent = torch.randn(out.shape, generator=torch.Generator().manual_seed(5)).to(out.dtype)
     named = {n: p for n, p in model.named_parameters() if p.requires_grad}
     grads = torch.autograd.grad(out, [x, *named.values()], cotangent)
-    results = {"output": out, **{f"d{n}": g for n, g in zip(["x", *named], grads)}}
-    for name in results:
-        if name.endswith("attn.qkv.bias"):
-            q, _, v = results[name].chunk(3)
-            results[name] = torch.cat([q, v])
-        if name.endswith("cross_attn.kv.bias"):
-            results[name] = results[name].chunk(2)[1]
-    return results
+    return without_keys({"output": out, **{f"d{n}": g for n, g in zip(["x", *named], grads)}})
 
 
 @pytest.mark.parametrize("config", [SMALL, HEAD_DIM_72], ids=["small", "head_dim_72"])

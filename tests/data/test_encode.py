@@ -33,6 +33,10 @@ from tests.helpers.sabotage import KILLED, kill_at_call
 
 CPU = torch.device("cpu")
 SIZE = 8
+SMALL_MODEL = [
+    *("--image-size", "8", "--num-classes", "3"),
+    *("--model", "DiT-S/2", "--hidden-size", "16", "--depth", "1"),
+]
 CLASSES = {"ant": 3, "bee": 5, "cat": 3}
 
 
@@ -539,19 +543,7 @@ def test_latents_in_a_narrow_dtype_differ_by_its_rounding(images, vae, encoded, 
 
 def test_a_run_on_latents_needs_neither_vae_nor_pillow(images, vae, encoded, tmp_path, monkeypatch):
     shown = ["--steps", "3", "--learning-rate", "1e-2", "--log-every", "1", "--results-dir"]
-    sizes = [
-        "--image-size",
-        "8",
-        "--num-classes",
-        "3",
-        "--model",
-        "DiT-S/2",
-        "--hidden-size",
-        "16",
-        "--depth",
-        "1",
-    ]
-    common = [*sizes, "--num-heads", "2", "--global-batch-size", "4", "--device", "cpu", "--num-workers", "0"]
+    common = [*SMALL_MODEL, "--num-heads", "2", "--global-batch-size", "4", "--device", "cpu", "--num-workers", "0"]
     held_out = ["--val-every", "3", "--val-images", "4", "--val-path"]
     flags = ["train", "--data-path", str(images), "--vae", vae, *common, *held_out, str(images), *shown]
     assert main([*flags, str(tmp_path / "images")]) == 0
@@ -677,21 +669,9 @@ def test_latents_that_shall_be_shown_need_their_vae(encoded, every):
 
 
 def test_a_run_goes_on_with_latents_of_its_own_vae_only(images, vae, encoded, tmp_path, capsys):
-    sizes = [
-        "--image-size",
-        "8",
-        "--num-classes",
-        "3",
-        "--model",
-        "DiT-S/2",
-        "--hidden-size",
-        "16",
-        "--depth",
-        "1",
-    ]
     run = [
         "train",
-        *sizes,
+        *SMALL_MODEL,
         "--num-heads",
         "2",
         "--global-batch-size",

@@ -13,6 +13,7 @@ from ditkernels import ops, reference
 from ditkernels.ops import dispatch
 from ditkernels.reference import SIZES
 from tests import numerics
+from tests.helpers.backends import on_triton  # noqa: F401 (each test runs on it)
 
 pytestmark = [
     pytest.mark.gpu,
@@ -28,12 +29,6 @@ TAKES = {
 }
 WIDTHS = [size["hidden_size"] for size in SIZES.values()]
 DTYPES = [(BF16, BF16), (F32, BF16), (F32, F32), (F16, F16)]
-
-
-@pytest.fixture(autouse=True)
-def _on_triton():
-    with dispatch.use_backend("triton"):
-        yield
 
 
 def make_inputs(op: str, batch: int, length: int, width: int, stream: torch.dtype, branch: torch.dtype) -> dict[str, Tensor]:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ditkernels import ops
-from ditkernels.ops import _native, dispatch
+from ditkernels.ops import _native
 from tests.gpu.test_adamw_gpu import (  # noqa: F401 (they run here on the fixture below)
     XL_SHAPES,
     on_device,
@@ -18,6 +18,7 @@ from tests.gpu.test_adamw_gpu import (  # noqa: F401 (they run here on the fixtu
     test_repeats_bit_for_bit,
     test_training_with_it_is_training,
 )
+from tests.helpers.backends import on_cuda  # noqa: F401 (each test runs on it)
 from tests.ops.test_adamw_ema import BF16, OPTIONS, assert_equal, cloned, make_state
 
 pytestmark = [
@@ -27,12 +28,6 @@ pytestmark = [
 ]
 
 MORE_THAN_A_LAUNCH = (*XL_SHAPES, *((8,), (7,)) * 250)
-
-
-@pytest.fixture(autouse=True)
-def _on_cuda():
-    with dispatch.use_backend("cuda"):
-        yield
 
 
 def test_a_graph_replays_the_step() -> None:

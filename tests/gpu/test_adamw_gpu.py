@@ -8,6 +8,7 @@ from torch import nn
 
 from ditkernels import ops, reference
 from ditkernels.ops import dispatch
+from tests.helpers.backends import on_triton  # noqa: F401 (each test runs on it)
 from tests.ops.test_adamw_ema import BF16, CASES, F32, SHAPES, State, assert_equal, make_state, updated
 from tests.ops.test_adamw_ema import assert_parity as assert_parity_of
 
@@ -18,12 +19,6 @@ pytestmark = [
 
 DEVICE = torch.device("cuda")
 XL_SHAPES = (*SHAPES, (6 * 1152, 1152), (1152,), (4608, 1152), (1001, 1152), (32, 1152))
-
-
-@pytest.fixture(autouse=True)
-def _on_triton():
-    with dispatch.use_backend("triton"):
-        yield
 
 
 def on_device(state: State) -> State:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import Tensor
 
 from ditkernels import ops
-from ditkernels.ops import _native, dispatch
 from ditkernels.reference import SIZES
+from tests.helpers.backends import on_both  # noqa: F401 (each test runs on it)
 from tests.ops.test_bias_gelu import BF16, COVERING, F16, F32, LAYOUTS, assert_parity, make_inputs, on_device, run
 
 pytestmark = [
@@ -19,14 +17,6 @@ pytestmark = [
 ]
 
 WIDTHS = [4 * size["hidden_size"] for size in SIZES.values()]
-
-
-@pytest.fixture(autouse=True, params=["triton", "cuda"])
-def _backend(request: pytest.FixtureRequest) -> Iterator[None]:
-    if request.param == "cuda" and not _native.architectures():
-        pytest.skip(_native.cuda_library())
-    with dispatch.use_backend(request.param):
-        yield
 
 
 def on_gpu(inputs: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ditkernels import ops
-from ditkernels.ops import _native, dispatch
 from ditkernels.reference import SIZES
+from tests.helpers.backends import on_both  # noqa: F401 (each test runs on it)
 from tests.ops.test_qkv import (
     BF16,
     COVERING,
@@ -31,14 +29,6 @@ pytestmark = [
 
 HEADS = [(size["num_heads"], size["hidden_size"] // size["num_heads"]) for size in SIZES.values()]
 DEVICE = torch.device("cuda")
-
-
-@pytest.fixture(autouse=True, params=["triton", "cuda"])
-def _backend(request: pytest.FixtureRequest) -> Iterator[None]:
-    if request.param == "cuda" and not _native.architectures():
-        pytest.skip(_native.cuda_library())
-    with dispatch.use_backend(request.param):
-        yield
 
 
 @pytest.mark.parametrize("dtype, bias", [(BF16, F32), (BF16, BF16), (F32, F32), (F16, F16)])

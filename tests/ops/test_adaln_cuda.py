@@ -11,6 +11,7 @@ import torch
 from ditkernels.ops import _native, choice, dispatch, norm
 from ditkernels.ops.spec import encoded
 from tests import numerics
+from tests.helpers.backends import emulated  # noqa: F401 (each test runs on it)
 from tests.ops.test_adaln import BF16, F16, F32, F64, OPS, assert_parity, make_inputs, run
 from tests.ops.triton_proof.adaln_access import ALL, FAR_SHAPES, PASSES, spread
 from tests.ops.triton_proof.adaln_parity import (  # noqa: F401 (they run here on the fixture below)
@@ -26,12 +27,6 @@ from tests.ops.triton_proof.adaln_parity import (  # noqa: F401 (they run here o
 from tools.kernel_proof import emulated_cuda
 
 LARGE = {"x", "x1", "h", "branch", "dx1", "dh", "dx", "dbranch"}
-
-
-@pytest.fixture(autouse=True)
-def _emulated():
-    with emulated_cuda.running():
-        yield
 
 
 def contiguous_inputs(

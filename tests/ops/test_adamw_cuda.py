@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from ditkernels import ops
+from tests.helpers.backends import emulated  # noqa: F401 (each test runs on it)
 from tests.ops.test_adamw_ema import (
     BF16,
     CASES,
@@ -27,12 +28,6 @@ from tests.ops.test_adamw_ema import (
     updated,
 )
 from tools.kernel_proof import emulated_cuda
-
-
-@pytest.fixture(autouse=True)
-def _emulated():
-    with emulated_cuda.running():
-        yield
 
 
 @pytest.mark.parametrize("case", [*CASES, {"gradient": BF16, "copied": F16}, {"gradient": F16, "copied": None}])

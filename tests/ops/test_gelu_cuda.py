@@ -8,6 +8,7 @@ import torch
 from ditkernels import ops
 from ditkernels.ops import dispatch
 from ditkernels.ops.spec import encoded
+from tests.helpers.backends import emulated  # noqa: F401 (each test runs on it)
 from tests.ops.test_bias_gelu import (
     BF16,
     F16,
@@ -21,12 +22,6 @@ from tests.ops.test_bias_gelu import (
     test_parity,  # noqa: F401
 )
 from tools.kernel_proof import emulated_cuda
-
-
-@pytest.fixture(autouse=True)
-def _emulated():
-    with emulated_cuda.running():
-        yield
 
 
 @pytest.mark.parametrize("dtype, bias", [(F32, F32), (BF16, F32), (F16, None)])

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import pytest
-
+from tests.helpers.backends import emulated  # noqa: F401 (each test runs on it)
 from tests.ops.triton_proof.model_parity import test_twenty_training_steps_stay_with_the_reference  # noqa: F401 (runs here on the fixture below)
 from tests.test_models import (  # noqa: F401
     SMALL,
@@ -13,12 +12,6 @@ from tests.test_models import (  # noqa: F401
     test_rounds_no_worse_than_the_reference,
 )
 from tools.kernel_proof import emulated_cuda
-
-
-@pytest.fixture(autouse=True)
-def _emulated():
-    with emulated_cuda.running():
-        yield
 
 
 def test_every_kernel_of_the_model_is_ours() -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ditkernels.ops import _native, choice, dispatch
 from ditkernels.ops.image import FINAL_LAYER, PATCH_EMBED, PATCHIFY, final_layer, patch_embed, unpatchify
+from tests.helpers.backends import emulated  # noqa: F401 (each test runs on it)
 from tests.ops import test_final_layer, test_patch_embed
 from tests.ops.test_final_layer import OPTIONAL
 from tests.ops.test_patch_embed import BF16, F16, F32, F64, forward_and_gradients, make_inputs
@@ -33,12 +34,6 @@ from tests.ops.triton_proof.patches_parity import (  # noqa: F401 (they run here
 )
 from tests.ops.triton_proof.patches_parity import test_parity_of_final_layer as parity_of_final_layer
 from tools.kernel_proof import emulated_cuda
-
-
-@pytest.fixture(autouse=True)
-def _emulated():
-    with emulated_cuda.running():
-        yield
 
 
 def final_inputs(

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from ditkernels.ops import dispatch
+from tests.helpers.backends import emulated  # noqa: F401 (each test runs on it)
 from tests.ops.test_qkv import (
     BF16,
     F32,
@@ -18,12 +19,6 @@ from tests.ops.test_qkv import (
     test_parity,  # noqa: F401 (it runs here on the fixture below)
 )
 from tools.kernel_proof import emulated_cuda
-
-
-@pytest.fixture(autouse=True)
-def _emulated():
-    with emulated_cuda.running():
-        yield
 
 
 @pytest.mark.parametrize("heads, head_dim", [(16, 72), (6, 64)])

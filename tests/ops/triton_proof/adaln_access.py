@@ -13,6 +13,7 @@ from triton.runtime.errors import InterpreterError
 from ditkernels.ops import _triton, dispatch, norm
 from ditkernels.ops._triton import Tile
 from ditkernels.ops.norm import triton as kernels
+from tests.helpers.backends import on_triton  # noqa: F401 (each test runs on it)
 from tests.ops.test_adaln import BF16, F32, OPS, make_inputs, run
 from tools.kernel_proof.interpreted import Launch, guarded, in_place, load_sources, reordered, shuffled, traced
 
@@ -46,12 +47,6 @@ NEEDS = [
     ("gated_residual_norm", "scale weight", 2),
     ("gated_residual_norm", "shift", 0),
 ]
-
-
-@pytest.fixture(autouse=True)
-def _on_triton():
-    with dispatch.use_backend("triton"):
-        yield
 
 
 def passes(launches: list[Launch], shape: tuple[int, ...]) -> int:

@@ -6,12 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from triton.runtime.errors import InterpreterError
 
 from ditkernels.ops import dispatch
 from ditkernels.ops.norm import triton as kernels
+from tests.helpers.backends import on_triton  # noqa: F401 (each test runs on it)
+from tests.helpers.faults import assert_found
 from tests.ops.test_adaln import BF16, F32, assert_parity, make_inputs
-from tools.kernel_proof.interpreted import guarded, mutant
+from tools.kernel_proof.interpreted import guarded
 
 # Of a weight the gradient of x needs, but not the weight's own; of sums and terms some, and in other places than among all.
 NEEDS = ("x bias", "scale", "gate", "weight branch_bias")
@@ -178,22 +179,10 @@ def rounded_statistics() -> None:
     torch.testing.assert_close(stats[..., 0], x1.float().mean(-1))
 
 
-@pytest.fixture(autouse=True)
-def _on_triton():
-    with dispatch.use_backend("triton"):
-        yield
-
-
 def test_the_kernels_as_they_are_pass() -> None:
     check()
 
 
 @pytest.mark.parametrize("name", MUTANTS)
 def test_killed(name: str, tmp_path: Path) -> None:
-    with (
-        mutant(kernels, *MUTANTS[name], tmp_path),
-        pytest.raises((AssertionError, InterpreterError)) as caught,
-    ):
-        check()
-    died_of = str(caught.value)
-    assert any(word in died_of for word in ("contract", "OutOfBounds", "not finite", "not close")), died_of
+    assert_found(kernels, MUTANTS[name], check, tmp_path, "contract", "OutOfBounds", "not finite", "not close")

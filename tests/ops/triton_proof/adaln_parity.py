@@ -12,6 +12,7 @@ from ditkernels import reference
 from ditkernels.ops import dispatch, norm
 from ditkernels.ops.norm import triton as kernels
 from tests import numerics
+from tests.helpers.backends import on_triton  # noqa: F401 (each test runs on it)
 from tests.ops.test_adaln import (
     BF16,
     F16,
@@ -47,12 +48,6 @@ COVERING = [
     (2, 3, 1, BF16, BF16, "layernorm"),
     (1, 2, 2500, F32, F32, "layernorm"),
 ]
-
-
-@pytest.fixture(autouse=True)
-def _on_triton():
-    with dispatch.use_backend("triton"):
-        yield
 
 
 @pytest.mark.parametrize("op", OPS)

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from triton.runtime.errors import InterpreterError
 
 from ditkernels import ops
-from ditkernels.ops import dispatch
 from ditkernels.ops.optimizer import triton as kernels
+from tests.helpers.backends import on_triton  # noqa: F401 (each test runs on it)
+from tests.helpers.faults import assert_found
 from tests.ops.test_adamw_ema import (
     BF16,
     CASES,
@@ -29,16 +29,10 @@ from tests.ops.test_adamw_ema import (
     make_state,
     updated,
 )
-from tools.kernel_proof.interpreted import Launch, in_place, mutant, reordered, shuffled, traced
+from tools.kernel_proof.interpreted import Launch, in_place, reordered, shuffled, traced
 
 # The interpreter computes with NumPy, which warns of what a skipped step throws away.
 pytestmark = pytest.mark.filterwarnings("ignore:(invalid value|divide by zero):RuntimeWarning")
-
-
-@pytest.fixture(autouse=True)
-def _on_triton():
-    with dispatch.use_backend("triton"):
-        yield
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -157,5 +151,4 @@ def test_the_kernels_as_they_are_pass() -> None:
 
 @pytest.mark.parametrize("name", MUTANTS)
 def test_planted_faults_are_found(name: str, tmp_path: Path) -> None:
-    with mutant(kernels, *MUTANTS[name], tmp_path), pytest.raises((AssertionError, InterpreterError)):
-        check()
+    assert_found(kernels, MUTANTS[name], check, tmp_path)

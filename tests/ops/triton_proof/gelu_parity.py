@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from triton.runtime.errors import InterpreterError
 
 from ditkernels import ops
 from ditkernels.ops import dispatch
 from ditkernels.ops.gelu import triton as kernels
+from tests.helpers.backends import on_triton  # noqa: F401 (each test runs on it)
+from tests.helpers.faults import assert_found
 from tests.ops.test_bias_gelu import (
     BF16,
     COVERING,
@@ -23,13 +24,7 @@ from tests.ops.test_bias_gelu import (
     poisoned,
     run,
 )
-from tools.kernel_proof.interpreted import guarded, in_place, mutant, reordered, shuffled, traced
-
-
-@pytest.fixture(autouse=True)
-def _on_triton():
-    with dispatch.use_backend("triton"):
-        yield
+from tools.kernel_proof.interpreted import guarded, in_place, reordered, shuffled, traced
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -153,5 +148,4 @@ def test_the_kernels_as_they_are_pass() -> None:
 
 @pytest.mark.parametrize("name", MUTANTS)
 def test_planted_faults_are_found(name: str, tmp_path: Path) -> None:
-    with mutant(kernels, *MUTANTS[name], tmp_path), pytest.raises((AssertionError, InterpreterError)):
-        check()
+    assert_found(kernels, MUTANTS[name], check, tmp_path)

@@ -5,15 +5,9 @@ from __future__ import annotations
 import pytest
 
 from ditkernels import ops
-from ditkernels.ops import dispatch
+from tests.helpers.backends import on_triton  # noqa: F401 (each test runs on it)
 from tests.ops.test_mlp import BF16, F32, UNEVEN, assert_parity, check_repeats, make_inputs, run
 from tools.kernel_proof.interpreted import traced
-
-
-@pytest.fixture(autouse=True)
-def _on_triton():
-    with dispatch.use_backend("triton"):
-        yield
 
 
 @pytest.mark.parametrize("case", [*UNEVEN, ((2, 17, 96, 384, 96), BF16, True)], ids=str)

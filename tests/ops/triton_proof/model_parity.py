@@ -8,18 +8,12 @@ import pytest
 import torch
 
 from ditkernels import create_diffusion, reference
-from ditkernels.ops import dispatch
 from ditkernels.reference import CONDITIONINGS
 from tests import numerics
+from tests.helpers.backends import on_triton  # noqa: F401 (each test runs on it)
 from tests.test_models import F32, F64, forward_backward, pair
 
 TINY = {"input_size": (4, 6), "hidden_size": 40, "depth": 2, "num_heads": 2, "num_classes": 5}
-
-
-@pytest.fixture(autouse=True)
-def _on_triton():
-    with dispatch.use_backend("triton"):
-        yield
 
 
 @pytest.mark.parametrize("conditioning", CONDITIONINGS)

@@ -13,17 +13,12 @@ from triton.runtime.errors import InterpreterError
 
 from ditkernels.ops import dispatch
 from ditkernels.ops.image import final_layer, patch_embed, triton, unpatchify
+from tests.helpers.backends import on_triton  # noqa: F401 (each test runs on it)
 from tests.ops import test_final_layer, test_patch_embed
 from tests.ops.test_final_layer import BF16, F32, OPTIONAL
 from tools.kernel_proof.interpreted import Launch, guarded, in_place, load_sources, reordered, shuffled, traced
 
 GRID = (5, 8)  # 40 tokens: blocks of 16, 32 and 64 that are not full
-
-
-@pytest.fixture(autouse=True)
-def _on_triton():
-    with dispatch.use_backend("triton"):
-        yield
 
 
 def run_final_layer(

@@ -7,15 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from triton.runtime.errors import InterpreterError
 
 from ditkernels import reference
-from ditkernels.ops import dispatch
 from ditkernels.ops.image import final_layer, patch_embed, triton, unpatchify
 from tests import numerics
+from tests.helpers.backends import on_triton  # noqa: F401 (each test runs on it)
+from tests.helpers.faults import assert_found
 from tests.ops import test_final_layer, test_patch_embed
 from tests.ops.test_final_layer import F32
-from tools.kernel_proof.interpreted import guarded, mutant
+from tools.kernel_proof.interpreted import guarded
 
 # What is replaced in the kernels' source, and by what.
 SHARED = {
@@ -137,12 +137,6 @@ def check_patch_embed() -> None:
         torch.testing.assert_close(rounded, held, rtol=0, atol=0)
 
 
-@pytest.fixture(autouse=True)
-def _on_triton():
-    with dispatch.use_backend("triton"):
-        yield
-
-
 def test_the_kernels_as_they_are_pass() -> None:
     check_final_layer()
     check_wide_rows()
@@ -150,10 +144,7 @@ def test_the_kernels_as_they_are_pass() -> None:
 
 
 def assert_killed(fault: tuple[str, str], check: Callable[[], None], folder: Path) -> None:
-    with mutant(triton, *fault, folder), pytest.raises((AssertionError, InterpreterError)) as caught:
-        check()
-    died_of = str(caught.value)
-    assert any(word in died_of for word in ("contract", "OutOfBounds", "not finite", "not close", "not equal")), died_of
+    assert_found(triton, fault, check, folder, "contract", "OutOfBounds", "not finite", "not close", "not equal")
 
 
 @pytest.mark.parametrize("name", FINAL)

@@ -18,6 +18,7 @@ from ditkernels.ops.image import (
     patch_embed,
     unpatchify,
 )
+from tests.helpers.backends import on_triton  # noqa: F401 (each test runs on it)
 from tests.ops import test_final_layer, test_patch_embed
 from tests.ops.test_final_layer import BF16, F16, F32, F64, OPTIONAL
 
@@ -51,12 +52,6 @@ EMBED = [
     (2, (1, 5), 7, 3, F32, F32, F32, F32, 1),
     (2, (3, 1), 1, 1, F32, F32, F32, F32, 2),
 ]
-
-
-@pytest.fixture(autouse=True)
-def _on_triton():
-    with dispatch.use_backend("triton"):
-        yield
 
 
 def case_id(case: tuple) -> str:

@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from triton.runtime.errors import InterpreterError
 
 from ditkernels.ops import dispatch
 from ditkernels.ops.qkv import triton as kernels
+from tests.helpers.backends import on_triton  # noqa: F401 (each test runs on it)
+from tests.helpers.faults import assert_found
 from tests.ops.test_qkv import (
     BF16,
     COVERING,
@@ -21,13 +22,7 @@ from tests.ops.test_qkv import (
     check_repeats,
     gradients,
 )
-from tools.kernel_proof.interpreted import guarded, in_place, mutant, reordered, shuffled, traced
-
-
-@pytest.fixture(autouse=True)
-def _on_triton():
-    with dispatch.use_backend("triton"):
-        yield
+from tools.kernel_proof.interpreted import guarded, in_place, reordered, shuffled, traced
 
 
 @pytest.mark.parametrize("index", range(len(COVERING)))
@@ -129,5 +124,4 @@ def test_the_kernels_as_they_are_pass() -> None:
 
 @pytest.mark.parametrize("name", MUTANTS)
 def test_planted_faults_are_found(name: str, tmp_path: Path) -> None:
-    with mutant(kernels, *MUTANTS[name], tmp_path), pytest.raises((AssertionError, InterpreterError)):
-        check()
+    assert_found(kernels, MUTANTS[name], check, tmp_path)
