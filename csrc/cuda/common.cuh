@@ -1,8 +1,8 @@
 // What the CUDA kernels of all families share: access to memory, dispatch by dtype and width, launch.
 //
 // Kernels access tensors only through the functions below and shared memory only through Shared, so that the tests' host emulation
-// (tests/ops/emulation) can check and count every access. A unit is eight channels: one 16-byte access of bf16 or fp16, two of fp32.
-// A vectorised access moves 16 bytes. Arithmetic is fp32. Offsets are 64-bit.
+// (tests/ops/emulation) can check and count every access. A unit is eight channels: one 16-byte access of bf16 or fp16, two of
+// fp32. A vectorised access moves 16 bytes. Arithmetic is fp32. Offsets are 64-bit.
 //
 // The compiler knows the pairs of dtypes that models use. `Any` marks a dtype that is known only at run time; the code is the same.
 //
