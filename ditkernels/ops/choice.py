@@ -114,7 +114,7 @@ class Op:
     def implement(
         self, backend: str, *, refuse: Refusal = _willing, plain: Kernel | None = None
     ) -> Callable[[_Function], _Function]:
-        """Decorates the kernel of a backend, which becomes the internal op ``ditkernels::<op>_<backend>``.
+        """Decorates the kernel of a backend, which runs as the internal op ``ditkernels::<op>_<backend>``.
 
         An autograd Function in Python costs the host more than a few operations of torch do, so a backend that is made of
         those may name a ``plain`` function, which torch differentiates by itself.

@@ -80,7 +80,7 @@ def declare(name: str, *, inputs: str, options: str = "", outputs: str, **rest: 
 
 
 def register(declaration: Declaration) -> CallableOp:
-    """Declares an op without gradients of its own: its checks, choice and fake are the declaration's."""
+    """Declares an op to torch with its checks, the choice of its backend and its fake kernel; ``declare`` adds the derivative."""
     op = OPS[declaration.name] = CallableOp(declaration)
     schema = declaration.schema.replace(") ->", ', str backend="") ->')
     define_op(declaration.name, schema, torch.Tag.pt2_compliant_tag)
