@@ -30,7 +30,7 @@ def check(monkeypatch):
         print("the report of the check", file=file)
         return stand_in.passes
 
-    monkeypatch.setattr("ditkernels.check.report", report)
+    monkeypatch.setattr("ditkernels.diagnostics.check.report", report)
     # Three steps, three losses to draw.
     monkeypatch.setattr(demo, "TRAINING", replace(demo.TRAINING, log_every=1))
     return stand_in

@@ -4,7 +4,7 @@
     python -m benchmarks.speed.sampling --device cpu --threads 1,2 --processes 5    sizes that a CPU can bear, five processes
 
 The public loop is what people run: the model's ``forward_with_cfg`` on the doubled batch, one solver's step after another. The
-sampler is ``ditkernels.sampler.sample``: modulation computed ahead, and on a GPU a CUDA graph, captured anew for every batch.
+sampler is ``ditkernels.sample``: modulation computed ahead, and on a GPU a CUDA graph, captured anew for every batch.
 ``ahead`` is the sampler with the plain model.
 
 How time is taken. A drawing of N steps takes ``fixed + N · step``. Whole drawings of the two ``--lengths`` are timed, by the clock

@@ -213,7 +213,7 @@ def test_without_nvidia_smi_there_is_no_driver(monkeypatch, tmp_path):
 
 
 def test_importing_it_initialises_no_cuda_and_asks_no_driver():
-    code = "import torch, ditkernels.info, ditkernels.check; print(torch.cuda.is_initialized())"
+    code = "import torch, ditkernels.diagnostics.info, ditkernels.diagnostics.check; print(torch.cuda.is_initialized())"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stdout) == (0, "False\n"), done.stderr
 

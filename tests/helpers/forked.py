@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
-from ditkernels.checkpoint import newest_checkpoint
+from ditkernels.checkpoints.run import newest_checkpoint
 from ditkernels.cli import main
-from ditkernels.runlog import METRICS, read_metrics
+from ditkernels.training.log import METRICS, read_metrics
 
 
 def child(

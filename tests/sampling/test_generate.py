@@ -152,7 +152,7 @@ def test_the_decoder_sees_whole_batches(model, tmp_path):
 
 
 def test_a_run_that_was_stopped_goes_on_where_it_was(model, whole, tmp_path, monkeypatch):
-    module = sys.modules["ditkernels.sampler.generate"]
+    module = sys.modules["ditkernels.sampling.generate"]
     drawn = []
 
     def stops_at_the_third(*arguments, **options):

@@ -42,8 +42,8 @@ from ditkernels.training.distributed import ManyRanks, Parallel
 from ditkernels.training.factory import build_model
 from ditkernels.training.log import METRICS, read_metrics
 from ditkernels.training.trainer import Trainer
-from tests.helpers.runs import newest_checkpoint
 from tests.helpers.forked import assert_same_end, child
+from tests.helpers.runs import newest_checkpoint
 from tests.helpers.sabotage import KILLED, flip_a_bit, kill_at_call, slow_steps
 from tests.numerics import REORDERING_FACTOR
 from tests.training.test_trainer import CountSynchronisations

@@ -24,10 +24,9 @@ from ditkernels.cli import main
 from ditkernels.ops import _native
 from ditkernels.training import trainer  # noqa: F401 (likewise)
 from ditkernels.training.config import TrainConfig
-from ditkernels.training.log import METRICS, read_metrics
 from ditkernels.training.optimizer import resolved
-from tests.helpers.runs import newest_checkpoint
 from tests.helpers.forked import assert_same_end, child, rows
+from tests.helpers.runs import newest_checkpoint
 from tests.helpers.sabotage import KILLED, flip_a_bit, kill_at_call, slow_steps
 
 STEPS = 10

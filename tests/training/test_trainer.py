@@ -765,7 +765,7 @@ def test_importing_the_trainer_is_light():
     import subprocess
 
     code = (
-        "import sys, ditkernels.trainer, torch; assert not torch.cuda.is_initialized(); "
+        "import sys, ditkernels.training.trainer, torch; assert not torch.cuda.is_initialized(); "
         "found = {'PIL', 'diffusers', 'wandb', 'tensorboard', 'yaml', 'matplotlib'} & set(sys.modules); assert not found, found"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
