@@ -23,13 +23,13 @@ from ditkernels.data.loader import stream_batches
 from ditkernels.data.source import open_data
 from ditkernels.data.vae import VAE, load_vae
 from ditkernels.rng import Stream, normals
-from ditkernels.runtime import World
 from ditkernels.training.config import TrainConfig
 from ditkernels.training.factory import build_model, latent_shape, vae_for
 from ditkernels.training.log import read_metrics
 from ditkernels.training.trainer import Trainer
 from tests.benchmarks.test_benchmarks import run as run_benchmark
 from tests.helpers.sabotage import KILLED, kill_at_call
+from tests.helpers.worlds import Among
 
 CPU = torch.device("cpu")
 SIZE = 8
@@ -223,7 +223,7 @@ def test_two_processes_write_what_one_writes(images, vae, encoded, tmp_path):
     # If one dies the other must not wait for it.
     barrier = context.Barrier(2, timeout=60)
     config = settings(images, vae, tmp_path)
-    both = [context.Process(target=encode, args=(config, CPU, World(rank, 2, barrier.wait)), daemon=True) for rank in (0, 1)]
+    both = [context.Process(target=encode, args=(config, CPU, Among(rank, 2, barrier.wait)), daemon=True) for rank in (0, 1)]
     for process in both:
         process.start()
     for process in both:
@@ -235,7 +235,7 @@ def test_two_processes_write_what_one_writes(images, vae, encoded, tmp_path):
 def test_a_process_takes_the_shards_that_are_its_by_number(images, vae, tmp_path):
     config = settings(images, vae, tmp_path)
     with pytest.raises(TimeoutError):
-        encode(config, CPU, World(1, 2, barrier=waits_for_nobody(tmp_path, config)))
+        encode(config, CPU, Among(1, 2, barrier=waits_for_nobody(tmp_path, config)))
     assert [path.name for path in tmp_path.glob("latents-*")] == ["latents-00001.safetensors"]
 
 

@@ -26,13 +26,13 @@ from ditkernels.checkpoints.run import checkpoint_directory
 from ditkernels.diffusion import create_diffusion
 from ditkernels.models import DiT
 from ditkernels.reference import CONDITIONINGS, SIZES
-from ditkernels.runtime import World
 from ditkernels.sampling import generate, outputs
 from ditkernels.sampling.config import SampleConfig
 from ditkernels.sampling.drawing import sample
 from ditkernels.sampling.generate import Batches, Job, draw
 from ditkernels.sampling.labels import Labels, as_ranges, parse_classes, read_labels
 from ditkernels.sampling.outputs import grid_of, to_pixels
+from tests.helpers.worlds import Among
 from tests.sampling.test_sampler import random_model
 from tools.tree import ROOT
 
@@ -179,7 +179,7 @@ def test_two_workers_share_what_is_missing(model, whole, tmp_path):
         threading.Thread(
             target=generate,
             args=(model, create_diffusion("4"), job(), tmp_path),
-            kwargs={"world": World(rank, 2, barrier.wait), "progress": False},
+            kwargs={"world": Among(rank, 2, barrier.wait), "progress": False},
         )
         for rank in range(2)
     ]

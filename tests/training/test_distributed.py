@@ -26,7 +26,6 @@ import torch.distributed.fsdp  # imported once, in the server
 from sklearn.datasets import load_digits as _warm  # noqa: F401 (likewise)
 from torch.distributed.launcher.api import LaunchConfig
 
-from ditkernels import runtime
 from ditkernels.checkpoints.format import MANIFEST, Checkpoint, CheckpointError, load_checkpoint, save_checkpoint
 from ditkernels.checkpoints.model import load_model
 from ditkernels.checkpoints.run import checkpoints_of
@@ -45,6 +44,7 @@ from ditkernels.training.trainer import Trainer
 from tests.helpers.forked import assert_same_end, child
 from tests.helpers.runs import newest_checkpoint
 from tests.helpers.sabotage import KILLED, flip_a_bit, kill_at_call, slow_steps
+from tests.helpers.worlds import Among
 from tests.numerics import REORDERING_FACTOR
 from tests.training.test_trainer import CountSynchronisations
 
@@ -626,17 +626,11 @@ def test_unreadable_images_are_counted_over_all_ranks(forked, pictures, tmp_path
 # ---- What a rank is --------------------------------------------------------------------------------------------------
 
 
-def among(size: int, rank: int) -> runtime.World:
-    world = runtime.World()
-    world.rank, world.size = rank, size
-    return world
-
-
 @pytest.mark.parametrize("size, parts", [(1, 1), (1, 3), (2, 1), (3, 2), (2, 6)])
 def test_ranks_share_every_part_of_the_batch(size, parts):
     shares = []
     for rank in range(size):
-        shares.append(Parallel(among(size, rank)).positions(12, parts))
+        shares.append(Parallel(Among(rank, size)).positions(12, parts))
     for number, part in enumerate(torch.arange(12).chunk(parts)):
         together = torch.cat([share.chunk(parts)[number] for share in shares])
         assert torch.equal(together, part)
@@ -645,7 +639,7 @@ def test_ranks_share_every_part_of_the_batch(size, parts):
 def test_a_rank_reads_its_own_images_alone():
     data = LabelledImages(torch.arange(40.0).reshape(40, 1, 1, 1), torch.arange(40))
     batches = InMemoryBatches(data, 12, 3)
-    mine = ManyRanks.batches(Parallel(among(3, 1)), batches, 12, 2)[5]
+    mine = ManyRanks.batches(Parallel(Among(1, 3)), batches, 12, 2)[5]
     assert torch.equal(mine.labels, batches[5].labels[[2, 3, 8, 9]])
     assert torch.equal(mine.images.flatten(), mine.labels.float())
 
