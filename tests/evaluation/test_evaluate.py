@@ -26,9 +26,8 @@ from ditkernels.evaluation.evaluate import Reference, evaluate, load_reference
 from ditkernels.evaluation.features import Features, Inception
 from ditkernels.evaluation.metrics import Gaussian, GaussianSum, InceptionScore, frechet_distance
 from ditkernels.evaluation.monitor import Monitor
-from ditkernels.sampling import generate
 from ditkernels.sampling.config import SampleConfig
-from ditkernels.sampling.generate import Batches, Job
+from ditkernels.sampling.generate import Batches, Job, generate
 from ditkernels.sampling.labels import Labels
 from tests.numerics import METRIC_AGREEMENT
 from tests.sampling.test_sampler import random_model

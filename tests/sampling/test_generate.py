@@ -26,10 +26,10 @@ from ditkernels.checkpoints.run import checkpoint_directory
 from ditkernels.diffusion import create_diffusion
 from ditkernels.models import DiT
 from ditkernels.reference import CONDITIONINGS, SIZES
-from ditkernels.sampling import generate, outputs
+from ditkernels.sampling import outputs
 from ditkernels.sampling.config import SampleConfig
 from ditkernels.sampling.drawing import sample
-from ditkernels.sampling.generate import Batches, Job, draw
+from ditkernels.sampling.generate import Batches, Job, draw, generate
 from ditkernels.sampling.labels import Labels, as_ranges, parse_classes, read_labels
 from ditkernels.sampling.outputs import grid_of, to_pixels
 from tests.helpers.worlds import Among
