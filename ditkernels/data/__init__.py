@@ -10,4 +10,5 @@ from ditkernels import _moved
 def __getattr__(name: str) -> Any:
     found = _moved.moved_name(__name__, name)
     _moved.warn_of(__name__)
+    globals()[name] = found
     return found

@@ -1,12 +1,17 @@
-"""What importing the ops loads: neither Triton nor a compiler, before something asks for them."""
+"""What a start loads and costs: help comes without torch, a name without what it does not need, Triton where it is asked for."""
 
 from __future__ import annotations
 
+import os
+import statistics
 import subprocess
 import sys
+from collections.abc import Sequence
 from importlib.util import find_spec
 
 import pytest
+
+from ditkernels import cli
 
 LATE = ["triton", "torch._inductor", "torch._dynamo", "torch.utils.cpp_extension", "torch.utils.flop_counter"]
 # The package's own __init__ may import more than the ops, and is not meant here. What torch brings along is its own.
@@ -75,3 +80,58 @@ with FlopCounterMode(display=False) as counter:
     ditkernels.ops.mlp(x, fc1, None, fc2)
 assert counter.get_flop_counts()["Global"] == {torch.ops.ditkernels.mlp: 2 * 6 * 16 * 12}, counter.get_flop_counts()
 """)
+
+
+# ---- Commands and names ----------------------------------------------------------------------------------------------
+
+HELP_SECONDS = 0.5
+DIT_SECONDS = 0.15
+WITHOUT_TORCH = """
+import sys
+from ditkernels import cli
+try:
+    status = cli.main({argv!r})
+except SystemExit as stop:
+    status = stop.code
+heavy = {{"torch", "triton", "numpy", "safetensors"}} & set(sys.modules)
+assert not heavy, heavy
+sys.exit(status)
+"""
+BRIEF = [(["--version"], 0), (["--help"], 0), ([], 2), (["frobnicate"], 2), (["train", "--no-such-flag"], 2)]
+BRIEF += [([name, "--help"], 0) for name in cli.COMMANDS]
+
+
+@pytest.mark.parametrize("argv, status", BRIEF, ids=str)
+def test_help_and_usage_errors_come_without_torch(argv: list[str], status: int) -> None:
+    done = subprocess.run([sys.executable, "-c", WITHOUT_TORCH.format(argv=argv)], capture_output=True, text=True, timeout=120)
+    assert done.returncode == status, done.stderr
+
+
+def test_the_package_alone_is_imported_without_torch() -> None:
+    program = "import sys, ditkernels; assert 'torch' not in sys.modules; ditkernels.TrainConfig; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
+
+
+def processor_seconds(command: Sequence[str]) -> float:
+    """Of a process and those that it starts, user and system."""
+    before = os.times()
+    subprocess.run([sys.executable, *command], check=True, capture_output=True, timeout=300)
+    after = os.times()
+    return after.children_user + after.children_system - before.children_user - before.children_system
+
+
+@pytest.mark.parametrize("argv", [["--version"], ["--help"], ["train", "--help"], ["sample", "--help"]], ids=str)
+def test_help_takes_little_processor_time(argv: list[str]) -> None:
+    command = ["-m", "ditkernels", *argv]
+    assert statistics.median(processor_seconds(command) for _ in range(5)) <= HELP_SECONDS
+
+
+@pytest.mark.slow
+def test_the_model_costs_little_beyond_torch() -> None:
+    """In one process, so that what torch costs, which varies more than this, is not counted."""
+    program = (
+        "import os, torch; t = os.times(); import ditkernels; ditkernels.DiT; u = os.times(); print(u[0] + u[1] - t[0] - t[1])"
+    )
+    command = [sys.executable, "-c", program]
+    printed = [subprocess.run(command, capture_output=True, text=True, check=True).stdout for _ in range(5)]
+    assert statistics.median(map(float, printed)) <= DIT_SECONDS
