@@ -98,3 +98,8 @@ def sha256(path: Path) -> str:
 def json_sha256(content: Mapping[str, Any]) -> str:
     """The SHA-256 of JSON, whatever the order of its keys."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what a library says of a file it cannot use; its type's name where it says nothing."""
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ditkernels.accelerate.refusals import FAULTS, Refused
 from ditkernels.accelerate.swap import Fused, Swap, rewire, unwire
+from ditkernels.files import first_line
 from ditkernels.ops.dispatch import use_backend
 
 SEED = 20221219
@@ -98,7 +99,7 @@ def duplicate(module: nn.Module, stand_ins: Mapping[int, nn.Module] | None = Non
     try:
         return copy.deepcopy(module, dict(stand_ins or {}))
     except FAULTS as fault:
-        raise Refused(f"it cannot be copied ({_first_line(fault)})") from fault
+        raise Refused(f"it cannot be copied ({first_line(fault)})") from fault
 
 
 def device_of(module: nn.Module) -> torch.device:
@@ -168,7 +169,7 @@ def _widest(trial: nn.Module, inputs: Inputs) -> tuple[torch.dtype, dict[bool, R
             with use_backend("torch", attention="plain"):
                 return dtype, {mode: _run(trial.train(mode), inputs, dtype) for mode in (False, True)}
         except FAULTS as fault:
-            faults.append(f"{type(fault).__name__}: {_first_line(fault)}")
+            faults.append(f"{type(fault).__name__}: {first_line(fault)}")
     raise Refused(f"its own forward does not run on random input ({faults[-1]})")
 
 
@@ -179,7 +180,7 @@ def _rewired(
         rewire(trial, swaps)
         return {mode: _run(trial.train(mode), inputs, dtype) for mode in modes}
     except FAULTS as fault:
-        raise Refused(f"the fused forward fails ({type(fault).__name__}: {_first_line(fault)})") from fault
+        raise Refused(f"the fused forward fails ({type(fault).__name__}: {first_line(fault)})") from fault
     finally:
         for module in list(trial.modules()):
             if isinstance(module, Fused):
@@ -244,7 +245,3 @@ def _largest_violation(got: Results, want: Results, bounds: Mapping[str, float])
 
 def _distance(a: Tensor, b: Tensor) -> float:
     return (a.double() - b.double()).abs().max().item() if b.numel() else 0.0
-
-
-def _first_line(fault: BaseException) -> str:
-    return (str(fault).splitlines() or [""])[0]

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ditkernels.checkpoints.format import Checkpoint, CheckpointError
+from ditkernels.files import first_line
 
 
 def load_public_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
@@ -30,9 +31,9 @@ def load_public_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        raise CheckpointError(f"{path} is not a torch file of plain weights and was not loaded: {_first_line(error)}") from error
+        raise CheckpointError(f"{path} is not a torch file of plain weights and was not loaded: {first_line(error)}") from error
     except (RuntimeError, EOFError) as error:
-        raise CheckpointError(f"{path} is truncated or not a torch file: {_first_line(error)}") from error
+        raise CheckpointError(f"{path} is truncated or not a torch file: {first_line(error)}") from error
     if _is_state_dict(content):
         return Checkpoint(model=content)
     if isinstance(content, dict) and _is_state_dict(content.get("model")):
@@ -59,7 +60,3 @@ def _describe(value: object) -> str:
     if isinstance(value, dict):
         return f"a dict with keys {sorted(map(str, value))[:8]}"
     return f"a {type(value).__name__}"
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-import ditkernels  # noqa: F401 (it refuses to run this file as a script)
+import ditkernels.commands  # noqa: F401 (it refuses to run this file as a script)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

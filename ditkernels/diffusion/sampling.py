@@ -346,14 +346,15 @@ def _trajectory(step: Callable[[Tensor, Tensor], Sample], x: Tensor, steps: Sequ
 
     All samplers share this loop. A sampler that looks back at earlier predictions keeps them in its ``step``.
     """
-    for index in _with_bar(steps) if progress else steps:
+    for index in with_bar(steps) if progress else steps:
         with torch.no_grad():
             result = step(x, step_of(x, index))
         x = result["sample"]
         yield result
 
 
-def _with_bar(steps: Sequence[int]) -> Iterator[int]:
+def with_bar(steps: Sequence[int]) -> Iterator[int]:
+    """The steps of a trajectory, with a bar that shows how far it is."""
     from tqdm.auto import tqdm
 
     return iter(tqdm(steps))

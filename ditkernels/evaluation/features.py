@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ditkernels.files import first_line
+
 SPATIAL_CHANNELS = 7
 SPATIAL_LAYER = "Mixed_6d.branch1x1"
 
@@ -88,7 +90,7 @@ class Inception(nn.Module):
                 "inception-v3-compat", ["2048", "logits_unbiased"], feature_extractor_weights_path=str(path)
             )
         except RuntimeError as error:
-            raise ValueError(f"{path} does not hold Inception's weights: {_first_line(error)}") from error
+            raise ValueError(f"{path} does not hold Inception's weights: {first_line(error)}") from error
         self.requires_grad_(False).eval()
 
     @torch.no_grad()
@@ -137,10 +139,6 @@ def _check_weights_file(path: Path) -> None:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=False)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise ValueError(f"{path} does not hold Inception's weights: {_first_line(error)}") from error
+        raise ValueError(f"{path} does not hold Inception's weights: {first_line(error)}") from error
     if not isinstance(content, Mapping):
         raise ValueError(f"{path} does not hold Inception's weights, but a {type(content).__name__}")
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

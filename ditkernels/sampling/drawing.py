@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ditkernels.diffusion import GaussianDiffusion
+from ditkernels.diffusion.sampling import with_bar
 from ditkernels.reference import DiT
 from ditkernels.rng import Stream, normals
 from ditkernels.sampling.config import SampleConfig
@@ -102,7 +103,7 @@ def _trajectory(
     step = _solver(denoiser, diffusion, config, noise)
     x = noise(0)
     steps = range(diffusion.num_timesteps)[::-1]
-    for taken, index in enumerate(_with_bar(steps) if progress else steps, start=1):
+    for taken, index in enumerate(with_bar(steps) if progress else steps, start=1):
         with torch.no_grad():
             denoiser.move_to(index)
             x = step(x, torch.full_like(indices, index), taken)
@@ -131,12 +132,6 @@ def _solver(denoiser: Denoiser, diffusion: GaussianDiffusion, config: SampleConf
         return result["sample"]
 
     return multistep
-
-
-def _with_bar(steps: Sequence[int]) -> Iterator[int]:
-    from tqdm.auto import tqdm
-
-    return iter(tqdm(steps))
 
 
 def _check_labels(model: DiT, labels: Tensor | Sequence[int]) -> Tensor:

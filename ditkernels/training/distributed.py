@@ -38,6 +38,7 @@ from ditkernels.checkpoints.format import CheckpointError
 from ditkernels.checkpoints.sharded import Peers, Piece, ShardWriter
 from ditkernels.checkpoints.writer import CheckpointWriter, IdleWriter
 from ditkernels.data.order import Batch, Batches
+from ditkernels.files import first_line
 from ditkernels.reference import DiT
 from ditkernels.runtime import World, place, processes
 from ditkernels.training.config import TrainConfig
@@ -439,13 +440,9 @@ def _lost_ranks_named() -> Iterator[None]:
             raise
         raise LostRankError(
             f"rank {os.environ.get('RANK')}: another rank is gone or does not answer, so the run ends here; "
-            f"--resume auto goes on from the last whole checkpoint ({_first_line(error)})"
+            f"--resume auto goes on from the last whole checkpoint ({first_line(error)})"
         ) from error
 
 
 def _common(config: TrainConfig) -> dict[str, Any]:
     return {name: value for name, value in asdict(config).items() if name not in OWN_SETTINGS}
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).splitlines()[0]
