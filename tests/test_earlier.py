@@ -14,13 +14,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from numerics import AGREES_ELSEWHERE
 
 from ditkernels import TrainConfig, train
 from ditkernels.checkpoints.format import load_checkpoint, state_sha256
 from ditkernels.cli import main
 from ditkernels.data.latents import LatentFolder
 from ditkernels.training.log import METRICS, read_metrics
+from tests.numerics import AGREES_ELSEWHERE
 
 EARLIER = Path(__file__).parent / "earlier"
 EXPECTED: dict[str, Any] = json.loads((EARLIER / "expected.json").read_text(encoding="utf-8"))
