@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import secrets
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -98,6 +98,36 @@ def sha256(path: Path) -> str:
 def json_sha256(content: Mapping[str, Any]) -> str:
     """The SHA-256 of JSON, whatever the order of its keys."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def signed(body: Mapping[str, Any]) -> dict[str, Any]:
+    """JSON that carries its own checksum, which :func:`read_signed` verifies."""
+    return {**body, "sha256": json_sha256(body)}
+
+
+def read_signed(path: Path, what: str, known: Mapping[str, Any], versions: Sequence[int]) -> dict[str, Any]:
+    """What :func:`signed` made of a mapping, without its checksum.
+
+    Args:
+        what: the file is, for the errors: "the manifest of a checkpoint".
+        known: entries that tell such a file from others.
+        versions: that ``format_version`` may have.
+
+    Raises:
+        ValueError: the file is no such JSON, of another version, or damaged; it is named.
+    """
+    try:
+        content = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+    if not isinstance(content, dict) or not known.items() <= content.items():
+        raise ValueError(f"{path} is not {what}")
+    if content.get("format_version") not in versions:
+        allowed = ("are " if len(versions) > 1 else "is ") + " and ".join(map(str, versions))
+        raise ValueError(f"{path}: format version {content.get('format_version')}, allowed {allowed}")
+    if content.pop("sha256", None) != json_sha256(content):
+        raise ValueError(f"{path} is damaged: it does not match its own SHA-256")
+    return content
 
 
 def first_line(error: BaseException) -> str:

@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ditkernels._version import __version__
-from ditkernels.files import json_sha256, make_directory, sha256, sync_directory, sync_file, temporary_name, write_json
+from ditkernels.files import make_directory, read_signed, sha256, signed, sync_directory, sync_file, temporary_name, write_json
 
 FORMAT = "ditkernels-checkpoint"
 FORMAT_VERSION = 1
@@ -120,7 +120,7 @@ def write_manifest(directory: Path, content: Mapping[str, Any]) -> None:
     body = {"format": FORMAT, "ditkernels": __version__, **content}
     # The new files must be on the disk before a manifest that names them is.
     sync_directory(directory)
-    write_json(directory / MANIFEST, {**body, "sha256": json_sha256(body)})
+    write_json(directory / MANIFEST, signed(body))
     sync_directory(directory)
     remove_unused(directory)
 
@@ -259,18 +259,9 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise CheckpointError(f"{path.parent} holds no checkpoint: {path.name} is not there")
     try:
-        manifest = json.loads(path.read_bytes())
+        return read_signed(path, f"the manifest of a {FORMAT}", {"format": FORMAT}, (FORMAT_VERSION, SHARDED_VERSION))
     except ValueError as error:
-        raise CheckpointError(f"{path} is damaged: {error}") from error
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise CheckpointError(f"{path} is not the manifest of a {FORMAT}")
-    if manifest.get("format_version") not in (FORMAT_VERSION, SHARDED_VERSION):
-        raise CheckpointError(
-            f"{path}: format version {manifest.get('format_version')}, allowed are {FORMAT_VERSION} and {SHARDED_VERSION}"
-        )
-    if manifest.pop("sha256", None) != json_sha256(manifest):
-        raise CheckpointError(f"{path} is damaged: it does not match its own SHA-256")
-    return manifest
+        raise CheckpointError(str(error)) from error
 
 
 def remove_unused(directory: Path) -> None:

@@ -13,7 +13,6 @@ tens of gigabytes, at every start: `ditkernels encode --verify` does that.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -26,7 +25,7 @@ from torch import Tensor
 
 from ditkernels.data.order import Batch, ShuffledStream, mirrored
 from ditkernels.data.vae import LatentSpace
-from ditkernels.files import json_sha256, sha256
+from ditkernels.files import read_signed, sha256, signed
 
 INDEX = "latents.json"
 FORMAT, FORMAT_VERSION = "ditkernels-latents", 1
@@ -167,7 +166,7 @@ def make_index(content: Mapping[str, Any], shards: list[Shard]) -> dict[str, Any
         **content,
         "shards": [asdict(shard) for shard in shards],
     }
-    return {**body, "sha256": json_sha256(body)}
+    return signed(body)
 
 
 def read_index(path: Path) -> dict[str, Any]:
@@ -179,16 +178,9 @@ def read_index(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise LatentsError(f"{path.parent} holds no latents: {path.name} is not there")
     try:
-        index = json.loads(path.read_bytes())
+        return read_signed(path, f"the index of {FORMAT}", {"format": FORMAT}, (FORMAT_VERSION,))
     except ValueError as error:
-        raise LatentsError(f"{path} is damaged: {error}") from error
-    if not isinstance(index, dict) or index.get("format") != FORMAT:
-        raise LatentsError(f"{path} is not the index of {FORMAT}")
-    if index.get("format_version") != FORMAT_VERSION:
-        raise LatentsError(f"{path}: format version {index.get('format_version')}, allowed is {FORMAT_VERSION}")
-    if index.pop("sha256", None) != json_sha256(index):
-        raise LatentsError(f"{path} is damaged: it does not match its own SHA-256")
-    return index
+        raise LatentsError(str(error)) from error
 
 
 # ---- In the order of training ----------------------------------------------------------------------------------------

@@ -218,7 +218,7 @@ def test_a_run_without_a_whole_checkpoint_starts_over(forked, unbroken, tmp_path
     for path in checkpoints_of(folder).values():
         flip_a_bit(path / "manifest.json")
     assert complete(forked, folder) == 0
-    assert "resumed from nothing" in told(folder)
+    assert "starting at step 0" in told(folder)
     assert len(list(folder.glob("checkpoints/broken-step-*"))) == 2
     assert_same_end(folder, unbroken)
 
