@@ -1,6 +1,7 @@
 """The specification: what every op means and what a DiT is, in plain PyTorch.
 
 Everything else in the package is held against this file. It uses no op of the package and favours being read over being fast.
+The file is long because a specification that reads from top to bottom has one place where a reader looks things up.
 
 Shapes: B samples, N tokens, D channels, p patch size, C input channels, O output channels, (H, W) latent size,
 (h, w) = (H/p, W/p) token grid, N = h·w. Vectors per sample (shift, scale, gate) are (B, D).
