@@ -20,7 +20,7 @@ from PIL import Image
 
 from ditkernels import TrainConfig, train
 from ditkernels.cli import main
-from tests.helpers.architecture import PACKAGE, PAGE, TIERS, files, module_of, room_of
+from tests.helpers.architecture import PACKAGE, PAGE, TIERS, module_of, room_of
 from tests.helpers.native_cpu import needs_library
 from tools.tree import ROOT
 
@@ -39,7 +39,7 @@ CALLBACKS = {
 # ---- The page --------------------------------------------------------------------------------------------------------
 
 FUNCTION = re.compile(r"`([\w/]+\.py): ([\w.]+)`")
-HOP = re.compile(r"^\d+\. (Again )?`([\w/]+\.py: [\w.]+)`", flags=re.MULTILINE)
+HOP = re.compile(r"^(\d+)\. (Again )?`([\w/]+\.py: [\w.]+)`", flags=re.MULTILINE)
 
 
 class Hop(NamedTuple):
@@ -51,7 +51,9 @@ class Hop(NamedTuple):
 
 def hops_of(heading: str) -> list[Hop]:
     section = PAGE.split(f"\n## {heading}\n")[1].split("\n## ")[0]
-    return [Hop(name, bool(again)) for again, name in HOP.findall(section)]
+    hops = HOP.findall(section)
+    assert [int(number) for number, _, _ in hops] == list(range(1, len(hops) + 1)), f"{heading}: an item is missing"
+    return [Hop(name, bool(again)) for _, again, name in hops]
 
 
 def code_of(name: str) -> CodeType:
@@ -77,6 +79,8 @@ class Call(NamedTuple):
 def recorded(walk: Callable[[], object]) -> list[Call]:
     """The calls of a walk in order, of its threads too."""
     prefix = f"{PACKAGE}/"
+    # What an import calls, such as what serves names and old paths, is called by no function of the package.
+    callers = (prefix, "<frozen importlib")
     calls: list[Call] = []
 
     def record(frame: FrameType, event: str, _argument: object) -> None:
@@ -84,18 +88,19 @@ def recorded(walk: Callable[[], object]) -> list[Call]:
         # The body of a module or of a class is no function.
         if event == "call" and code.co_filename.startswith(prefix) and code.co_flags & inspect.CO_OPTIMIZED:
             above = frame.f_back
-            while above is not None and not above.f_code.co_filename.startswith(prefix):
+            while above is not None and not above.f_code.co_filename.startswith(callers):
                 above = above.f_back
-            calls.append(Call(None if above is None else above.f_code, code))
+            of_package = above is not None and above.f_code.co_filename.startswith(prefix)
+            calls.append(Call(above.f_code if of_package else None, code))
 
-    before = sys.getprofile()
+    before, in_threads = sys.getprofile(), threading.getprofile()
     threading.setprofile(record)
     sys.setprofile(record)
     try:
         walk()
     finally:
         sys.setprofile(before)
-        threading.setprofile(None)  # type: ignore[arg-type]
+        threading.setprofile(in_threads)  # type: ignore[arg-type]
     return calls
 
 
@@ -139,10 +144,6 @@ WALKS = {
 
 @functools.cache
 def calls_of(heading: str) -> list[Call]:
-    # An import that a walk comes to would call what serves names and old paths.
-    for file in files():
-        if file != "__main__.py":
-            importlib.import_module(module_of(file))
     with tempfile.TemporaryDirectory() as folder:
         return recorded(lambda: WALKS[heading](Path(folder)))
 
