@@ -12,11 +12,6 @@ devices they may differ in the last place, where the logarithms and cosines do. 
 
 from __future__ import annotations
 
-if __name__ == "random":  # Python's own is hidden: it looks for modules in this folder first
-    import _script  # noqa: F401 (ends the process, if its script lies here)
-
-    raise ImportError("Python's random is hidden by that of ditkernels; start Python in another folder")
-
 import math
 from enum import IntEnum
 from typing import Any
