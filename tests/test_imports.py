@@ -137,7 +137,7 @@ def interrupted(*args, **rest):
     return define(*args, **rest)
 torch.library.Library.define = interrupted
 try:
-    import ditkernels
+    import ditkernels.ops
 except StopIteration:
     torch.library.Library.define = define
 """
@@ -146,9 +146,9 @@ except StopIteration:
 @pytest.mark.parametrize(
     "program",
     [
-        f"{PURGE}\nimport ditkernels; purge(); import ditkernels",
-        pytest.param(f"{INTERRUPT.format(calls=20)}\nimport ditkernels", marks=pytest.mark.slow),
-        pytest.param(f"{PURGE}\n{INTERRUPT.format(calls=20)}\npurge(); import ditkernels", marks=pytest.mark.slow),
+        f"{PURGE}\nimport ditkernels.ops; purge(); import ditkernels.ops",
+        pytest.param(f"{INTERRUPT.format(calls=20)}\nimport ditkernels.ops", marks=pytest.mark.slow),
+        pytest.param(f"{PURGE}\n{INTERRUPT.format(calls=20)}\npurge(); import ditkernels.ops", marks=pytest.mark.slow),
     ],
     ids=["purged", "interrupted", "interrupted and purged"],
 )

@@ -28,13 +28,12 @@ import ditkernels
 from benchmarks.speed import measure
 from ditkernels.data.digits import InMemoryBatches, LabelledImages
 from ditkernels.data.source import TrainingData
-from ditkernels.runtime import numerics
 from ditkernels.training.config import TrainConfig
 from ditkernels.training.ema import EMA
 from ditkernels.training.factory import build_model
 from ditkernels.training.log import OneStepLate
 from ditkernels.training.optimizer import make_optimizer
-from ditkernels.training.trainer import Trainer
+from ditkernels.training.trainer import Trainer, process_settings
 
 LIMIT = 0.05  # of the bare step: what the trainer may cost
 
@@ -124,7 +123,7 @@ def rows(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     device = measure.device_of(args)
     with tempfile.TemporaryDirectory() as folder:
         config = settings(args, folder)
-        with numerics(config, device), redirect_stdout(StringIO()):
+        with process_settings(config, device), redirect_stdout(StringIO()):
             contenders = {"bare": bare(config, device), "trainer": trained(config, device)}
             found = turns(args, contenders, device)
         lines = (Path(folder) / "metrics.jsonl").read_text(encoding="utf-8").count("\n")

@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
-from ditkernels.checkpoints.run import newest_checkpoint
 from ditkernels.cli import main
 from ditkernels.training.log import METRICS, read_metrics
+from tests.helpers.runs import newest_checkpoint
 
 
 def child(

@@ -8,8 +8,8 @@
 #include <vector>
 
 #define DITKERNELS_ISA native
-#include "../../csrc/cpu/gelu.cpp"
-#include "../../csrc/cpu/norm.cpp"
+#include "../../../csrc/cpu/gelu.cpp"
+#include "../../../csrc/cpu/norm.cpp"
 
 namespace {
 
