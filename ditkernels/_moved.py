@@ -80,10 +80,10 @@ def moved_name(module: str, name: str) -> Any:
     raise AttributeError(f"module {module!r} has no attribute {name!r}")
 
 
-def warn_of(module: str, stacklevel: int = 2) -> None:
-    """Says where an old path's names are now. Frames of the import system do not count."""
+def warn_of(module: str) -> None:
+    """Says where an old path's names are now, to whoever imports from it: the frame above the caller's."""
     homes = ", ".join(PREFIX + home for home in MOVED[module.removeprefix(PREFIX)])
-    warnings.warn(f"{module} has moved to {homes}", DeprecationWarning, stacklevel=stacklevel + 1)
+    warnings.warn(f"{module} has moved to {homes}", DeprecationWarning, stacklevel=3)
 
 
 class _Finder(MetaPathFinder, Loader):

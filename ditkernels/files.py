@@ -56,9 +56,9 @@ def write_json(path: Path, content: Any) -> None:
     write_text(path, json.dumps(content, indent=2) + "\n")
 
 
-def remove_leftovers(folder: Path, pattern: str = "*") -> None:
-    """Removes what processes that were killed had begun to write in place of files named as ``pattern`` in ``folder``."""
-    for path in folder.glob(f".{pattern}.*.tmp"):
+def remove_leftovers(folder: Path) -> None:
+    """Removes what processes that were killed had begun to write into ``folder``."""
+    for path in folder.glob(".*.tmp"):
         path.unlink(missing_ok=True)
 
 

@@ -115,7 +115,7 @@ def check_same_run(
     if found:
         raise CheckpointError(f"{origin} is of another run: {'; '.join(found)}")
     newer = [step for step in checkpoints_of(Path(config.results_dir)) if step > (checkpoint.step or 0)]
-    if newer and not start.broken:
+    if newer and config.resume != "auto":
         raise CheckpointError(
             f"resume: {config.results_dir} holds checkpoints newer than {origin}, up to step {newer[-1]}; give another results_dir"
         )
