@@ -172,6 +172,14 @@ inline Lanes store(T* to, Part part, Lanes lanes) {
   return stored;
 }
 
+// Zeros in the place of lanes that do not lie in the row.
+inline Lanes within(Lanes lanes, Whole) { return lanes; }
+inline Lanes within(Lanes lanes, Part part) {
+  for (int i = 0; i < WIDTH; ++i)
+    if (i >= part.count) lanes[i] = 0.0f;
+  return lanes;
+}
+
 template <typename T>
 inline float load_one(const T* from) {
   return load(from, Part{1})[0];

@@ -345,29 +345,42 @@ __device__ __forceinline__ Fragment<H> modulated(const Final<T, U>& a, Unit unit
   return as_fragment<H>(unit);
 }
 
+// A lane's share of the sum of part(value) over a row.
+template <int WIDTH, typename Part>
+__device__ __forceinline__ float sum_of(const Row<WIDTH>& row, int width, const Part& part) {
+  float sum = 0.0f;
+  UNROLL for (int i = 0; i < row.units(width); ++i) {
+    if (own_column(i) >= width) continue;
+    const Unit unit = row.get(i);
+    UNROLL for (int k = 0; k < UNIT; ++k) sum += part(unit.at[k]);
+  }
+  return sum;
+}
+
 // Run by a warp: computes h of one row and leaves it in shared memory as the left operand.
 template <typename H, int WIDTH, bool VECTORISED, typename T, typename U>
 __device__ __forceinline__ void norm_row(const Final<T, U>& a, const Shared<H>& tile, int at, int64_t sample, int64_t token) {
   const int width = WIDTH > 0 ? WIDTH : a.width;
   Row<WIDTH> row(Shared<float>{0}, at);
-  float sums = 0.0f, squares = 0.0f;
   UNROLL for (int i = 0; i < row.units(width); ++i) {
     if (own_column(i) >= width) continue;
-    const Unit unit = stream_unit<VECTORISED>(a, sample, token, own_column(i), width);
-    UNROLL for (int k = 0; k < UNIT; ++k) sums += unit.at[k];
-    row.set(i, unit);
+    row.set(i, stream_unit<VECTORISED>(a, sample, token, own_column(i), width));
   }
-  const float mean = a.centred ? warp_sum(sums) / width : 0.0f;
-  UNROLL for (int i = 0; i < row.units(width); ++i) {
-    if (own_column(i) >= width) continue;
-    Unit unit = row.get(i);
-    UNROLL for (int k = 0; k < UNIT; ++k) {
-      unit.at[k] = own_column(i) + k < width ? unit.at[k] - mean : 0.0f;
-      squares += unit.at[k] * unit.at[k];
+  if (a.centred) {
+    // The second turn takes what rounding kept from the mean in the first. It leaves a constant row exactly zero.
+    UNROLL for (int turn = 0; turn < 2; ++turn) {
+      const float mean = warp_sum(sum_of(row, width, [](float value) { return value; })) / width;
+      UNROLL for (int i = 0; i < row.units(width); ++i) {
+        if (own_column(i) >= width) continue;
+        Unit unit = row.get(i);
+        UNROLL for (int k = 0; k < UNIT; ++k) unit.at[k] = own_column(i) + k < width ? unit.at[k] - mean : 0.0f;
+        row.set(i, unit);
+      }
     }
-    row.set(i, unit);
   }
-  const float rstd = 1.0f / sqrtf(warp_sum(squares) / width + a.eps);
+  const float squares = warp_sum(sum_of(row, width, [](float value) { return value * value; }));
+  // Zero times a sum that has overflowed is NaN: such a row is lost, and not a row of zeros.
+  const float rstd = 1.0f / sqrtf(squares / width + a.eps) + (a.centred ? 0.0f * squares : 0.0f);
   UNROLL for (int i = 0; i < row.units(width); ++i) {
     if (own_column(i) >= width) continue;
     Unit unit = row.get(i);

@@ -112,15 +112,22 @@ __global__ void __launch_bounds__(most_threads(WIDTH)) forward_rows(const Forwar
   if constexpr (NORM) {
     float sums[ROWS];
     if (a.centred) {
-      UNROLL for (int r = 0; r < ROWS; ++r) {
-        sums[r] = 0.0f;
-        UNROLL for (int i = 0; i < UNIT; ++i) sums[r] += row[r].at[i];
+      float means[ROWS] = {};
+      // The second turn takes what rounding kept from the mean in the first. It leaves a constant row exactly zero.
+      UNROLL for (int turn = 0; turn < 2; ++turn) {
+        UNROLL for (int r = 0; r < ROWS; ++r) {
+          sums[r] = 0.0f;
+          UNROLL for (int i = 0; i < UNIT; ++i) sums[r] += row[r].at[i];
+        }
+        block_sums(sums, scratch, phase);
+        UNROLL for (int r = 0; r < ROWS; ++r) {
+          const float apart = sums[r] / width;
+          means[r] += apart;
+          UNROLL for (int i = 0; i < UNIT; ++i) row[r].at[i] = column + i < width ? row[r].at[i] - apart : 0.0f;
+        }
       }
-      block_sums(sums, scratch, phase);
       UNROLL for (int r = 0; r < ROWS; ++r) {
-        const float mean = sums[r] / width;
-        if (keeps && first + r < a.length) store_one(a.stats, sample, first + r, 0, mean);
-        UNROLL for (int i = 0; i < UNIT; ++i) row[r].at[i] = column + i < width ? row[r].at[i] - mean : 0.0f;
+        if (keeps && first + r < a.length) store_one(a.stats, sample, first + r, 0, means[r]);
       }
     }
     UNROLL for (int r = 0; r < ROWS; ++r) {
@@ -135,7 +142,8 @@ __global__ void __launch_bounds__(most_threads(WIDTH)) forward_rows(const Forwar
     const Unit shift = load<VECTORISED>(a.vectors.shift, sample, column, width, 0.0f);
     UNROLL for (int r = 0; r < ROWS; ++r) {
       if (first + r >= a.length) continue;
-      const float rstd = 1.0f / sqrtf(sums[r] / width + a.eps);
+      // Zero times a sum that has overflowed is NaN: such a row is lost, and not a row of zeros.
+      const float rstd = 1.0f / sqrtf(sums[r] / width + a.eps) + (a.centred ? 0.0f * sums[r] : 0.0f);
       if (keeps) store_one(a.stats, sample, first + r, a.centred ? 1 : 0, rstd);
       UNROLL for (int i = 0; i < UNIT; ++i) {
         const float affine = row[r].at[i] * rstd * weight.at[i] + bias.at[i];

@@ -216,6 +216,8 @@ def test_strides_beyond_2_to_the_31_bytes() -> None:
 FAULTS = {
     "norm": [
         ("sums[j] += apart;", "sums[0] = apart;"),
+        ("((load(row + i, reach) - m.about) - m.apart) * m.rstd", "load(row + i, reach) * m.rstd - (m.about + m.apart) * m.rstd"),
+        (" + 0.0f * variance}", "}"),
         ("if (a.width < SHORT || !(variance > apart * apart))", "if (false)"),
         ("(1.0f + load(factor + i, reach)) * load(buffer + i, reach)", "load(factor + i, reach) * load(buffer + i, reach)"),
         ("if (at == begin || token == 0) {\n      read(a.gate", "if (at == begin) {\n      read(a.gate"),

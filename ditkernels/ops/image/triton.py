@@ -180,38 +180,55 @@ def final_rows(  # type: ignore[no-untyped-def]
     scale = of_sample((scale, scale_b), sample) if scale is not None else None
     weight = (weight, weight_v, weight_d)
 
+    # A row that is held is centred twice: the second turn takes what rounding kept from the mean in the first. The mean of a wider
+    # one is about + apart: its first channel, and the mean of the differences from that. A constant row is exactly zero either way.
+    about = tl.zeros([ROWS, 1], tl.float32)
+    apart = tl.zeros([ROWS, 1], tl.float32)
+    if CENTRED and not HELD:
+        about = _x1(x, branch, gate, branch_bias, live, _columns(0, 1), 1, D)
     # A row's sums stay separate for each column of a piece until the end: one reduction across warps, not one for each piece.
     sums = tl.zeros([ROWS, PIECE], tl.float32)
     stream = ()
     if HELD:
         for i in tl.static_range(PIECES):
             piece = _x1(x, branch, gate, branch_bias, live, _columns(i, PIECE), (i + 1) * PIECE, D)
-            sums += piece
             stream = stream + (piece,)  # type: ignore[assignment]  # noqa: RUF005
+        if CENTRED:
+            for _ in tl.static_range(2):
+                sums = tl.zeros([ROWS, PIECE], tl.float32)
+                for i in tl.static_range(PIECES):
+                    sums += stream[i]
+                apart = tl.div_rn(tl.sum(sums, 1, keep_dims=True), D * 1.0)
+                left = ()
+                for i in tl.static_range(PIECES):
+                    piece = centred(stream[i], apart, _columns(i, PIECE), (i + 1) * PIECE, D)
+                    left = left + (piece,)  # type: ignore[assignment]  # noqa: RUF005
+                stream = left
     elif CENTRED:
         for i in range(PIECES):
-            sums += _x1(x, branch, gate, branch_bias, live, _columns(i, PIECE), ROUND, D)
-    mu = tl.zeros([ROWS, 1], tl.float32)
-    if CENTRED:
-        mu = tl.div_rn(tl.sum(sums, 1, keep_dims=True), D * 1.0)
+            piece = _x1(x, branch, gate, branch_bias, live, _columns(i, PIECE), ROUND, D)
+            sums += centred(piece, about, _columns(i, PIECE), ROUND, D)
+        apart = tl.div_rn(tl.sum(sums, 1, keep_dims=True), D * 1.0)
 
     squares = tl.zeros([ROWS, PIECE], tl.float32)
     if HELD:
         for i in tl.static_range(PIECES):
-            difference = centred(stream[i], mu, _columns(i, PIECE), (i + 1) * PIECE, D)
-            squares += difference * difference
+            squares += stream[i] * stream[i]
     else:
         for i in range(PIECES):
             piece = _x1(x, branch, gate, branch_bias, live, _columns(i, PIECE), ROUND, D)
-            difference = centred(piece, mu, _columns(i, PIECE), ROUND, D)
+            difference = centred(piece - about, apart, _columns(i, PIECE), ROUND, D)
             squares += difference * difference
-    scaling = tl.rsqrt(tl.div_rn(tl.sum(squares, 1, keep_dims=True), D * 1.0) + eps)
+    square = tl.sum(squares, 1, keep_dims=True)
+    scaling = tl.rsqrt(tl.div_rn(square, D * 1.0) + eps)
+    if CENTRED:
+        # Zero times a sum that has overflowed is NaN: such a row is lost, and not a row of zeros.
+        scaling += 0.0 * square
 
     hidden = ()
     if HELD:
         for i in tl.static_range(PIECES):
-            normed = (stream[i] - mu) * scaling
-            h = modulated(normed, shift, scale, norm_weight, norm_bias, _columns(i, PIECE), (i + 1) * PIECE, D)
+            h = modulated(stream[i] * scaling, shift, scale, norm_weight, norm_bias, _columns(i, PIECE), (i + 1) * PIECE, D)
             hidden = hidden + (h.to(weight[0].dtype.element_ty).to(PRODUCT),)  # type: ignore[assignment]  # noqa: RUF005
 
     for first in range(0, V, VALUES):
@@ -224,7 +241,7 @@ def final_rows(  # type: ignore[no-untyped-def]
             for i in range(PIECES):
                 columns = _columns(i, PIECE)
                 piece = _x1(x, branch, gate, branch_bias, live, columns, ROUND, D)
-                normed = (piece - mu) * scaling
+                normed = ((piece - about) - apart) * scaling
                 h = modulated(normed, shift, scale, norm_weight, norm_bias, columns, ROUND, D)
                 z = _add_product(z, h, weight, places, columns, V, ROUND, D, PRODUCT)
         values = places[None, :]

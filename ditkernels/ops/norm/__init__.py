@@ -7,6 +7,8 @@ Forward, for token n of sample b, over channels d (all arithmetic of compiled ke
                                    rmsnorm:   mean = 0,    rstd = (mean of squares + eps)^-1/2
     h  = (x̂ · weight + bias) · (1 + scale_b) + shift_b
 
+A constant row has x̂ = 0 exactly (NaN where eps is 0). In compiled kernels a row whose variance overflows is NaN.
+
 Backward, from dx1 (the gradient of the stream) and dh, with a = (1 + scale_b) · weight:
 
     dx̂ = dh · a
@@ -270,12 +272,21 @@ def norm_formula(
     x: Tensor, shift: Tensor | None, scale: Tensor | None, weight: Tensor | None, bias: Tensor | None,
     norm: str, eps: float, out_dtype: torch.dtype, keep: bool,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """The modulated norm in ``out_dtype``, and mean and rstd of each row."""
+    """The modulated norm in ``out_dtype``, and mean and rstd of each row.
+
+    The mean of the centred row is what rounding kept from the mean; with it taken off as well, a constant row is exactly zero.
+    """
     wide = accumulator(x)
     values = x.to(wide)
     mean = values.mean(-1, keepdim=True)
     centred = values if norm == "rmsnorm" else values - mean
-    rstd = (centred.square().mean(-1, keepdim=True) + eps).rsqrt()
+    if norm == "layernorm":
+        rest = centred.mean(-1, keepdim=True)
+        mean, centred = mean + rest, centred - rest
+    square = centred.square().mean(-1, keepdim=True)
+    rstd = (square + eps).rsqrt()
+    if norm == "layernorm":
+        rstd = rstd + 0 * square  # NaN where the square has overflowed: such a row is lost, and not a row of zeros
     h = centred * rstd
     if weight is not None:
         h = h * weight.to(wide)

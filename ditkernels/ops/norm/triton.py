@@ -107,18 +107,25 @@ def forward_rows(  # type: ignore[no-untyped-def]
 
     if h is not None:
         if S == 2:
-            mu = tl.sum(value, 1, keep_dims=True)
-            if TAIL > 0:
-                mu += tl.sum(tail_value, 1, keep_dims=True)
-            mu = tl.div_rn(mu, D * 1.0)
+            mu = tl.zeros([ROWS, 1], tl.float32)
+            # The second turn takes what rounding kept from the mean in the first. It leaves a constant row exactly zero.
+            for _ in tl.static_range(2):
+                apart = tl.sum(value, 1, keep_dims=True)
+                if TAIL > 0:
+                    apart += tl.sum(tail_value, 1, keep_dims=True)
+                apart = tl.div_rn(apart, D * 1.0)
+                mu += apart
+                value = centred(value, apart, head, HEAD, D)
+                if TAIL > 0:
+                    tail_value = centred(tail_value, apart, tail, HEAD + TAIL, D)
             _store(stats, line * S, mu, live)
-            value = centred(value, mu, head, HEAD, D)
-            if TAIL > 0:
-                tail_value = centred(tail_value, mu, tail, HEAD + TAIL, D)
         squares = tl.sum(value * value, 1, keep_dims=True)
         if TAIL > 0:
             squares += tl.sum(tail_value * tail_value, 1, keep_dims=True)
         r = tl.rsqrt(tl.div_rn(squares, D * 1.0) + eps)
+        if S == 2:
+            # Zero times a sum that has overflowed is NaN: such a row is lost, and not a row of zeros.
+            r += 0.0 * squares
         _store(stats, line * S + (S - 1), r, live)
 
         value = modulated(value * r, shift, scale, weight, bias, head, HEAD, D)

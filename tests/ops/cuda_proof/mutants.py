@@ -21,7 +21,7 @@ from ditkernels.ops.image import PATCHIFY, UNPATCHIFY, final_layer, patch_embed
 from ditkernels.ops.mlp import mlp
 from ditkernels.ops.spec import encoded
 from tests.numerics import assert_contract
-from tests.ops import test_adamw_ema, test_bias_gelu, test_final_layer, test_mlp, test_patch_embed, test_qkv
+from tests.ops import test_adamw_ema, test_bias_gelu, test_constant_rows, test_final_layer, test_mlp, test_patch_embed, test_qkv
 from tests.ops.test_adaln import BF16, F16, F32, assert_parity, make_inputs
 from tests.ops.test_adaln_cuda import WANTED, check_what_is_wanted
 from tests.ops.test_mlp_cuda import EPILOGUES, check_a_lack_of_algorithms
@@ -37,8 +37,10 @@ MUTANTS = {
     "gate zeroed": (NORM, "row[r].at[i] + «gate.at[i]» * (u", "0.0f"),
     "branch bias ignored": (NORM, "(u[r].at[i] + «branch_bias.at[i]»)", "0.0f"),
     "stream not rounded": (NORM, "row[r].at[i] = «rounded<T>(value, a.x.dtype)»;", "value"),
-    "mean forgotten": (NORM, "? row[r].at[i] - «mean» : 0.0f", "0.0f"),
-    "column mask of the squares dropped": (NORM, "«column + i < width» ? row[r].at[i] - mean", "true"),
+    "mean forgotten": (NORM, "? row[r].at[i] - «apart» : 0.0f", "0.0f"),
+    "mean as it was rounded": (NORM, "turn < «2»", "1"),
+    "a variance that overflows taken for infinite": (NORM, "(«a.centred» ? 0.0f * sums[r]", "false"),
+    "column mask of the squares dropped": (NORM, "«column + i < width» ? row[r].at[i] - apart", "true"),
     "eps dropped": (NORM, "sqrtf(sums[r] / width + «a.eps»)", "0.0f"),
     "eps divided by D": (NORM, "sqrtf(sums[r] / width + «a.eps»)", "a.eps / width"),
     "eps outside the root": (  # sqrt(v) + eps = sqrt(v + 2 eps sqrt(v) + eps²)
@@ -105,7 +107,7 @@ MUTANTS = {
     "one sample's terms lost": (*(NORM, "for (int64_t sample = «threadIdx.x / WARP»; sample", "1 + threadIdx.x / WARP"),),
     "samples added twice": (NORM, "sample < batch; sample += «GROUP_WARPS»", "1"),
     "samples beyond the first round lost": (NORM, "sample < batch; sample += «GROUP_WARPS»)", "a.batch"),
-    "mean kept beside its place": (NORM, "store_one(a.stats, sample, first + r, «0», mean)", "1"),
+    "mean kept beside its place": (NORM, "store_one(a.stats, sample, first + r, «0», means[r])", "1"),
     "rstd kept in the mean's place": (NORM, "first + r, «a.centred ? 1 : 0», rstd", "0"),
     "statistics of one sample": (NORM, "store_one(a.stats, «sample», first + r, a.centred", "0"),
     "statistics without a place": (NORM, "keeps = threadIdx.x == 0 && «a.stats.data != nullptr»;", "true"),
@@ -190,9 +192,11 @@ MUTANTS = {
     ),
     "batch index of the last gate dropped": (IMAGE, "load<VECTORISED>(a.vectors.gate, «sample», column", "0"),
     "last mean forgotten": (IMAGE, "? unit.at[k] - «mean» : 0.0f", "0.0f"),
-    "rms taken for a variance": (IMAGE, "mean = «a.centred» ? warp_sum", "true"),
+    "rms taken for a variance": (IMAGE, "if («a.centred») {", "true"),
+    "last mean as it was rounded": (IMAGE, "turn < «2»", "1"),
+    "a last variance that overflows taken for infinite": (IMAGE, "(«a.centred» ? 0.0f * squares", "false"),
     "last column mask dropped": (IMAGE, "unit.at[k] = «own_column(i) + k < width» ? unit", "true"),
-    "last eps dropped": (IMAGE, "/ width + «a.eps»);", "0.0f"),
+    "last eps dropped": (IMAGE, "squares / width + «a.eps»)", "0.0f"),
     "batch index of the last x dropped": (IMAGE, "Unit unit = load<VECTORISED>(a.x, «sample», token", "0"),
     "batch index of the last branch dropped": (IMAGE, "load<VECTORISED>(a.branch, «sample», token", "0"),
     "x1 of the last layer not rounded": (IMAGE, "bias.at[i]), «a.x.dtype»);", "ScalarType::Float"),
@@ -387,6 +391,8 @@ def check_norm() -> None:
     for x1, _, stats in made[:1]:
         torch.testing.assert_close(stats[..., 0], x1.float().mean(-1))
     torch.testing.assert_close(made[0][1], made[1][1], rtol=0, atol=0)
+    test_constant_rows.check("modulate_norm", 384, F32, test_constant_rows.constant, 0.0)
+    test_constant_rows.check_overflow("modulate_norm", 48, F32, compiled=True)
 
 
 def check_wanted() -> None:
@@ -422,7 +428,9 @@ def check_embed_of_many_lines() -> None:
 
 
 def check_final_layer_in_other_dtypes() -> None:
-    """An rmsnorm, and a stream that rounds what the residual adds to it."""
+    """An rmsnorm, a stream that rounds what the residual adds to it, constant rows, and rows whose variance overflows."""
+    test_constant_rows.check("final_layer", 48, F32, test_constant_rows.constant, 0.0)
+    test_constant_rows.check_overflow("final_layer", 48, F32, compiled=True)
     inputs = test_final_layer.make_inputs(2, (3, 1), 16, 2)
     test_final_layer.assert_parity(inputs, grid=(3, 1), patch_size=2, norm="rmsnorm")
     x, branch = torch.ones(1, 1, 8, dtype=BF16), torch.zeros(1, 1, 8)

@@ -11,6 +11,7 @@ from ditkernels.ops import dispatch
 from ditkernels.ops.norm import triton as kernels
 from tests.helpers.backends import on_triton  # noqa: F401 (each test runs on it)
 from tests.helpers.faults import assert_found
+from tests.ops import test_constant_rows
 from tests.ops.test_adaln import BF16, F32, assert_parity, make_inputs
 from tools.kernel_proof.interpreted import guarded
 
@@ -92,7 +93,9 @@ MUTANTS = {
         "tl.div_rn(squares, D * 1.0)",
         "tl.div_rn(squares, HEAD * 1.0)",
     ),
-    "tail left out of the mean": ("mu += tl.sum(tail_value, 1", "mu += 0.0 * tl.sum(tail_value, 1"),
+    "tail left out of the mean": ("apart += tl.sum(tail_value, 1", "apart += 0.0 * tl.sum(tail_value, 1"),
+    "mean as it was rounded": ("for _ in tl.static_range(2)", "for _ in tl.static_range(1)"),
+    "a variance that overflows taken for infinite": ("r += 0.0 * squares", "r += 0.0"),
     "tail left out of the squares": ("squares += tl.sum(tail", "squares += 0.0 * tl.sum(tail"),
     "mean of dx̂ not subtracted": ("dx -= along_mean", "dx -= 0.0 * along_mean"),
     "tail left out of the mean of dx̂": ("along_mean += _along(tail", "along_mean += 0.0 * _along(tail"),
@@ -169,6 +172,8 @@ def check() -> None:
         for needs in NEEDS:
             assert_parity("gated_residual_norm", make_inputs("gated_residual_norm", 2, 3, 11, F32, F32), needs)
         rounded_statistics()
+        test_constant_rows.check("modulate_norm", 384, F32, test_constant_rows.constant, 0.0)
+        test_constant_rows.check_overflow("modulate_norm", 48, F32, compiled=True)
 
 
 def rounded_statistics() -> None:

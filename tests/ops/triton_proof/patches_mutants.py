@@ -13,7 +13,7 @@ from ditkernels.ops.image import final_layer, patch_embed, triton, unpatchify
 from tests import numerics
 from tests.helpers.backends import on_triton  # noqa: F401 (each test runs on it)
 from tests.helpers.faults import assert_found
-from tests.ops import test_final_layer, test_patch_embed
+from tests.ops import test_constant_rows, test_final_layer, test_patch_embed
 from tests.ops.test_final_layer import F32
 from tools.kernel_proof.interpreted import guarded
 
@@ -39,7 +39,9 @@ FINAL = SHARED | {
     "batch index of the image dropped": ("out_h, out_w), sample,", "out_h, out_w), 0,"),
     "row mask dropped": ("live = tokens < N", "live = tokens >= 0"),
     "value mask dropped": ("live & (values < V))", "live & (values >= 0))"),
-    "mean forgotten": ("mu = tl.div_rn(", "mu = 0.0 * tl.div_rn("),
+    "mean forgotten": ("apart = tl.div_rn(", "apart = 0.0 * tl.div_rn("),
+    "mean as it was rounded": ("for _ in tl.static_range(2)", "for _ in tl.static_range(1)"),
+    "a variance that overflows taken for infinite": ("scaling += 0.0 * square", "scaling += 0.0"),
     "eps dropped": ("D * 1.0) + eps)", "D * 1.0) + 0.0 * eps)"),
     "bias of the linear ignored": ("z += tl.load(bias", "z += 0.0 * tl.load(bias"),
     "the last values lost": (
@@ -59,6 +61,7 @@ FINAL = SHARED | {
     ),
 }
 WIDE = {
+    "mean about zero": ("about = _x1(x,", "about = 0.0 * _x1(x,"),
     "mean of the first pieces alone": (
         "elif CENTRED:\n        for i in range(PIECES)",
         "elif CENTRED:\n        for i in range(PIECES - 1)",
@@ -100,6 +103,8 @@ def check_final_layer() -> None:
         test_final_layer.assert_parity(inputs, grid=(5, 8), patch_size=2, eps=0.1)
         inputs = test_final_layer.make_inputs(2, (1, 3), 9, 8, F32, F32)
         test_final_layer.assert_parity(inputs, grid=(1, 3), patch_size=8)
+        test_constant_rows.check("final_layer", 48, F32, test_constant_rows.constant, 0.0)
+        test_constant_rows.check_overflow("final_layer", 48, F32, compiled=True)
         tokens = torch.arange(2 * 6 * 12.0).reshape(2, 6, 12).requires_grad_()
         image = unpatchify(tokens, grid=(3, 2), patch_size=2)
         want = reference.unpatchify(tokens, grid=(3, 2), patch_size=2)
@@ -123,6 +128,7 @@ def check_wide_rows() -> None:
             )
         )
         numerics.assert_contract(got, low, true)
+    test_constant_rows.check("final_layer", 4104, F32, test_constant_rows.constant, 0.0)
 
 
 def check_patch_embed() -> None:
