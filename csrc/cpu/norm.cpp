@@ -71,10 +71,9 @@ void make_offset(const NormForward& a, int64_t sample, float* offset, float* buf
 
 // ---- Forward --------------------------------------------------------------------------------------------------------
 
-// The mean is about + apart. Both are taken off the row one after the other: their sum rounds, and in a row that is nearly constant
-// it is off by as much as the row's own values differ.
+// `rest` is what rounding keeps from the mean. In a row that is nearly constant the values themselves differ by as little.
 struct Moments {
-  float about, apart, rstd;
+  float mean, rstd, rest = 0.0f;
 };
 
 // In shorter rows the roundings of two sums of squares do not average out, and one more loop costs little.
@@ -106,23 +105,25 @@ template <typename Value>
     squares[j] += apart * apart;
   });
   const float square = total(squares) / a.width;
-  if (a.rms) return {0.0f, 0.0f, 1.0f / __builtin_sqrtf(square + a.eps)};
-  const float apart = total(sums) / a.width;
+  if (a.rms) return {0.0f, 1.0f / __builtin_sqrtf(square + a.eps)};
+  const float apart = total(sums) / a.width, mean = about + apart, added = mean - about;
   float variance = square - apart * apart;
   if (a.width < SHORT || !(variance > apart * apart)) variance = variance_of(row, a.width, about, apart);
   // Zero times a variance that has overflowed is NaN: such a row is lost, and not a row of zeros.
-  return {about, apart, 1.0f / __builtin_sqrtf(variance + a.eps) + 0.0f * variance};
+  const float rstd = 1.0f / __builtin_sqrtf(variance + a.eps) + 0.0f * variance;
+  return {mean, rstd, (about - (mean - added)) + (apart - added)};
 }
 
 // h of a row, and its moments, if they are kept.
 void finish(const NormForward& a, int64_t at, const float* row, Moments m, const float* factor, const float* offset) {
   if (a.stats != nullptr && a.rms) a.stats[at] = m.rstd;
-  if (a.stats != nullptr && !a.rms) a.stats[2 * at] = m.about + m.apart, a.stats[2 * at + 1] = m.rstd;
+  if (a.stats != nullptr && !a.rms) a.stats[2 * at] = m.mean, a.stats[2 * at + 1] = m.rstd;
+  const float rest = m.rest * m.rstd;
   by_dtype(a.rounding, [&](auto type) {
     using T = decltype(type);
     const auto modulate = [&](auto* h) {
       each(a.width, [&](int64_t i, auto reach) {
-        const Lanes normed = ((load(row + i, reach) - m.about) - m.apart) * m.rstd;
+        const Lanes normed = (load(row + i, reach) - m.mean) * m.rstd - rest;
         store(h + i, reach, rounded(normed * load(factor + i, reach) + load(offset + i, reach), T{}));
       });
     };
@@ -224,18 +225,13 @@ template <Branch WANTED, typename U, typename Value>
   });
 }
 
-// Mean and rstd of a row, as they are saved.
-struct Saved {
-  float mean, rstd;
-};
-
 struct Means {
   float dnormed, product;
 };
 
 // mean(dx̂) and mean(dx̂ · x̂) of a row, and its part of P and Q.
 template <bool SUM, typename X, typename U>
-Means first_loop(int64_t width, const X* x1, const U* dh, const float* factor, Saved m, float* pq) {
+Means first_loop(int64_t width, const X* x1, const U* dh, const float* factor, Moments m, float* pq) {
   Lanes sums[SUMS] = {}, products[SUMS] = {};
   add_up(width, [&](int64_t i, int j, auto reach) {
     const Lanes gradient = load(dh + i, reach);
@@ -261,7 +257,7 @@ struct Rows {
 };
 
 template <Branch WANTED, typename X, typename U>
-void second_loop(int64_t width, const Rows<X, U>& row, const float* factor, Saved m, Means means, const float* gate, float* rs) {
+void second_loop(int64_t width, const Rows<X, U>& row, const float* factor, Moments m, Means means, const float* gate, float* rs) {
   const auto value = [&](int64_t i, auto reach) {
     const Lanes normed = (load(row.x1 + i, reach) - m.mean) * m.rstd;
     const Lanes dnormed = load(row.dh + i, reach) * load(factor + i, reach);
@@ -280,7 +276,7 @@ void backward_row(
     const auto value = [&](int64_t i, auto reach) { return load(row.dx1 + i, reach); };
     return through_gate<WANTED>(a.width, value, gate, row.branch, row.dbranch, rs);
   }
-  const Saved m = a.rms ? Saved{0.0f, a.stats[at]} : Saved{a.stats[2 * at], a.stats[2 * at + 1]};
+  const Moments m = a.rms ? Moments{0.0f, a.stats[at]} : Moments{a.stats[2 * at], a.stats[2 * at + 1]};
   Means means = pq != nullptr ? first_loop<true>(a.width, row.x1, row.dh, factor, m, pq)
                               : first_loop<false>(a.width, row.x1, row.dh, factor, m, pq);
   if (a.rms) means.dnormed = 0.0f;

@@ -345,14 +345,16 @@ __device__ __forceinline__ Fragment<H> modulated(const Final<T, U>& a, Unit unit
   return as_fragment<H>(unit);
 }
 
-// A lane's share of the sum of part(value) over a row.
+// A lane's share of the sum of part(value) over a row. Beside one huge part all others round alike, so the sum is cut into short ones.
 template <int WIDTH, typename Part>
 __device__ __forceinline__ float sum_of(const Row<WIDTH>& row, int width, const Part& part) {
   float sum = 0.0f;
   UNROLL for (int i = 0; i < row.units(width); ++i) {
     if (own_column(i) >= width) continue;
     const Unit unit = row.get(i);
-    UNROLL for (int k = 0; k < UNIT; ++k) sum += part(unit.at[k]);
+    float of_unit = 0.0f;
+    UNROLL for (int k = 0; k < UNIT; ++k) of_unit += part(unit.at[k]);
+    sum += of_unit;
   }
   return sum;
 }

@@ -69,10 +69,10 @@ def by_a_unit_at_one_place(width: int, dtype: torch.dtype) -> Tensor:
 
 
 def one_huge(width: int, dtype: torch.dtype, value: float = HUGE) -> Tensor:
-    """Such a value at the first channel, at the last, and in the middle of random ones."""
+    """Such a value at the first channel, at the last, and in the middle, where ``final_layer`` picks none, of random ones."""
     generator = torch.Generator().manual_seed(width)
     rows = torch.randn(len(VALUES), width, generator=generator) + torch.tensor(VALUES)[:, None]
-    rows[0, 0], rows[1, -1], rows[2, width // 2] = value, -value, value
+    rows[0, 0], rows[1, -1], rows[2, width // 2 + 1] = value, -value, value
     return rows.to(dtype)
 
 

@@ -391,7 +391,7 @@ def check_norm() -> None:
     for x1, _, stats in made[:1]:
         torch.testing.assert_close(stats[..., 0], x1.float().mean(-1))
     torch.testing.assert_close(made[0][1], made[1][1], rtol=0, atol=0)
-    test_constant_rows.check("modulate_norm", 384, F32, test_constant_rows.constant, 0.0)
+    test_constant_rows.check("modulate_norm", 1152, F32, test_constant_rows.constant, 0.0)
     test_constant_rows.check_overflow("modulate_norm", 48, F32, compiled=True)
 
 
@@ -429,7 +429,7 @@ def check_embed_of_many_lines() -> None:
 
 def check_final_layer_in_other_dtypes() -> None:
     """An rmsnorm, a stream that rounds what the residual adds to it, constant rows, and rows whose variance overflows."""
-    test_constant_rows.check("final_layer", 48, F32, test_constant_rows.constant, 0.0)
+    test_constant_rows.check("final_layer", 1152, F32, test_constant_rows.constant, 0.0)
     test_constant_rows.check_overflow("final_layer", 48, F32, compiled=True)
     inputs = test_final_layer.make_inputs(2, (3, 1), 16, 2)
     test_final_layer.assert_parity(inputs, grid=(3, 1), patch_size=2, norm="rmsnorm")

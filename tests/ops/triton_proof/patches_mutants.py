@@ -103,7 +103,7 @@ def check_final_layer() -> None:
         test_final_layer.assert_parity(inputs, grid=(5, 8), patch_size=2, eps=0.1)
         inputs = test_final_layer.make_inputs(2, (1, 3), 9, 8, F32, F32)
         test_final_layer.assert_parity(inputs, grid=(1, 3), patch_size=8)
-        test_constant_rows.check("final_layer", 48, F32, test_constant_rows.constant, 0.0)
+        test_constant_rows.check("final_layer", 384, F32, test_constant_rows.constant, 0.0)
         test_constant_rows.check_overflow("final_layer", 48, F32, compiled=True)
         tokens = torch.arange(2 * 6 * 12.0).reshape(2, 6, 12).requires_grad_()
         image = unpatchify(tokens, grid=(3, 2), patch_size=2)
