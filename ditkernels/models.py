@@ -4,6 +4,9 @@ A block ends in a gated residual and the next begins with a norm of the sum, so 
 stream and the branch still to be added (``Stream``), and one kernel closes the residual and makes the next normed rows. A block
 costs two such kernels forward and two backward, and reads only its own weights, so that FSDP2 can shard block by block.
 
+To everybody else a block is a module from tensors to tensors. The model hands it an open stream only where nobody looks
+(``carries_stream``): a block that somebody watches or has changed, and the one behind it, get and give tensors.
+
 On a GPU the linears before a residual and before GELU leave their biases to the kernel behind them, whose backward gives the
 biases' gradients: torch would read each gradient of a linear's output once more to sum it up. For the same reason qkv and kv
 leave the gradients of theirs to attention, where dq, dk and dv are put side by side.
@@ -11,12 +14,19 @@ leave the gradients of theirs to attention, where dq, dk and dv are put side by 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, ClassVar, NamedTuple, TypeGuard
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.module import (
+    _global_backward_hooks,
+    _global_backward_pre_hooks,
+    _global_forward_hooks,
+    _global_forward_pre_hooks,
+)
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from ditkernels import ops, reference
@@ -66,11 +76,11 @@ def normed(
     )
 
 
-def closed(stream: Stream) -> Stream:
-    """The stream with nothing left to add."""
+def closed(stream: Stream) -> Tensor:
+    """The residual stream with nothing left to add."""
     if stream.branch is None:
-        return stream
-    return Stream(ops.gated_residual(stream.x, stream.branch, stream.gate, branch_bias=stream.branch_bias))
+        return stream.x
+    return ops.gated_residual(stream.x, stream.branch, stream.gate, branch_bias=stream.branch_bias)
 
 
 def product(linear: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -94,7 +104,7 @@ def _taken_apart(linear: nn.Module, x: Tensor) -> TypeGuard[nn.Linear]:
 
     Not where somebody has put a module in the place of the linear, or watches it: it is called as it is.
     """
-    return _pays(x) and type(linear) is nn.Linear and not _watched(linear)
+    return _pays(x) and type(linear) is nn.Linear and not watched(linear, nn.Linear.forward)
 
 
 def _pays(x: Tensor) -> bool:
@@ -105,15 +115,40 @@ def _pays(x: Tensor) -> bool:
     return x.is_cuda or (x.is_cpu and _native.cpu_serves())
 
 
-def _watched(module: nn.Module) -> bool:
-    """Whether somebody would miss its call: by hooks of either direction, or by a forward put on the instance."""
+def watched(module: nn.Module, forward: Callable[..., Any] | None) -> bool:
+    """Whether ``module`` must be called, with tensors, since somebody would miss its call or has changed what it does.
+
+    That is so where it or all modules have a hook of either direction (FSDP2's among them), or where its forward, of its class or
+    put on the instance, is not ``forward``, which the caller knows how to stand in for.
+    """
+    return bool(type(module).forward is not forward or "forward" in module.__dict__ or _hooked(module))
+
+
+def _hooked(module: nn.Module) -> bool:
     return bool(
         module._forward_hooks
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
-        or "forward" in module.__dict__
+        or _global_forward_hooks
+        or _global_forward_pre_hooks
+        or _global_backward_hooks
+        or _global_backward_pre_hooks
     )
+
+
+def carries_stream(module: nn.Module) -> bool:
+    """Whether the model may hand ``module`` an open stream, and gets one back from a block.
+
+    A class whose forward takes streams names that forward ``streaming``. What ``torch.compile`` has wrapped counts as what is in
+    it; any other wrapper is a module of its own, and gets tensors.
+    """
+    kind = type(module)
+    forward = getattr(kind, "streaming", None)
+    # By name, since importing Dynamo only to ask costs a second.
+    if forward is None and kind.__name__ == "OptimizedModule":
+        return not _hooked(module) and carries_stream(module._orig_mod)  # type: ignore[arg-type]
+    return not watched(module, forward)
 
 
 def opened(x: Tensor, linear: nn.Module, value: Tensor, gate: Tensor | None) -> Stream:
@@ -125,6 +160,19 @@ def opened(x: Tensor, linear: nn.Module, value: Tensor, gate: Tensor | None) -> 
 def compute_dtype(weight: Tensor) -> torch.dtype:
     """What a linear with this weight computes in."""
     return dispatch.autocast_dtype(weight) or weight.dtype
+
+
+def _first_weight(module: nn.Module, x: Tensor) -> Tensor:
+    """A weight that tells what ``module`` computes in; x where it has none of floating point."""
+    return next((p for p in module.parameters() if p.is_floating_point()), x)
+
+
+def kept_alone(vector: Tensor) -> Tensor:
+    """A vector, one of several chunks of a tensor, as backward may keep it.
+
+    A frozen one is copied, since it would keep all chunks; of one that needs a gradient plain PyTorch keeps rows besides.
+    """
+    return vector if vector.requires_grad or not torch.is_grad_enabled() else vector.clone()
 
 
 class PatchEmbed(reference.PatchEmbed):
@@ -207,8 +255,15 @@ class Fused(reference.Block):
     mlp: Mlp
     selective: bool = False
 
-    def forward(self, stream: Stream, c: Tensor) -> Stream:  # type: ignore[override]
-        """The stream behind the block, its last branch still to be added; c: the conditioning."""
+    def forward(self, x: Tensor | Stream, c: Tensor) -> Any:  # type: ignore[override]
+        """As the reference's block, from tokens and conditioning to tokens. Given an open stream, it returns one."""
+        if isinstance(x, Stream):
+            return self._open(x, c)
+        return closed(self._open(Stream(x), c))
+
+    streaming = forward
+
+    def _open(self, stream: Stream, c: Tensor) -> Stream:
         if not self.selective or not torch.is_grad_enabled():
             return self.computed(stream, c)
         keep = partial(create_selective_checkpoint_contexts, _selective_policy)
@@ -217,38 +272,40 @@ class Fused(reference.Block):
         return checkpoint(self.computed, stream, c, use_reentrant=False, context_fn=keep)
 
     def computed(self, stream: Stream, c: Tensor) -> Stream:
-        """As :meth:`forward`, without checkpointing."""
+        """The stream behind the block, its last branch still to be added, without checkpointing; c: the conditioning."""
         raise NotImplementedError
+
+    def dtype_of_rows(self, x: Tensor) -> torch.dtype:
+        """What attention and MLP take their normed rows in."""
+        qkv = getattr(self.attn, "qkv", None)
+        return compute_dtype(qkv.weight if type(qkv) is nn.Linear else _first_weight(self.attn, x))
 
     def attended(self, x: Tensor, h: Tensor, gate: Tensor | None = None) -> Stream:
         """The stream with the self-attention of h still to be added."""
-        if _watched(self.attn):
+        if watched(self.attn, Attention.forward):
             return Stream(x, self.attn(h), gate)
         return opened(x, self.attn.proj, self.attn.mixed(h), gate)
 
     def crossed(self, x: Tensor, h: Tensor, context: Tensor) -> Stream:
         """The stream with the cross-attention of h to ``context`` still to be added."""
-        if _watched(self.cross_attn):
+        if watched(self.cross_attn, CrossAttention.forward):
             return Stream(x, self.cross_attn(h, context), None)
         return opened(x, self.cross_attn.proj, self.cross_attn.mixed(h, context), None)
 
     def transformed(self, x: Tensor, h: Tensor, gate: Tensor | None = None) -> Stream:
-        """The stream with the MLP of h still to be added, also by the next block.
-
-        Where somebody watches the block, the bias travels as a copy: FSDP2 frees a block's weights when the block is done.
-        """
-        if _watched(self.mlp):
+        """The stream with the MLP of h still to be added, also by the next block."""
+        if watched(self.mlp, Mlp.forward):
             return Stream(x, self.mlp(h), gate)
         # As one op the MLP would be kept or recomputed as one; selective checkpointing keeps its products and recomputes GELU.
         branch, bias = product(self.mlp.fc2, self.mlp.hidden(h)) if self.selective else self.mlp.product(h)
-        return Stream(x, branch, gate, bias.clone() if bias is not None and _watched(self) else bias)
+        return Stream(x, branch, gate, bias)
 
 
 class DiTBlock(Fused, reference.DiTBlock):  # type: ignore[misc]
     """The adaLN-Zero block on an open stream."""
 
     def computed(self, stream: Stream, c: Tensor) -> Stream:
-        dtype = compute_dtype(self.attn.qkv.weight)
+        dtype = self.dtype_of_rows(stream.x)
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = self.adaLN_modulation(c).chunk(6, dim=1)
         x, h = normed(stream, None, shift_msa, scale_msa, dtype)
         x, h = normed(self.attended(x, h, gate_msa), None, shift_mlp, scale_mlp, dtype)
@@ -259,10 +316,10 @@ class AdaLNBlock(Fused, reference.AdaLNBlock):  # type: ignore[misc]
     """The adaLN block on an open stream."""
 
     def computed(self, stream: Stream, c: Tensor) -> Stream:
-        dtype = compute_dtype(self.attn.qkv.weight)
+        dtype = self.dtype_of_rows(stream.x)
         shift_msa, scale_msa, shift_mlp, scale_mlp = self.adaLN_modulation(c).chunk(4, dim=1)
-        x, h = normed(stream, None, shift_msa, scale_msa, dtype)
-        x, h = normed(self.attended(x, h), None, shift_mlp, scale_mlp, dtype)
+        x, h = normed(stream, None, shift_msa, kept_alone(scale_msa), dtype)
+        x, h = normed(self.attended(x, h), None, shift_mlp, kept_alone(scale_mlp), dtype)
         return self.transformed(x, h)
 
 
@@ -270,7 +327,7 @@ class CrossAttentionBlock(Fused, reference.CrossAttentionBlock):  # type: ignore
     """The cross-attention block on an open stream."""
 
     def computed(self, stream: Stream, c: Tensor) -> Stream:
-        dtype = compute_dtype(self.attn.qkv.weight)
+        dtype = self.dtype_of_rows(stream.x)
         x, h = normed(stream, self.norm1, None, None, dtype)
         x, h = normed(self.attended(x, h), self.norm_cross, None, None, dtype)
         x, h = normed(self.crossed(x, h, c), self.norm2, None, None, dtype)
@@ -281,31 +338,37 @@ class InContextBlock(Fused, reference.InContextBlock):  # type: ignore[misc]
     """The in-context block on an open stream."""
 
     def computed(self, stream: Stream, c: Tensor) -> Stream:
-        dtype = compute_dtype(self.attn.qkv.weight)
+        dtype = self.dtype_of_rows(stream.x)
         x, h = normed(stream, self.norm1, None, None, dtype)
         x, h = normed(self.attended(x, h), self.norm2, None, None, dtype)
         return self.transformed(x, h)
 
 
 class FinalLayer(reference.FinalLayer):
-    """The last residual, norm, modulation, linear and unpatchify in one kernel."""
+    """The last residual, norm, modulation, linear and unpatchify in one kernel; takes tokens or an open stream."""
 
-    def forward(self, stream: Stream, c: Tensor, grid: tuple[int, int]) -> Tensor:  # type: ignore[override]
+    def forward(self, x: Tensor | Stream, c: Tensor, grid: tuple[int, int]) -> Tensor:
+        """As the reference's."""
         shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
-        return _final(stream, shift, scale, self.linear, grid, self.patch_size)
+        return _final(x, shift, kept_alone(scale), self.linear, grid, self.patch_size)
+
+    streaming = forward
 
 
 class PlainFinalLayer(reference.PlainFinalLayer):
-    """The last residual, affine norm, linear and unpatchify in one kernel."""
+    """The last residual, affine norm, linear and unpatchify in one kernel; takes tokens or an open stream."""
 
-    def forward(self, stream: Stream, c: Tensor, grid: tuple[int, int]) -> Tensor:  # type: ignore[override]
+    def forward(self, x: Tensor | Stream, c: Tensor, grid: tuple[int, int]) -> Tensor:
+        """As the reference's."""
         norm = self.norm_final
         affine = {"norm_weight": norm.weight, "norm_bias": norm.bias, "eps": norm.eps}
-        return _final(stream, None, None, self.linear, grid, self.patch_size, **affine)
+        return _final(x, None, None, self.linear, grid, self.patch_size, **affine)
+
+    streaming = forward
 
 
 def _final(
-    stream: Stream,
+    tokens: Tensor | Stream,
     shift: Tensor | None,
     scale: Tensor | None,
     linear: nn.Linear,
@@ -313,16 +376,16 @@ def _final(
     patch_size: int,
     **affine: Any,
 ) -> Tensor:
-    image_tokens = grid[0] * grid[1]
+    stream = tokens if isinstance(tokens, Stream) else Stream(tokens)
     return ops.final_layer(
-        stream.x[:, :image_tokens],
+        stream.x,
         shift,
         scale,
         linear.weight,
         linear.bias,
         grid=grid,
         patch_size=patch_size,
-        branch=None if stream.branch is None else stream.branch[:, :image_tokens],
+        branch=stream.branch,
         gate=stream.gate,
         branch_bias=stream.branch_bias,
         **affine,
@@ -395,15 +458,18 @@ class DiT(reference.DiT):
         stream = Stream(tokens)
         for block in self.blocks:
             stream = self._run(block, stream, c)
-        return self.final_layer(stream, c, self.grid)
+        if self.conditioning == "in_context":
+            stream = _first_tokens(stream, self.grid[0] * self.grid[1])
+        last = self.final_layer
+        return last(stream if carries_stream(last) else closed(stream), c, self.grid)
 
     def _run(self, block: nn.Module, stream: Stream, c: Tensor) -> Stream:
         if self.checkpointing != "full" or not torch.is_grad_enabled():
-            return block(stream, c)
-        # An open residual would double what a fully checkpointed block keeps, so it is closed inside.
+            return block(stream, c) if carries_stream(block) else Stream(block(closed(stream), c))
+        # An open residual would double what a fully checkpointed block keeps, so that it gets and gives tensors.
         if torch.compiler.is_compiling():
-            return checkpoint(_closed_block, block, stream.x, c, use_reentrant=False)
-        return checkpoint(_closed_block, block, stream.x, c, use_reentrant=False, context_fn=ops.remembered)
+            return Stream(checkpoint(block, stream.x, c, use_reentrant=False))
+        return Stream(checkpoint(block, stream.x, c, use_reentrant=False, context_fn=ops.remembered))
 
 
 def _check_checkpointing(value: str) -> None:
@@ -411,8 +477,10 @@ def _check_checkpointing(value: str) -> None:
         raise ValueError(f"checkpointing: got {value!r}, allowed are {', '.join(CHECKPOINTING)}")
 
 
-def _closed_block(block: nn.Module, x: Tensor, c: Tensor) -> Stream:
-    return closed(block(Stream(x), c))
+def _first_tokens(stream: Stream, count: int) -> Stream:
+    """The stream of the image's tokens, without those of the conditioning behind them."""
+    branch = None if stream.branch is None else stream.branch[:, :count]
+    return stream._replace(x=stream.x[:, :count], branch=branch)
 
 
 def _selective_policy(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:

@@ -98,7 +98,7 @@ def test_autocast_keeps_the_stream_in_fp32(conditioning: str) -> None:
     fused, plain = pair(conditioning=conditioning, **HEAD_DIM_72)
     exact = forward_backward(copy.deepcopy(plain).double(), F64)
     streams = []
-    fused.blocks[1].register_forward_pre_hook(lambda module, args: streams.append(args[0].x.dtype))
+    fused.blocks[1].register_forward_pre_hook(lambda module, args: streams.append(args[0].dtype))
     with torch.autocast("cpu", dtype=BF16):
         got, low = forward_backward(fused), forward_backward(plain)
     assert streams == [F32]
@@ -223,7 +223,7 @@ def test_a_bias_of_qkv_that_is_frozen_or_absent_stays_with_its_linear(conditioni
 def test_residual_dtype_is_the_streams() -> None:
     fused = models.DiT(**SMALL, residual_dtype=BF16)
     streams = []
-    fused.blocks[2].register_forward_pre_hook(lambda module, args: streams.append(args[0].x.dtype))
+    fused.blocks[2].register_forward_pre_hook(lambda module, args: streams.append(args[0].dtype))
     with torch.autocast("cpu", dtype=BF16):
         fused(*batch(fused))
     assert streams == [BF16]

@@ -84,7 +84,6 @@ class PatchEmbed(Fused):
 class Block(Fused):
     """The adaLN-Zero block: two kernels between its products. Takes (B, N, D) or an open stream, and returns the same kind."""
 
-    carries_stream = True
     norm1: Any
     norm3: nn.Module
     attn1: nn.Module
@@ -110,6 +109,8 @@ class Block(Fused):
         else:
             result = self._opened(stream, timestep, class_labels)
         return result if isinstance(hidden_states, Stream) else parts.plain(result)
+
+    streaming = forward
 
     def _opened(self, stream: Stream, timestep: Any, class_labels: Any) -> Stream:
         kinds = self._ditkernels["norms"]
@@ -251,8 +252,6 @@ def _classes(block: Any) -> int:
 class ProbeBlock(nn.Module):
     """Stands in for a block while the model's own forward is proven, as ``public.ProbeBlock`` does."""
 
-    carries_stream = True
-
     def __init__(self, width: int, depth: int, norm1: nn.Module | None) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(width))
@@ -277,6 +276,8 @@ class ProbeBlock(nn.Module):
         condition = (timestep % 7 - class_labels % 5).unsqueeze(1)
         result = Stream(x, torch.tanh(x * self.weight + self.bias), condition * self.gate)
         return result if isinstance(hidden_states, Stream) else parts.plain(result)
+
+    streaming = forward
 
 
 def _plan_model(root: Any, blocks: str, swaps: list[Swap], fused_blocks: int) -> Planned:

@@ -11,7 +11,7 @@ from ditkernels import ops, reference
 from ditkernels.accelerate import proof
 from ditkernels.accelerate.refusals import FAULTS, Refused, eps_of, require_plain
 from ditkernels.accelerate.swap import Fused
-from ditkernels.models import Stream, closed, product_with_bias
+from ditkernels.models import Stream, carries_stream, closed, product_with_bias
 from ditkernels.ops import dispatch
 from ditkernels.ops.attention import BACKENDS, choose, describe
 
@@ -71,14 +71,13 @@ def _promoted_dtype(x: Tensor, *others: Tensor | None) -> torch.dtype:
 
 def plain(stream: Stream) -> Tensor:
     """The residual stream with nothing left to add."""
-    return closed(promoted(stream)).x
+    return closed(promoted(stream))
 
 
 def through(block: nn.Module, stream: Stream, *args: Any, **kwargs: Any) -> Stream:
-    """One block on an open stream; a block that was left as it was gets, and gives, a closed one."""
-    # Asked of its class, since a checkpoint wrapper answers for what it wraps, and an open stream would double what it keeps.
-    if getattr(type(block), "carries_stream", False):
-        return block(stream, *args, **kwargs)
+    """One block on an open stream; a block that was left as it was, or that somebody watches, gets and gives tensors."""
+    if carries_stream(block):
+        return block(stream, *args, **kwargs)  # type: ignore[no-any-return]
     return Stream(block(plain(stream), *args, **kwargs))
 
 

@@ -5,8 +5,8 @@ and for the MLP, or, without shifts, (scale, gate) twice (Peebles & Xie, arXiv 2
 model: ``x_embedder``, ``pos_embed``, ``t_embedder``, ``y_embedder``, ``blocks``, ``final_layer``, unpatchify; SiT and LightningDiT
 then drop the second half of the channels.
 
-The blocks stay callable on their own. The model hands them a ``Stream``, a residual that is still open, and gets one back, so
-that one kernel closes the residual of a block and makes the normed rows of the next.
+The blocks stay callable on their own. Where nobody looks, the model hands them a ``Stream``, a residual that is still open, and
+gets one back, so that one kernel closes the residual of a block and makes the normed rows of the next.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from ditkernels.accelerate.refusals import (
 )
 from ditkernels.accelerate.report import Part
 from ditkernels.accelerate.swap import Fused, Swap
+from ditkernels.models import carries_stream
 
 SOUGHT = "blocks of norm1, attn, norm2, mlp and adaLN_modulation (DiT, SiT, LightningDiT)"
 _CHILDREN = ("norm1", "attn", "norm2", "mlp", "adaLN_modulation")
@@ -41,7 +42,6 @@ _TOKENS = 7
 class Block(Fused):
     """The adaLN-Zero block: two kernels between its products. Takes x (B, N, D) or an open stream, and returns the same kind."""
 
-    carries_stream = True
     norm1: nn.Module
     attn: nn.Module
     norm2: nn.Module
@@ -56,6 +56,8 @@ class Block(Fused):
         else:
             result = self._opened(stream, c, *rope)
         return result if isinstance(x, Stream) else parts.plain(result)
+
+    streaming = forward
 
     def _opened(self, stream: Stream, c: Tensor, *rope: Any) -> Stream:
         kinds = self._ditkernels["norms"]
@@ -95,6 +97,8 @@ class FinalLayer(Fused):
         _, h = parts.normed(stream, self.norm_final, kind, shift, scale)
         return self.linear(h)
 
+    streaming = forward
+
 
 class Model(Fused):
     """The whole forward, with the residual open between blocks. Checkpointed blocks go the original's way, closed."""
@@ -128,7 +132,7 @@ class Model(Fused):
         return self.x_embedder(x) + self.pos_embed
 
     def _image(self, stream: Stream, c: Tensor, shape: torch.Size) -> Tensor:
-        if not isinstance(self.final_layer, FinalLayer) or not self._ditkernels["patch_size"]:
+        if not self._ditkernels["patch_size"] or not carries_stream(self.final_layer):
             return self.unpatchify(self.final_layer(parts.plain(stream), c))
         p = self._ditkernels["patch_size"]
         return self.final_layer(stream, c, (shape[2] // p, shape[3] // p), p)
@@ -271,8 +275,6 @@ class ProbeBlock(nn.Module):
     order, on nothing but the stream and c, and does nothing else with the stream in between.
     """
 
-    carries_stream = True
-
     def __init__(self, width: int, depth: int, rope: bool) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(width))
@@ -290,6 +292,8 @@ class ProbeBlock(nn.Module):
         value = parts.plain(x) if isinstance(x, Stream) else x
         result = Stream(value, torch.tanh(value * self.weight + self.bias), c * self.gate)
         return result if isinstance(x, Stream) else parts.plain(result)
+
+    streaming = forward
 
 
 def _plan_model(root: Any, blocks: str, swaps: list[Swap], fused_blocks: int) -> Planned:
