@@ -39,6 +39,10 @@ def normalize(
     """Layer norm, or RMS norm, over the last axis, with optional affine weight and bias of shape (D,)."""
     if norm not in NORMS:
         raise ValueError(f"norm: got {norm!r}, allowed are {', '.join(NORMS)}")
+    wide = x.dtype in (torch.float32, torch.float64)
+    if norm == "layernorm" and wide and weight is not None and all(v is None or v.dtype == x.dtype for v in (weight, bias)):
+        # As nn.LayerNorm, which keeps no normed rows for the weight's gradient. In less than fp32 it would also sum that up there.
+        return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
     y = F.layer_norm(x, x.shape[-1:], eps=eps) if norm == "layernorm" else F.rms_norm(x, x.shape[-1:], eps=eps)
     if weight is not None:
         y = y * weight

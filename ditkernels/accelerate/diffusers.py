@@ -30,6 +30,7 @@ from ditkernels.accelerate.refusals import (
 )
 from ditkernels.accelerate.report import Part
 from ditkernels.accelerate.swap import Fused, Swap
+from ditkernels.models import kept_alone
 
 SOUGHT = "transformer_blocks of norm1 (with emb and linear), attn1, norm3 and ff (diffusers' DiTTransformer2DModel)"
 _CHILDREN = ("norm1", "attn1", "norm3", "ff")
@@ -154,7 +155,7 @@ class Model(Fused):
         conditioning = self.transformer_blocks[0].norm1.emb(timestep, class_labels, hidden_dtype=stream.x.dtype)
         shift, scale = self.proj_out_1(F.silu(conditioning)).chunk(2, dim=1)
         end = (self.proj_out_2, (side, side), p, self.norm_out, self._ditkernels["norm"])
-        image = parts.finished(stream, shift, scale, *end)
+        image = parts.finished(stream, shift, kept_alone(scale), *end)
         return self._ditkernels["output"](sample=image) if return_dict else (image,)
 
 

@@ -29,7 +29,7 @@ from ditkernels.accelerate.refusals import (
 )
 from ditkernels.accelerate.report import Part
 from ditkernels.accelerate.swap import Fused, Swap
-from ditkernels.models import carries_stream
+from ditkernels.models import carries_stream, kept_alone
 
 SOUGHT = "blocks of norm1, attn, norm2, mlp and adaLN_modulation (DiT, SiT, LightningDiT)"
 _CHILDREN = ("norm1", "attn", "norm2", "mlp", "adaLN_modulation")
@@ -89,6 +89,7 @@ class FinalLayer(Fused):
 
     def forward(self, x: Tensor | Stream, c: Tensor, grid: tuple[int, int] | None = None, patch_size: int = 0) -> Tensor:
         shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
+        scale = kept_alone(scale)
         stream = x if isinstance(x, Stream) else Stream(x)
         kind = self._ditkernels["norm"]
         if grid is not None:

@@ -240,6 +240,11 @@ class Saved:
         assert self.taken[place] == 1, "unpacked twice"
         return self.packed[place]
 
+    def size(self) -> int:
+        """Bytes of rows as wide as x, each storage once."""
+        rows = (t.untyped_storage() for t in self.packed if t.numel() == 2 * 6 * 12)
+        return sum({s.data_ptr(): s.nbytes() for s in rows}.values())
+
     def names(self, inputs: dict[str, Tensor]) -> list[str]:
         at = {value.data_ptr(): name for name, value in inputs.items()}
         return [at.get(tensor.data_ptr(), "another tensor") for tensor in self.packed]
@@ -271,6 +276,10 @@ def test_only_what_the_wanted_gradients_need_is_saved(kept: tuple[str, ...], nor
             torch.testing.assert_close(grad, everything[name], rtol=1e-4, atol=1e-4)
         if way == "thin" and "weight" in subset and set(subset) <= {"weight", "bias"}:
             assert [t.shape for t in saved.packed] == [(2, 6, 12)], "the normed rows alone"
+        elif way == "thin" and "x" not in subset and subset != ("bias",):
+            with Saved() as plainly:
+                reference.final_layer(**{"shift": None, "scale": None, **leaves}, **options)
+            assert saved.size() <= plainly.size(), subset
         else:
             declared = FINAL_LAYER.declaration.saved([n in subset for n in NAMES])
             assert saved.names(inputs) == [n for n in declared if n in inputs], subset

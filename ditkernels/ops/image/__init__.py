@@ -35,9 +35,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ditkernels import reference
 from ditkernels.ops import _native
 from ditkernels.ops.dispatch import Op, Refusal, Whole, declare, refuse_forward_ad, without_autocast
-from ditkernels.ops.norm import GATED_RESIDUAL_NORM, MODULATE_NORM, norm_forward, residual_forward
+from ditkernels.ops.norm import GATED_RESIDUAL, GATED_RESIDUAL_NORM, MODULATE_NORM, norm_forward, residual_forward
 from ditkernels.ops.spec import Example, Given, Gradient, Sizes, Wanted, accumulator, check_comes_with, check_norm, check_tensor
 
 __all__ = ["final_layer", "patch_embed", "unpatchify"]
@@ -135,9 +136,9 @@ def final_layer(
 
     Dtypes: fp32, bf16, fp16 (fp64 on the ``torch`` backend), each tensor its own. x1 is rounded to x's dtype, the normed
     and modulated rows to the weight's for the product, and the weight to autocast's dtype where autocast is on; all else
-    is in fp32 in compiled kernels, and on the ``torch`` backend as in plain PyTorch. Where the linear's weight, or weight and
-    bias, alone need gradients, the norm and the linear run one after the other, so that only the rows between them are saved;
-    a compiled graph keeps the op.
+    is in fp32 in compiled kernels, and on the ``torch`` backend as in plain PyTorch. Where x needs no gradient, fewer rows are
+    saved: with all of the residual frozen, norm and linear run one after the other and save what lies between them, the rows
+    that plain PyTorch saves; with x alone frozen, the residual is closed before the layer. A compiled graph keeps the op.
 
     Returns:
         (B, O, h·p, w·p).
@@ -147,36 +148,48 @@ def final_layer(
     """
     lowered = FINAL_LAYER.autocast_dtype(x)
     weight = weight.to(lowered or weight.dtype)
-    rows = (x, branch, gate, branch_bias, shift, scale, norm_weight, norm_bias)
+    residual, vectors = (branch, gate, branch_bias), (shift, scale, norm_weight, norm_bias)
+    tensors = (x, *residual, *vectors, weight, bias)
     options = (*grid, patch_size, norm, eps, out_dtype or weight.dtype)
-    if _needs_gradient(weight) and not any(map(_needs_gradient, rows)) and not torch.compiler.is_compiling():
-        return _linear_alone((*rows, weight, bias), options)
-    return FINAL_LAYER((*rows, weight, bias), options)  # type: ignore[no-any-return]
+    if not _needs_gradient(x) and not torch.compiler.is_compiling():
+        if any(map(_needs_gradient, residual)):
+            FINAL_LAYER.declaration.checked((*tensors, *options))
+            tensors = (GATED_RESIDUAL((x, *residual)), None, None, None, *vectors, weight, bias)
+        elif any(map(_needs_gradient, (*vectors, weight))):
+            return _behind_frozen_rows(tensors, options)
+    return FINAL_LAYER(tensors, options)  # type: ignore[no-any-return]
 
 
 def _needs_gradient(tensor: Tensor | None) -> bool:
     return tensor is not None and tensor.requires_grad and torch.is_grad_enabled()
 
 
-def _linear_alone(tensors: tuple[Any, ...], options: tuple[Any, ...]) -> Tensor:
-    """``final_layer`` where nothing before the linear needs a gradient; saves h alone."""
+def _behind_frozen_rows(tensors: tuple[Any, ...], options: tuple[Any, ...]) -> Tensor:
+    """``final_layer`` where no row needs a gradient; saves h for the weight, and the normed rows for the vectors of the norm."""
     refuse_forward_ad("final_layer", *tensors)
     FINAL_LAYER.declaration.checked((*tensors, *options))
     x, branch, gate, branch_bias, shift, scale, norm_weight, norm_bias, weight, bias = tensors
     *grid, patch_size, norm, eps, out_dtype = options
-    chosen = (norm, eps, weight.dtype)
+    adaptive, affine = (shift, scale), (norm_weight, norm_bias)
+    of_vectors = any(map(_needs_gradient, (*adaptive, *affine)))
+    if of_vectors:
+        adaptive = affine = (None, None)
+    chosen = (norm, eps, x.dtype if of_vectors else weight.dtype)
     if branch is None:
-        h = MODULATE_NORM((x, shift, scale, norm_weight, norm_bias), chosen)
+        h = MODULATE_NORM((x, *adaptive, *affine), chosen)
     else:
-        vectors = (gate, shift, scale, branch_bias, norm_weight, norm_bias)
-        _, h = GATED_RESIDUAL_NORM((x, branch, *vectors), chosen)
+        _, h = GATED_RESIDUAL_NORM((x, branch, gate, *adaptive, branch_bias, *affine), chosen)
+    if of_vectors:
+        h = h if norm_weight is None else h * norm_weight
+        h = h if norm_bias is None else h + norm_bias
+        h = reference.modulate(h, shift, scale).to(weight.dtype)
     z = _Linear.apply(weight, h, torch.promote_types(weight.dtype, out_dtype))
     z = (z if bias is None else z + bias).to(out_dtype)
     return UNPATCHIFY((z,), (*grid, patch_size, False))  # type: ignore[no-any-return]
 
 
 class _Linear(torch.autograd.Function):
-    """h · Wᵀ, computed in ``dtype``, for rows h that need no gradient."""
+    """h · Wᵀ, computed in ``dtype``, for a weight of h's dtype."""
 
     @staticmethod
     def forward(weight: Tensor, h: Tensor, dtype: torch.dtype) -> Tensor:
@@ -184,12 +197,15 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.save_for_backward(inputs[1])
+        weight, h, _ = inputs
+        of_weight, of_h, _ = ctx.needs_input_grad
+        ctx.save_for_backward(weight if of_h else None, h if of_weight else None)
 
     @staticmethod
-    def backward(ctx: Any, dz: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
-        (h,) = ctx.saved_tensors
-        return product(_lines(dz).t(), _lines(h)).to(h.dtype), None, None
+    def backward(ctx: Any, dz: Tensor) -> tuple[Tensor | None, Tensor | None, None]:  # type: ignore[override]
+        weight, h = ctx.saved_tensors
+        dweight = None if h is None else product(_lines(dz).t(), _lines(h)).to(h.dtype)
+        return dweight, None if weight is None else product(dz, weight).to(weight.dtype), None
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
