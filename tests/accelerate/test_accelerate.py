@@ -86,8 +86,12 @@ def call(model: nn.Module, size: int = 3, dtype: torch.dtype = F32) -> tuple[Ten
     t = torch.randint(0, 1000, (size,), generator=generator)
     y = torch.randint(0, 10, (size,), generator=generator)
     torch.manual_seed(11)
-    out = model(x, t, y)
-    return getattr(out, "sample", out), x
+    return output(model(x, t, y)), x
+
+
+def output(out: object) -> Tensor:
+    """The image in what a model returned, diffusers' in a class of its own."""
+    return getattr(out, "sample", out)
 
 
 def forward_backward(model: nn.Module, size: int = 3, dtype: torch.dtype = F32) -> Results:
@@ -774,16 +778,15 @@ TRAINED: dict[str, Callable[[str], bool]] = {
 @pytest.mark.parametrize("name", ["DiT", "SiT", "Lightning", "diffusers"])
 @pytest.mark.parametrize("trained", TRAINED)
 def test_saves_at_most_what_it_saved_before(trained: str, name: str, autocast: bool, backend: str) -> None:
-    if name == "diffusers" and autocast and trained in ("attention", "qkv_bias", "lora"):
-        pytest.skip("half a percent more, not yet explained")
     model = make(name)
     if trained == "lora":
         add_lora(model, ("qkv", "to_q", "to_k", "to_v", "proj", "fc1", "fc2"))
     train_only(model, TRAINED[trained])
     fused = copy.deepcopy(model)
     quietly(fused)
+    latents, t, y = call(model, 8)[1].detach(), torch.arange(8) * 100, torch.arange(8)
     with ditkernels.use_backend(backend), torch.autocast("cpu", BF16, enabled=autocast):
-        got, want = (saved_bytes(m, lambda m=m: call(m, 8)[0]) for m in (fused, model))
+        got, want = (saved_bytes(m, lambda m=m: output(m(latents, t, y))) for m in (fused, model))
     assert got <= want
 
 
