@@ -231,8 +231,18 @@ class TorchBackend(Backend):
     kernel: SDPBackend
 
     def run(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        if dispatch.compiled_alone():
+            q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+            return self.kernel_of_torch(q, k, v, scale).transpose(1, 2)
         with sdpa_kernel(self.kernel):
             return _attend(q, k, v, scale)
+
+    def kernel_of_torch(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        """What ``scaled_dot_product_attention`` runs for (B, heads, N, head_dim) once it has taken this kernel.
+
+        A graph names it itself: the switch that makes torch take it would keep the graph out of the compiler's cache on disk.
+        """
+        raise NotImplementedError
 
     def refuse(self, problem: Problem) -> str | None:
         if _switched_off(self.kernel):
@@ -268,6 +278,10 @@ class CuDNN(TorchBackend):
             return "cuDNN's backward has returned NaN at lengths that are no multiple of 128 (pytorch#196678, cudnn-frontend#1072)"
         return None
 
+    def kernel_of_torch(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        kernel = torch.ops.aten._scaled_dot_product_cudnn_attention.default
+        return kernel(q, k, v, None, _needs_grad(q, k, v), scale=scale)[0]  # type: ignore[no-any-return]
+
 
 class TorchFlash(TorchBackend):
     """The flash-attention 2 that is built into PyTorch on CUDA devices, and its own flash kernel on CPUs."""
@@ -285,6 +299,21 @@ class TorchFlash(TorchBackend):
         reason = reason or super().refuse(problem) or _consumer_backward_reason(problem)
         return reason or (_flash_4_backward_reason(problem) if _flash_implementation() == "FA4" else None)
 
+    def kernel_of_torch(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        if not q.is_cpu:
+            return _flash_on_gpu(q, k, v, scale)
+        kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+        return kernel(q, k, v, scale=scale)[0]  # type: ignore[no-any-return]
+
+
+def _flash_on_gpu(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """With zeros behind each row up to a head_dim that is a multiple of 8, as ``scaled_dot_product_attention`` does it."""
+    head_dim = q.shape[-1]
+    if head_dim % 8:
+        q, k, v = (F.pad(t, (0, -head_dim % 8)) for t in (q, k, v))
+    out = torch.ops.aten._scaled_dot_product_flash_attention.default(q, k, v, scale=scale)[0]
+    return out[..., :head_dim] if head_dim % 8 else out
+
 
 class TorchEfficient(TorchBackend):
     """The memory-efficient CUTLASS kernels built into PyTorch; the only fused ones that take fp32."""
@@ -297,6 +326,10 @@ class TorchEfficient(TorchBackend):
         multiple = 4 if problem.dtype == torch.float32 else 8
         reason = _cuda_reason(problem, (*HALF, torch.float32), multiple=multiple, largest=65536)
         return reason or super().refuse(problem)
+
+    def kernel_of_torch(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        kernel = torch.ops.aten._scaled_dot_product_efficient_attention.default
+        return kernel(q, k, v, None, _needs_grad(q, k, v), scale=scale)[0]  # type: ignore[no-any-return]
 
 
 class PackageBackend(Backend):

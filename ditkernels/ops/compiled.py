@@ -17,7 +17,7 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 from ditkernels._version import __version__
 from ditkernels.ops import _native, choice
 from ditkernels.ops.choice import OPS, Op
-from ditkernels.ops.context import constant_when_traced
+from ditkernels.ops.context import constant_when_traced, exporting
 from ditkernels.ops.library import boxed
 
 _TRACED = (Tensor, FunctionalTensor)
@@ -32,8 +32,7 @@ def asked(backend: str | None) -> str:
     """
     if not torch.compiler.is_compiling():
         return backend or "auto"
-    # Not is_exporting(), which Dynamo of torch 2.11 takes for True always.
-    return "" if torch.compiler._is_exporting_flag else f"{backend or 'auto'}:{fingerprint()}"
+    return "" if exporting() else f"{backend or 'auto'}:{fingerprint()}"
 
 
 def said(text: str) -> str | None:

@@ -57,6 +57,17 @@ def watched_by_torch() -> bool:
     return forward_ad._current_level >= 0 or _dispatch_modes() > 0 or _in_function_mode() or _transform() is not None
 
 
+def exporting() -> bool:
+    """Whether torch.export traces."""
+    # Not is_exporting(), which Dynamo of torch 2.11 takes for True always.
+    return torch.compiler._is_exporting_flag
+
+
+def compiled_alone() -> bool:
+    """Whether Dynamo traces for torch.compile, and not for torch.export, whose graph may run on another device."""
+    return torch.compiler.is_dynamo_compiling() and not exporting()
+
+
 class WholeWay(TorchDispatchMode):
     """A mode that changes nothing: calls inside it take the whole way, and so run the kernels of every backend."""
 

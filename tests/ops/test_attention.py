@@ -12,6 +12,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._functorch._aot_autograd.autograd_cache import check_cacheable
+from torch._inductor.utils import fresh_cache
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -219,6 +221,97 @@ def test_compiles_as_one_graph(backend):
         expected = with_gradients(lambda t: attention(t, backend=backend), (qkv,), grad_out)
         actual = with_gradients(compiled, (qkv,), grad_out)
         assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
+
+
+SDPA = torch.ops.aten.scaled_dot_product_attention.default
+FLASH_FOR_CPU = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+
+
+class Attention(torch.nn.Module):
+    def forward(self, qkv: Tensor) -> Tensor:
+        return attention(qkv)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("head_dim", [72, 20])
+def test_a_graph_names_the_kernel_that_sdpa_would_run(head_dim, dtype):
+    """With no switch in the graph, which would keep it out of the compiler's cache on disk."""
+    qkv, grad_out = random(2, 17, 3, 2, head_dim, dtype=dtype), random(2, 17, 2 * head_dim, seed=1, dtype=dtype)
+    targets = []
+
+    def keep(graph, inputs):
+        targets.extend(node.target for node in graph.graph.nodes)
+        check_cacheable(graph)
+        return graph
+
+    actual = with_gradients(torch.compile(Attention(), fullgraph=True, backend=keep), (qkv,), grad_out)
+    assert FLASH_FOR_CPU in targets
+    expected = with_gradients(Attention(), (qkv,), grad_out)
+    assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
+
+
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize("head_dim", [72, 20])
+def test_an_export_keeps_sdpa(head_dim, strict):
+    """It may run on another device, whose kernel is another."""
+    qkv, grad_out = random(2, 17, 3, 2, head_dim), random(2, 17, 2 * head_dim, seed=1)
+    exported = torch.export.export(Attention(), (qkv,), strict=strict)
+    targets = {node.target for graph in exported.graph_module.modules() for node in graph.graph.nodes}
+    assert SDPA in targets
+    assert FLASH_FOR_CPU not in targets
+    actual, expected = (with_gradients(module, (qkv,), grad_out) for module in (exported.module(), Attention()))
+    assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
+
+
+def test_a_second_compilation_is_read_from_disk():
+    counters = torch._dynamo.utils.counters
+    found = []
+    with fresh_cache(), torch.no_grad():
+        for _ in range(2):
+            torch._dynamo.reset()
+            counters.clear()
+            # Kernels of torch and views alone: Inductor has no C++ to compile.
+            torch.compile(Attention(), fullgraph=True)(random(2, 17, 3, 2, 72))
+            found.append([counters["aot_autograd"][f"autograd_cache_{what}"] for what in ("miss", "hit", "bypass")])
+    assert found == [[1, 0, 0], [0, 1, 0]]
+
+
+def _attend_as_flash_on_gpus(q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> tuple[Tensor]:
+    assert q.shape[-1] % 8 == 0, "torch's flash kernel takes multiples of 8 only"
+    return (torch.softmax((q @ k.transpose(-1, -2)) * scale, dim=-1) @ v,)
+
+
+@pytest.mark.parametrize("head_dim", [72, 20])
+def test_flash_on_a_gpu_is_padded_as_sdpa_pads_it(monkeypatch, head_dim):
+    monkeypatch.setattr(torch.ops.aten._scaled_dot_product_flash_attention, "default", _attend_as_flash_on_gpus)
+    q, k, v = (random(2, 3, 17, head_dim, seed=seed, dtype=torch.float64) for seed in range(3))
+    grad_out = random(2, 3, 17, head_dim, seed=3, dtype=torch.float64)
+    actual = with_gradients(partial(module._flash_on_gpu, scale=0.2), (q, k, v), grad_out)
+    expected = with_gradients(partial(F.scaled_dot_product_attention, scale=0.2), (q, k, v), grad_out)
+    for a, b in zip(actual, expected, strict=True):
+        numerics.assert_fp64_agreement(a, b)
+
+
+class RecordCalls(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.calls: list[tuple] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.calls.append((function.overloadpacket.__name__, args, kwargs or {}))
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("needs_grad", [True, False])
+@pytest.mark.parametrize("backend", ["cudnn", "torch_efficient"])
+def test_a_log_sum_exp_is_computed_where_a_backward_will_read_it(backend, needs_grad):
+    with FakeTensorMode(), RecordCalls() as recorded:
+        q, k, v = (torch.empty(2, 3, 128, 72, dtype=torch.bfloat16, device="cuda", requires_grad=needs_grad) for _ in range(3))
+        out = BACKENDS[backend].kernel_of_torch(q, k, v, 0.2)
+    ((_, args, kwargs),) = (call for call in recorded.calls if "scaled_dot_product" in call[0])
+    assert args[3:] == (None, needs_grad)
+    assert kwargs == {"scale": 0.2}
+    assert out.shape == q.shape
 
 
 @needs_compiler
@@ -711,11 +804,6 @@ def test_only_eager_calls_of_plain_tensors_are_remembered():
     assert module._memory == {}
     torch.testing.assert_close(attention(qkv), expected)
     assert len(module._memory) == 1
-
-
-class Attention(torch.nn.Module):
-    def forward(self, qkv: Tensor) -> Tensor:
-        return attention(qkv)
 
 
 def test_the_memory_is_bounded(monkeypatch):

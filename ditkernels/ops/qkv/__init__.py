@@ -28,7 +28,17 @@ import torch
 from torch import Tensor
 
 from ditkernels.ops import _native
-from ditkernels.ops.dispatch import backend_setting, declare, is_plain, refuse_forward_ad, watched_by_torch
+from ditkernels.ops.compiled import asked, said
+from ditkernels.ops.dispatch import (
+    LIBRARY,
+    backend_setting,
+    compiled_alone,
+    declare,
+    define,
+    is_plain,
+    refuse_forward_ad,
+    watched_by_torch,
+)
 from ditkernels.ops.spec import Given, Sizes, accumulator, check_dtype, check_tensor
 
 __all__ = ["split_qkv"]
@@ -56,8 +66,11 @@ def split_qkv(packed: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
         BackendError: in backward, the forced backend cannot serve.
         NotImplementedError: forward-mode differentiation; second derivatives.
     """
+    if compiled_alone():
+        _check_whole(packed, bias)
+        return tuple(torch.ops.ditkernels.split_qkv.default(packed, bias, asked(backend_setting())))
     function = _function(packed, bias, _Split, _ThinSplit)
-    return packed.unbind(2) if function is None else function.apply(packed, bias)  # type: ignore[no-untyped-call]
+    return packed.unbind(2) if function is None else function.apply(packed, bias, backend_setting())  # type: ignore[no-untyped-call]
 
 
 def carry_bias(packed: Tensor, bias: Tensor) -> Tensor:
@@ -65,6 +78,9 @@ def carry_bias(packed: Tensor, bias: Tensor) -> Tensor:
 
     Returns ``packed``. Raises as :func:`split_qkv`.
     """
+    if compiled_alone():
+        _check_whole(packed, bias)
+        return torch.ops.ditkernels.carry_bias.default(packed, bias)  # type: ignore[no-any-return]
     function = _function(packed, bias, _Carry, _ThinCarry)
     return packed if function is None else function.apply(packed, bias)  # type: ignore[no-untyped-call]
 
@@ -77,8 +93,7 @@ _MEMORY = 1024
 def _function(packed: Tensor, bias: Tensor, whole: Function, thin: Function) -> Function | None:
     """Checks the arguments; the autograd Function to apply, None where the bias needs no gradient."""
     if torch.compiler.is_compiling() or watched_by_torch() or not (is_plain(packed) and is_plain(bias)):
-        refuse_forward_ad("split_qkv", packed, bias)
-        _check_packed(packed, bias)
+        _check_whole(packed, bias)
         return whole
     kind = (packed.shape, packed.dtype, packed.device, bias.shape, bias.dtype, bias.device)
     if kind not in _checked:
@@ -87,6 +102,11 @@ def _function(packed: Tensor, bias: Tensor, whole: Function, thin: Function) -> 
             _checked.clear()
         _checked.add(kind)
     return thin if bias.requires_grad and torch.is_grad_enabled() else None
+
+
+def _check_whole(packed: Tensor, bias: Tensor) -> None:
+    refuse_forward_ad("split_qkv", packed, bias)
+    _check_packed(packed, bias)
 
 
 def _check_packed(packed: Tensor, bias: Tensor) -> None:
@@ -101,18 +121,19 @@ def _check_packed(packed: Tensor, bias: Tensor) -> None:
 
 class _Split(torch.autograd.Function):
     @staticmethod
-    def forward(packed: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
+    def forward(packed: Tensor, bias: Tensor, forced: str | None) -> tuple[Tensor, ...]:
         return packed.unbind(2)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: tuple[Tensor, ...]) -> None:
-        ctx.dtype, ctx.forced = inputs[1].dtype, backend_setting()
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, str | None], output: tuple[Tensor, ...]) -> None:
+        ctx.dtype, ctx.forced = inputs[1].dtype, inputs[2]
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
         *dq, dk, dv = gradients
         tensors = (dq[0] if dq else None, dk, dv)
-        return SPLIT_QKV_BACKWARD(tensors, (ctx.dtype,), ctx.forced or "auto")  # type: ignore[no-any-return]
+        dpacked, dbias = SPLIT_QKV_BACKWARD(tensors, (ctx.dtype,), ctx.forced or "auto")
+        return dpacked, dbias, None
 
 
 class _Carry(torch.autograd.Function):
@@ -132,7 +153,7 @@ class _Carry(torch.autograd.Function):
 def _thin(function: Any) -> Function:
     """The Function for plain eager calls: one that has a ``setup_context`` inspects a signature at each call, for tens of us."""
 
-    def forward(ctx: Any, *inputs: Tensor) -> Any:
+    def forward(ctx: Any, *inputs: Any) -> Any:
         function.setup_context(ctx, inputs, None)
         return function.forward(*inputs)
 
@@ -141,6 +162,13 @@ def _thin(function: Any) -> Function:
 
 
 _ThinSplit, _ThinCarry = _thin(_Split), _thin(_Carry)
+
+# An autograd Function in a graph would keep it out of the compiler's cache on disk, so a graph has an op around it, which says what
+# is forced. Being composite, it may return views, and a compiler sees from inside what it is made of.
+define("split_qkv(Tensor(a) packed, Tensor bias, str backend) -> Tensor(a)[]")
+define("carry_bias(Tensor(a) packed, Tensor bias) -> Tensor(a)")
+LIBRARY.impl("split_qkv", lambda packed, bias, text: list(_Split.apply(packed, bias, said(text))), "CompositeImplicitAutograd")
+LIBRARY.impl("carry_bias", lambda packed, bias: _Carry.apply(packed, bias), "CompositeImplicitAutograd")
 
 
 # ---- The backward: its declaration, and the torch backend ------------------------------------------------------------
