@@ -15,11 +15,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._C._functorch import TransformType
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 NORMS = ("layernorm", "rmsnorm")
 CONDITIONINGS = ("adaln_zero", "adaln", "cross_attention", "in_context")
@@ -125,8 +129,9 @@ def unpatchify(tokens: Tensor, *, grid: tuple[int, int], patch_size: int) -> Ten
     """(B, h·w, p·p·O) -> (B, O, h·p, w·p); a token's channels are ordered (row in patch, column in patch, output channel)."""
     h, w = grid
     p = patch_size
-    x = tokens.reshape(tokens.shape[0], h, w, p, p, tokens.shape[-1] // (p * p))
-    return torch.einsum("bhwpqo->bohpwq", x).reshape(tokens.shape[0], -1, h * p, w * p)
+    channels = tokens.shape[-1] // (p * p)
+    x = tokens.reshape(tokens.shape[0], h, w, p, p, channels)
+    return torch.einsum("bhwpqo->bohpwq", x).reshape(tokens.shape[0], channels, h * p, w * p)
 
 
 def final_layer(
@@ -187,8 +192,44 @@ def attention(qkv_or_q: Tensor, kv: Tensor | None = None, *, bias: Tensor | None
     packed = qkv_or_q if kv is None else kv
     parts = packed.unbind(2) if bias is None else split_qkv(packed, bias)
     q, k, v = parts if kv is None else (qkv_or_q, *parts)
+    # torch's kernels have no rule for a batch of calls: vmap would run them one by one.
+    if transformed():
+        return attention_by_products(q, k, v, q.shape[-1] ** -0.5 if scale is None else scale).flatten(2)
     out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), scale=scale)
     return out.transpose(1, 2).flatten(2)
+
+
+def attention_by_products(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """softmax(q·kᵀ·scale)·v written out, half precision in fp32. q: (B, N, heads, head_dim); k, v: (B, M, heads, head_dim)."""
+    dtype = q.dtype
+    q, k, v = (t.transpose(1, 2).to(torch.promote_types(dtype, torch.float32)) for t in (q, k, v))
+    weights = torch.softmax((q @ k.transpose(-1, -2)) * scale, dim=-1)
+    return (weights @ v).transpose(1, 2).to(dtype)
+
+
+# ---- Transforms of torch.func ----------------------------------------------------------------------------------------
+
+
+def transformed() -> bool:
+    """Whether ``torch.func`` differentiates in reverse, or batches, what is being computed: ``grad``, ``vmap``, ``jacrev``."""
+    return _inside(TransformType.Grad, TransformType.Vmap)
+
+
+def _inside(*kinds: TransformType) -> bool:
+    if torch._C._functorch.peek_interpreter_stack() is None:
+        return False
+    return any(level.key() in kinds for level in torch._C._functorch.get_interpreter_stack())
+
+
+# Dynamo takes the answers for constants, and guards on the transforms around what it compiles.
+transformed._dynamo_marked_constant = _inside._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _of_all_samples(tensor: Tensor) -> Tensor:
+    """The values below the transforms around: what ``vmap`` shows sample by sample, whole."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    return tensor
 
 
 # ---- The optimizer's step --------------------------------------------------------------------------------------------
@@ -633,13 +674,25 @@ def _check_config(
         raise ValueError(f"num_classes: got {num_classes}; at least 1 is needed (use 1 for unconditional data)")
 
 
+def same_size(got: int, expected: int) -> bool:
+    """Whether two sizes agree. Of sizes that a compiler cannot know the answer is yes, and the graph checks them when it runs."""
+    if not torch.compiler.is_compiling() and not isinstance(got, torch.SymInt) and not isinstance(expected, torch.SymInt):
+        return got == expected
+    from torch.fx.experimental.symbolic_shapes import guard_or_true
+
+    if not guard_or_true(got == expected):
+        return False
+    torch._check(got == expected)
+    return True
+
+
 def check_inputs(model: DiT, x: Tensor, t: Tensor, y: Tensor) -> None:
     """Raises ValueError or TypeError, naming the argument, if (x, t, y) is no input of the model."""
     if x.ndim != 4 or x.shape[1] != model.in_channels or tuple(x.shape[2:]) != model.input_size:
         expected = f"(B, {model.in_channels}, {model.input_size[0]}, {model.input_size[1]})"
         raise ValueError(f"x: got shape {tuple(x.shape)}, expected {expected}")
     for name, vector in (("t", t), ("y", y)):
-        if tuple(vector.shape) != (x.shape[0],):
+        if vector.ndim != 1 or not same_size(vector.shape[0], x.shape[0]):
             raise ValueError(f"{name}: got shape {tuple(vector.shape)}, expected ({x.shape[0]},) for a batch of {x.shape[0]}")
         if vector.device != x.device:
             raise ValueError(f"{name}: got device {vector.device}, but x is on {x.device}")
@@ -648,14 +701,21 @@ def check_inputs(model: DiT, x: Tensor, t: Tensor, y: Tensor) -> None:
 
 
 def check_labels(labels: Tensor, rows: int) -> None:
-    """Raises on labels outside 0..rows-1; on a GPU the check runs on the device, without a synchronisation."""
-    message = f"y: a label is outside 0..{rows - 1}"
-    if labels.device.type == "cpu" and not torch.compiler.is_compiling():
-        outside = labels[(labels < 0) | (labels >= rows)]
-        if outside.numel():
-            raise ValueError(f"y: got label {outside[0].item()}, allowed are 0..{rows - 1}")
-    elif labels.device.type != "meta":
-        torch._assert_async(((labels >= 0) & (labels < rows)).all(), message)
+    """Raises on labels outside 0..rows-1; on a GPU the check runs on the device, without a synchronisation.
+
+    Where values cannot be read there is nothing to refuse: of tensors without data, and under a compiled ``vmap``.
+    """
+    compiling = torch.compiler.is_compiling()
+    if not compiling:
+        labels = _of_all_samples(labels)
+    if labels.device.type == "cpu" and not compiling and not isinstance(labels, FakeTensor):
+        # Whoever traces must not see what is done for this answer: its shape follows from the labels' values.
+        with _disable_current_modes() if torch._C._len_torch_dispatch_stack() else nullcontext():
+            outside = labels[(labels < 0) | (labels >= rows)]
+            if outside.numel():
+                raise ValueError(f"y: got label {outside[0].item()}, allowed are 0..{rows - 1}")
+    elif labels.device.type != "meta" and not (compiling and _inside(TransformType.Vmap)):
+        torch._assert_async(((labels >= 0) & (labels < rows)).all(), f"y: a label is outside 0..{rows - 1}")
 
 
 # ---- The twelve configurations of the paper --------------------------------------------------------------------------

@@ -32,6 +32,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from ditkernels.ops import dispatch
 from ditkernels.ops.dispatch import ATTENTION_BACKENDS, BackendError
 from ditkernels.ops.qkv import carry_bias, split_qkv
+from ditkernels.reference import attention_by_products, same_size, transformed
 
 HALF = (torch.float16, torch.bfloat16)
 FLOATS = (*HALF, torch.float32, torch.float64)
@@ -86,7 +87,7 @@ def describe(q: Tensor, k: Tensor, v: Tensor) -> Problem:
 
 def _rows_aligned(t: Tensor) -> bool:
     steps = (t.storage_offset(), *t.stride()[:-1])
-    return all(step * t.element_size() % 16 == 0 for step in steps)
+    return all(dispatch.certainly(step * t.element_size() % 16 == 0) for step in steps)
 
 
 def _carries_tangent(*tensors: Tensor) -> bool:
@@ -214,14 +215,7 @@ class Plain(Backend):
 
     def run(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         with dispatch.without_autocast(q):
-            return _plain(q, k, v, scale)
-
-
-def _plain(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    dtype = q.dtype
-    q, k, v = (t.transpose(1, 2).to(torch.promote_types(dtype, torch.float32)) for t in (q, k, v))
-    weights = torch.softmax((q @ k.transpose(-1, -2)) * scale, dim=-1)
-    return (weights @ v).transpose(1, 2).to(dtype)
+            return attention_by_products(q, k, v, scale)
 
 
 class TorchBackend(Backend):
@@ -270,11 +264,12 @@ class CuDNN(TorchBackend):
             return "PyTorch does not run cuDNN attention under torch.use_deterministic_algorithms"
         if _cudnn_version() <= 91500:
             return "cuDNN before 9.15.1 is faulty at lengths that are no multiple of 128 (pytorch#169849)"
-        if problem.batch > 65535 or problem.heads > 65535:
+        if dispatch.certainly(problem.batch > 65535) or problem.heads > 65535:
             return "it takes at most 65535 samples and heads"
-        if problem.kv_len == 1:
+        if dispatch.certainly(problem.kv_len == 1):
             return "it does not take a single key"
-        if problem.needs_grad and (problem.q_len % 128 or problem.kv_len % 128):
+        known = dispatch.certainly(problem.q_len % 128 == 0) and dispatch.certainly(problem.kv_len % 128 == 0)
+        if problem.needs_grad and not known:
             return "cuDNN's backward has returned NaN at lengths that are no multiple of 128 (pytorch#196678, cudnn-frontend#1072)"
         return None
 
@@ -504,7 +499,8 @@ def _auto_order(problem: Problem) -> tuple[str, ...]:
 def choose(problem: Problem, backend: str | None = None) -> str:
     """The backend that serves ``problem``: the forced one, or the first of the automatic order that can.
 
-    Where there is nothing to compute (B or N is 0) it is "plain", whatever is asked for: no kernel runs.
+    Where there is nothing to compute (B or N is 0) it is "plain", whatever is asked for: no kernel runs. It is "plain" under
+    transforms of ``torch.func`` too, which know the products and no kernel.
 
     Args:
         backend: a name of ``ATTENTION_BACKENDS`` or "auto"; None takes ``use_backend(attention=...)``, then
@@ -517,7 +513,13 @@ def choose(problem: Problem, backend: str | None = None) -> str:
     forced = dispatch.attention_setting() if backend is None else backend
     if forced not in (None, "auto", *BACKENDS):
         raise ValueError(f"backend: got {forced!r}, allowed are auto, {', '.join(ATTENTION_BACKENDS)}")
-    if problem.batch == 0 or problem.q_len == 0:
+    if dispatch.certainly(problem.batch == 0) or dispatch.certainly(problem.q_len == 0):
+        return "plain"
+    if torch.compiler.is_compiling():
+        # Of sizes that the compiler does not know: torch's kernel for CPUs divides by zero where there is nothing to compute.
+        torch._check(problem.batch > 0)
+        torch._check(problem.q_len > 0)
+    if transformed() and forced in (None, "auto"):
         return "plain"
     if forced is None or forced == "auto":
         return next(name for name in _auto_order(problem) if BACKENDS[name].refuse(problem) is None)
@@ -525,7 +527,7 @@ def choose(problem: Problem, backend: str | None = None) -> str:
     if reason is not None:
         rest = (f"{name}: {why or 'can serve'}" for name, why in explain_problem(problem) if name != forced)
         raise BackendError(f"attention: backend {forced!r} cannot serve: {reason}. The others: {'; '.join(rest)}")
-    return forced
+    return "plain" if transformed() else forced
 
 
 def explain_problem(problem: Problem) -> list[tuple[str, str | None]]:
@@ -709,9 +711,9 @@ def _check(qkv_or_q: Tensor, kv: Tensor | None) -> None:
     _check_tensor("q", qkv_or_q, "(B, N, heads, head_dim)", None)
     _check_tensor("kv", kv, "(B, M, 2, heads, head_dim)", 2)
     q = qkv_or_q
-    if (kv.shape[0], *kv.shape[3:]) != (q.shape[0], *q.shape[2:]):
+    if not same_size(kv.shape[0], q.shape[0]) or kv.shape[3:] != q.shape[2:]:
         raise ValueError(f"kv: got shape {tuple(kv.shape)}, but q is {tuple(q.shape)}; batch, heads and head_dim must agree")
-    if kv.shape[1] == 0:
+    if dispatch.certainly(kv.shape[1] == 0):
         raise ValueError(f"kv: got shape {tuple(kv.shape)}; attention over no keys is undefined")
     if kv.dtype != q.dtype:
         raise TypeError(f"kv: got dtype {kv.dtype}, but q is {q.dtype}")

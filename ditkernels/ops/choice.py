@@ -107,7 +107,7 @@ class Op:
         self.memory: dict[Any, Any] = {}
         self.newest: tuple[Any, Any] = (None, None)
         # A call reads these. Python 3.11 makes them under a lock that Dynamo does not trace, so they are made now.
-        _ = declaration.keeps, declaration.returned, declaration.public
+        _ = declaration.keeps, declaration.returned, declaration.public, declaration.arguments
 
     # ------------------------------------------------------------------------------------------------------- kernels
 

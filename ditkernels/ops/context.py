@@ -57,6 +57,15 @@ def watched_by_torch() -> bool:
     return forward_ad._current_level >= 0 or _dispatch_modes() > 0 or _in_function_mode() or _transform() is not None
 
 
+def certainly(condition: bool | torch.SymBool) -> bool:
+    """Whether a condition on sizes holds; of sizes that a compiler cannot know the answer is no."""
+    if not torch.compiler.is_compiling():
+        return bool(condition)
+    from torch.fx.experimental.symbolic_shapes import guard_or_false
+
+    return guard_or_false(condition)
+
+
 def exporting() -> bool:
     """Whether torch.export traces."""
     # Not is_exporting(), which Dynamo of torch 2.11 takes for True always.

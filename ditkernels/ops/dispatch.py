@@ -45,6 +45,7 @@ from ditkernels.ops.compiled import fingerprint, opening, said  # noqa: F401 (as
 from ditkernels.ops.context import (  # noqa: F401 (as above)
     WholeWay,
     autocast_dtype,
+    certainly,
     compiled_alone,
     constant_when_traced,
     is_plain,

@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ditkernels.reference import NORMS
+from ditkernels.reference import NORMS, same_size
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # c10::ScalarType's numbers, which compiled libraries share.
@@ -69,7 +69,7 @@ def check_tensor(name: str, value: Tensor, shape: tuple[int | None, ...], like: 
     if value.device != like.device:
         raise ValueError(f"{name}: got device {value.device}, but the first argument is on {like.device}")
     same_rank = value.dim() == len(shape)
-    if not same_rank or any(want is not None and got != want for got, want in zip(value.shape, shape)):
+    if not same_rank or any(want is not None and not same_size(got, want) for got, want in zip(value.shape, shape)):
         expected = ", ".join("any" if n is None else str(n) for n in shape)
         raise ValueError(f"{name}: got shape {tuple(value.shape)}, expected ({expected})")
 
@@ -189,6 +189,7 @@ class Declaration:
         sizes: (arguments by name, sizes of the inputs' axes) -> sizes of further axes.
         check: raises on what the axes do not say; runs after their checks.
         row: the axis that a program of a kernel holds whole, so that its size is limited; "" for none.
+        meaning: the op in plain PyTorch, of inputs and options by name; runs under transforms of torch.func.
         examples: awkward calls: odd sizes, several samples, every optional input and none.
         flops: (arguments by name, with shapes in place of tensors) -> 2 for each multiply-add of the products inside.
     """
@@ -202,6 +203,7 @@ class Declaration:
     row: str = ""
     flops: Callable[[Given], int] | None = None
     gradient: Gradient | None = None
+    meaning: Callable[..., Any] | None = None
     examples: tuple[Example, ...] = ()
     is_backward: bool = False
 

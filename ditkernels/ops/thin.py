@@ -21,6 +21,7 @@ from ditkernels.ops.compiled import asked, said
 from ditkernels.ops.context import PLAIN, is_plain, profiler_enabled, refuse_forward_ad, watched_by_torch
 from ditkernels.ops.library import Kernel
 from ditkernels.ops.settings import backend_setting
+from ditkernels.reference import transformed
 
 _MEMORY = 1024  # calls remembered an op
 
@@ -184,11 +185,20 @@ class CallableOp(Op):
         """The call through torch's dispatcher."""
         refuse_forward_ad(self.name, *tensors)
         declaration = self.declaration
+        if declaration.meaning is not None and transformed():
+            return self._meant(tensors, options)
         if declaration.keeps:
             needed = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
             options = (*options, needed)
         outputs = self.call(*tensors, *options, asked(backend))
         return outputs if declaration.public is None else outputs[declaration.public]
+
+    def _meant(self, tensors: tuple[Tensor | None, ...], options: tuple[Any, ...]) -> Any:
+        """The call in plain PyTorch, which ``torch.func`` can transform."""
+        declaration = self.declaration
+        declaration.checked((*tensors, *options, *([False] if declaration.keeps else [])))
+        assert declaration.meaning is not None
+        return declaration.meaning(**dict(zip(declaration.arguments, (*tensors, *options))))
 
     def _plan(
         self, forced: str | None, tensors: tuple[Tensor | None, ...], options: tuple[Any, ...], differentiable: bool

@@ -477,7 +477,7 @@ def used_backend(monkeypatch, call) -> str:
     used = []
     with monkeypatch.context() as patched:
         for place, function, name in (
-            (module, "_plain", "plain"),
+            (module, "attention_by_products", "plain"),
             (F, "scaled_dot_product_attention", "torch_flash"),
         ):
             run = getattr(place, function)
@@ -792,7 +792,7 @@ def test_only_eager_calls_of_plain_tensors_are_remembered():
         pass
 
     qkv = random(2, 17, 3, 2, 72)
-    expected = module._plain(*qkv.unbind(2), 72**-0.5).flatten(2)
+    expected = module.attention_by_products(*qkv.unbind(2), 72**-0.5).flatten(2)
     with RecordOps():
         attention(qkv)
     torch.func.vmap(lambda t: attention(t, backend="plain"))(qkv[None])
@@ -834,7 +834,7 @@ def flash_attn_2(seen: list) -> dict[str, object]:
     ):
         assert (dropout_p, causal) == (0.0, False)
         seen.append(("flash_attn_func", deterministic))
-        return module._plain(q, k, v, softmax_scale)
+        return module.attention_by_products(q, k, v, softmax_scale)
 
     def flash_attn_qkvpacked_func(
         qkv,
@@ -849,7 +849,7 @@ def flash_attn_2(seen: list) -> dict[str, object]:
     ):
         assert (dropout_p, causal) == (0.0, False)
         seen.append(("flash_attn_qkvpacked_func", deterministic))
-        return module._plain(*qkv.unbind(2), softmax_scale)
+        return module.attention_by_products(*qkv.unbind(2), softmax_scale)
 
     return {"flash_attn_func": flash_attn_func, "flash_attn_qkvpacked_func": flash_attn_qkvpacked_func}
 
@@ -881,7 +881,7 @@ def flash_attn_3(seen: list, with_lse: bool = False) -> dict[str, object]:
     ):
         assert (causal, qv) == (False, None)
         seen.append(("flash_attn_func", deterministic))
-        return result(module._plain(q, k, v, softmax_scale))
+        return result(module.attention_by_products(q, k, v, softmax_scale))
 
     def flash_attn_qkvpacked_func(
         qkv,
@@ -900,7 +900,7 @@ def flash_attn_3(seen: list, with_lse: bool = False) -> dict[str, object]:
     ):
         assert (causal, num_heads_q) == (False, None)
         seen.append(("flash_attn_qkvpacked_func", deterministic))
-        return result(module._plain(*qkv.unbind(2), softmax_scale))
+        return result(module.attention_by_products(*qkv.unbind(2), softmax_scale))
 
     return {"flash_attn_func": flash_attn_func, "flash_attn_qkvpacked_func": flash_attn_qkvpacked_func}
 
@@ -939,7 +939,7 @@ def flash_attn_4(seen: list) -> dict[str, object]:
     ):
         assert (causal, qv, gather_kv_indices) == (False, None, None)
         seen.append(("flash_attn_func", deterministic))
-        return module._plain(q, k, v, softmax_scale), None
+        return module.attention_by_products(q, k, v, softmax_scale), None
 
     return {"flash_attn_func": flash_attn_func}
 
@@ -950,7 +950,7 @@ def xformers(seen: list) -> dict[str, object]:
     def memory_efficient_attention(query, key, value, attn_bias=None, p=0.0, scale=None, *, op=None, output_dtype=None):
         assert (attn_bias, p, op, output_dtype) == (None, 0.0, None, None)
         seen.append(("memory_efficient_attention", False))
-        return module._plain(query, key, value, scale)
+        return module.attention_by_products(query, key, value, scale)
 
     return {"memory_efficient_attention": memory_efficient_attention}
 

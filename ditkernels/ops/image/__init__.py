@@ -40,6 +40,7 @@ from ditkernels.ops import _native
 from ditkernels.ops.dispatch import Op, Refusal, Whole, declare, refuse_forward_ad, without_autocast
 from ditkernels.ops.norm import GATED_RESIDUAL, GATED_RESIDUAL_NORM, MODULATE_NORM, norm_forward, residual_forward
 from ditkernels.ops.spec import Example, Given, Gradient, Sizes, Wanted, accumulator, check_comes_with, check_norm, check_tensor
+from ditkernels.reference import transformed
 
 __all__ = ["final_layer", "patch_embed", "unpatchify"]
 
@@ -151,7 +152,7 @@ def final_layer(
     residual, vectors = (branch, gate, branch_bias), (shift, scale, norm_weight, norm_bias)
     tensors = (x, *residual, *vectors, weight, bias)
     options = (*grid, patch_size, norm, eps, out_dtype or weight.dtype)
-    if not _needs_gradient(x) and not torch.compiler.is_compiling():
+    if not (_needs_gradient(x) or torch.compiler.is_compiling() or transformed()):
         if any(map(_needs_gradient, residual)):
             FINAL_LAYER.declaration.checked((*tensors, *options))
             tensors = (GATED_RESIDUAL((x, *residual)), None, None, None, *vectors, weight, bias)
@@ -356,6 +357,25 @@ def _token_sizes(given: Given, sizes: Sizes) -> Sizes:
     return {"N": _length(given["image"], p), "V": sizes["O"] * p * p}
 
 
+# ---- What the ops mean, in plain PyTorch, whose products take one dtype ----------------------------------------------
+
+
+def _unpatchify_meant(tokens: Tensor, grid_h: int, grid_w: int, patch_size: int, channels_first: bool) -> Tensor:
+    if channels_first:
+        tokens = tokens.unflatten(2, (-1, patch_size**2)).transpose(2, 3).flatten(2)
+    return reference.unpatchify(tokens, grid=(grid_h, grid_w), patch_size=patch_size)
+
+
+def _patch_embed_meant(x: Tensor, weight: Tensor, bias: Tensor | None, pos_embed: Tensor | None, out_dtype: torch.dtype) -> Tensor:
+    bias = None if bias is None else bias.to(weight.dtype)
+    return reference.patch_embed(x.to(weight.dtype), weight, bias, pos_embed, out_dtype=out_dtype)
+
+
+def _final_layer_meant(weight: Tensor, bias: Tensor | None, grid_h: int, grid_w: int, **rest: Any) -> Tensor:
+    bias = None if bias is None else bias.to(weight.dtype)
+    return reference.final_layer(weight=weight, bias=bias, grid=(grid_h, grid_w), **rest)
+
+
 # ---- Declarations ----------------------------------------------------------------------------------------------------
 
 _TOKENS = {"B": 3, "N": 15, "D": 45, "V": 12}
@@ -378,6 +398,7 @@ UNPATCHIFY = declare(
     outputs="image: BOHW = tokens",
     sizes=_image_sizes,
     check=lambda given: _check_grid(given, "tokens", "tokens", 2),
+    meaning=_unpatchify_meant,
     gradient=Gradient(reads="", needs={}, formula=_unpatchify_gradients, by_op=False),
     examples=(Example(_TOKENS, _GRID),),
 )
@@ -389,6 +410,7 @@ PATCH_EMBED = declare(
     sizes=lambda given, sizes: {"N": _length(given["x"], sizes["P"])},
     check=_check_patch_embed,
     flops=lambda given: 2 * given["x"].numel() * given["weight"][0],
+    meaning=_patch_embed_meant,
     # Of x and of the weight one gradient needs the values, the other the shape.
     gradient=Gradient(reads="x weight", needs={"x weight": "x weight"}, formula=_patch_embed_gradients, by_op=False),
     examples=(
@@ -408,6 +430,7 @@ FINAL_LAYER = declare(
     check=_check_final_layer,
     row="D",
     flops=lambda given: 2 * given["x"].numel() * given["weight"][0],
+    meaning=_final_layer_meant,
     gradient=Gradient(
         reads="x branch gate branch_bias shift scale norm_weight norm_bias weight",
         needs={

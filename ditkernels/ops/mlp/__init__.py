@@ -29,6 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ditkernels import reference
 from ditkernels.ops import _native
 from ditkernels.ops.dispatch import Op, Refusal, backend_setting, constant_when_traced, declare, define, fastest, without_autocast
 from ditkernels.ops.gelu import BIAS_GELU
@@ -103,6 +104,7 @@ MLP = declare(
     outputs="y: BNE = x, z: BNF = x if keep, h: BNF = x if keep",
     check=_check,
     flops=_flops,
+    meaning=reference.mlp,
     gradient=Gradient(
         reads="x fc1_weight fc2_weight z h",
         needs={"x": "fc1_weight fc2_weight z", "fc1_weight": "x fc2_weight z", "fc1_bias": "fc2_weight z", "fc2_weight": "h"},

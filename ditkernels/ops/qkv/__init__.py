@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ditkernels import reference
 from ditkernels.ops import _native
 from ditkernels.ops.compiled import asked, said
 from ditkernels.ops.dispatch import (
@@ -40,6 +41,7 @@ from ditkernels.ops.dispatch import (
     watched_by_torch,
 )
 from ditkernels.ops.spec import Given, Sizes, accumulator, check_dtype, check_tensor
+from ditkernels.reference import transformed
 
 __all__ = ["split_qkv"]
 
@@ -66,6 +68,9 @@ def split_qkv(packed: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
         BackendError: in backward, the forced backend cannot serve.
         NotImplementedError: forward-mode differentiation; second derivatives.
     """
+    if transformed():
+        _check_whole(packed, bias)
+        return reference.split_qkv(packed, bias)
     if compiled_alone():
         _check_whole(packed, bias)
         return tuple(torch.ops.ditkernels.split_qkv.default(packed, bias, asked(backend_setting())))
