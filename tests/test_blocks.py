@@ -12,10 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointImpl, checkpoint_wrapper
 
+import ditkernels
 from ditkernels import models, reference
 from ditkernels.reference import CONDITIONINGS
 from tests import numerics
-from tests.helpers.counting import counted
+from tests.helpers.counting import Graphs, backwards, counted
+from tests.helpers.native_cpu import SERVING, as_ops
 from tests.test_models import BF16, F32, F64, SMALL, batch, pair, without_keys
 
 MODULES = ("blocks.1", "final_layer")
@@ -203,6 +205,21 @@ TOUCHES: dict[str, Callable[[nn.Module], nn.Module]] = {
 
 def touch(model: nn.Module, name: str, how: str) -> None:
     model.set_submodule(name, TOUCHES[how](model.get_submodule(name)))
+
+
+@pytest.mark.parametrize("backend", sorted({"torch", SERVING}))
+def test_an_untouched_model_closes_one_residual_a_branch(backend: str) -> None:
+    model = models.DiT(**{**SMALL, "depth": 4})
+    inputs = batch(model)
+    with ditkernels.use_backend(backend):
+        with counted() as eager, as_ops(backend):
+            out = model(*inputs)
+        graphs = Graphs()
+        for block in model.blocks:
+            block.compile(fullgraph=True, backend=graphs)
+        torch._dynamo.reset()
+        model(*inputs)
+    assert eager == graphs.calls == backwards(out) == {"modulate_norm": 1, "gated_residual": 0, "gated_residual_norm": 7}
 
 
 @pytest.mark.parametrize("how", TOUCHES)

@@ -287,3 +287,54 @@ def test_a_model_of_fake_tensors_trains(kind: str) -> None:
         out.sum().backward()
     assert out.shape == (3, 8, 4, 4)
     assert isinstance(model.final_layer.linear.weight.grad, FakeTensor)
+
+
+# ---- How many graphs -------------------------------------------------------------------------------------------------
+
+MODES = {"training": torch.enable_grad, "no_grad": torch.no_grad}
+
+
+def deep(kind: str, depth: int) -> nn.Module:
+    made = {"plain": reference.DiT, "own": models.DiT}[kind]
+    return randomised(made(**{**TINY, "depth": depth})).eval()
+
+
+def graphs_of_a_model(kind: str) -> list[int]:
+    """Graphs compiled until batches of three sizes, other timesteps and guidance have run, in each mode."""
+    torch._dynamo.reset()
+    model, graphs = ALL[kind](), torch._dynamo.testing.CompileCounter()
+    model.compile(fullgraph=True, backend=graphs)
+    counts = []
+    for mode in MODES.values():
+        with mode():
+            for size in (3, 5, 8):
+                x, t, y = batch(size)
+                model(x, t, y)
+                model(x, t // 2, y)
+                model(torch.cat((x, x)), torch.cat((t, t)), torch.cat((y, torch.full_like(y, 5))))
+        counts.append(graphs.frame_count)
+    return counts
+
+
+def test_a_model_has_as_many_graphs_as_the_reference() -> None:
+    assert graphs_of_a_model("own") == graphs_of_a_model("plain")
+
+
+def graphs_of_blocks(kind: str) -> list[int]:
+    """Graphs of 28 blocks, each compiled, after a call in each mode."""
+    torch._dynamo.reset()
+    model, graphs = deep(kind, 28), torch._dynamo.testing.CompileCounter()
+    for block in model.blocks:
+        block.compile(fullgraph=True, backend=graphs)
+    counts = []
+    for mode in MODES.values():
+        with mode():
+            model(*batch())
+        counts.append(graphs.frame_count)
+    return counts
+
+
+def test_equal_blocks_share_graphs_but_for_the_first_ones() -> None:
+    own, plain = graphs_of_blocks("own"), graphs_of_blocks("plain")
+    assert plain == [1, 2]
+    assert all(a <= b + modes for a, b, modes in zip(own, plain, (1, 2)))

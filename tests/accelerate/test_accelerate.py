@@ -21,7 +21,7 @@ from torch import Tensor, nn
 import ditkernels
 from ditkernels import accelerate, restore
 from tests import numerics
-from tests.helpers.counting import counted
+from tests.helpers.counting import Graphs, backwards, counted
 from tests.helpers.frozen import add_lora, saved_bytes, train_only
 from tests.helpers.native_cpu import SERVING, as_ops
 from tools.kernel_proof import emulated_cuda
@@ -747,9 +747,14 @@ def test_a_hook_on_a_block_sees_and_changes_tensors(name: str) -> None:
 def test_a_touched_block_closes_the_stream_before_and_behind_it_alone(name: str) -> None:
     model = make(name)
     quietly(model)
-    with torch.no_grad(), counted() as untouched:
-        call(model)
-    assert untouched == {"modulate_norm": 1, "gated_residual": 0, "gated_residual_norm": 5}
+    compiled, graphs = copy.deepcopy(model), Graphs()
+    for block in compiled.get_submodule(BLOCK[name].removesuffix(".1")):
+        block.compile(backend=graphs)
+    with counted() as untouched, as_ops(SERVING):
+        out, _ = call(model)
+    torch._dynamo.reset()
+    call(compiled)
+    assert untouched == graphs.calls == backwards(out) == {"modulate_norm": 1, "gated_residual": 0, "gated_residual_norm": 5}
     handle = model.get_submodule(BLOCK[name]).register_forward_hook(lambda *values: None)
     with torch.no_grad(), counted() as touched:
         call(model)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 from unittest import mock
+
+import torch
+from torch import Tensor
 
 from ditkernels import ops
 
@@ -26,3 +30,31 @@ def counted() -> Iterator[dict[str, int]]:
 
     with mock.patch.multiple(ops, **{name: counting(name, getattr(ops, name)) for name in CLOSING}):
         yield calls
+
+
+def backwards(out: Tensor) -> dict[str, int]:
+    """How often each op of the norm family stands, as an op, in the graph that autograd has recorded behind ``out``."""
+    nodes = [out.grad_fn]
+    for node in nodes:
+        nodes.extend(n for n, _ in node.next_functions if n is not None and n not in nodes)
+    names = Counter(node.name() for node in nodes)
+    thin = {name: name.title().replace("_", "") + "Backward" for name in CLOSING}
+    whole = {name: f"GeneratedBackwardFor_ditkernels_{name}_defaultBackward" for name in CLOSING}
+    return {name: names[thin[name]] + names[whole[name]] for name in CLOSING}
+
+
+class Graphs:
+    """A backend of ``torch.compile`` that counts the calls of the norm family in the graphs that run."""
+
+    def __init__(self) -> None:
+        self.calls = dict.fromkeys(CLOSING, 0)
+
+    def __call__(self, graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
+        targets = Counter(str(node.target) for node in graph.graph.nodes)
+
+        def run(*args: Any) -> Any:
+            for name in CLOSING:
+                self.calls[name] += targets[f"ditkernels.{name}.default"]
+            return graph(*args)
+
+        return run
