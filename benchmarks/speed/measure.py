@@ -417,13 +417,13 @@ def carry_out(
     if not journal.rows:
         words = sys.argv[1:] if argv is None else list(argv)
         command = ["-m", f"benchmarks.speed.{benchmark}", *words]
-        with _folder_beside(args.json) as folder:
+        with folder_beside(args.json) as folder:
             journal.add(*over_processes(_rows_of_processes(command, args.processes, threads, folder)))
     journal.close(["threads", *columns])
 
 
 @contextmanager
-def _folder_beside(path: Path | None) -> Iterator[Path]:
+def folder_beside(path: Path | None) -> Iterator[Path]:
     """A folder for what processes write. It lies beside ``path`` and stays if one of them fails, so that --resume finds it."""
     if path is None:
         with tempfile.TemporaryDirectory() as made:

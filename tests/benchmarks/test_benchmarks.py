@@ -257,9 +257,11 @@ def test_mlp(tmp_path: Path) -> None:
 
 
 def test_first_use(tmp_path: Path) -> None:
-    size = ("--model", "DiT-S/8", "--input-size", "16", "--batch", "2", "--contenders", "ours-fp32")
+    size = ("--model", "64x2/2", "--input-size", "4", "--batch", "2", "--starts", "2", "--contenders", "eager-fp32")
     cold, warm = run("first_use", *size, out=tmp_path / "f.json")
-    assert (cold["caches"], warm["caches"]) == ("cold", "warm")
+    assert [(row["caches"], row["starts"]) for row in (cold, warm)] == [("cold", 1), ("warm", 2)]
+    assert warm["over_eager"] == 1
+    assert not list(tmp_path.glob("*.processes"))
     for row in (cold, warm):
         parts = [row[part] for part in ("imported", "built", "first", "second")]
         assert min(parts) > 0
