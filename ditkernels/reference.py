@@ -119,10 +119,21 @@ def patch_embed(
 
     x: (B, C, H, W); weight: (D, C, p, p); bias: (D,); pos_embed: (N, D) or (1, N, D). Returns (B, N, D).
     """
-    tokens = F.conv2d(x, weight, bias, stride=weight.shape[-1]).flatten(2).transpose(1, 2)
+    tokens = _patches_by_product(x, weight, bias) if is_dtensor(x) else _patches_by_convolution(x, weight, bias)
     if pos_embed is not None:
         tokens = tokens + pos_embed
     return tokens.to(out_dtype or tokens.dtype)
+
+
+def _patches_by_convolution(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return F.conv2d(x, weight, bias, stride=weight.shape[-1]).flatten(2).transpose(1, 2)
+
+
+def _patches_by_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The same for DTensors: torch sums a convolution's gradient over all processes, also where each has the whole of it."""
+    p = weight.shape[-1]
+    patches = x.unflatten(3, (-1, p)).unflatten(2, (-1, p)).permute(0, 2, 4, 1, 3, 5)
+    return F.linear(patches.flatten(3).flatten(1, 2), weight.flatten(1), bias)
 
 
 def unpatchify(tokens: Tensor, *, grid: tuple[int, int], patch_size: int) -> Tensor:
@@ -192,8 +203,8 @@ def attention(qkv_or_q: Tensor, kv: Tensor | None = None, *, bias: Tensor | None
     packed = qkv_or_q if kv is None else kv
     parts = packed.unbind(2) if bias is None else split_qkv(packed, bias)
     q, k, v = parts if kv is None else (qkv_or_q, *parts)
-    # torch's kernels have no rule for a batch of calls: vmap would run them one by one.
-    if transformed():
+    # torch's kernels have no rule for a batch of calls: vmap would run them one by one. That for CPUs has none for DTensors.
+    if transformed() or (q.device.type == "cpu" and is_dtensor(q)):
         return attention_by_products(q, k, v, q.shape[-1] ** -0.5 if scale is None else scale).flatten(2)
     out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), scale=scale)
     return out.transpose(1, 2).flatten(2)
@@ -207,7 +218,12 @@ def attention_by_products(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tens
     return (weights @ v).transpose(1, 2).to(dtype)
 
 
-# ---- Transforms of torch.func ----------------------------------------------------------------------------------------
+# ---- Tensors of many processes, and transforms of torch.func ---------------------------------------------------------
+
+
+def is_dtensor(tensor: Tensor) -> bool:
+    """Whether ``torch.distributed.tensor`` spreads the tensor over processes; by name, since that module is slow to import."""
+    return type(tensor).__name__ == "DTensor"
 
 
 def transformed() -> bool:
@@ -306,7 +322,8 @@ def sincos_positions(dim: int, grid: tuple[int, int]) -> Tensor:
 def timestep_frequencies(t: Tensor, dim: int, max_period: float = 10000.0) -> Tensor:
     """Sinusoids of the timesteps t (B,), cosines first: (B, dim) fp32, frequencies max_period^(-i / (dim/2))."""
     half = dim // 2
-    exponents = torch.arange(half, dtype=torch.float32, device=t.device) / half
+    # Made of t, so that of a DTensor it is one too. The integers are counted up, since sums of floats need not be deterministic.
+    exponents = (t.new_ones(half, dtype=torch.int64).cumsum(0) - 1).float() / half
     angles = t.float().unsqueeze(1) * torch.exp(-math.log(max_period) * exponents)
     return torch.cat([angles.cos(), angles.sin()], dim=1)
 
@@ -348,7 +365,7 @@ class LabelEmbedder(nn.Module):
         self.dropout_prob = dropout_prob
 
     def drop(self, labels: Tensor) -> Tensor:
-        dropped = torch.rand(labels.shape[0], device=labels.device) < self.dropout_prob
+        dropped = torch.rand_like(labels, dtype=torch.float32) < self.dropout_prob
         return torch.where(dropped, self.num_classes, labels)
 
     def forward(self, labels: Tensor) -> Tensor:
@@ -708,6 +725,7 @@ def check_labels(labels: Tensor, rows: int) -> None:
     compiling = torch.compiler.is_compiling()
     if not compiling:
         labels = _of_all_samples(labels)
+        labels = labels.to_local() if is_dtensor(labels) else labels  # type: ignore[attr-defined]
     if labels.device.type == "cpu" and not compiling and not isinstance(labels, FakeTensor):
         # Whoever traces must not see what is done for this answer: its shape follows from the labels' values.
         with _disable_current_modes() if torch._C._len_torch_dispatch_stack() else nullcontext():

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 from collections.abc import Iterator
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 
 import ditkernels
 from ditkernels.ops import _native, _triton, dispatch, settings
+from tools.tree import found_from
 
 torch.set_num_threads(1)
 
@@ -53,6 +58,16 @@ def other_default(request: pytest.FixtureRequest) -> Iterator[None]:
     finally:
         torch.set_default_device(None)
         torch.set_default_dtype(before)
+
+
+@pytest.fixture(scope="module")
+def forked(request: pytest.FixtureRequest) -> Iterator[ForkServerContext]:
+    """What starts processes: a server that has imported the module of the tests, and forks."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([request.module.__name__])
+    # The server looks there for what it imports.
+    with mock.patch.dict(os.environ, found_from(os.environ)):
+        yield context
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

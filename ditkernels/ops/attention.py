@@ -32,7 +32,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from ditkernels.ops import dispatch
 from ditkernels.ops.dispatch import ATTENTION_BACKENDS, BackendError
 from ditkernels.ops.qkv import carry_bias, split_qkv
-from ditkernels.reference import attention_by_products, same_size, transformed
+from ditkernels.reference import attention_by_products, is_dtensor, same_size, transformed
 
 HALF = (torch.float16, torch.bfloat16)
 FLOATS = (*HALF, torch.float32, torch.float64)
@@ -49,6 +49,7 @@ class Problem(NamedTuple):
         needs_grad: a gradient will be asked for.
         deterministic: ``torch.use_deterministic_algorithms(True)`` is on, and not only warning.
         forward_ad: an input carries a forward-mode tangent.
+        sharded: the tensors are DTensors.
     """
 
     device: torch.device
@@ -63,6 +64,7 @@ class Problem(NamedTuple):
     needs_grad: bool = False
     deterministic: bool = False
     forward_ad: bool = False
+    sharded: bool = False
 
 
 def describe(q: Tensor, k: Tensor, v: Tensor) -> Problem:
@@ -82,6 +84,7 @@ def describe(q: Tensor, k: Tensor, v: Tensor) -> Problem:
         needs_grad=_needs_grad(*tensors),
         deterministic=torch.are_deterministic_algorithms_enabled() and not torch.is_deterministic_algorithms_warn_only_enabled(),
         forward_ad=_carries_tangent(*tensors),
+        sharded=any(map(is_dtensor, tensors)),
     )
 
 
@@ -287,7 +290,7 @@ class TorchFlash(TorchBackend):
 
     def refuse(self, problem: Problem) -> str | None:
         if problem.device.type == "cpu":
-            return super().refuse(problem)
+            return super().refuse(problem) or _no_sharding_reason(problem)
         # Where head_dim is no multiple of 8, PyTorch makes padded, hence aligned, copies itself.
         odd = problem.head_dim % 8 != 0
         reason = _cuda_reason(problem._replace(aligned=problem.aligned or odd), HALF, multiple=1, largest=256)
@@ -336,7 +339,8 @@ class PackageBackend(Backend):
     function: str
 
     def refuse(self, problem: Problem) -> str | None:
-        return _cuda_device_reason(problem) or _package_reason(self.module, self.function) or super().refuse(problem)
+        reason = _cuda_device_reason(problem) or _package_reason(self.module, self.function)
+        return reason or super().refuse(problem) or _no_sharding_reason(problem)
 
     def call(self, function: str, *tensors: Tensor, **options: Any) -> Tensor:
         """The result of a function of the package; some versions return the log-sum-exp along with it."""
@@ -413,6 +417,10 @@ class Xformers(PackageBackend):
 
 def _determinism() -> bool:
     return torch.are_deterministic_algorithms_enabled()
+
+
+def _no_sharding_reason(problem: Problem) -> str | None:
+    return "torch has no sharding rule of it for DTensors" if problem.sharded else None
 
 
 def _cuda_device_reason(problem: Problem) -> str | None:

@@ -13,8 +13,8 @@ Each file imports only from those above it:
 
     context.py     what torch has in force around a call        library.py    the library of torch.library, its schema language
     choice.py      an op and the choice of its backend          compiled.py   what torch.compile sees of an op
-    backward.py    which kernel computes the gradients          thin.py       the thin way
-    dispatch.py    the whole way: what an op is to torch
+    backward.py    which kernel computes the gradients          sharding.py   what DTensors see of an op
+    thin.py        the thin way                                 dispatch.py   the whole way: what an op is to torch
 """
 
 from __future__ import annotations

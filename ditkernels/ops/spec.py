@@ -9,9 +9,10 @@ that may be None come after the others. ``sizes`` settles axes that follow from 
 of type ScalarType, or ``wide``, the dtype of the arithmetic. An output with ``if keep`` is for the backward alone: the option
 ``keep`` comes last in the schema, and the public function does not return such an output.
 
-From a declaration come the schema, the checks with their messages, the empty outputs of the fake kernel, what the backward
-saves, and the declaration of the backward op. The backward op takes the gradients of the outputs, what it reads, some options,
-and ``wanted``: for each gradient it could give the dtype that is asked for, as torch's number of the dtype, or -1 for none.
+From a declaration come the schema, the checks with their messages, the empty outputs of the fake kernel, how DTensors are sharded,
+what the backward saves, and the declaration of the backward op. The backward op takes the gradients of the outputs, what it reads,
+some options, and ``wanted``: for each gradient it could give the dtype that is asked for, as torch's number of the dtype, or -1
+for none.
 
 What is absent is None to a kernel and (0,) to torch's schema language, which has no optional result.
 """
@@ -37,6 +38,8 @@ _DTYPES = {code: dtype for dtype, code in _CODES.items()} | {-1: None}
 Given = Mapping[str, Any]
 Sizes = dict[str, int]
 Wanted = tuple["torch.dtype | None", ...]
+# Placements of torch.distributed.tensor on one axis of a mesh: of the outputs, and of the tensors among the arguments.
+Rule = tuple["list[Any]", "list[Any]"]
 
 
 def accumulator(x: Tensor) -> torch.dtype:
@@ -189,6 +192,7 @@ class Declaration:
         sizes: (arguments by name, sizes of the inputs' axes) -> sizes of further axes.
         check: raises on what the axes do not say; runs after their checks.
         row: the axis that a program of a kernel holds whole, so that its size is limited; "" for none.
+        shards: the axes whose indices are computed apart from each other; an output that lacks such an axis is the sum over it.
         meaning: the op in plain PyTorch, of inputs and options by name; runs under transforms of torch.func.
         examples: awkward calls: odd sizes, several samples, every optional input and none.
         flops: (arguments by name, with shapes in place of tensors) -> 2 for each multiply-add of the products inside.
@@ -201,6 +205,7 @@ class Declaration:
     sizes: Callable[[Given, Sizes], Sizes] = _no_sizes
     check: Callable[[Given], None] = _no_check
     row: str = ""
+    shards: str = ""
     flops: Callable[[Given], int] | None = None
     gradient: Gradient | None = None
     meaning: Callable[..., Any] | None = None
@@ -315,9 +320,31 @@ class Declaration:
 
     def _empty(self, output: Output, given: Given, sizes: Sizes, like: Tensor) -> Tensor:
         dtype = _dtype_of(output.dtype, given, like)
-        absent = dtype is None or (output.kept and not given["keep"])
-        shape = (0,) if absent else tuple(sizes[axis] for axis in output.axes)
+        shape = (0,) if _is_absent(output, given) else tuple(sizes[axis] for axis in output.axes)
         return torch.empty(shape, dtype=dtype or like.dtype, device=like.device)
+
+    # ----------------------------------------------------------------------------------------------------- DTensors
+
+    def rules(self, given: Given) -> list[Rule]:
+        """How a call may be placed on an axis of a mesh, of arguments with ``placements``: replicated, or along one of ``shards``.
+
+        Only axes count that some input comes sharded along. What comes sharded along another is gathered, as by torch's norms, and
+        not sharded anew along an axis of torch's choice.
+        """
+        from torch.distributed.tensor import Partial, Replicate, Shard
+
+        inputs = [i for i in self.inputs if given[i.name] is not None]
+        found = {i.axes[p.dim] for i in inputs for p in given[i.name].placements if isinstance(p, Shard)}
+
+        def along(axis: str) -> Rule:
+            def placed(axes: str, otherwise: Any) -> Any:
+                return Shard(axes.index(axis)) if axis in axes else otherwise
+
+            made = [Replicate() if _is_absent(o, given) else placed(o.axes, Partial()) for o in self.outputs]
+            return made, [placed(i.axes, Replicate()) for i in inputs]
+
+        replicated = [Replicate()] * len(self.outputs), [Replicate()] * len(inputs)
+        return [replicated, *[along(axis) for axis in self.shards if axis in found]]
 
     # ----------------------------------------------------------------------------------------------------- backward
 
@@ -338,6 +365,7 @@ class Declaration:
             tuple(Output(f"d{name}", axes[name], f"wanted:{at}", False) for at, name in enumerate(gives)),
             sizes=self.sizes,
             row=self.row,
+            shards=self.shards,
             flops=g.flops,
             is_backward=True,
         )
@@ -352,11 +380,22 @@ class Declaration:
         return tuple(name for name in self.reads if name in needs)
 
 
+def _is_absent(output: Output, given: Given) -> bool:
+    """Whether the output is not kept, or is a gradient that is not wanted."""
+    if output.kept:
+        return not given["keep"]
+    return output.dtype.startswith("wanted:") and _wanted(output.dtype, given) is None
+
+
+def _wanted(source: str, given: Given) -> torch.dtype | None:
+    return _DTYPES[given["wanted"][int(source.removeprefix("wanted:"))]]
+
+
 def _dtype_of(source: str, given: Given, like: Tensor) -> torch.dtype | None:
     """The dtype that an output's declaration names; None for a gradient that is not wanted."""
     if source == "wide":
         return accumulator(like)
     if source.startswith("wanted:"):
-        return _DTYPES[given["wanted"][int(source.removeprefix("wanted:"))]]
+        return _wanted(source, given)
     value = given[source]
     return value.dtype if isinstance(value, Tensor) else value

@@ -21,6 +21,7 @@ from ditkernels.ops.compiled import asked, said
 from ditkernels.ops.context import PLAIN, is_plain, profiler_enabled, refuse_forward_ad, watched_by_torch
 from ditkernels.ops.library import Kernel
 from ditkernels.ops.settings import backend_setting
+from ditkernels.ops.sharding import prepare
 from ditkernels.reference import transformed
 
 _MEMORY = 1024  # calls remembered an op
@@ -183,6 +184,7 @@ class CallableOp(Op):
 
     def _whole(self, backend: str | None, tensors: tuple[Tensor | None, ...], options: tuple[Any, ...]) -> Any:
         """The call through torch's dispatcher."""
+        prepare()
         refuse_forward_ad(self.name, *tensors)
         declaration = self.declaration
         if declaration.meaning is not None and transformed():

@@ -66,6 +66,7 @@ BIAS_GELU = declare(
     "bias_gelu",
     inputs="x: BND, bias: D?",
     outputs="y: BND = x",
+    shards="BND",
     meaning=reference.bias_gelu,
     gradient=Gradient(reads="x bias", needs={"x bias": "x bias"}),
     examples=(Example({"B": 3, "N": 7, "D": 45}), Example({"B": 3, "N": 37, "D": 384}, present="")),

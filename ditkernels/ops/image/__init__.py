@@ -40,7 +40,7 @@ from ditkernels.ops import _native
 from ditkernels.ops.dispatch import Op, Refusal, Whole, declare, refuse_forward_ad, without_autocast
 from ditkernels.ops.norm import GATED_RESIDUAL, GATED_RESIDUAL_NORM, MODULATE_NORM, norm_forward, residual_forward
 from ditkernels.ops.spec import Example, Given, Gradient, Sizes, Wanted, accumulator, check_comes_with, check_norm, check_tensor
-from ditkernels.reference import transformed
+from ditkernels.reference import is_dtensor, transformed
 
 __all__ = ["final_layer", "patch_embed", "unpatchify"]
 
@@ -205,7 +205,7 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dz: Tensor) -> tuple[Tensor | None, Tensor | None, None]:  # type: ignore[override]
         weight, h = ctx.saved_tensors
-        dweight = None if h is None else product(_lines(dz).t(), _lines(h)).to(h.dtype)
+        dweight = None if h is None else _of_weight(dz, h).to(h.dtype)
         return dweight, None if weight is None else product(dz, weight).to(weight.dtype), None
 
 
@@ -219,8 +219,11 @@ def product(a: Tensor, b: Tensor) -> Tensor:
         return a @ b
 
 
-def _lines(tokens: Tensor) -> Tensor:
-    return tokens.flatten(0, 1)
+def _of_weight(dz: Tensor, rows: Tensor) -> Tensor:
+    """Σ_bn dz_bn ⊗ rows_bn. Of DTensors sample by sample: torch does not flatten samples and tokens that are sharded."""
+    if is_dtensor(dz):
+        return product(dz.transpose(1, 2), rows).sum(0)
+    return product(dz.flatten(0, 1).t(), rows.flatten(0, 1))
 
 
 # ---- Gradients, made of other ops ------------------------------------------------------------------------------------
@@ -235,7 +238,7 @@ def _patch_embed_gradients(call: Whole, grads: Any, read: Any, options: Any, wan
         dx = call.run(UNPATCHIFY, du, x.shape[2] // p, x.shape[3] // p, p, True)
     if of_weight:
         u = call.run(PATCHIFY, x, weight.shape[-1], True, weight.dtype)
-        dweight = product(_lines(dy).t(), _lines(u)).view(weight.shape).to(of_weight)
+        dweight = _of_weight(dy, u).view(weight.shape).to(of_weight)
     if of_bias:
         dbias = dy.sum((0, 1), dtype=accumulator(dy)).to(of_bias)
     if of_pos:
@@ -277,7 +280,7 @@ def _final_layer_gradients(call: Whole, grads: Any, read: Any, options: Any, wan
         x1, (h, stats) = x, call.run(MODULATE_NORM, x, *affine, *chosen, through_rows)
     dz = call.run(PATCHIFY, dout, patch_size, False, dtype)
     if of_weight is not None:
-        dweight = product(_lines(dz).t(), _lines(h))
+        dweight = _of_weight(dz, h)
     if not through_rows:
         return (*[None] * 8, dweight, dbias)
 
@@ -388,6 +391,7 @@ PATCHIFY = declare(
     options="patch_size: int, channels_first: bool, dtype: ScalarType",
     outputs="tokens: BNV = dtype",
     sizes=_token_sizes,
+    shards="B",
     check=lambda given: _check_divisible("image", given["image"], given["patch_size"]),
     gradient=Gradient(reads="image", needs={"image": "image"}, formula=_patchify_gradients, by_op=False),
 )
@@ -397,6 +401,7 @@ UNPATCHIFY = declare(
     options="grid_h: int, grid_w: int, patch_size: int, channels_first: bool",
     outputs="image: BOHW = tokens",
     sizes=_image_sizes,
+    shards="B",
     check=lambda given: _check_grid(given, "tokens", "tokens", 2),
     meaning=_unpatchify_meant,
     gradient=Gradient(reads="", needs={}, formula=_unpatchify_gradients, by_op=False),
@@ -409,6 +414,7 @@ PATCH_EMBED = declare(
     outputs="y: BNE = out_dtype",
     sizes=lambda given, sizes: {"N": _length(given["x"], sizes["P"])},
     check=_check_patch_embed,
+    shards="BE",
     flops=lambda given: 2 * given["x"].numel() * given["weight"][0],
     meaning=_patch_embed_meant,
     # Of x and of the weight one gradient needs the values, the other the shape.
@@ -429,6 +435,7 @@ FINAL_LAYER = declare(
     sizes=_image_sizes,
     check=_check_final_layer,
     row="D",
+    shards="B",
     flops=lambda given: 2 * given["x"].numel() * given["weight"][0],
     meaning=_final_layer_meant,
     gradient=Gradient(

@@ -103,6 +103,7 @@ MLP = declare(
     inputs="x: BND, fc1_weight: FD, fc1_bias: F?, fc2_weight: EF",
     outputs="y: BNE = x, z: BNF = x if keep, h: BNF = x if keep",
     check=_check,
+    shards="BNF",
     flops=_flops,
     meaning=reference.mlp,
     gradient=Gradient(

@@ -32,7 +32,8 @@ from torch import Tensor
 
 from ditkernels.ops import _native
 from ditkernels.ops.dispatch import Op, backend_setting, register, watched_by_torch
-from ditkernels.ops.spec import Declaration, check_tensor
+from ditkernels.ops.spec import Declaration, Given, Rule, check_tensor
+from ditkernels.reference import is_dtensor
 
 __all__ = ["adamw_ema"]
 
@@ -73,14 +74,30 @@ def adamw_ema(
         grad_scale: what the gradients are divided by, one fp32 number on the device.
         found_inf: not zero if the step is to be skipped, one fp32 number on the device. Averages take their step all the same.
 
+    DTensors step in each process by themselves. All of a weight's tensors are placed as the weight is, which is no partial sum; a
+    gradient that is not is moved there.
+
     Raises:
-        ValueError, TypeError: a list, shape, dtype, device or number that does not fit, named.
+        ValueError, TypeError: a list, shape, dtype, device, placement or number that does not fit, named.
         BackendError: the forced backend cannot serve.
     """
     lists = (weights, gradients, exp_avgs, exp_avg_sqs, steps, averages, copies)
     numbers: tuple[Any, ...] = (grad_scale, found_inf, lr, *betas, eps, weight_decay, decay)
     if not weights:  # there is nothing to update, and no tensor to choose a backend by
         _check(*lists, *numbers)
+        return
+    if is_dtensor(weights[0]):
+        adamw_ema(
+            *_shards(lists),
+            lr=lr,
+            betas=betas,
+            eps=eps,
+            weight_decay=weight_decay,
+            decay=decay,
+            grad_scale=_whole(grad_scale),
+            found_inf=_whole(found_inf),
+        )
+        torch.autograd.graph.increment_version(itertools.chain(*lists))
         return
     plain = (Tensor, torch.nn.Parameter)
     if torch.compiler.is_compiling() or watched_by_torch() or not all(type(t) in plain for t in itertools.chain(*lists)):
@@ -162,6 +179,34 @@ def not_contiguous(args: Sequence[Any]) -> str | None:
     return None
 
 
+# ---- DTensors --------------------------------------------------------------------------------------------------------
+
+
+def _check_placements(lists: Sequence[Sequence[Any]]) -> None:
+    """That what is written in a shard is all there is; gradients may come from elsewhere, and steps are one number each."""
+    weights = lists[0]
+    for name, tensors in zip(NAMES, lists):
+        if name in ("gradients", "steps"):
+            continue
+        for index, (tensor, weight) in enumerate(zip(tensors, weights)):
+            if tensor.placements != weight.placements:
+                raise ValueError(f"{name}[{index}]: got placements {tensor.placements}, but its weight has {weight.placements}")
+            if any(placement.is_partial() for placement in tensor.placements):
+                raise ValueError(f"{name}[{index}]: got placements {tensor.placements}; partial sums cannot be updated")
+
+
+def _shards(lists: Sequence[Sequence[Any]]) -> list[list[Tensor]]:
+    """What this process has of each tensor, in the same memory."""
+    _check_placements(lists)
+    weights, gradients, *others = lists
+    moved = [g.redistribute(placements=w.placements) for g, w in zip(gradients, weights)]
+    return [[t.to_local() if is_dtensor(t) else t for t in each] for each in (weights, moved, *others)]
+
+
+def _whole(number: Any) -> Tensor | None:
+    return number.full_tensor() if number is not None and is_dtensor(number) else number
+
+
 # ---- Declaration, and the torch backend: torch's own two passes ------------------------------------------------------
 
 _SCHEMA = (
@@ -183,6 +228,21 @@ class _InPlace(Declaration):
 
     def fake(self, *args: Any) -> None:
         _check(*args)
+
+    def rules(self, given: Given) -> list[Rule]:
+        """One for each axis of the mesh: all as the weights are on it."""
+        from torch.distributed.tensor import Replicate
+
+        lists = [given[name] for name in NAMES]
+        _check_placements(lists)
+        numbers = [given[name] for name in ("grad_scale", "found_inf") if given[name] is not None]
+
+        def along(axis: int) -> Rule:
+            placed = [weight.placements[axis] for weight in lists[0]]
+            spread = [[Replicate()] * len(each) if name == "steps" else placed[: len(each)] for name, each in zip(NAMES, lists)]
+            return [], [*itertools.chain(*spread), *[Replicate()] * len(numbers)]
+
+        return [along(axis) for axis in range(len(lists[0][0].placements))]
 
 
 ADAMW_EMA = register(_InPlace("adamw_ema", (), (), ()))

@@ -201,6 +201,7 @@ SPLIT_QKV_BACKWARD = declare(
     outputs="dpacked: BNPHC = dk, dbias: E = dtype",
     sizes=_sizes,
     check=_check,
+    shards="BN",
 )
 
 
