@@ -234,7 +234,8 @@ def transformed() -> bool:
 def _inside(*kinds: TransformType) -> bool:
     if torch._C._functorch.peek_interpreter_stack() is None:
         return False
-    return any(level.key() in kinds for level in torch._C._functorch.get_interpreter_stack())
+    # None also where Dynamo has fallen back to eager for a caller and starts again with this frame.
+    return any(level.key() in kinds for level in torch._C._functorch.get_interpreter_stack() or ())
 
 
 # Dynamo takes the answers for constants, and guards on the transforms around what it compiles.
