@@ -419,7 +419,7 @@ def add_chunks(  # type: ignore[no-untyped-def]
 _FORWARD = {
     (384, 2): Tile(2, 1),
     (384, 4): Tile(2, 1),
-    (768, 2): Tile(2, 2),
+    (768, 2): Tile(2, 2, registers=255),
     (768, 4): Tile(2, 2),
     (1024, 2): Tile(2, 4),
     (1024, 4): Tile(2, 4),
