@@ -16,7 +16,7 @@ DIFF = re.compile(r"^```diff\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 
 def test_the_op_of_the_page_passes_its_tests(tmp_path: Path) -> None:
     page = (ROOT / "docs/adding-an-op.md").read_text(encoding="utf-8")
-    for name in ("ditkernels", "tests"):
+    for name in ("ditkernels", "tests", "tools"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
     changes = DIFF.findall(page)
