@@ -453,7 +453,8 @@ class DiT(reference.DiT):
             block.selective = value == "selective"  # type: ignore[assignment]
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        """As ``reference.DiT.forward``."""
+        """As ``reference.DiT.forward``; TypeError on a nested tensor, a MaskedTensor and a proxy of torch.fx.symbolic_trace."""
+        dispatch.refuse_kinds("DiT", x, t, y)
         tokens, c = self.embed(x, t, y)
         stream = Stream(tokens)
         for block in self.blocks:

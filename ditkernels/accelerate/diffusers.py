@@ -31,6 +31,7 @@ from ditkernels.accelerate.refusals import (
 from ditkernels.accelerate.report import Part
 from ditkernels.accelerate.swap import Fused, Swap
 from ditkernels.models import kept_alone
+from ditkernels.ops import dispatch
 
 SOUGHT = "transformer_blocks of norm1 (with emb and linear), attn1, norm3 and ff (diffusers' DiTTransformer2DModel)"
 _CHILDREN = ("norm1", "attn1", "norm3", "ff")
@@ -142,6 +143,7 @@ class Model(Fused):
         cross_attention_kwargs: dict[str, Any] | None = None,
         return_dict: bool = True,
     ) -> Any:
+        dispatch.refuse_kinds("accelerated model", hidden_states)
         p = self._ditkernels["patch_size"]
         tokens = (hidden_states.shape[-2] // p) * (hidden_states.shape[-1] // p)
         side = int(tokens**0.5)

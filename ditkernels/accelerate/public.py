@@ -30,6 +30,7 @@ from ditkernels.accelerate.refusals import (
 from ditkernels.accelerate.report import Part
 from ditkernels.accelerate.swap import Fused, Swap
 from ditkernels.models import carries_stream, kept_alone
+from ditkernels.ops import dispatch
 
 SOUGHT = "blocks of norm1, attn, norm2, mlp and adaLN_modulation (DiT, SiT, LightningDiT)"
 _CHILDREN = ("norm1", "attn", "norm2", "mlp", "adaLN_modulation")
@@ -113,6 +114,7 @@ class Model(Fused):
     unpatchify: Any
 
     def forward(self, x: Tensor, t: Any = None, y: Any = None, *rest: Any, **options: Any) -> Any:
+        dispatch.refuse_kinds("accelerated model", x)
         flags = (getattr(self, name, False) for name in ("use_checkpoint", "gradient_checkpointing"))
         if t is None or y is None or rest or options or any(flags):
             supplied = [value for value in (t, y) if value is not None]

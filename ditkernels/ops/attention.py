@@ -27,6 +27,7 @@ from typing import Any, NamedTuple, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.fx.proxy import TraceError
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ditkernels.ops import dispatch
@@ -608,6 +609,7 @@ def _recalled(key: Any, q: Tensor, kv: Tensor | None, bias: Tensor | None, backe
 
 def _plan(q: Tensor, kv: Tensor | None, bias: Tensor | None, backend: str | None) -> Plan:
     """Checks the arguments and chooses; ``split_qkv`` checks the bias."""
+    dispatch.refuse_kinds("attention", q, kv, bias)
     q, kv = _autocast(q, kv)
     _check(q, kv)
     problem = describe(*(q.unbind(2) if kv is None else (q, *kv.unbind(2))))
@@ -656,7 +658,7 @@ def attention(
         (B, N, heads·head_dim), in the dtype computed in.
 
     Raises:
-        ValueError, TypeError: shapes, dtypes or devices that do not fit; an unknown backend.
+        ValueError, TypeError: shapes, dtypes, devices or kinds of tensors that do not fit; an unknown backend.
         BackendError: the backend asked for cannot serve; the message says why, and what the others say.
         NotImplementedError: given a bias, forward-mode differentiation and second derivatives.
     """
@@ -665,25 +667,30 @@ def attention(
     if torch.compiler.is_dynamo_compiling() or dispatch.watched_by_torch():
         plan = _plan(q, kv, bias, backend)
     else:
-        differentiable = q.requires_grad or (kv is not None and kv.requires_grad)
-        differentiable = differentiable or (bias is not None and bias.requires_grad)
-        # All that checks and choice read, classes first: sizes of a subclass may be symbols, which must not be compared.
-        key = (
-            q.__class__,
-            None if kv is None else (kv.__class__, kv.shape, kv.stride(), kv.dtype, kv.device),
-            q.shape,
-            q.stride(),
-            q.dtype,
-            q.is_cpu or (q.device, _on_gpu(q, kv)),
-            differentiable and torch.is_grad_enabled(),
-            bias is None,
-            backend,
-            dispatch.attention_setting(),
-            autocast,
-            torch._C._get_flash_sdp_enabled(),
-        )
-        newest, plan = _newest[0]
-        if newest != key:
+        try:
+            differentiable = q.requires_grad or (kv is not None and kv.requires_grad)
+            differentiable = differentiable or (bias is not None and bias.requires_grad)
+            # All that checks and choice read, classes first: sizes of a subclass may be symbols, which must not be compared.
+            key = (
+                q.__class__,
+                None if kv is None else (kv.__class__, kv.shape, kv.stride(), kv.dtype, kv.device),
+                q.shape,
+                q.stride(),
+                q.dtype,
+                q.is_cpu or (q.device, _on_gpu(q, kv)),
+                differentiable and torch.is_grad_enabled(),
+                bias is None,
+                backend,
+                dispatch.attention_setting(),
+                autocast,
+                torch._C._get_flash_sdp_enabled(),
+            )
+            newest, plan = _newest[0]
+            is_new = newest != key
+        except (RuntimeError, TraceError):  # some kinds of tensors have no shape, or no truth
+            dispatch.refuse_kinds("attention", q, kv, bias)
+            raise
+        if is_new:
             plan = _recalled(key, q, kv, bias, backend)
     chosen, default, unasked = plan
     if scale is None:

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
+from torch.masked import MaskedTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
@@ -52,6 +53,24 @@ def no_forward_mode(name: str) -> str:
     return f"{name}: forward-mode differentiation is not supported; use ditkernels.reference.{name}"
 
 
+def refuse_kinds(name: str, *tensors: Tensor | None) -> None:
+    """Raises TypeError, naming the kind, on what no op takes: nested tensors, MaskedTensor, proxies of torch.fx.symbolic_trace."""
+    for tensor in tensors:
+        kind = None if tensor is None else _refused_kind(tensor)
+        if kind is not None:
+            raise TypeError(f"{name}: got {kind}")
+
+
+def _refused_kind(tensor: Tensor) -> str | None:
+    if isinstance(tensor, torch.fx.Proxy):
+        return "a proxy of torch.fx.symbolic_trace, which is not supported; torch.export and make_fx trace the same code"
+    if isinstance(tensor, MaskedTensor):
+        return "a MaskedTensor, allowed are tensors without a mask"
+    if tensor.is_nested:
+        return f"a nested tensor ({tensor.layout}), allowed are dense tensors"
+    return None
+
+
 def watched_by_torch() -> bool:
     """Whether a tool of torch looks at calls: a mode, a functorch transform, forward-mode AD."""
     return forward_ad._current_level >= 0 or _dispatch_modes() > 0 or _in_function_mode() or _transform() is not None
@@ -64,6 +83,12 @@ def certainly(condition: bool | torch.SymBool) -> bool:
     from torch.fx.experimental.symbolic_shapes import guard_or_false
 
     return guard_or_false(condition)
+
+
+def constant_when_traced(function: _Function) -> _Function:
+    """``torch.compiler.assume_constant_result``, which would import all of Dynamo, a second's work, on ``import ditkernels``."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
 
 
 def exporting() -> bool:
@@ -87,12 +112,6 @@ class WholeWay(TorchDispatchMode):
 def is_plain(tensor: Tensor) -> bool:
     """Whether the thin way may take the tensor: it is of no subclass and holds data."""
     return type(tensor) in PLAIN and not tensor.is_meta
-
-
-def constant_when_traced(function: _Function) -> _Function:
-    """``torch.compiler.assume_constant_result``, which would import all of Dynamo, a second's work, on ``import ditkernels``."""
-    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
-    return function
 
 
 # ---- Autocast --------------------------------------------------------------------------------------------------------

@@ -50,6 +50,7 @@ from ditkernels.ops.context import (  # noqa: F401 (as above)
     constant_when_traced,
     is_plain,
     refuse_forward_ad,
+    refuse_kinds,
     refuse_tangents,
     watched_by_torch,
     without_autocast,

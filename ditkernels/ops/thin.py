@@ -13,12 +13,20 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx.proxy import TraceError
 
 from ditkernels.ops import _native
 from ditkernels.ops.backward import Thin, Whole, as_declared, gradients_of
 from ditkernels.ops.choice import Implementation, Op, device_of
 from ditkernels.ops.compiled import asked, said
-from ditkernels.ops.context import PLAIN, is_plain, profiler_enabled, refuse_forward_ad, watched_by_torch
+from ditkernels.ops.context import (
+    PLAIN,
+    is_plain,
+    profiler_enabled,
+    refuse_forward_ad,
+    refuse_kinds,
+    watched_by_torch,
+)
 from ditkernels.ops.library import Kernel
 from ditkernels.ops.settings import backend_setting
 from ditkernels.ops.sharding import prepare
@@ -148,14 +156,19 @@ class CallableOp(Op):
             return self._whole(backend, tensors, options)
         differentiable = torch.is_grad_enabled()
         key: list[Any] = [backend, options]
-        for t in tensors:
-            if t is None:
-                key.append(None)
-            else:
-                key += t.__class__, t.shape, t.dtype, t.device, differentiable and t.requires_grad
-        # Most calls are like the one before, and to compare is cheaper than to hash.
-        newest, plan = self.newest
-        if newest != key:
+        try:
+            for t in tensors:
+                if t is None:
+                    key.append(None)
+                else:
+                    key += t.__class__, t.shape, t.dtype, t.device, differentiable and t.requires_grad
+            # Most calls are like the one before, and to compare is cheaper than to hash.
+            newest, plan = self.newest
+            is_new = newest != key
+        except (RuntimeError, TraceError):  # some kinds of tensors have no shape, or cannot be compared
+            refuse_kinds(self.name, *tensors)
+            raise
+        if is_new:
             plan = self._found(key, backend, tensors, options)
             if plan is None:
                 return self._whole(backend, tensors, options)
@@ -185,6 +198,7 @@ class CallableOp(Op):
     def _whole(self, backend: str | None, tensors: tuple[Tensor | None, ...], options: tuple[Any, ...]) -> Any:
         """The call through torch's dispatcher."""
         prepare()
+        refuse_kinds(self.name, *tensors)
         refuse_forward_ad(self.name, *tensors)
         declaration = self.declaration
         if declaration.meaning is not None and transformed():

@@ -55,7 +55,7 @@ def bias_gelu(x: Tensor, bias: Tensor | None = None) -> Tensor:
         (B, N, D) in x's dtype.
 
     Raises:
-        ValueError, TypeError: a shape, dtype or device that does not fit, named.
+        ValueError, TypeError: a shape, dtype, device or kind of tensor that does not fit, named.
         BackendError: the forced backend cannot serve.
         NotImplementedError: forward-mode differentiation.
     """

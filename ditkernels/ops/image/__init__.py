@@ -70,16 +70,16 @@ def patch_embed(
         (B, N, D).
 
     Raises:
-        ValueError, TypeError: a shape, dtype or device that does not fit, named.
+        ValueError, TypeError: a shape, dtype, device or kind of tensor that does not fit, named.
         BackendError: the forced backend cannot serve.
         NotImplementedError: forward-mode differentiation.
     """
     lowered = PATCH_EMBED.autocast_dtype(x)
     if out_dtype is None:
         out_dtype = lowered or x.dtype
-        if pos_embed is not None:
+        if isinstance(pos_embed, Tensor):
             out_dtype = torch.promote_types(out_dtype, pos_embed.dtype)
-    if pos_embed is not None and pos_embed.dim() == 2:
+    if isinstance(pos_embed, Tensor) and pos_embed.dim() == 2:
         pos_embed = pos_embed.unsqueeze(0)
     return PATCH_EMBED((x, weight.to(lowered or weight.dtype), bias, pos_embed), (out_dtype,))  # type: ignore[no-any-return]
 
@@ -162,7 +162,7 @@ def final_layer(
 
 
 def _needs_gradient(tensor: Tensor | None) -> bool:
-    return tensor is not None and tensor.requires_grad and torch.is_grad_enabled()
+    return isinstance(tensor, Tensor) and tensor.requires_grad and torch.is_grad_enabled()
 
 
 def _behind_frozen_rows(tensors: tuple[Any, ...], options: tuple[Any, ...]) -> Tensor:

@@ -60,7 +60,7 @@ def mlp(x: Tensor, fc1_weight: Tensor, fc1_bias: Tensor | None, fc2_weight: Tens
         (B, N, E) in that dtype.
 
     Raises:
-        ValueError, TypeError: a shape, dtype or device that does not fit, named.
+        ValueError, TypeError: a shape, dtype, device or kind of tensor that does not fit, named.
         BackendError: the forced backend cannot serve.
         NotImplementedError: forward-mode differentiation.
     """

@@ -76,7 +76,7 @@ def modulate_norm(
         (B, N, D).
 
     Raises:
-        ValueError, TypeError: a shape, dtype or device that does not fit, named.
+        ValueError, TypeError: a shape, dtype, device or kind of tensor that does not fit, named.
         BackendError: the forced backend cannot serve.
         NotImplementedError: forward-mode differentiation.
     """

@@ -38,6 +38,7 @@ from ditkernels.ops.dispatch import (
     define,
     is_plain,
     refuse_forward_ad,
+    refuse_kinds,
     watched_by_torch,
 )
 from ditkernels.ops.spec import Given, Sizes, accumulator, check_dtype, check_tensor
@@ -64,7 +65,7 @@ def split_qkv(packed: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
         two or three views (B, N, heads, head_dim).
 
     Raises:
-        ValueError, TypeError: a shape, dtype or device that does not fit, named.
+        ValueError, TypeError: a shape, dtype, device or kind of tensor that does not fit, named.
         BackendError: in backward, the forced backend cannot serve.
         NotImplementedError: forward-mode differentiation; second derivatives.
     """
@@ -100,7 +101,11 @@ def _function(packed: Tensor, bias: Tensor, whole: Function, thin: Function) -> 
     if torch.compiler.is_compiling() or watched_by_torch() or not (is_plain(packed) and is_plain(bias)):
         _check_whole(packed, bias)
         return whole
-    kind = (packed.shape, packed.dtype, packed.device, bias.shape, bias.dtype, bias.device)
+    try:
+        kind = (packed.shape, packed.dtype, packed.device, bias.shape, bias.dtype, bias.device)
+    except RuntimeError:  # a nested tensor may have no shape
+        refuse_kinds("split_qkv", packed, bias)
+        raise
     if kind not in _checked:
         _check_packed(packed, bias)
         if len(_checked) >= _MEMORY:
@@ -110,6 +115,7 @@ def _function(packed: Tensor, bias: Tensor, whole: Function, thin: Function) -> 
 
 
 def _check_whole(packed: Tensor, bias: Tensor) -> None:
+    refuse_kinds("split_qkv", packed, bias)
     refuse_forward_ad("split_qkv", packed, bias)
     _check_packed(packed, bias)
 
