@@ -185,12 +185,22 @@ def assert_contracts(actual: dict[str, Tensor], low: dict[str, Tensor], exact: d
         numerics.assert_model_contract(value, low[name], exact[name], name)
 
 
-def looped(kind: str, gradients: Callable[[nn.Module, tuple[Tensor, ...]], dict[str, Tensor]]) -> tuple[dict[str, Tensor], ...]:
-    """What the plain model answers, in fp32 and in fp64."""
+def oracles(kind: str) -> tuple[nn.Module, nn.Module]:
+    """The plain model with the same weights, in fp32 and in fp64."""
     low = plain() if kind != "accelerated" else unaccelerated()
+    return low, widened(low)
+
+
+def widened(low: nn.Module) -> nn.Module:
     exact = copy.deepcopy(low).double()
     # The public code computes its sinusoids in fp32.
     exact.t_embedder.mlp.register_forward_pre_hook(lambda module, args: (args[0].double(),))
+    return exact
+
+
+def looped(kind: str, gradients: Callable[[nn.Module, tuple[Tensor, ...]], dict[str, Tensor]]) -> tuple[dict[str, Tensor], ...]:
+    """What the plain model answers, in fp32 and in fp64."""
+    low, exact = oracles(kind)
     x, t, y = batch()
     return gradients(low, (x, t, y)), gradients(exact, (x.double(), t, y))
 

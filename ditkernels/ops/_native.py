@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from ditkernels._version import __version__
 from ditkernels.ops.choice import Op, forget
@@ -235,12 +236,18 @@ def kernel_attributes(device: torch.device) -> list[Kernel]:
 # ---- Architectures and drivers ---------------------------------------------------------------------------------------
 
 
+def told(name: str, *args: Any) -> Any:
+    """What an op of a loaded library answers without looking at tensors. Whoever traces does not see that it was asked."""
+    with _disable_current_modes():
+        return getattr(torch.ops.ditkernels, name)(*args)
+
+
 @functools.cache
 def architectures() -> str:
     """What the loaded library was built for, as in "8.0+PTX;9.0a;10.0"; "" for the tests' emulation."""
     if not hasattr(torch.ops.ditkernels, "cuda_architectures"):
         return ""
-    return str(torch.ops.ditkernels.cuda_architectures())
+    return str(told("cuda_architectures"))
 
 
 @functools.cache
@@ -248,7 +255,7 @@ def runtime() -> int:
     """The CUDA that the loaded library was built with, 13000 for 13.0; 0 for the tests' emulation."""
     if not hasattr(torch.ops.ditkernels, "cuda_runtime"):
         return 0
-    return int(torch.ops.ditkernels.cuda_runtime())
+    return int(told("cuda_runtime"))
 
 
 @functools.cache
@@ -347,7 +354,7 @@ def cpu_isa() -> str:
     Raises:
         RuntimeError: the processor is too old, or DITKERNELS_CPU_ISA names a set that it has not.
     """
-    return str(torch.ops.ditkernels.cpu_isa())
+    return str(told("cpu_isa"))
 
 
 def _isa_reason() -> str | None:

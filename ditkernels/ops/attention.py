@@ -30,6 +30,7 @@ from torch import Tensor
 from torch.fx.proxy import TraceError
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from ditkernels import reference
 from ditkernels.ops import dispatch
 from ditkernels.ops.dispatch import ATTENTION_BACKENDS, BackendError
 from ditkernels.ops.qkv import carry_bias, split_qkv
@@ -666,6 +667,8 @@ def attention(
     # Only Dynamo runs this file with tensors that look plain and are not, and under no mode.
     if torch.compiler.is_dynamo_compiling() or dispatch.watched_by_torch():
         plan = _plan(q, kv, bias, backend)
+        if dispatch.exporting_to_onnx():
+            return reference.attention(q, kv, scale=scale)
     else:
         try:
             differentiable = q.requires_grad or (kv is not None and kv.requires_grad)

@@ -97,6 +97,16 @@ def exporting() -> bool:
     return torch.compiler._is_exporting_flag
 
 
+@constant_when_traced  # Dynamo would take torch's answer for False
+def _for_onnx() -> bool:
+    return torch.onnx.is_in_onnx_export()
+
+
+def exporting_to_onnx() -> bool:
+    """Whether torch.onnx.export traces, whose graph may hold no op of ours."""
+    return exporting() and _for_onnx()
+
+
 def compiled_alone() -> bool:
     """Whether Dynamo traces for torch.compile, and not for torch.export, whose graph may run on another device."""
     return torch.compiler.is_dynamo_compiling() and not exporting()

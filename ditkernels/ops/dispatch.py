@@ -15,6 +15,7 @@ Each file imports only from those above it:
     choice.py      an op and the choice of its backend          compiled.py   what torch.compile sees of an op
     backward.py    which kernel computes the gradients          sharding.py   what DTensors see of an op
     thin.py        the thin way                                 dispatch.py   the whole way: what an op is to torch
+    exported.py    an exported program without our ops
 """
 
 from __future__ import annotations
@@ -48,6 +49,7 @@ from ditkernels.ops.context import (  # noqa: F401 (as above)
     certainly,
     compiled_alone,
     constant_when_traced,
+    exporting_to_onnx,
     is_plain,
     refuse_forward_ad,
     refuse_kinds,

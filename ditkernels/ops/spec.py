@@ -193,7 +193,8 @@ class Declaration:
         check: raises on what the axes do not say; runs after their checks.
         row: the axis that a program of a kernel holds whole, so that its size is limited; "" for none.
         shards: the axes whose indices are computed apart from each other; an output that lacks such an axis is the sum over it.
-        meaning: the op in plain PyTorch, of inputs and options by name; runs under transforms of torch.func.
+        meaning: the op in plain PyTorch, of inputs and options by name; runs under transforms of torch.func and in an ONNX export.
+        kept: its outputs that are for the backward, in plain PyTorch and out of place, of the same arguments.
         examples: awkward calls: odd sizes, several samples, every optional input and none.
         flops: (arguments by name, with shapes in place of tensors) -> 2 for each multiply-add of the products inside.
     """
@@ -209,6 +210,7 @@ class Declaration:
     flops: Callable[[Given], int] | None = None
     gradient: Gradient | None = None
     meaning: Callable[..., Any] | None = None
+    kept: Callable[..., tuple[Tensor, ...]] | None = None
     examples: tuple[Example, ...] = ()
     is_backward: bool = False
 

@@ -21,6 +21,7 @@ from ditkernels.ops.choice import Implementation, Op, device_of
 from ditkernels.ops.compiled import asked, said
 from ditkernels.ops.context import (
     PLAIN,
+    exporting_to_onnx,
     is_plain,
     profiler_enabled,
     refuse_forward_ad,
@@ -201,7 +202,7 @@ class CallableOp(Op):
         refuse_kinds(self.name, *tensors)
         refuse_forward_ad(self.name, *tensors)
         declaration = self.declaration
-        if declaration.meaning is not None and transformed():
+        if declaration.meaning is not None and (transformed() or exporting_to_onnx()):
             return self._meant(tensors, options)
         if declaration.keeps:
             needed = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)

@@ -98,6 +98,11 @@ def _backward_flops(given: Given) -> int:
     return 2 * batch * length * hidden * (out * (of_z + of_weight2) + width * (of_x + of_weight1))
 
 
+def _kept(x: Tensor, fc1_weight: Tensor, fc1_bias: Tensor | None, fc2_weight: Tensor) -> tuple[Tensor, ...]:
+    z = F.linear(x, fc1_weight, fc1_bias)
+    return z, F.gelu(z, approximate="tanh")
+
+
 MLP = declare(
     "mlp",
     inputs="x: BND, fc1_weight: FD, fc1_bias: F?, fc2_weight: EF",
@@ -106,6 +111,7 @@ MLP = declare(
     shards="BNF",
     flops=_flops,
     meaning=reference.mlp,
+    kept=_kept,
     gradient=Gradient(
         reads="x fc1_weight fc2_weight z h",
         needs={"x": "fc1_weight fc2_weight z", "fc1_weight": "x fc2_weight z", "fc1_bias": "fc2_weight z", "fc2_weight": "h"},

@@ -183,6 +183,18 @@ def _sizes(given: Given, sizes: Sizes) -> Sizes:
     return {"S": 1 if given["norm"] == "rmsnorm" else 2}
 
 
+def _kept(x: Tensor, norm: str, eps: float, **rest: Any) -> tuple[Tensor, ...]:
+    _, stats = norm_formula(x, None, None, None, None, norm, eps, x.dtype, True)
+    assert stats is not None
+    return (stats,)
+
+
+def _kept_of_residual(
+    x: Tensor, branch: Tensor, gate: Tensor | None, branch_bias: Tensor | None, norm: str, eps: float, **rest: Any
+) -> tuple[Tensor, ...]:
+    return _kept(reference.gated_residual(x, branch, gate, branch_bias=branch_bias), norm, eps)
+
+
 _ODD = {"B": 3, "N": 7, "D": 45}
 _XL = {"B": 3, "N": 5, "D": 1152}
 _RMS = {"norm": "rmsnorm"}
@@ -197,6 +209,7 @@ MODULATE_NORM = declare(
     row="D",
     shards="BN",
     meaning=reference.modulate_norm,
+    kept=_kept,
     gradient=Gradient(
         reads="x scale weight bias stats",
         options="norm",
@@ -230,6 +243,7 @@ GATED_RESIDUAL_NORM = declare(
     row="D",
     shards="BN",
     meaning=reference.gated_residual_norm,
+    kept=_kept_of_residual,
     gradient=Gradient(
         reads="x1 branch gate scale branch_bias weight bias stats",
         options="norm",
