@@ -21,6 +21,8 @@ from typing import Any, ClassVar, NamedTuple, TypeGuard
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.nn.modules.module import (
     _global_backward_hooks,
     _global_backward_pre_hooks,
@@ -48,6 +50,10 @@ _KEPT = {
 }
 
 
+# What a weight may be that a kernel reads, or its stand-in while something traces; a norm without weights holds None.
+_ORDINARY = (nn.Parameter, Tensor, type(None), FakeTensor, FunctionalTensor)
+
+
 class Stream(NamedTuple):
     """The residual stream (B, N, D), and a branch (B, N, D) with its bias (D,) and gate (B, D) that is still to be added to it."""
 
@@ -65,6 +71,11 @@ def normed(
     out_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     """Closes the open residual of ``stream``; returns the new x and its modulated norm in ``out_dtype``."""
+    if norm is not None and watched(norm, nn.LayerNorm.forward):
+        x = closed(stream)
+        # The plain model's stream has the norm's dtype, of which ``residual_dtype`` makes another.
+        rows = norm(x.to(reference.computed_dtype(norm) or x.dtype))
+        return x, reference.modulate(rows, shift, scale).to(out_dtype)
     affine: dict[str, Any] = {} if norm is None else {"weight": norm.weight, "bias": norm.bias, "eps": norm.eps}
     if stream.branch is None:
         return stream.x, ops.modulate_norm(stream.x, shift, scale, **affine, out_dtype=out_dtype)
@@ -100,11 +111,8 @@ def product_with_bias(linear: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | No
 
 
 def _taken_apart(linear: nn.Module, x: Tensor) -> TypeGuard[nn.Linear]:
-    """Whether the op behind a linear takes over its bias, or the bias' gradient.
-
-    Not where somebody has put a module in the place of the linear, or watches it: it is called as it is.
-    """
-    return _pays(x) and type(linear) is nn.Linear and not watched(linear, nn.Linear.forward)
+    """Whether the op behind a linear takes over its bias, or the bias' gradient."""
+    return _pays(x) and not watched(linear, nn.Linear.forward)
 
 
 def _pays(x: Tensor) -> bool:
@@ -118,10 +126,18 @@ def _pays(x: Tensor) -> bool:
 def watched(module: nn.Module, forward: Callable[..., Any] | None) -> bool:
     """Whether ``module`` must be called, with tensors, since somebody would miss its call or has changed what it does.
 
-    That is so where it or all modules have a hook of either direction (FSDP2's among them), or where its forward, of its class or
-    put on the instance, is not ``forward``, which the caller knows how to stand in for.
+    This is the package's one answer to whether a layer may be read: its weights given to a kernel in place of a call. It must be
+    called where it or all modules have a hook of either direction (FSDP2's, pruning's, the older weight norm's among them); where
+    its forward, of its class or put on the instance, is not ``forward``, which the caller knows how to stand in for; where a
+    parametrization computes its weights; and where these are no ordinary tensors, such as quantised or sharded ones.
     """
-    return bool(type(module).forward is not forward or "forward" in module.__dict__ or _hooked(module))
+    return bool(
+        type(module).forward is not forward
+        or "forward" in module.__dict__
+        or "parametrizations" in module._modules
+        or _hooked(module)
+        or not all(type(weight) in _ORDINARY for weight in module._parameters.values())
+    )
 
 
 def _hooked(module: nn.Module) -> bool:
@@ -162,9 +178,9 @@ def compute_dtype(weight: Tensor) -> torch.dtype:
     return dispatch.autocast_dtype(weight) or weight.dtype
 
 
-def _first_weight(module: nn.Module, x: Tensor) -> Tensor:
-    """A weight that tells what ``module`` computes in; x where it has none of floating point."""
-    return next((p for p in module.parameters() if p.is_floating_point()), x)
+def dtype_of_input(module: nn.Module, c: Tensor) -> torch.dtype:
+    """What ``module``, which is called, takes; that of the conditioning c, which linears have made, where no weight of it tells."""
+    return dispatch.autocast_dtype(c) or reference.computed_dtype(module) or c.dtype
 
 
 def kept_alone(vector: Tensor) -> Tensor:
@@ -175,12 +191,22 @@ def kept_alone(vector: Tensor) -> Tensor:
     return vector if vector.requires_grad or not torch.is_grad_enabled() else vector.clone()
 
 
+def takes_patches(conv: nn.Conv2d) -> bool:
+    """Whether a convolution is one over square patches side by side, as ``ops.patch_embed``."""
+    kernel, groups, mode = conv.kernel_size, conv.groups, conv.padding_mode
+    side_by_side = conv.stride == kernel and kernel[0] == kernel[1]
+    return side_by_side and (conv.padding, conv.dilation, groups, mode) == ((0, 0), (1, 1), 1, "zeros")
+
+
 class PatchEmbed(reference.PatchEmbed):
     """Patches to tokens with positions in one kernel; ``residual_dtype`` is the stream's, None for the plain model's."""
 
     residual_dtype: torch.dtype | None = None
 
     def forward(self, x: Tensor, pos_embed: Tensor) -> Tensor:
+        if watched(self.proj, nn.Conv2d.forward) or not takes_patches(self.proj):
+            tokens = super().forward(x, pos_embed)
+            return tokens.to(self.residual_dtype or tokens.dtype)
         return ops.patch_embed(x, self.proj.weight, self.proj.bias, pos_embed, out_dtype=self.residual_dtype)
 
 
@@ -275,10 +301,12 @@ class Fused(reference.Block):
         """The stream behind the block, its last branch still to be added, without checkpointing; c: the conditioning."""
         raise NotImplementedError
 
-    def dtype_of_rows(self, x: Tensor) -> torch.dtype:
-        """What attention and MLP take their normed rows in."""
+    def dtype_of_rows(self, c: Tensor) -> torch.dtype:
+        """What attention and MLP take their normed rows in; c: the conditioning."""
         qkv = getattr(self.attn, "qkv", None)
-        return compute_dtype(qkv.weight if type(qkv) is nn.Linear else _first_weight(self.attn, x))
+        if qkv is not None and not watched(qkv, nn.Linear.forward):
+            return compute_dtype(qkv.weight)
+        return dtype_of_input(self.attn, c)
 
     def attended(self, x: Tensor, h: Tensor, gate: Tensor | None = None) -> Stream:
         """The stream with the self-attention of h still to be added."""
@@ -305,7 +333,7 @@ class DiTBlock(Fused, reference.DiTBlock):  # type: ignore[misc]
     """The adaLN-Zero block on an open stream."""
 
     def computed(self, stream: Stream, c: Tensor) -> Stream:
-        dtype = self.dtype_of_rows(stream.x)
+        dtype = self.dtype_of_rows(c)
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = self.adaLN_modulation(c).chunk(6, dim=1)
         x, h = normed(stream, None, shift_msa, scale_msa, dtype)
         x, h = normed(self.attended(x, h, gate_msa), None, shift_mlp, scale_mlp, dtype)
@@ -316,7 +344,7 @@ class AdaLNBlock(Fused, reference.AdaLNBlock):  # type: ignore[misc]
     """The adaLN block on an open stream."""
 
     def computed(self, stream: Stream, c: Tensor) -> Stream:
-        dtype = self.dtype_of_rows(stream.x)
+        dtype = self.dtype_of_rows(c)
         shift_msa, scale_msa, shift_mlp, scale_mlp = self.adaLN_modulation(c).chunk(4, dim=1)
         x, h = normed(stream, None, shift_msa, kept_alone(scale_msa), dtype)
         x, h = normed(self.attended(x, h), None, shift_mlp, kept_alone(scale_mlp), dtype)
@@ -327,7 +355,7 @@ class CrossAttentionBlock(Fused, reference.CrossAttentionBlock):  # type: ignore
     """The cross-attention block on an open stream."""
 
     def computed(self, stream: Stream, c: Tensor) -> Stream:
-        dtype = self.dtype_of_rows(stream.x)
+        dtype = self.dtype_of_rows(c)
         x, h = normed(stream, self.norm1, None, None, dtype)
         x, h = normed(self.attended(x, h), self.norm_cross, None, None, dtype)
         x, h = normed(self.crossed(x, h, c), self.norm2, None, None, dtype)
@@ -338,7 +366,7 @@ class InContextBlock(Fused, reference.InContextBlock):  # type: ignore[misc]
     """The in-context block on an open stream."""
 
     def computed(self, stream: Stream, c: Tensor) -> Stream:
-        dtype = self.dtype_of_rows(stream.x)
+        dtype = self.dtype_of_rows(c)
         x, h = normed(stream, self.norm1, None, None, dtype)
         x, h = normed(self.attended(x, h), self.norm2, None, None, dtype)
         return self.transformed(x, h)
@@ -350,7 +378,11 @@ class FinalLayer(reference.FinalLayer):
     def forward(self, x: Tensor | Stream, c: Tensor, grid: tuple[int, int]) -> Tensor:
         """As the reference's."""
         shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
-        return _final(x, shift, kept_alone(scale), self.linear, grid, self.patch_size)
+        stream = x if isinstance(x, Stream) else Stream(x)
+        if watched(self.linear, nn.Linear.forward):
+            _, h = normed(stream, None, shift, scale, dtype_of_input(self.linear, c))
+            return ops.unpatchify(self.linear(h), grid=grid, patch_size=self.patch_size)
+        return _final(stream, shift, kept_alone(scale), self.linear, grid, self.patch_size)
 
     streaming = forward
 
@@ -361,14 +393,18 @@ class PlainFinalLayer(reference.PlainFinalLayer):
     def forward(self, x: Tensor | Stream, c: Tensor, grid: tuple[int, int]) -> Tensor:
         """As the reference's."""
         norm = self.norm_final
+        stream = x if isinstance(x, Stream) else Stream(x)
+        if watched(self.linear, nn.Linear.forward) or watched(norm, nn.LayerNorm.forward):
+            _, h = normed(stream, norm, None, None, dtype_of_input(self.linear, c))
+            return ops.unpatchify(self.linear(h), grid=grid, patch_size=self.patch_size)
         affine = {"norm_weight": norm.weight, "norm_bias": norm.bias, "eps": norm.eps}
-        return _final(x, None, None, self.linear, grid, self.patch_size, **affine)
+        return _final(stream, None, None, self.linear, grid, self.patch_size, **affine)
 
     streaming = forward
 
 
 def _final(
-    tokens: Tensor | Stream,
+    stream: Stream,
     shift: Tensor | None,
     scale: Tensor | None,
     linear: nn.Linear,
@@ -376,7 +412,6 @@ def _final(
     patch_size: int,
     **affine: Any,
 ) -> Tensor:
-    stream = tokens if isinstance(tokens, Stream) else Stream(tokens)
     return ops.final_layer(
         stream.x,
         shift,

@@ -329,6 +329,14 @@ def timestep_frequencies(t: Tensor, dim: int, max_period: float = 10000.0) -> Te
     return torch.cat([angles.cos(), angles.sin()], dim=1)
 
 
+COMPUTED = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+def computed_dtype(module: nn.Module) -> torch.dtype | None:
+    """The first dtype among the weights of ``module`` that layers compute in; None where all are only stored, as int8 or fp8."""
+    return next((p.dtype for p in module.parameters() if p.dtype in COMPUTED), None)
+
+
 class PatchEmbed(nn.Module):
     """Latents (B, C, H, W) -> tokens (B, N, D) with positions. State: ``proj.weight`` (D, C, p, p), ``proj.bias`` (D,)."""
 
@@ -337,7 +345,7 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(in_channels, hidden_size, kernel_size=patch_size, stride=patch_size)
 
     def forward(self, x: Tensor, pos_embed: Tensor) -> Tensor:
-        return patch_embed(x, self.proj.weight, self.proj.bias, pos_embed)
+        return self.proj(x).flatten(2).transpose(1, 2) + pos_embed
 
 
 class TimestepEmbedder(nn.Module):
@@ -348,9 +356,10 @@ class TimestepEmbedder(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(frequency_embedding_size, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size))
         self.frequency_embedding_size = frequency_embedding_size
 
-    def forward(self, t: Tensor) -> Tensor:
+    def forward(self, t: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """``dtype``: what the first linear takes where no weight tells."""
         frequencies = timestep_frequencies(t, self.frequency_embedding_size)
-        return self.mlp(frequencies.to(next(self.mlp.parameters()).dtype))
+        return self.mlp(frequencies.to(computed_dtype(self.mlp) or dtype))
 
 
 class LabelEmbedder(nn.Module):
@@ -369,8 +378,13 @@ class LabelEmbedder(nn.Module):
         dropped = torch.rand_like(labels, dtype=torch.float32) < self.dropout_prob
         return torch.where(dropped, self.num_classes, labels)
 
+    @property
+    def rows(self) -> int:
+        """Labels that the table has a row for; what stands in the table's place need not say."""
+        return getattr(self.embedding_table, "num_embeddings", self.num_classes + (self.dropout_prob > 0))
+
     def forward(self, labels: Tensor) -> Tensor:
-        check_labels(labels, self.embedding_table.num_embeddings)
+        check_labels(labels, self.rows)
         if self.training and self.dropout_prob > 0:
             labels = self.drop(labels)
         return self.embedding_table(labels)
@@ -619,7 +633,9 @@ class DiT(nn.Module):
         """Tokens and conditioning: (B, N, D) and (B, D) for adaLN, (B, 2, D) for cross-attention; (B, N + 2, D) in context."""
         check_inputs(self, x, t, y)
         tokens = self.x_embedder(x, self.pos_embed)
-        t_embedding, y_embedding = self.t_embedder(t), self.y_embedder(y)
+        # Where its weights are only stored, as int8 or fp8, the embedder cannot know what its linears compute in.
+        told = computed_dtype(self.t_embedder) or not isinstance(self.t_embedder, TimestepEmbedder)
+        t_embedding, y_embedding = self.t_embedder(*((t,) if told else (t, x.dtype))), self.y_embedder(y)
         if self.conditioning in ("adaln_zero", "adaln"):
             return tokens, t_embedding + y_embedding
         context = torch.stack([t_embedding, y_embedding.to(t_embedding.dtype)], dim=1)

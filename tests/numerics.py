@@ -181,3 +181,19 @@ gradient's rounding by the gradient's own size; a sample left out or weighed wro
 
 # Between two machines' rounding of a few steps of a toy run, relative, and of five sampling steps, absolute.
 AGREES_ELSEWHERE = 1e-5
+
+
+CHANGED_AGREEMENT = 2e-5
+"""Two fp32 evaluations of a model of two blocks, relative to the largest value: some hundred roundings of 6e-8, and more where a
+change of a layer makes norms of small differences."""
+
+CHANGED_SHOWS = 3.0
+"""A change of a layer counts as seen from this many times ``CHANGED_AGREEMENT``; int8 in the least of the linears makes as many."""
+
+
+def assert_changed_agreement(actual: Tensor, expected: Tensor, scale: Tensor | float, name: str = "result") -> None:
+    """A fused model in fp32 against the plain one, relative to ``scale``."""
+    assert actual.shape == expected.shape, f"{name}: shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
+    error = (actual - expected).abs().max().item()
+    bound = CHANGED_AGREEMENT * float(scale)
+    assert error <= bound, f"{name}: error {error:.3e} exceeds {bound:.3e}"

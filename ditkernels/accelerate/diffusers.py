@@ -45,6 +45,7 @@ _PROCESSOR = "AttnProcessor2_0"
 class Attention(Fused):
     """Self-attention with separate projections. Masks, contexts and other processors go the original's way."""
 
+    calls = ("to_q", "to_k", "to_v", "to_out.0")
     to_q: nn.Linear
     to_k: nn.Linear
     to_v: nn.Linear
@@ -60,7 +61,8 @@ class Attention(Fused):
         **options: Any,
     ) -> Tensor:
         default = type(self.processor).__name__ == _PROCESSOR and hidden_states.dim() == 3
-        if not default or parts.given(encoder_hidden_states, attention_mask, *options.values()):
+        masked = parts.given(encoder_hidden_states, attention_mask, *options.values())
+        if not default or masked or self._changed_beside():
             return super().forward(hidden_states, encoder_hidden_states, attention_mask, **options)
         projections = (self.to_q, self.to_k, self.to_v)
         q, k, v = (project(hidden_states).unflatten(-1, (self.heads, -1)) for project in projections)
@@ -70,22 +72,28 @@ class Attention(Fused):
 class PatchEmbed(Fused):
     """Patches and positions in one op. Other sizes than its own go the original's way, which interpolates."""
 
+    calls = ("proj",)
     proj: nn.Conv2d
+    pos_embed: Tensor
     height: int
     width: int
 
     def forward(self, latent: Tensor) -> Tensor:
-        p = self.proj.kernel_size[0]
-        size = (self.height * p, self.width * p)
-        if self.pos_embed_max_size is not None or latent.dim() != 4 or tuple(latent.shape[2:]) != size:
+        if not parts.readable(self.proj) or self._changed_beside() or not self._fits(latent):
             return super().forward(latent)
         dtype = parts.compute_dtype(latent)
         return ops.patch_embed(latent, self.proj.weight, self.proj.bias, self.pos_embed, out_dtype=dtype)
+
+    def _fits(self, latent: Tensor) -> bool:
+        p = self.proj.kernel_size[0]
+        size = (self.height * p, self.width * p)
+        return self.pos_embed_max_size is None and latent.dim() == 4 and tuple(latent.shape[2:]) == size
 
 
 class Block(Fused):
     """The adaLN-Zero block: two kernels between its products. Takes (B, N, D) or an open stream, and returns the same kind."""
 
+    calls = ("norm1.emb", "norm1.silu", "norm1.linear", "norm1.norm", "norm3", "attn1", "ff")
     norm1: Any
     norm3: nn.Module
     attn1: nn.Module
@@ -105,7 +113,7 @@ class Block(Fused):
         stream = hidden_states if isinstance(hidden_states, Stream) else Stream(hidden_states)
         context = (attention_mask, encoder_hidden_states, encoder_attention_mask)
         keywords = (cross_attention_kwargs, added_cond_kwargs)
-        if parts.given(*context, *keywords, self._chunk_size) or stream.x.dim() != 3:
+        if parts.given(*context, *keywords, self._chunk_size) or stream.x.dim() != 3 or self._changed_beside():
             x = parts.plain(stream)
             result = Stream(super().forward(x, *context, timestep, keywords[0], class_labels, keywords[1]))
         else:
@@ -129,6 +137,7 @@ class Block(Fused):
 class Model(Fused):
     """The whole forward, with the residual open between blocks. Checkpointed blocks go the original's way, closed."""
 
+    calls = ("pos_embed", "transformer_blocks", "norm_out", "proj_out_1", "proj_out_2")
     pos_embed: nn.Module
     transformer_blocks: Any
     norm_out: nn.Module
@@ -148,7 +157,8 @@ class Model(Fused):
         tokens = (hidden_states.shape[-2] // p) * (hidden_states.shape[-1] // p)
         side = int(tokens**0.5)
         checkpoints = self.gradient_checkpointing and torch.is_grad_enabled()
-        if checkpoints or cross_attention_kwargs is not None or side * side != tokens:
+        known = cross_attention_kwargs is None and side * side == tokens
+        if checkpoints or not known or self._changed_beside():
             return super().forward(hidden_states, timestep, class_labels, cross_attention_kwargs, return_dict=return_dict)
         stream = Stream(self.pos_embed(hidden_states))
         for block in self.transformer_blocks:

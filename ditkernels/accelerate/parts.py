@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -11,15 +11,22 @@ from ditkernels import ops, reference
 from ditkernels.accelerate import proof
 from ditkernels.accelerate.refusals import FAULTS, Refused, eps_of, require_plain
 from ditkernels.accelerate.swap import Fused
-from ditkernels.models import Stream, carries_stream, closed, product_with_bias
+from ditkernels.models import Stream, carries_stream, closed, product_with_bias, takes_patches, watched
 from ditkernels.ops import dispatch
 from ditkernels.ops.attention import BACKENDS, choose, describe
 
 # ---- Norms and residuals ---------------------------------------------------------------------------------------------
 
 
-def kind_of_norm(name: str, norm: nn.Module, width: int) -> str:
-    """Which norm of the ops a module is, told by what it computes: "layernorm" or "rmsnorm". Raises Refused if neither."""
+class Kind(NamedTuple):
+    """What a norm was found to compute, "layernorm" or "rmsnorm", and the class of which that was found."""
+
+    norm: str
+    found_on: type[nn.Module]
+
+
+def kind_of_norm(name: str, norm: nn.Module, width: int) -> Kind:
+    """Which norm of the ops a module is, told by what it computes. Raises Refused if none."""
     eps = eps_of(name, norm)
     parameters = dict(norm.named_parameters())
     if not parameters.keys() <= {"weight", "bias"} or any(p.shape != (width,) for p in parameters.values()):
@@ -35,18 +42,21 @@ def kind_of_norm(name: str, norm: nn.Module, width: int) -> str:
     for kind in reference.NORMS:
         error = (reference.normalize(x, **affine, norm=kind, eps=eps) - want).abs().max()
         if error <= proof.WIDE_TOLERANCE[torch.float64] * want.abs().max():
-            return kind
+            return Kind(kind, type(norm))
     raise Refused(f"{name} is {type(norm).__name__}, neither layer norm nor RMS norm")
 
 
-def norm_arguments(norm: nn.Module, kind: str) -> dict[str, Any]:
+def norm_arguments(norm: nn.Module, kind: Kind) -> dict[str, Any]:
     """A norm as the ops take it: its parameters and eps as they are now, so that both can still be changed."""
     weight, bias = getattr(norm, "weight", None), getattr(norm, "bias", None)
-    return {"weight": weight, "bias": bias, "norm": kind, "eps": eps_of("norm", norm)}
+    return {"weight": weight, "bias": bias, "norm": kind.norm, "eps": eps_of("norm", norm)}
 
 
-def normed(stream: Stream, norm: nn.Module, kind: str, shift: Tensor | None, scale: Tensor | None) -> tuple[Tensor, Tensor]:
+def normed(stream: Stream, norm: nn.Module, kind: Kind, shift: Tensor | None, scale: Tensor | None) -> tuple[Tensor, Tensor]:
     """Closes the open residual of ``stream``; returns the new x and its modulated norm."""
+    if watched(norm, kind.found_on.forward):
+        whole = plain(stream)
+        return whole, reference.modulate(norm(whole), shift, scale)
     arguments = norm_arguments(norm, kind)
     x, branch, gate, bias = promoted(stream)
     out_dtype = dispatch.autocast_dtype(x) or _promoted_dtype(x, shift, scale, arguments["weight"])
@@ -105,12 +115,13 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 class PackedAttention(Fused):
     """timm's self-attention: ``qkv``, ``proj``. A call with a mask takes the original's way."""
 
+    calls = ("qkv", "proj")
     qkv: nn.Linear
     proj: nn.Linear
     num_heads: int
 
     def forward(self, x: Tensor, *rest: Any, **options: Any) -> Tensor:
-        if given(*rest, *options.values()):
+        if given(*rest, *options.values()) or self._changed_beside():
             return super().forward(x, *rest, **options)
         qkv, bias = product_with_bias(self.qkv, x)
         return self.proj(ops.attention(qkv.unflatten(-1, (3, self.num_heads, -1)), bias=bias))
@@ -119,6 +130,7 @@ class PackedAttention(Fused):
 class NormedAttention(Fused):
     """As ``PackedAttention``, with norms of q and k, and, as in LightningDiT, rotary positions given in the call."""
 
+    calls = ("qkv", "q_norm", "k_norm", "proj")
     qkv: nn.Linear
     q_norm: nn.Module
     k_norm: nn.Module
@@ -127,7 +139,7 @@ class NormedAttention(Fused):
 
     def forward(self, x: Tensor, rope: Any = None, *rest: Any, **options: Any) -> Tensor:
         unknown = rope is not None and not self._ditkernels["rope"]
-        if unknown or given(*rest, *options.values()):
+        if unknown or given(*rest, *options.values()) or self._changed_beside():
             arguments = () if rope is None else (rope,)
             return super().forward(x, *arguments, *rest, **options)
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
@@ -157,11 +169,12 @@ def check_attention(attn: Any) -> bool:
 class PatchEmbed(Fused):
     """timm's patch embedding, with the positions if they are given. Other image sizes than its own go the original's way."""
 
+    calls = ("proj",)
     proj: nn.Conv2d
     img_size: tuple[int, int] | None
 
     def forward(self, x: Tensor, pos_embed: Tensor | None = None) -> Tensor:
-        if not self._fits(x):
+        if not self._fits(x) or not readable(self.proj) or self._changed_beside():
             tokens = super().forward(x)
             return tokens if pos_embed is None else tokens + pos_embed
         return ops.patch_embed(x, self.proj.weight, self.proj.bias, pos_embed)
@@ -171,13 +184,16 @@ class PatchEmbed(Fused):
         return x.dim() == 4 and size is not None and tuple(x.shape[2:]) == tuple(size)
 
 
+def readable(conv: nn.Conv2d) -> bool:
+    """Whether a convolution over patches is still the one that was proven, and nobody would miss its call."""
+    return not watched(conv, nn.Conv2d.forward) and takes_patches(conv)
+
+
 def check_patch_embed(embed: Any) -> None:
     """Raises Refused unless ``embed`` has a convolution whose stride is its square kernel, and nothing after it."""
     conv: Any = getattr(embed, "proj", nn.Identity())
     require_plain("proj", conv, nn.Conv2d)
-    square = conv.kernel_size[0] == conv.kernel_size[1]
-    default = (conv.padding, conv.dilation, conv.groups) == ((0, 0), (1, 1), 1)
-    if not square or conv.stride != conv.kernel_size or not default:
+    if not takes_patches(conv):
         raise Refused(f"proj is {conv}, no convolution over square patches side by side")
     for name, option in embed.named_children():
         if name != "proj" and not isinstance(option, nn.Identity):
@@ -192,9 +208,12 @@ def finished(
     grid: tuple[int, int],
     patch_size: int,
     norm: nn.Module,
-    kind: str,
+    kind: Kind,
 ) -> Tensor:
     """The end of a DiT in one op: the last residual, norm, modulation, linear, unpatchify."""
+    if watched(linear, nn.Linear.forward) or watched(norm, kind.found_on.forward):
+        _, h = normed(stream, norm, kind, shift, scale)
+        return ops.unpatchify(linear(h), grid=grid, patch_size=patch_size)
     x, branch, gate, bias = promoted(stream)
     affine = {"norm_weight": getattr(norm, "weight", None), "norm_bias": getattr(norm, "bias", None)}
     return ops.final_layer(
@@ -209,6 +228,6 @@ def finished(
         gate=gate,
         branch_bias=bias,
         **affine,
-        norm=kind,
+        norm=kind.norm,
         eps=eps_of("norm", norm),
     )

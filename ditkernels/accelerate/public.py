@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ditkernels import ops
 from ditkernels.accelerate import parts, proof
 from ditkernels.accelerate.parts import Stream
 from ditkernels.accelerate.plans import Found, Planned, found, proven, refuse_around
@@ -29,7 +30,7 @@ from ditkernels.accelerate.refusals import (
 )
 from ditkernels.accelerate.report import Part
 from ditkernels.accelerate.swap import Fused, Swap
-from ditkernels.models import carries_stream, kept_alone
+from ditkernels.models import carries_stream, kept_alone, watched
 from ditkernels.ops import dispatch
 
 SOUGHT = "blocks of norm1, attn, norm2, mlp and adaLN_modulation (DiT, SiT, LightningDiT)"
@@ -43,6 +44,7 @@ _TOKENS = 7
 class Block(Fused):
     """The adaLN-Zero block: two kernels between its products. Takes x (B, N, D) or an open stream, and returns the same kind."""
 
+    calls = _CHILDREN
     norm1: nn.Module
     attn: nn.Module
     norm2: nn.Module
@@ -52,7 +54,7 @@ class Block(Fused):
     def forward(self, x: Tensor | Stream, c: Tensor, *rest: Any, **options: Any) -> Any:
         stream = x if isinstance(x, Stream) else Stream(x)
         rope = [*rest, *options.values()]
-        if given_more_than_rope(rope, self._ditkernels):
+        if given_more_than_rope(rope, self._ditkernels) or self._changed_beside():
             result = Stream(super().forward(parts.plain(stream), c, *rest, **options))
         else:
             result = self._opened(stream, c, *rope)
@@ -84,14 +86,18 @@ def given_more_than_rope(rest: list[Any], settings: dict[str, Any]) -> bool:
 class FinalLayer(Fused):
     """Norm and modulation in one kernel, then the linear; given a stream and the grid, all of it and unpatchify in one."""
 
+    calls = ("norm_final", "linear", "adaLN_modulation")
     norm_final: nn.Module
     linear: nn.Linear
     adaLN_modulation: nn.Module
 
     def forward(self, x: Tensor | Stream, c: Tensor, grid: tuple[int, int] | None = None, patch_size: int = 0) -> Tensor:
+        stream = x if isinstance(x, Stream) else Stream(x)
+        if self._changed_beside():
+            tokens = super().forward(parts.plain(stream), c)
+            return tokens if grid is None else ops.unpatchify(tokens, grid=grid, patch_size=patch_size)
         shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
         scale = kept_alone(scale)
-        stream = x if isinstance(x, Stream) else Stream(x)
         kind = self._ditkernels["norm"]
         if grid is not None:
             end = (self.linear, grid, patch_size, self.norm_final, kind)
@@ -105,6 +111,7 @@ class FinalLayer(Fused):
 class Model(Fused):
     """The whole forward, with the residual open between blocks. Checkpointed blocks go the original's way, closed."""
 
+    calls = ("x_embedder", "t_embedder", "y_embedder", "blocks", "final_layer", "feat_rope")
     x_embedder: nn.Module
     t_embedder: nn.Module
     y_embedder: nn.Module
@@ -116,7 +123,7 @@ class Model(Fused):
     def forward(self, x: Tensor, t: Any = None, y: Any = None, *rest: Any, **options: Any) -> Any:
         dispatch.refuse_kinds("accelerated model", x)
         flags = (getattr(self, name, False) for name in ("use_checkpoint", "gradient_checkpointing"))
-        if t is None or y is None or rest or options or any(flags):
+        if t is None or y is None or rest or options or any(flags) or self._changed_beside():
             supplied = [value for value in (t, y) if value is not None]
             return super().forward(x, *supplied, *rest, **options)
         settings = self._ditkernels
@@ -130,7 +137,7 @@ class Model(Fused):
         return image.chunk(2, dim=1)[0] if settings["half"] else image
 
     def _tokens(self, x: Tensor) -> Tensor:
-        if isinstance(self.x_embedder, parts.PatchEmbed):
+        if not watched(self.x_embedder, parts.PatchEmbed.forward):
             return self.x_embedder(x, self.pos_embed)
         return self.x_embedder(x) + self.pos_embed
 

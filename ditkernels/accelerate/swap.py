@@ -15,11 +15,17 @@ from typing import Any, ClassVar
 
 from torch import nn
 
+from ditkernels.models import watched
+
 SETTINGS = "_ditkernels"
+_BESIDE = "beside"
 
 
 class Fused(nn.Module):
     """What every rewired module is an instance of. A subclass gives the forward; ``fused_class`` joins it with the original."""
+
+    calls: ClassVar[tuple[str, ...]] = ()
+    """The children, by path, that the fused forward calls, or reads where nobody has changed them."""
 
     mixin: ClassVar[type[Fused]]
     original: ClassVar[type[nn.Module]]
@@ -30,6 +36,17 @@ class Fused(nn.Module):
         self.__class__ = type(self).original  # type: ignore[assignment]
         self.__init__(*args, **kwargs)  # type: ignore[misc]
 
+    def _changed_beside(self) -> bool:
+        """Whether somebody has changed a module that the fused forward does without, such as a dropout of probability zero.
+
+        The original's forward, which calls it, then runs.
+        """
+        for path, kind in self._ditkernels[_BESIDE]:
+            inner = _inner(self, path)
+            if inner is None or watched(inner, kind.forward):
+                return True
+        return False
+
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         """By its two halves, both of which can be imported; the joined class cannot."""
         reduced = super().__reduce_ex__(protocol)
@@ -37,6 +54,22 @@ class Fused(nn.Module):
 
     def _get_name(self) -> str:
         return f"Fused{super()._get_name()}"
+
+
+def _inner(module: nn.Module, path: Sequence[str]) -> nn.Module | None:
+    found: nn.Module | None = module
+    for name in path:
+        found = None if found is None else found._modules.get(name)
+    return found
+
+
+def _beside(module: nn.Module, calls: Sequence[str]) -> tuple[tuple[tuple[str, ...], type[nn.Module]], ...]:
+    """The modules in ``module`` that the paths ``calls`` do not hold, by path, with their classes; lists are never called."""
+    return tuple(
+        (tuple(path.split(".")), type(inner))
+        for path, inner in module.named_modules()
+        if path and not f"{path}.".startswith(tuple(f"{name}." for name in calls)) and not isinstance(inner, nn.ModuleList)
+    )
 
 
 _joined: dict[tuple[type[Fused], type[nn.Module]], type[Fused]] = {}
@@ -77,7 +110,7 @@ def rewire(root: nn.Module, swaps: Sequence[Swap]) -> None:
             module = root.get_submodule(swap.path)
             if isinstance(module, Fused):  # it stands in several places of the model
                 continue
-            setattr(module, SETTINGS, dict(swap.settings))
+            setattr(module, SETTINGS, {**swap.settings, _BESIDE: _beside(module, swap.mixin.calls)})
             undo.callback(unwire, module)
             module.__class__ = fused_class(swap.mixin, type(module))
         undo.pop_all()

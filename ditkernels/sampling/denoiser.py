@@ -96,7 +96,7 @@ def _guided_steps(model: DiT, timesteps: Sequence[float], scale: float, interval
     """For each step, whether it is guided."""
     if scale == 1:
         return [False] * len(timesteps)
-    if model.y_embedder.embedding_table.num_embeddings == model.num_classes:
+    if model.y_embedder.rows == model.num_classes:
         raise ValueError(
             f"guidance_scale: got {scale}, allowed is 1: the model has no null class, as it was made with class_dropout_prob 0"
         )

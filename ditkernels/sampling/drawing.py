@@ -140,7 +140,7 @@ def _check_labels(model: DiT, labels: Tensor | Sequence[int]) -> Tensor:
         raise ValueError(f"labels: got shape {tuple(labels.shape)}, allowed is (B,) with B at least 1")
     if labels.is_floating_point() or labels.dtype == torch.bool:
         raise TypeError(f"labels: got {labels.dtype}, allowed are integers")
-    last = model.y_embedder.embedding_table.num_embeddings - 1
+    last = model.y_embedder.rows - 1
     outside = labels[(labels < 0) | (labels > last)]
     if len(outside):
         raise ValueError(f"labels: got {outside[0].item()}, allowed are 0..{last}")

@@ -47,7 +47,7 @@ def build_model(config: TrainConfig, shape: tuple[int, int, int]) -> DiT:
 
 def model_arguments(model: DiT) -> dict[str, Any]:
     """The arguments that make a DiT of the same shapes, as JSON values."""
-    rows = model.y_embedder.embedding_table.num_embeddings
+    rows = model.y_embedder.rows
     hidden_size = model.x_embedder.proj.weight.shape[0]
     return {
         "input_size": list(model.input_size),

@@ -519,6 +519,5 @@ class Trainer:
         return make_bf16_copies(self.model)
 
     def _check_label_dropout(self) -> None:
-        table, classes = self.model.y_embedder.embedding_table, self.model.num_classes
-        if self.config.label_dropout > 0 and table.num_embeddings == classes:
+        if self.config.label_dropout > 0 and self.model.y_embedder.rows == self.model.num_classes:
             raise ValueError(f"label_dropout: got {self.config.label_dropout}, allowed is 0: the model has no null class")
