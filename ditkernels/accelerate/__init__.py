@@ -6,6 +6,8 @@ parts.py       the fused forwards both share
 proof.py       each part is run beside its own original forward before it is kept
 refusals.py    what keeps a part as it was
 plans.py       what planning a part comes to
+watch.py       attributes that a forward reads, and whether they are what they were
+same.py        which modules are equal, so that one proof holds for all
 swap.py        rewiring by class, and back
 report.py      what was fused, what was left and why
 """
@@ -13,6 +15,7 @@ report.py      what was fused, what was left and why
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from types import ModuleType
 from typing import TextIO
 
@@ -77,7 +80,7 @@ def _plan(model: nn.Module) -> tuple[Report, list[Swap]]:
                 parts.append(Part(path, reason="it is accelerated already"))
                 continue
             for part, found in family.plan(module, blocks):
-                parts.append(Part(".".join(filter(None, (path, part.name))), part.fused, part.reason))
+                parts.append(replace(part, name=".".join(filter(None, (path, part.name)))))
                 swaps.extend(swap.under(path) for swap in found)
     if not parts:
         raise ValueError(_nothing_found(model))

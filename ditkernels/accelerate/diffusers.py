@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from ditkernels import ops
 from ditkernels.accelerate import parts, proof
 from ditkernels.accelerate.parts import Stream
-from ditkernels.accelerate.plans import Found, Planned, found, proven, refuse_around
+from ditkernels.accelerate.plans import Found, Once, Planned, found, joined, proven, refuse_around
 from ditkernels.accelerate.refusals import (
     Refused,
     refuse_intercepted,
@@ -45,7 +46,7 @@ _PROCESSOR = "AttnProcessor2_0"
 class Attention(Fused):
     """Self-attention with separate projections. Masks, contexts and other processors go the original's way."""
 
-    calls = ("to_q", "to_k", "to_v", "to_out.0")
+    called = ("to_q", "to_k", "to_v", "to_out.0")
     to_q: nn.Linear
     to_k: nn.Linear
     to_v: nn.Linear
@@ -61,8 +62,7 @@ class Attention(Fused):
         **options: Any,
     ) -> Tensor:
         default = type(self.processor).__name__ == _PROCESSOR and hidden_states.dim() == 3
-        masked = parts.given(encoder_hidden_states, attention_mask, *options.values())
-        if not default or masked or self._changed_beside():
+        if not default or not self.unchanged() or parts.given(encoder_hidden_states, attention_mask, *options.values()):
             return super().forward(hidden_states, encoder_hidden_states, attention_mask, **options)
         projections = (self.to_q, self.to_k, self.to_v)
         q, k, v = (project(hidden_states).unflatten(-1, (self.heads, -1)) for project in projections)
@@ -72,14 +72,14 @@ class Attention(Fused):
 class PatchEmbed(Fused):
     """Patches and positions in one op. Other sizes than its own go the original's way, which interpolates."""
 
-    calls = ("proj",)
+    read = ("proj",)
     proj: nn.Conv2d
     pos_embed: Tensor
     height: int
     width: int
 
     def forward(self, latent: Tensor) -> Tensor:
-        if not parts.readable(self.proj) or self._changed_beside() or not self._fits(latent):
+        if not parts.readable(self.proj) or not self.unchanged() or not self._fits(latent):
             return super().forward(latent)
         dtype = parts.compute_dtype(latent)
         return ops.patch_embed(latent, self.proj.weight, self.proj.bias, self.pos_embed, out_dtype=dtype)
@@ -93,7 +93,8 @@ class PatchEmbed(Fused):
 class Block(Fused):
     """The adaLN-Zero block: two kernels between its products. Takes (B, N, D) or an open stream, and returns the same kind."""
 
-    calls = ("norm1.emb", "norm1.silu", "norm1.linear", "norm1.norm", "norm3", "attn1", "ff")
+    called = ("norm1.emb", "norm1.linear", "norm1.silu", "attn1", "ff")
+    read = ("norm1.norm", "norm3")
     norm1: Any
     norm3: nn.Module
     attn1: nn.Module
@@ -113,7 +114,7 @@ class Block(Fused):
         stream = hidden_states if isinstance(hidden_states, Stream) else Stream(hidden_states)
         context = (attention_mask, encoder_hidden_states, encoder_attention_mask)
         keywords = (cross_attention_kwargs, added_cond_kwargs)
-        if parts.given(*context, *keywords, self._chunk_size) or stream.x.dim() != 3 or self._changed_beside():
+        if parts.given(*context, *keywords) or stream.x.dim() != 3 or not self.unchanged():
             x = parts.plain(stream)
             result = Stream(super().forward(x, *context, timestep, keywords[0], class_labels, keywords[1]))
         else:
@@ -137,7 +138,8 @@ class Block(Fused):
 class Model(Fused):
     """The whole forward, with the residual open between blocks. Checkpointed blocks go the original's way, closed."""
 
-    calls = ("pos_embed", "transformer_blocks", "norm_out", "proj_out_1", "proj_out_2")
+    called = ("pos_embed", "transformer_blocks", "transformer_blocks.0.norm1.emb", "proj_out_1")
+    read = ("norm_out", "proj_out_2")
     pos_embed: nn.Module
     transformer_blocks: Any
     norm_out: nn.Module
@@ -156,9 +158,7 @@ class Model(Fused):
         p = self._ditkernels["patch_size"]
         tokens = (hidden_states.shape[-2] // p) * (hidden_states.shape[-1] // p)
         side = int(tokens**0.5)
-        checkpoints = self.gradient_checkpointing and torch.is_grad_enabled()
-        known = cross_attention_kwargs is None and side * side == tokens
-        if checkpoints or not known or self._changed_beside():
+        if not self.unchanged() or cross_attention_kwargs is not None or side * side != tokens:
             return super().forward(hidden_states, timestep, class_labels, cross_attention_kwargs, return_dict=return_dict)
         stream = Stream(self.pos_embed(hidden_states))
         for block in self.transformer_blocks:
@@ -187,8 +187,10 @@ def plan(root: Any, blocks: str) -> Iterator[Found]:
         swaps += embed[1]
         yield embed
     fused_blocks = 0
+    once, tokens = Once(), _tokens(root)
     for index, block in enumerate(getattr(root, blocks)):
-        for entry in _plan_block(f"{blocks}.{index}", block):
+        planned = once.planned(f"{blocks}.{index}", block, partial(_plan_block, block=block, tokens=tokens))
+        for entry in planned:
             fused_blocks += any(swap.mixin is Block for swap in entry[1])
             yield entry
     yield found("", lambda: _plan_model(root, blocks, swaps, fused_blocks))
@@ -201,17 +203,24 @@ def _plan_embed(embed: Any) -> Planned:
         if not hasattr(embed, name):
             raise Refused(f"it has no {name}")
     p = embed.proj.kernel_size[0]
-    shape = (2, embed.proj.in_channels, embed.height * p, embed.width * p)
-    return ("patch_embed",), proven(embed, [Swap("", PatchEmbed)], lambda draw: ((draw.normal(*shape),), {}))
+    shape = (embed.proj.in_channels, embed.height * p, embed.width * p)
+    inputs: proof.Inputs = lambda draw: ((draw.normal(draw.batch, *shape),), {})  # noqa: E731
+    return ("patch_embed",), proven(embed, [Swap("", PatchEmbed)], inputs)
 
 
-def _plan_block(name: str, block: Any) -> Iterator[Found]:
+def _tokens(root: Any) -> int:
+    """How many tokens the model's blocks are given."""
+    height, width = (getattr(getattr(root, "pos_embed", None), name, None) for name in ("height", "width"))
+    return height * width if isinstance(height, int) and isinstance(width, int) else _TOKENS
+
+
+def _plan_block(name: str, block: Any, tokens: int) -> Iterator[Found]:
     if not is_block(block):
         yield Part(name, reason=f"{type(block).__name__} has not all of {', '.join(_CHILDREN)}"), []
         return
-    yield found(f"{name}.attn1", lambda: _plan_attention(block.attn1))
-    yield Part(f"{name}.ff", reason=f"no op covers it, it is called as it is ({_activation(block.ff)})"), []
-    yield found(name, lambda: _plan_modulation(block))
+    yield found(joined(name, "attn1"), lambda: _plan_attention(block.attn1, tokens))
+    yield Part(joined(name, "ff"), reason=f"no op covers it, it is called as it is ({_activation(block.ff)})"), []
+    yield found(name, lambda: _plan_modulation(block, tokens))
 
 
 def _activation(ff: Any) -> str:
@@ -219,7 +228,7 @@ def _activation(ff: Any) -> str:
     return f"{type(first).__name__}, approximate={getattr(first, 'approximate', None)!r}"
 
 
-def _plan_attention(attn: Any) -> Planned:
+def _plan_attention(attn: Any, tokens: int) -> Planned:
     refuse_intercepted(attn)
     refuse_random(attn)
     processor = type(getattr(attn, "processor", None)).__name__
@@ -229,11 +238,11 @@ def _plan_attention(attn: Any) -> Planned:
         require_plain(name, getattr(attn, name, nn.Identity()), nn.Linear)
     require_plain("to_out.0", attn.to_out[0], nn.Linear)
     width = attn.to_q.in_features
-    swap = Swap("", Attention)
-    return ("attention",), proven(attn, [swap], lambda draw: ((draw.normal(3, _TOKENS, width),), {}))
+    inputs: proof.Inputs = lambda draw: ((draw.normal(draw.batch, draw.tokens, width),), {})  # noqa: E731
+    return ("attention",), proven(attn, [Swap("", Attention)], inputs, tokens=tokens)
 
 
-def _plan_modulation(block: Any) -> Planned:
+def _plan_modulation(block: Any, tokens: int) -> Planned:
     refuse_intercepted(block)
     refuse_random(block)
     for name in ("attn2", "norm2", "pos_embed", "fuser"):
@@ -245,11 +254,14 @@ def _plan_modulation(block: Any) -> Planned:
     classes = _classes(block)
 
     def inputs(draw: proof.Draw) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        conditions = {"timestep": draw.integers(1000, 3), "class_labels": draw.integers(classes, 3)}
-        return (draw.rows(3, _TOKENS, width),), conditions
+        return (draw.rows(draw.batch, draw.tokens, width),), _conditions(draw, classes)
 
     swap = Swap("", Block, {"norms": kinds})
-    return ("modulate_norm", "gated_residual_norm", "gated_residual"), proven(block, [swap], inputs)
+    return ("modulate_norm", "gated_residual_norm", "gated_residual"), proven(block, [swap], inputs, tokens=tokens)
+
+
+def _conditions(draw: proof.Draw, classes: int) -> dict[str, Tensor]:
+    return {"timestep": draw.integers(1000, draw.batch), "class_labels": draw.integers(classes, draw.batch)}
 
 
 def _classes(block: Any) -> int:
@@ -324,8 +336,7 @@ def _trial(root: Any) -> tuple[proof.Inputs, dict[int, nn.Module]]:
     def inputs(draw: proof.Draw) -> tuple[tuple[Any, ...], dict[str, Any]]:
         for probe in probes:
             probe.calls = 0
-        latents = draw.normal(3, embed.proj.in_channels, *size)
-        conditions = {"timestep": draw.integers(1000, 3), "class_labels": draw.integers(classes, 3)}
-        return (latents,), conditions
+        latents = draw.normal(draw.batch, embed.proj.in_channels, *size)
+        return (latents,), _conditions(draw, classes)
 
     return inputs, {id(blocks): nn.ModuleList(probes)}

@@ -84,6 +84,13 @@ def plain(stream: Stream) -> Tensor:
     return closed(promoted(stream))
 
 
+def fits(x: Any, c: Any) -> bool:
+    """Whether the ops take a modulation of x by c: (B, N, D) and (B, D)."""
+    if not isinstance(c, Tensor) or x.dim() != 3 or c.dim() != 2:
+        return False
+    return reference.same_size(c.shape[0], x.shape[0])
+
+
 def through(block: nn.Module, stream: Stream, *args: Any, **kwargs: Any) -> Stream:
     """One block on an open stream; a block that was left as it was, or that somebody watches, gets and gives tensors."""
     if carries_stream(block):
@@ -115,14 +122,16 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 class PackedAttention(Fused):
     """timm's self-attention: ``qkv``, ``proj``. A call with a mask takes the original's way."""
 
-    calls = ("qkv", "proj")
+    called = ("qkv", "proj")
     qkv: nn.Linear
     proj: nn.Linear
     num_heads: int
 
-    def forward(self, x: Tensor, *rest: Any, **options: Any) -> Tensor:
-        if given(*rest, *options.values()) or self._changed_beside():
-            return super().forward(x, *rest, **options)
+    def forward(self, *args: Any, **options: Any) -> Tensor:
+        proven = self.proven_arguments(args, options)
+        if proven is None or proven[0].dim() != 3 or not self.unchanged():
+            return super().forward(*args, **options)
+        (x,) = proven
         qkv, bias = product_with_bias(self.qkv, x)
         return self.proj(ops.attention(qkv.unflatten(-1, (3, self.num_heads, -1)), bias=bias))
 
@@ -130,18 +139,18 @@ class PackedAttention(Fused):
 class NormedAttention(Fused):
     """As ``PackedAttention``, with norms of q and k, and, as in LightningDiT, rotary positions given in the call."""
 
-    calls = ("qkv", "q_norm", "k_norm", "proj")
+    called = ("qkv", "q_norm", "k_norm", "proj")
     qkv: nn.Linear
     q_norm: nn.Module
     k_norm: nn.Module
     proj: nn.Linear
     num_heads: int
 
-    def forward(self, x: Tensor, rope: Any = None, *rest: Any, **options: Any) -> Tensor:
-        unknown = rope is not None and not self._ditkernels["rope"]
-        if unknown or given(*rest, *options.values()) or self._changed_beside():
-            arguments = () if rope is None else (rope,)
-            return super().forward(x, *arguments, *rest, **options)
+    def forward(self, *args: Any, **options: Any) -> Tensor:
+        proven = self.proven_arguments(args, options)
+        if proven is None or proven[0].dim() != 3 or None in proven[1:] or not self.unchanged():
+            return super().forward(*args, **options)
+        x, rope = (*proven, None)[:2]
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
         q, k = self.q_norm(q), self.k_norm(k)
         if rope is not None:
@@ -169,15 +178,16 @@ def check_attention(attn: Any) -> bool:
 class PatchEmbed(Fused):
     """timm's patch embedding, with the positions if they are given. Other image sizes than its own go the original's way."""
 
-    calls = ("proj",)
+    read = ("proj",)
     proj: nn.Conv2d
     img_size: tuple[int, int] | None
 
-    def forward(self, x: Tensor, pos_embed: Tensor | None = None) -> Tensor:
-        if not self._fits(x) or not readable(self.proj) or self._changed_beside():
-            tokens = super().forward(x)
-            return tokens if pos_embed is None else tokens + pos_embed
-        return ops.patch_embed(x, self.proj.weight, self.proj.bias, pos_embed)
+    def forward(self, *args: Any, ditkernels_positions: Tensor | None = None, **options: Any) -> Tensor:
+        proven = self.proven_arguments(args, options)
+        if proven is None or not self._fits(*proven) or not readable(self.proj) or not self.unchanged():
+            tokens = super().forward(*args, **options)
+            return tokens if ditkernels_positions is None else tokens + ditkernels_positions
+        return ops.patch_embed(proven[0], self.proj.weight, self.proj.bias, ditkernels_positions)
 
     def _fits(self, x: Tensor) -> bool:
         size = self.img_size

@@ -2,22 +2,27 @@
 
 On a deep copy, so that the model's weights, modes and the state of every generator stay untouched. The copy's weights are drawn at
 random, because adaLN-Zero starts where nothing shows. Compared are outputs and the gradients of every input and every parameter,
-in evaluation and in training mode, twice: at the widest dtype the original runs in, which shows a different formula, and at the
-model's own dtype on its own device, which shows kernels that fail there.
+the structure of the result with its dtypes, and what is left in every random generator. In evaluation and in training mode, with
+one sample and with several, at the widest dtype the original runs in, which shows a different formula; and at the model's own dtype
+on its own device, which shows kernels that fail there. The token count is the model's own, for the sake of tables made for it, and
+then two others.
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
+import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ditkernels.accelerate.refusals import FAULTS, Refused
 from ditkernels.accelerate.swap import Fused, Swap, rewire, unwire
+from ditkernels.accelerate.watch import Trace, is_plain
 from ditkernels.files import first_line
 from ditkernels.ops.dispatch import use_backend
 
@@ -37,15 +42,46 @@ gradient of zero."""
 
 _OF_PARAMETER = "gradient of parameter "
 
+FEW_TOKENS, MORE_TOKENS = 7, 3
+"""Other token counts: this one, and the model's own and so many more."""
+
 Inputs = Callable[["Draw"], tuple[tuple[Any, ...], dict[str, Any]]]
 Results = dict[str, Tensor]
 
 
-class Draw:
-    """Random inputs of one run, the same for the original and the rewired part, and for every dtype."""
+class Setting(NamedTuple):
+    """How a part is run: in which mode, on how many samples of how many tokens, and whether backward follows."""
 
-    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
+    training: bool = False
+    batch: int = 3
+    tokens: int = 0
+    gradients: bool = True
+
+
+class Outcome(NamedTuple):
+    """What a run comes to.
+
+    Attributes:
+        results: outputs, and gradients where these were asked for.
+        structure: the result's types in words, tensors with their dtypes.
+        generators: the state of each random generator afterwards, by the name of its library.
+    """
+
+    results: Results
+    structure: str
+    generators: dict[str, Any]
+
+
+class Draw:
+    """Random inputs of one run, the same for the original and the rewired part, and for every dtype.
+
+    Attributes:
+        batch, tokens: how many samples of how many tokens to draw.
+    """
+
+    def __init__(self, dtype: torch.dtype, device: torch.device, setting: Setting = Setting()) -> None:  # noqa: B008
         self.dtype, self.device = dtype, device
+        self.batch, self.tokens = setting.batch, setting.tokens
         self._generator = torch.Generator().manual_seed(SEED)
         self.leaves: list[Tensor] = []
 
@@ -66,22 +102,40 @@ class Draw:
         return torch.randint(high, shape, generator=self._generator).to(self.device)
 
 
-def disagreement(
-    module: nn.Module, swaps: Sequence[Swap], inputs: Inputs, stand_ins: Mapping[int, nn.Module] | None = None
-) -> str | None:
-    """Why ``module`` with ``swaps`` carried out cannot be kept, or None if it computes what it did before.
+def prove(
+    module: nn.Module,
+    swaps: Sequence[Swap],
+    inputs: Inputs,
+    stand_ins: Mapping[int, nn.Module] | None = None,
+    tokens: int = 0,
+) -> set[tuple[str, str]]:
+    """Runs a copy of ``module`` as it is and with ``swaps`` carried out; raises Refused where the two differ.
 
     Args:
+        swaps: last that of the module itself.
         inputs: draws the arguments of a call.
         stand_ins: modules to put into the copy in the place of others, by the id of these.
+        tokens: how many tokens the module is given, for inputs that have any.
+
+    Returns:
+        The attributes that the module's own forward read, as ``Trace.read``.
     """
-    try:
-        with _isolated(module):
-            trial = duplicate(module, stand_ins)
-            randomise(trial)
-            return _compare(trial, swaps, inputs)
-    except Refused as refused:
-        return str(refused)
+    with _isolated(module):
+        trial = duplicate(module, stand_ins)
+        randomise(trial)
+        trace = Trace(trial, swaps[-1].mixin.called)
+        reason = _compare(trial, swaps, inputs, trace, tokens)
+    if reason is not None:
+        raise Refused(reason)
+    return trace.read
+
+
+def ran(module: nn.Module, inputs: Inputs, stand_ins: Mapping[int, nn.Module] | None = None) -> Any:
+    """A copy of ``module`` that has run once, with its own forward. Raises Refused where it does not run."""
+    with _isolated(module):
+        trial = duplicate(module, stand_ins)
+        _widest(trial, inputs, Setting())
+    return trial
 
 
 @contextlib.contextmanager
@@ -90,8 +144,13 @@ def _isolated(module: nn.Module) -> Iterator[None]:
     device = device_of(module)
     devices = [device] if device.type == "cuda" else []
     autocast = torch.autocast(device.type, enabled=False)
-    with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng(devices), autocast:
-        yield
+    of_numpy, of_python = np.random.get_state(), random.getstate()
+    try:
+        with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng(devices), autocast:
+            yield
+    finally:
+        np.random.set_state(of_numpy)
+        random.setstate(of_python)
 
 
 def duplicate(module: nn.Module, stand_ins: Mapping[int, nn.Module] | None = None) -> nn.Module:
@@ -112,10 +171,21 @@ def device_of(module: nn.Module) -> torch.device:
 
 def _seed(device: torch.device) -> None:
     """Of the CPU and of this device alone; torch.manual_seed would reach generators that nobody puts back."""
+    random.seed(SEED)
+    np.random.seed(SEED)
     torch.default_generator.manual_seed(SEED)
     if device.type == "cuda":
         index = torch.cuda.current_device() if device.index is None else device.index
         torch.cuda.default_generators[index].manual_seed(SEED)
+
+
+def _generators(device: torch.device) -> dict[str, Any]:
+    """The state of every random generator, comparable."""
+    of_numpy = [item.tobytes() if isinstance(item, np.ndarray) else item for item in np.random.get_state()]
+    states = {"torch": torch.get_rng_state().numpy().tobytes(), "numpy": of_numpy, "Python": random.getstate()}
+    if device.type == "cuda":
+        states["torch on the device"] = torch.cuda.get_rng_state(device).numpy().tobytes()
+    return states
 
 
 def dtype_of(module: nn.Module) -> torch.dtype:
@@ -128,11 +198,16 @@ def moved(module: nn.Module, draw: Draw) -> nn.Module:
     return copy.deepcopy(module).to(draw.device, draw.dtype)
 
 
+def is_ordinary(parameter: Tensor) -> bool:
+    """Whether a trial draws the values of a parameter."""
+    return type(parameter.data) is torch.Tensor and parameter.is_floating_point()
+
+
 def randomise(module: nn.Module) -> None:
     """Draws every ordinary parameter of floating point, and has all of them ask for gradients."""
     generator = torch.Generator().manual_seed(SEED)
     for parameter in module.parameters():
-        if type(parameter.data) is torch.Tensor and parameter.is_floating_point():
+        if is_ordinary(parameter):
             std = parameter.shape[-1] ** -0.5 if parameter.dim() > 1 else 0.5
             drawn = torch.randn(parameter.shape, generator=generator) * std
             with torch.no_grad():
@@ -140,45 +215,61 @@ def randomise(module: nn.Module) -> None:
             parameter.requires_grad_()
 
 
-def _compare(trial: nn.Module, swaps: Sequence[Swap], inputs: Inputs) -> str | None:
+def _compare(trial: nn.Module, swaps: Sequence[Swap], inputs: Inputs, trace: Trace, tokens: int) -> str | None:
+    settings = [Setting(training, batch, tokens) for batch in (3, 1) for training in (False, True)]
     own, low = dtype_of(trial), {}
-    for training in (False, True):
+    for setting in (settings[0], settings[-1]):
         with contextlib.suppress(*FAULTS):  # many a public model runs in bf16 under autocast only
-            low[training] = _run(trial.train(training), inputs, own)
-    got_low = _rewired(trial, swaps, inputs, own, list(low))
-    wide, want = _widest(trial, inputs)
+            low[setting] = _run(trial, inputs, own, setting)
+    got_low = {setting: _rewired(trial, swaps, inputs, own, setting) for setting in low}
     with use_backend("torch", attention="plain"):
-        got = _rewired(trial, swaps, inputs, wide, list(want))
-    for training, results in want.items():
-        reason = _largest_violation(got[training], results, _wide_bounds(results, WIDE_TOLERANCE[wide]))
-        if reason is None and own != wide and training in low:
-            bounds = _own_bounds(results, low[training], torch.finfo(own).eps)
-            reason = _largest_violation(got_low[training], results, bounds)
-            reason = reason and f"in {own}, {reason}"
-        if reason is not None:
-            return reason
+        wide = _widest(trial, inputs, settings[0])
+        for setting in (*settings, *_other_lengths(trial, inputs, wide, tokens)):
+            want = _original(trial, inputs, wide, setting, trace if setting in settings[:2] else None)
+            if trace.written:
+                return f"its own forward writes {', '.join(sorted(trace.written))}, which a fused one would not"
+            reason = _difference(_rewired(trial, swaps, inputs, wide, setting), want, WIDE_TOLERANCE[wide])
+            if reason is None and own != wide and setting in low:
+                reason = _difference_at(own, got_low[setting], low[setting], want.results)
+            if reason is not None:
+                return reason
     return None
 
 
-def _widest(trial: nn.Module, inputs: Inputs) -> tuple[torch.dtype, dict[bool, Results]]:
-    """The results of the original, by training mode, at the widest dtype it runs in."""
+def _widest(trial: nn.Module, inputs: Inputs, setting: Setting) -> torch.dtype:
+    """Brings the trial to the widest dtype that the original runs in."""
     faults = []
     for dtype in WIDE_TOLERANCE:
         try:
-            trial.to(dtype)
-            with use_backend("torch", attention="plain"):
-                return dtype, {mode: _run(trial.train(mode), inputs, dtype) for mode in (False, True)}
-        except FAULTS as fault:
-            faults.append(f"{type(fault).__name__}: {first_line(fault)}")
-    raise Refused(f"its own forward does not run on random input ({faults[-1]})")
+            _original(trial.to(dtype), inputs, dtype, setting._replace(gradients=False))
+            return dtype
+        except Refused as fault:
+            faults.append(fault)
+    raise faults[-1]
 
 
-def _rewired(
-    trial: nn.Module, swaps: Sequence[Swap], inputs: Inputs, dtype: torch.dtype, modes: Sequence[bool]
-) -> dict[bool, Results]:
+def _other_lengths(trial: nn.Module, inputs: Inputs, dtype: torch.dtype, tokens: int) -> list[Setting]:
+    """Other token counts that the original runs on: a part may well be made for its own alone."""
+    found = []
+    for count in (FEW_TOKENS, tokens + MORE_TOKENS) if tokens else ():
+        setting = Setting(False, 1, count, gradients=False)
+        with contextlib.suppress(Refused):
+            _original(trial, inputs, dtype, setting)
+            found.append(setting)
+    return found
+
+
+def _original(trial: nn.Module, inputs: Inputs, dtype: torch.dtype, setting: Setting, trace: Trace | None = None) -> Outcome:
+    try:
+        return _run(trial, inputs, dtype, setting, trace)
+    except FAULTS as fault:
+        raise Refused(f"its own forward does not run on random input ({type(fault).__name__}: {first_line(fault)})") from fault
+
+
+def _rewired(trial: nn.Module, swaps: Sequence[Swap], inputs: Inputs, dtype: torch.dtype, setting: Setting) -> Outcome:
     try:
         rewire(trial, swaps)
-        return {mode: _run(trial.train(mode), inputs, dtype) for mode in modes}
+        return _run(trial, inputs, dtype, setting)
     except FAULTS as fault:
         raise Refused(f"the fused forward fails ({type(fault).__name__}: {first_line(fault)})") from fault
     finally:
@@ -187,21 +278,66 @@ def _rewired(
                 unwire(module)
 
 
-def _run(module: nn.Module, inputs: Inputs, dtype: torch.dtype) -> Results:
-    """Outputs, and the gradients of every input and parameter, for random cotangents."""
+def _run(module: nn.Module, inputs: Inputs, dtype: torch.dtype, setting: Setting, trace: Trace | None = None) -> Outcome:
     device = device_of(module)
-    draw = Draw(dtype, device)
+    module.train(setting.training)
+    draw = Draw(dtype, device, setting)
     args, kwargs = inputs(draw)
     _seed(device)
-    outputs = tensors_in(module(*args, **kwargs))
+    with trace() if trace else contextlib.nullcontext(), torch.set_grad_enabled(setting.gradients):
+        result = module(*args, **kwargs)
+    generators = _generators(device)
+    outputs = tensors_in(result)
     if not outputs:
         raise Refused("its own forward returns no tensor")
     results = {f"output {i}": value.detach() for i, value in enumerate(outputs)}
+    if setting.gradients:
+        results |= _gradients(module, draw, outputs)
+    return Outcome(results, structure(result), generators)
+
+
+def _gradients(module: nn.Module, draw: Draw, outputs: Sequence[Tensor]) -> Results:
     leaves = {f"gradient of argument {i}": leaf for i, leaf in enumerate(draw.leaves)}
     leaves |= {f"{_OF_PARAMETER}{n}": p for n, p in module.named_parameters() if p.requires_grad}
     cotangents = [draw.normal(*value.shape).detach().to(value.dtype) for value in outputs]
     grads = torch.autograd.grad(outputs, list(leaves.values()), cotangents, allow_unused=True)
-    return results | {name: grad for name, grad in zip(leaves, grads) if grad is not None}
+    return {name: grad for name, grad in zip(leaves, grads) if grad is not None}
+
+
+def structure(value: Any) -> str:
+    """A result's types in words: tensors with their dtypes, the items of containers, plain values as they are."""
+    if isinstance(value, Tensor):
+        return f"a tensor of {str(value.dtype).removeprefix('torch.')}"
+    kind = type(value).__name__
+    if isinstance(value, Mapping):
+        return f"{kind}({', '.join(f'{key}: {structure(item)}' for key, item in value.items())})"
+    if isinstance(value, (tuple, list)):
+        return f"{kind}({', '.join(map(structure, value))})"
+    return repr(value) if is_plain(value) else kind
+
+
+def shape_in_words(value: Any) -> str:
+    """What a value is, a tensor with its shape."""
+    return f"a tensor {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+
+
+def _difference(got: Outcome, want: Outcome, tolerance: float) -> str | None:
+    drawn = [name for name, state in want.generators.items() if got.generators[name] != state]
+    if drawn:
+        return f"its own forward draws random numbers ({', '.join(drawn)}) that a fused one would not"
+    return _other_structure(got, want) or _largest_violation(got.results, want.results, _wide_bounds(want.results, tolerance))
+
+
+def _difference_at(own: torch.dtype, got: Outcome, low: Outcome, ideal: Results) -> str | None:
+    """How a run at the model's own dtype differs from the original's there, which errs as well."""
+    bounds = _own_bounds(ideal, low.results, torch.finfo(own).eps)
+    reason = _other_structure(got, low) or _largest_violation(got.results, ideal, bounds)
+    return reason and f"in {own}, {reason}"
+
+
+def _other_structure(got: Outcome, want: Outcome) -> str | None:
+    same = got.structure == want.structure
+    return None if same else f"its own forward returns {want.structure}, the fused one {got.structure}"
 
 
 def tensors_in(value: Any) -> list[Tensor]:

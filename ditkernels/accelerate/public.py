@@ -13,15 +13,15 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ditkernels import ops
 from ditkernels.accelerate import parts, proof
 from ditkernels.accelerate.parts import Stream
-from ditkernels.accelerate.plans import Found, Planned, found, proven, refuse_around
+from ditkernels.accelerate.plans import Found, Once, Planned, found, joined, proven, refuse_around
 from ditkernels.accelerate.refusals import (
     Refused,
     refuse_intercepted,
@@ -29,7 +29,8 @@ from ditkernels.accelerate.refusals import (
     require_children,
 )
 from ditkernels.accelerate.report import Part
-from ditkernels.accelerate.swap import Fused, Swap
+from ditkernels.accelerate.swap import SIGNATURE, Fused, Signature, Swap
+from ditkernels.accelerate.watch import is_plain
 from ditkernels.models import carries_stream, kept_alone, watched
 from ditkernels.ops import dispatch
 
@@ -44,23 +45,33 @@ _TOKENS = 7
 class Block(Fused):
     """The adaLN-Zero block: two kernels between its products. Takes x (B, N, D) or an open stream, and returns the same kind."""
 
-    calls = _CHILDREN
+    called = ("attn", "mlp", "adaLN_modulation")
+    read = ("norm1", "norm2")
     norm1: nn.Module
     attn: nn.Module
     norm2: nn.Module
     mlp: nn.Module
     adaLN_modulation: nn.Module
 
-    def forward(self, x: Tensor | Stream, c: Tensor, *rest: Any, **options: Any) -> Any:
-        stream = x if isinstance(x, Stream) else Stream(x)
-        rope = [*rest, *options.values()]
-        if given_more_than_rope(rope, self._ditkernels) or self._changed_beside():
-            result = Stream(super().forward(parts.plain(stream), c, *rest, **options))
-        else:
-            result = self._opened(stream, c, *rope)
-        return result if isinstance(x, Stream) else parts.plain(result)
+    def forward(self, *args: Any, **options: Any) -> Any:
+        opened = bool(args) and isinstance(args[0], Stream)
+        proven = self._proven(args, options)
+        if proven is None:
+            closed = (parts.plain(args[0]), *args[1:]) if opened else args
+            result = super().forward(*closed, **options)
+            return Stream(result) if opened else result
+        stream = self._opened(*proven)
+        return stream if opened else parts.plain(stream)
 
     streaming = forward
+
+    def _proven(self, args: tuple[Any, ...], options: dict[str, Any]) -> tuple[Any, ...] | None:
+        """The stream, c and, if there is one, the rotary embedding; None outside of what was proven."""
+        proven = self.proven_arguments(args, options)
+        if proven is None or None in proven[2:] or not self.unchanged():
+            return None
+        stream = proven[0] if isinstance(proven[0], Stream) else Stream(proven[0])
+        return (stream, *proven[1:]) if parts.fits(stream.x, proven[1]) else None
 
     def _opened(self, stream: Stream, c: Tensor, *rope: Any) -> Stream:
         kinds = self._ditkernels["norms"]
@@ -78,32 +89,30 @@ class Block(Fused):
         return (None, *vectors[:2]), (None, *vectors[2:])
 
 
-def given_more_than_rope(rest: list[Any], settings: dict[str, Any]) -> bool:
-    """Whether a block is called with arguments that its fused forward was not proven with."""
-    return len(rest) > 1 or (not settings["rope"] and parts.given(*rest))
-
-
 class FinalLayer(Fused):
     """Norm and modulation in one kernel, then the linear; given a stream and the grid, all of it and unpatchify in one."""
 
-    calls = ("norm_final", "linear", "adaLN_modulation")
+    called = ("adaLN_modulation", "linear")
+    read = ("norm_final",)
     norm_final: nn.Module
     linear: nn.Linear
     adaLN_modulation: nn.Module
 
-    def forward(self, x: Tensor | Stream, c: Tensor, grid: tuple[int, int] | None = None, patch_size: int = 0) -> Tensor:
-        stream = x if isinstance(x, Stream) else Stream(x)
-        if self._changed_beside():
-            tokens = super().forward(parts.plain(stream), c)
-            return tokens if grid is None else ops.unpatchify(tokens, grid=grid, patch_size=patch_size)
+    def forward(self, *args: Any, **options: Any) -> Any:
+        if isinstance(args[0] if args else None, Stream):
+            return self._finished(*args)
+        proven = self.proven_arguments(args, options)
+        if proven is None or not parts.fits(*proven) or not self.unchanged():
+            return super().forward(*args, **options)
+        x, c = proven
         shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
-        scale = kept_alone(scale)
-        kind = self._ditkernels["norm"]
-        if grid is not None:
-            end = (self.linear, grid, patch_size, self.norm_final, kind)
-            return parts.finished(stream, shift, scale, *end)
-        _, h = parts.normed(stream, self.norm_final, kind, shift, scale)
+        _, h = parts.normed(Stream(x), self.norm_final, self._ditkernels["norm"], shift, kept_alone(scale))
         return self.linear(h)
+
+    def _finished(self, stream: Stream, c: Tensor, grid: tuple[int, int], patch_size: int) -> Tensor:
+        shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
+        end = (self.linear, grid, patch_size, self.norm_final, self._ditkernels["norm"])
+        return parts.finished(stream, shift, kept_alone(scale), *end)
 
     streaming = forward
 
@@ -111,7 +120,7 @@ class FinalLayer(Fused):
 class Model(Fused):
     """The whole forward, with the residual open between blocks. Checkpointed blocks go the original's way, closed."""
 
-    calls = ("x_embedder", "t_embedder", "y_embedder", "blocks", "final_layer", "feat_rope")
+    called = ("x_embedder", "t_embedder", "y_embedder", "feat_rope", "blocks", "final_layer")
     x_embedder: nn.Module
     t_embedder: nn.Module
     y_embedder: nn.Module
@@ -120,29 +129,40 @@ class Model(Fused):
     pos_embed: Tensor
     unpatchify: Any
 
-    def forward(self, x: Tensor, t: Any = None, y: Any = None, *rest: Any, **options: Any) -> Any:
-        dispatch.refuse_kinds("accelerated model", x)
-        flags = (getattr(self, name, False) for name in ("use_checkpoint", "gradient_checkpointing"))
-        if t is None or y is None or rest or options or any(flags) or self._changed_beside():
-            supplied = [value for value in (t, y) if value is not None]
-            return super().forward(x, *supplied, *rest, **options)
+    def forward(self, *args: Any, **options: Any) -> Any:
+        dispatch.refuse_kinds("accelerated model", *args[:1])
+        proven = self.proven_arguments(args, options)
+        if proven is None or not self._fits(*proven) or not self.unchanged():
+            return super().forward(*args, **options)
+        x, t, y = proven
         settings = self._ditkernels
         stream = Stream(self._tokens(x))
         training = (self.training,) if settings["train_argument"] else ()
         c = self.t_embedder(t) + self.y_embedder(y, *training)
-        rope = (self.feat_rope,) if settings["rope"] else ()
+        rest, named = settings["further"]
+        rope = self.feat_rope if settings["rope"] else None
+        further = [rope if is_rope else None for is_rope in rest]
+        keywords = {name: rope if is_rope else None for name, is_rope in named}
         for block in self.blocks:
-            stream = parts.through(block, stream, c, *rope)
+            stream = parts.through(block, stream, c, *further, **keywords)
         image = self._image(stream, c, x.shape)
         return image.chunk(2, dim=1)[0] if settings["half"] else image
 
+    def _fits(self, x: Any, t: Any, y: Any) -> bool:
+        """Whether these are images of the size that was proven, and a timestep and a label for each."""
+        if not all(isinstance(value, Tensor) for value in (x, t, y)) or t.dim() != 1 or y.dim() != 1:
+            return False
+        return x.dim() == 4 and tuple(x.shape[1:]) == self._ditkernels["image"]
+
     def _tokens(self, x: Tensor) -> Tensor:
         if not watched(self.x_embedder, parts.PatchEmbed.forward):
-            return self.x_embedder(x, self.pos_embed)
+            return self.x_embedder(x, ditkernels_positions=self.pos_embed)
         return self.x_embedder(x) + self.pos_embed
 
     def _image(self, stream: Stream, c: Tensor, shape: torch.Size) -> Tensor:
-        if not self._ditkernels["patch_size"] or not carries_stream(self.final_layer):
+        last: Any = self.final_layer
+        as_one = self._ditkernels["patch_size"] and carries_stream(last) and parts.fits(stream.x, c) and last.unchanged()
+        if not as_one:
             return self.unpatchify(self.final_layer(parts.plain(stream), c))
         p = self._ditkernels["patch_size"]
         return self.final_layer(stream, c, (shape[2] // p, shape[3] // p), p)
@@ -162,32 +182,44 @@ def plan(root: Any, blocks: str) -> Iterator[Found]:
     if embed:
         yield embed
     seen: set[int] = set()
+    once, tokens = Once(), _tokens(root)
     fused_blocks = 0
     for index, block in enumerate(getattr(root, blocks)):
         if id(block) not in seen:
             seen.add(id(block))
-            for entry in _plan_block(f"{blocks}.{index}", block, rope):
+            planned = once.planned(f"{blocks}.{index}", block, partial(_plan_block, block=block, rope=rope, tokens=tokens))
+            for entry in planned:
                 fused_blocks += any(swap.mixin is Block for swap in entry[1])
                 yield entry
-    final = found("final_layer", lambda: _plan_final(root)) if hasattr(root, "final_layer") else None
+    final = found("final_layer", lambda: _plan_final(root, tokens)) if hasattr(root, "final_layer") else None
     if final:
         yield final
     swaps = [swap for entry in (embed, final) if entry for swap in entry[1]]
     yield found("", lambda: _plan_model(root, blocks, swaps, fused_blocks))
 
 
-def _plan_attention(attn: Any, rope: Any) -> Planned:
+def _tokens(root: Any) -> int:
+    """How many tokens the model's blocks are given: a table of positions or the patches of its images tell."""
+    positions = getattr(root, "pos_embed", None)
+    if isinstance(positions, Tensor) and positions.dim() == 3:
+        return positions.shape[1]
+    count = getattr(getattr(root, "x_embedder", None), "num_patches", None)
+    return count if isinstance(count, int) else _TOKENS
+
+
+def _plan_attention(attn: Any, rope: Any, tokens: int) -> Planned:
     refuse_intercepted(attn)
     refuse_random(attn)
     normed = parts.check_attention(attn)
     width, rotary = attn.qkv.in_features, rope is not None and _takes(attn, "rope")
-    length = _rope_length(rope) if rotary else _TOKENS
+    length = _rope_length(rope, tokens) if rotary else tokens
 
     def inputs(draw: proof.Draw) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        return (draw.normal(3, length, width), *_moved(rope if rotary else None, draw)), {}
+        return (draw.normal(draw.batch, draw.tokens, width), *_moved(rope if rotary else None, draw)), {}
 
     mixin = parts.NormedAttention if normed or rotary else parts.PackedAttention
-    return ("attention",), proven(attn, [Swap("", mixin, {"rope": rotary})], inputs)
+    swap = Swap("", mixin, {SIGNATURE: Signature.of(attn, 1 + rotary)})
+    return ("attention",), proven(attn, [swap], inputs, tokens=length)
 
 
 def _takes(module: nn.Module, name: str) -> bool:
@@ -206,18 +238,19 @@ def _plan_embed(root: Any) -> Planned:
     if size is None:
         raise Refused("it has no img_size")
     channels = embed.proj.in_channels
-    inputs: proof.Inputs = lambda draw: ((draw.normal(2, channels, *size),), {})  # noqa: E731
-    return ("patch_embed",), proven(embed, [Swap("", parts.PatchEmbed)], inputs)
+    inputs: proof.Inputs = lambda draw: ((draw.normal(draw.batch, channels, *size),), {})  # noqa: E731
+    swap = Swap("", parts.PatchEmbed, {SIGNATURE: Signature.of(embed, 1)})
+    return ("patch_embed",), proven(embed, [swap], inputs)
 
 
-def _plan_block(name: str, block: Any, rope: Any) -> Iterator[Found]:
+def _plan_block(name: str, block: Any, rope: Any, tokens: int) -> Iterator[Found]:
     if not is_block(block):
         missing = ", ".join(c for c in _CHILDREN if not isinstance(getattr(block, c, None), nn.Module))
         yield Part(name, reason=f"{type(block).__name__} has no {missing}"), []
         return
-    yield found(f"{name}.attn", lambda: _plan_attention(block.attn, rope))
-    yield Part(f"{name}.mlp", reason=f"no op covers it, it is called as it is ({_described(block.mlp)})"), []
-    yield found(name, lambda: _plan_modulation(block, rope))
+    yield found(joined(name, "attn"), lambda: _plan_attention(block.attn, rope, tokens))
+    yield Part(joined(name, "mlp"), reason=f"no op covers it, it is called as it is ({_described(block.mlp)})"), []
+    yield found(name, lambda: _plan_modulation(block, rope, tokens))
 
 
 def _described(mlp: Any) -> str:
@@ -225,7 +258,7 @@ def _described(mlp: Any) -> str:
     return f"{type(mlp).__name__}: {inner}" if inner else type(mlp).__name__
 
 
-def _plan_modulation(block: Any, rope: Any) -> Planned:
+def _plan_modulation(block: Any, rope: Any, tokens: int) -> Planned:
     refuse_intercepted(block)
     refuse_random(block)
     width = _width(block.adaLN_modulation)
@@ -234,14 +267,15 @@ def _plan_modulation(block: Any, rope: Any) -> Planned:
         raise Refused(f"adaLN_modulation gives {chunks} vectors, known are 6 and, without shifts, 4")
     takes_rope = rope is not None and _takes(block, "feat_rope")
     norms = tuple(parts.kind_of_norm(key, getattr(block, key), width) for key in ("norm1", "norm2"))
-    length = _rope_length(rope) if takes_rope else _TOKENS
+    length = _rope_length(rope, tokens) if takes_rope else tokens
 
     def inputs(draw: proof.Draw) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        arguments = (draw.rows(3, length, width), draw.normal(3, width))
+        arguments = (draw.rows(draw.batch, draw.tokens, width), draw.normal(draw.batch, width))
         return (*arguments, *_moved(rope if takes_rope else None, draw)), {}
 
-    swap = Swap("", Block, {"norms": norms, "shifts": chunks == 6, "rope": takes_rope})
-    return ("modulate_norm", "gated_residual_norm", "gated_residual"), proven(block, [swap], inputs)
+    signature = Signature.of(block, 2 + takes_rope)
+    swap = Swap("", Block, {"norms": norms, "shifts": chunks == 6, SIGNATURE: signature})
+    return ("modulate_norm", "gated_residual_norm", "gated_residual"), proven(block, [swap], inputs, tokens=length)
 
 
 def _linears(module: nn.Module) -> list[Any]:
@@ -259,20 +293,24 @@ def _out_features(modulation: Any) -> int:
     return max(int(linear.out_features) for linear in _linears(modulation))
 
 
-def _rope_length(rope: Any) -> int:
+def _rope_length(rope: Any, otherwise: int) -> int:
     """Tokens a rotary embedding is made for: the rows of its tables."""
-    return next((b.shape[0] for b in rope.buffers() if b.dim() == 2), _TOKENS)
+    return next((b.shape[0] for b in rope.buffers() if b.dim() == 2), otherwise)
 
 
-def _plan_final(root: Any) -> Planned:
+def _plan_final(root: Any, tokens: int) -> Planned:
     layer = root.final_layer
     require_children(layer, "norm_final", "linear", "adaLN_modulation")
     refuse_intercepted(layer)
     refuse_random(layer)
     width = _width(layer.adaLN_modulation)
-    swap = Swap("", FinalLayer, {"norm": parts.kind_of_norm("norm_final", layer.norm_final, width)})
-    inputs: proof.Inputs = lambda draw: ((draw.rows(3, _TOKENS, width), draw.normal(3, width)), {})  # noqa: E731
-    return ("modulate_norm",), proven(layer, [swap], inputs)
+    kind = parts.kind_of_norm("norm_final", layer.norm_final, width)
+    swap = Swap("", FinalLayer, {"norm": kind, SIGNATURE: Signature.of(layer, 2)})
+
+    def inputs(draw: proof.Draw) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        return (draw.rows(draw.batch, draw.tokens, width), draw.normal(draw.batch, width)), {}
+
+    return ("modulate_norm",), proven(layer, [swap], inputs, tokens=tokens)
 
 
 # ---- Across blocks ---------------------------------------------------------------------------------------------------
@@ -282,41 +320,92 @@ class ProbeBlock(nn.Module):
     """Stands in for a block while the model's own forward is proven: cheap, different at every depth, and counting its calls.
 
     What the blocks compute is proven block by block; what has to be shown here is that the model runs each of them once, in
-    order, on nothing but the stream and c, and does nothing else with the stream in between.
+    order, on nothing but the stream and c, and does nothing else with the stream in between. The block's plain attributes are here
+    too, for a model that asks for them; asking for anything else of a block is more than a fused model can answer for.
     """
 
-    def __init__(self, width: int, depth: int, rope: bool) -> None:
+    def __init__(self, block: nn.Module, width: int, depth: int) -> None:
         super().__init__()
+        own = vars(nn.Module())
+        held = {name: value for name, value in vars(block).items() if name not in own}
+        vars(self).update({name: value for name, value in held.items() if is_plain(value)})
         self.weight = nn.Parameter(torch.ones(width))
         self.bias = nn.Parameter(torch.ones(width) * depth)
         self.gate = nn.Parameter(torch.ones(width))
-        self.rope = rope
+        self.hidden = (*held, *block._modules, *block._parameters, *block._buffers)
+        self.signature = Signature.of(block, 2)
         self.calls = 0
+        self.further: Further = ((), ())
 
-    def forward(self, x: Tensor | Stream, c: Tensor, *rest: Any) -> Any:
+    def __getattr__(self, name: str) -> Any:
+        if name in vars(self).get("hidden", ()) and name not in self._parameters:
+            raise Refused(f"it reads {name} of a block")
+        return super().__getattr__(name)
+
+    def forward(self, *args: Any, **options: Any) -> Any:
         self.calls += 1
         if self.calls > 1:
             raise Refused("it runs a block more than once, as activation checkpointing does")
-        if parts.given(*rest) != self.rope:
-            raise Refused("it passes its blocks arguments that are not known")
+        for name in self.signature.names[len(args) :]:
+            args = (*args, options.pop(name, None))
+        x, c, *rest = args
         value = parts.plain(x) if isinstance(x, Stream) else x
+        if not isinstance(c, Tensor) or c.dim() != 2:
+            raise Refused(f"it gives its blocks {proof.shape_in_words(c)} for conditioning; the ops take (B, D)")
+        self.further = (tuple(map(_is_rope, rest)), tuple((name, _is_rope(given)) for name, given in options.items()))
         result = Stream(value, torch.tanh(value * self.weight + self.bias), c * self.gate)
         return result if isinstance(x, Stream) else parts.plain(result)
 
     streaming = forward
 
 
+Further = tuple[tuple[bool, ...], tuple[tuple[str, bool], ...]]
+"""What a block is given besides x and c, by position and by name: whether that is the rotary embedding, or else None."""
+
+
+def _is_rope(value: Any) -> bool:
+    if value is not None and not isinstance(value, nn.Module):
+        raise Refused(f"it gives its blocks a further argument, {proof.shape_in_words(value)}")
+    return value is not None
+
+
 def _plan_model(root: Any, blocks: str, swaps: list[Swap], fused_blocks: int) -> Planned:
     refuse_around(root, blocks, "blocks", fused_blocks)
     require_children(root, "x_embedder", "t_embedder", "y_embedder", "final_layer")
+    width, device, dtype = _width(root.blocks[0].adaLN_modulation), proof.device_of(root), proof.dtype_of(root)
+    probes = [ProbeBlock(block, width, depth).to(device, dtype) for depth, block in enumerate(root.blocks)]
+    stand_ins: dict[int, nn.Module] = {id(root.blocks): nn.ModuleList(probes)}
+    image = (_channels(root), *_image_size(root))
+    inputs = _images_and_labels(root, image, probes)
+    settings = {**_model_settings(root, swaps), "image": image, "further": _further(root, inputs, stand_ins)}
     reasons = []
     for half in (False, True):
-        swap = Swap("", Model, {**_model_settings(root, swaps), "half": half})
-        reason = _model_disagreement(root, [*swaps, swap])
-        if reason is None:
-            return ("gated_residual_norm", "final_layer"), [swap]
-        reasons.append(reason)
+        swap = Swap("", Model, {**settings, "half": half})
+        try:
+            return ("gated_residual_norm", "final_layer"), proven(root, [*swaps, swap], inputs, stand_ins)[-1:]
+        except Refused as refused:
+            reasons.append(str(refused))
     raise Refused(min(reasons, key=lambda reason: "has shape" in reason))
+
+
+def _images_and_labels(root: Any, image: tuple[int, int, int], probes: list[ProbeBlock]) -> proof.Inputs:
+    classes = next((m.num_embeddings for m in root.y_embedder.modules() if isinstance(m, nn.Embedding)), 1)
+
+    def inputs(draw: proof.Draw) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        for probe in probes:
+            probe.calls = 0
+        x = draw.normal(draw.batch, *image)
+        return (x, draw.integers(1000, draw.batch), draw.integers(classes, draw.batch)), {}
+
+    return inputs
+
+
+def _further(root: nn.Module, inputs: proof.Inputs, stand_ins: dict[int, nn.Module]) -> Further:
+    """What the model gives its blocks besides x and c. Raises Refused where it does not give all the same."""
+    seen = {probe.further for probe in proof.ran(root, inputs, stand_ins).blocks}
+    if len(seen) != 1:
+        raise Refused("it does not call all of its blocks in the same way")
+    return seen.pop()
 
 
 def _model_settings(root: Any, swaps: list[Swap]) -> dict[str, Any]:
@@ -327,23 +416,8 @@ def _model_settings(root: Any, swaps: list[Swap]) -> dict[str, Any]:
         "train_argument": _takes(root.y_embedder, "train"),
         "rope": getattr(root, "feat_rope", None) is not None,
         "patch_size": root.x_embedder.proj.kernel_size[0] if readable and "x_embedder" in fused else 0,
+        SIGNATURE: Signature.of(root, 3),
     }
-
-
-def _model_disagreement(root: Any, swaps: list[Swap]) -> str | None:
-    size, channels = _image_size(root), _channels(root)
-    classes = next((m.num_embeddings for m in root.y_embedder.modules() if isinstance(m, nn.Embedding)), 1)
-    width, rope = _width(root.blocks[0].adaLN_modulation), getattr(root, "feat_rope", None) is not None
-    device, dtype = proof.device_of(root), proof.dtype_of(root)
-    probes = [ProbeBlock(width, depth, rope).to(device, dtype) for depth in range(len(root.blocks))]
-
-    def inputs(draw: proof.Draw) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        for probe in probes:
-            probe.calls = 0
-        x = draw.normal(3, channels, *size)
-        return (x, draw.integers(1000, 3), draw.integers(classes, 3)), {}
-
-    return proof.disagreement(root, swaps, inputs, {id(root.blocks): nn.ModuleList(probes)})
 
 
 def _image_size(root: Any) -> tuple[int, int]:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+import textwrap
 from dataclasses import dataclass
 from itertools import groupby
 
+_WIDTH = 100
 _INDEX = re.compile(r"\.(\d+)(?=\.|$)")
 
 
@@ -17,15 +19,20 @@ class Part:
         name: its path in the model; "" for the model itself.
         fused: the ops it runs now; empty where it was left as it was.
         reason: why it was left; empty where it was fused.
+        watched: attributes, as seen from the part, that its own forward reads; change one, and that forward runs again.
     """
 
     name: str
     fused: tuple[str, ...] = ()
     reason: str = ""
+    watched: tuple[str, ...] = ()
 
     @property
-    def _said(self) -> str:
-        return f"fused: {', '.join(self.fused)}" if self.fused else f"left: {self.reason}"
+    def _said(self) -> tuple[str, ...]:
+        if not self.fused:
+            return (f"left: {self.reason}",)
+        watched = textwrap.wrap(f"watched: {', '.join(self.watched)}", _WIDTH) if self.watched else []
+        return (f"fused: {', '.join(self.fused)}", *watched)
 
 
 @dataclass(frozen=True)
@@ -49,9 +56,10 @@ class Report:
         rows = [(_range([p.name for p in parts]), said) for said, parts in self._runs()]
         width = max((len(name) for name, _ in rows), default=0)
         head = f"ditkernels.accelerate: {self.model}, {len(self.fused)} parts fused, {len(self.left)} left"
-        return "\n".join([head, *(f"  {name:<{width}}  {said}" for name, said in rows)])
+        lines = [(name if first else "", line) for name, said in rows for first, line in zip([True, *[False] * len(said)], said)]
+        return "\n".join([head, *(f"  {name:<{width}}  {line}" for name, line in lines)])
 
-    def _runs(self) -> list[tuple[str, list[Part]]]:
+    def _runs(self) -> list[tuple[tuple[str, ...], list[Part]]]:
         """Parts of the same kind, consecutive in their list and with the same said of them."""
         by_kind: dict[str, list[Part]] = {}
         for part in self.parts:

@@ -7,26 +7,35 @@ libraries write these into checkpoints and sharding policies.
 
 from __future__ import annotations
 
+import inspect
+import itertools
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 from torch import nn
 
+from ditkernels.accelerate.watch import Watched, values_at
 from ditkernels.models import watched
 
 SETTINGS = "_ditkernels"
+WATCHED, SIGNATURE = "watched", "signature"
+"""Settings that every part has once it is proven."""
 _BESIDE = "beside"
 
 
 class Fused(nn.Module):
-    """What every rewired module is an instance of. A subclass gives the forward; ``fused_class`` joins it with the original."""
+    """What every rewired module is an instance of. A subclass gives the forward; ``fused_class`` joins it with the original.
 
-    calls: ClassVar[tuple[str, ...]] = ()
-    """The children, by path, that the fused forward calls, or reads where nobody has changed them."""
+    Attributes:
+        called: the modules in it that the forward calls, by their paths, and need not watch.
+        read: those whose weights it reads, and which it calls where somebody has changed them.
+    """
 
+    called: ClassVar[tuple[str, ...]] = ()
+    read: ClassVar[tuple[str, ...]] = ()
     mixin: ClassVar[type[Fused]]
     original: ClassVar[type[nn.Module]]
     _ditkernels: dict[str, Any]
@@ -36,11 +45,31 @@ class Fused(nn.Module):
         self.__class__ = type(self).original  # type: ignore[assignment]
         self.__init__(*args, **kwargs)  # type: ignore[misc]
 
-    def _changed_beside(self) -> bool:
-        """Whether somebody has changed a module that the fused forward does without, such as a dropout of probability zero.
+    def unchanged(self) -> bool:
+        """Whether all that the original's forward reads, or calls and this one does not, is as it was when the part was proven."""
+        of_then: Watched | None = self._ditkernels.get(WATCHED)
+        return (of_then is None or values_at(self, of_then.places) == of_then.values) and not self._changed_beside()
 
-        The original's forward, which calls it, then runs.
-        """
+    def proven_arguments(self, args: tuple[Any, ...], options: Mapping[str, Any]) -> tuple[Any, ...] | None:
+        """A call's arguments, in the order of the proof's; None where the call gives less than these, or more than defaults."""
+        proven: Signature = self._ditkernels[SIGNATURE]
+        if not options and len(args) == len(proven.names):
+            return args
+        for name in proven.names[len(args) :]:
+            if name not in options:
+                return None
+            args = (*args, options[name])
+        count = len(proven.names)
+        if len(args) - count > len(proven.defaults):
+            return None
+        expected = dict(proven.defaults)
+        further = dict(zip(expected, args[count:])) | {key: value for key, value in options.items() if key not in proven.names}
+        if any(key not in expected or value is not expected[key] for key, value in further.items()):
+            return None
+        return args[:count]
+
+    def _changed_beside(self) -> bool:
+        """Whether somebody has changed a module that the fused forward does without, such as a dropout of probability zero."""
         for path, kind in self._ditkernels[_BESIDE]:
             inner = _inner(self, path)
             if inner is None or watched(inner, kind.forward):
@@ -56,6 +85,23 @@ class Fused(nn.Module):
         return f"Fused{super()._get_name()}"
 
 
+class Signature(NamedTuple):
+    """The parameters of a forward: those that a proof gives, and the further ones with their defaults."""
+
+    names: tuple[str, ...]
+    defaults: tuple[tuple[str, Any], ...]
+
+    @classmethod
+    def of(cls, module: nn.Module, count: int) -> Signature:
+        """Of a module's forward, whose first ``count`` parameters are given."""
+        parameters = list(inspect.signature(module.forward).parameters.values())
+        named = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+        names = [p.name for p in named[:count]]
+        # Only what identity can tell apart.
+        further = itertools.takewhile(lambda p: p.default is None or isinstance(p.default, bool), named[count:])
+        return cls((*names, *[""] * (count - len(names))), tuple((p.name, p.default) for p in further))
+
+
 def _inner(module: nn.Module, path: Sequence[str]) -> nn.Module | None:
     found: nn.Module | None = module
     for name in path:
@@ -63,12 +109,12 @@ def _inner(module: nn.Module, path: Sequence[str]) -> nn.Module | None:
     return found
 
 
-def _beside(module: nn.Module, calls: Sequence[str]) -> tuple[tuple[tuple[str, ...], type[nn.Module]], ...]:
-    """The modules in ``module`` that the paths ``calls`` do not hold, by path, with their classes; lists are never called."""
+def _beside(module: nn.Module, known: Sequence[str]) -> tuple[tuple[tuple[str, ...], type[nn.Module]], ...]:
+    """The modules in ``module`` that the paths ``known`` do not hold, by path, with their classes; lists are never called."""
     return tuple(
         (tuple(path.split(".")), type(inner))
         for path, inner in module.named_modules()
-        if path and not f"{path}.".startswith(tuple(f"{name}." for name in calls)) and not isinstance(inner, nn.ModuleList)
+        if path and not f"{path}.".startswith(tuple(f"{name}." for name in known)) and not isinstance(inner, nn.ModuleList)
     )
 
 
@@ -110,7 +156,7 @@ def rewire(root: nn.Module, swaps: Sequence[Swap]) -> None:
             module = root.get_submodule(swap.path)
             if isinstance(module, Fused):  # it stands in several places of the model
                 continue
-            setattr(module, SETTINGS, {**swap.settings, _BESIDE: _beside(module, swap.mixin.calls)})
+            setattr(module, SETTINGS, {**swap.settings, _BESIDE: _beside(module, (*swap.mixin.called, *swap.mixin.read))})
             undo.callback(unwire, module)
             module.__class__ = fused_class(swap.mixin, type(module))
         undo.pop_all()
