@@ -354,14 +354,32 @@ def test_attributes_of_a_called_child_are_its_own_matter() -> None:
     assert assert_same(fused, plain, *batch()) == FUSED
 
 
-@pytest.mark.parametrize("name, value", [("proj_drop.p", 1.0), ("num_heads", 3)])
-def test_attention_is_watched_too(name: str, value: object) -> None:
+def test_attention_watches_the_dropouts_that_it_passes_over() -> None:
     plain = made().train()
     fused, _ = accelerated(plain)
-    path, _, key = name.rpartition(".")
     for model in (fused, plain):
-        setattr(model.blocks[0].attn.get_submodule(path), key, value)
+        model.blocks[0].attn.proj_drop.p = 1.0
     assert assert_same(fused, plain, *batch()) == FUSED
+
+
+class Rare(Block):
+    """Reads an attribute where no trial comes by."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rarely = 1.0
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        return super().forward(x * self.rarely if c.abs().max() > 1e6 else x, c)
+
+
+def test_what_no_trial_reads_is_watched_by_its_name_in_the_bytecode() -> None:
+    plain = made(Rare)
+    fused, _ = accelerated(plain)
+    assert assert_same(fused, plain, *batch()) == FUSED
+    for model in (fused, plain):
+        model.blocks[0].rarely = 2.0
+    assert assert_same(fused, plain, *batch()) == {"modulate_norm": 1, "gated_residual_norm": 1}
 
 
 def test_copies_watch_their_own_attributes() -> None:
