@@ -54,7 +54,7 @@ class Block(Fused):
     adaLN_modulation: nn.Module
 
     def forward(self, *args: Any, **options: Any) -> Any:
-        opened = bool(args) and isinstance(args[0], Stream)
+        opened = isinstance(args[0] if args else None, Stream)
         proven = self._proven(args, options)
         if proven is None:
             closed = (parts.plain(args[0]), *args[1:]) if opened else args
