@@ -247,23 +247,29 @@ class Mlp(reference.Mlp):
 
     def hidden(self, x: Tensor) -> Tensor:
         """GELU of the first linear, (B, N, 4·D)."""
-        made, bias = product(self.fc1, x)
-        return F.gelu(made, approximate="tanh") if bias is None else ops.bias_gelu(made, bias)
+        return gelu_of(self.fc1, x)
 
     def product(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """What the MLP makes of x, and the bias of fc2 if it is left to be added to it."""
-        if not self._is_one_op(x):
-            return product(self.fc2, self.hidden(x))
-        return ops.mlp(x, self.fc1.weight, self.fc1.bias, self.fc2.weight), self.fc2.bias
+        return mlp_product(self.fc1, self.fc2, x)
 
-    def _is_one_op(self, x: Tensor) -> bool:
-        if not asked_for(x.device):
-            return False
-        if not _taken_apart(self.fc1, x) or not _taken_apart(self.fc2, x):
-            return False
-        hidden, width = self.fc1.weight.shape
-        dtype = compute_dtype(self.fc1.weight)
-        return serves(x.device, dtype, width, hidden, self.fc2.weight.shape[0])
+
+def gelu_of(fc1: nn.Module, x: Tensor) -> Tensor:
+    """tanh-GELU of what a linear makes of x."""
+    made, bias = product(fc1, x)
+    return F.gelu(made, approximate="tanh") if bias is None else ops.bias_gelu(made, bias)
+
+
+def mlp_product(fc1: nn.Module, fc2: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    """What an MLP of two linears makes of x, and the bias of fc2 if it is left to be added to it."""
+    if asked_for(x.device) and _taken_apart(fc1, x) and _taken_apart(fc2, x) and _served_as_one(fc1, fc2, x):
+        return ops.mlp(x, fc1.weight, fc1.bias, fc2.weight), fc2.bias
+    return product(fc2, gelu_of(fc1, x))
+
+
+def _served_as_one(fc1: nn.Linear, fc2: nn.Linear, x: Tensor) -> bool:
+    hidden, width = fc1.weight.shape
+    return serves(x.device, compute_dtype(fc1.weight), width, hidden, fc2.weight.shape[0])
 
 
 class Fused(reference.Block):

@@ -6,6 +6,7 @@ parts.py       the fused forwards both share
 proof.py       each part is run beside its own original forward before it is kept
 refusals.py    what keeps a part as it was
 plans.py       what planning a part comes to
+example.py     what each part is given in a call of the model
 watch.py       attributes that a forward reads, and whether they are what they were
 same.py        which modules are equal, so that one proof holds for all
 swap.py        rewiring by class, and back
@@ -22,9 +23,11 @@ from typing import TextIO
 from torch import nn
 
 from ditkernels.accelerate import diffusers, public
-from ditkernels.accelerate.refusals import refuse_wrapped
+from ditkernels.accelerate.example import Arguments, Calls, captured
+from ditkernels.accelerate.plans import Found
+from ditkernels.accelerate.refusals import Refused, attempted, refuse_wrapped
 from ditkernels.accelerate.report import Part, Report
-from ditkernels.accelerate.swap import Fused, Swap, rewire, unwire
+from ditkernels.accelerate.swap import Fused, Swap, changed_since, rewire, unwire
 from ditkernels.models import DiT
 
 __all__ = ["Part", "Report", "accelerate", "restore"]
@@ -32,54 +35,67 @@ __all__ = ["Part", "Report", "accelerate", "restore"]
 _FAMILIES: tuple[ModuleType, ...] = (public, diffusers)
 
 
-def accelerate(model: nn.Module, *, file: TextIO | None = None) -> Report:
+def accelerate(model: nn.Module, *, example: Arguments | None = None, file: TextIO | None = None) -> Report:
     """Rewires a live DiT in place, so that it runs the fused ops.
 
     Parameters, state dict and signatures stay; outputs and gradients agree to rounding. A part is recognised by its structure, then
     run beside its own forward on random weights and inputs, outputs and gradients, and kept only if they agree; where it would not
     (dropout, hooks, quantised weights, masks, another order of shift and scale), it stays as it was and the report says why. The
-    model's weights, mode and the state of all generators are left alone; an error leaves the model as it was.
+    model's weights, mode and the state of all generators are left alone. Whatever a trial raises, KeyboardInterrupt apart, is the
+    reason of a refusal; nothing is rewired before all of the report stands, and nothing by a call that raises.
 
     Args:
         model: a DiT of facebookresearch/DiT, SiT, LightningDiT or diffusers, or a copy or fork of one, on its device and in its
             dtype; or a module that holds one, such as DDP's or a trainer's. Before FSDP and checkpoint wrappers.
+        example: (args, kwargs) of a call of the model, for one whose inputs cannot be guessed: text in the place of labels, real
+            timesteps, images of a size that it does not tell. The model runs on it once, without gradients, and trials are drawn
+            like what each part was given: real numbers anew, in their shapes; integers, booleans and everything else as they were.
         file: where the report is printed; by default on stdout.
 
     Returns:
         What was fused, and what was left and why.
 
     Raises:
-        ValueError: no DiT was found, or the model is already wrapped in FSDP or checkpoint wrappers.
+        ValueError: no DiT was found; the model is already wrapped in FSDP or checkpoint wrappers; it does not run on ``example``.
     """
     refuse_wrapped(model)
-    report, swaps = _plan(model)
-    rewire(model, swaps)
+    report, swaps = _plan(model, Calls() if example is None else captured(model, example))
     print(report, file=file or sys.stdout)
+    rewire(model, swaps)
     return report
 
 
 def restore(model: nn.Module) -> None:
     """Puts everything back: each module computes, bit for bit, what it did before ``accelerate``.
 
+    Also inside wrappers that were put around the model or its parts since: DDP, ``torch.compile``, ``accelerate.prepare``,
+    checkpoint wrappers. These stay, and run the restored forward.
+
     Raises:
-        ValueError: the model was wrapped in FSDP or checkpoint wrappers since; nothing is changed.
+        ValueError: a module got another class since, as FSDP2 and parametrizations give it; nothing is changed.
     """
-    refuse_wrapped(model)
-    for module in list(model.modules()):
+    modules = list(model.named_modules())
+    for name, module in modules:
+        if changed_since(module):
+            raise ValueError(
+                f"restore: {name or 'the model'} was made a {type(module).__name__} since it was accelerated, as FSDP2 and "
+                "parametrizations do, and would lose that; undo it first, or restore before it"
+            )
+    for _, module in modules:
         unwire(module)
 
 
-def _plan(model: nn.Module) -> tuple[Report, list[Swap]]:
+def _plan(model: nn.Module, calls: Calls) -> tuple[Report, list[Swap]]:
     parts: list[Part] = []
     swaps: list[Swap] = []
     for path, module in list(model.named_modules()):
         if isinstance(module, DiT):
             parts.append(Part(path, reason="it is ditkernels' own DiT, which runs the fused ops as it is"))
-        for family, blocks in _families_of(module):
+        for family, lists in _families_of(module):
             if any(isinstance(inner, Fused) for inner in module.modules()):
                 parts.append(Part(path, reason="it is accelerated already"))
                 continue
-            for part, found in family.plan(module, blocks):
+            for part, found in _planned(family, module, lists, calls):
                 parts.append(replace(part, name=".".join(filter(None, (path, part.name)))))
                 swaps.extend(swap.under(path) for swap in found)
     if not parts:
@@ -87,15 +103,21 @@ def _plan(model: nn.Module) -> tuple[Report, list[Swap]]:
     return Report(type(model).__name__, tuple(parts)), swaps
 
 
-def _families_of(module: nn.Module) -> list[tuple[ModuleType, str]]:
-    """The families whose blocks the module holds in a list of its own, with the name of that list."""
-    return [
-        (family, name)
-        for name, child in module.named_children()
-        if isinstance(child, nn.ModuleList)
-        for family in _FAMILIES
-        if any(family.is_block(block) for block in child)
-    ]
+def _planned(family: ModuleType, module: nn.Module, lists: list[str], calls: Calls) -> list[Found]:
+    """The parts of ``module``, up to one that cannot be looked at."""
+    entries: list[Found] = []
+    try:
+        attempted("the rest cannot be read", lambda: entries.extend(family.plan(module, lists, calls)))
+    except Refused as refused:
+        entries.append((Part("", reason=str(refused)), []))
+    return entries
+
+
+def _families_of(module: nn.Module) -> list[tuple[ModuleType, list[str]]]:
+    """The families whose blocks the module holds in lists of its own, with the names of these lists."""
+    lists = [(name, child) for name, child in module.named_children() if isinstance(child, nn.ModuleList)]
+    of_family = [(family, [name for name, child in lists if any(map(family.is_block, child))]) for family in _FAMILIES]
+    return [(family, names) for family, names in of_family if names]
 
 
 def _nothing_found(model: nn.Module) -> str:

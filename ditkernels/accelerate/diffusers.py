@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -20,8 +20,20 @@ from torch import Tensor, nn
 
 from ditkernels import ops
 from ditkernels.accelerate import parts, proof
+from ditkernels.accelerate.example import Calls
 from ditkernels.accelerate.parts import Stream
-from ditkernels.accelerate.plans import Found, Once, Planned, found, joined, proven, refuse_around
+from ditkernels.accelerate.plans import (
+    WITHOUT_GRADIENTS,
+    Found,
+    Once,
+    Planned,
+    found,
+    joined,
+    plan_mlp,
+    proven,
+    refuse_around,
+    uncompiled,
+)
 from ditkernels.accelerate.refusals import (
     Refused,
     refuse_intercepted,
@@ -36,6 +48,7 @@ from ditkernels.ops import dispatch
 
 SOUGHT = "transformer_blocks of norm1 (with emb and linear), attn1, norm3 and ff (diffusers' DiTTransformer2DModel)"
 _CHILDREN = ("norm1", "attn1", "norm3", "ff")
+_CONDITIONS = ("timestep", "class_labels")
 _TOKENS = 7
 _PROCESSOR = "AttnProcessor2_0"
 
@@ -63,7 +76,7 @@ class Attention(Fused):
     ) -> Tensor:
         default = type(self.processor).__name__ == _PROCESSOR and hidden_states.dim() == 3
         if not default or not self.unchanged() or parts.given(encoder_hidden_states, attention_mask, *options.values()):
-            return super().forward(hidden_states, encoder_hidden_states, attention_mask, **options)
+            return self.as_written(hidden_states, encoder_hidden_states, attention_mask, **options)
         projections = (self.to_q, self.to_k, self.to_v)
         q, k, v = (project(hidden_states).unflatten(-1, (self.heads, -1)) for project in projections)
         return self.to_out[0](parts.attend(q, k, v))
@@ -80,7 +93,7 @@ class PatchEmbed(Fused):
 
     def forward(self, latent: Tensor) -> Tensor:
         if not parts.readable(self.proj) or not self.unchanged() or not self._fits(latent):
-            return super().forward(latent)
+            return self.as_written(latent)
         dtype = parts.compute_dtype(latent)
         return ops.patch_embed(latent, self.proj.weight, self.proj.bias, self.pos_embed, out_dtype=dtype)
 
@@ -116,7 +129,7 @@ class Block(Fused):
         keywords = (cross_attention_kwargs, added_cond_kwargs)
         if parts.given(*context, *keywords) or stream.x.dim() != 3 or not self.unchanged():
             x = parts.plain(stream)
-            result = Stream(super().forward(x, *context, timestep, keywords[0], class_labels, keywords[1]))
+            result = Stream(self.as_written(x, *context, timestep, keywords[0], class_labels, keywords[1]))
         else:
             result = self._opened(stream, timestep, class_labels)
         return result if isinstance(hidden_states, Stream) else parts.plain(result)
@@ -132,7 +145,7 @@ class Block(Fused):
         x, h = parts.normed(stream, self.norm1.norm, kinds[0], shift_msa, scale_msa)
         open_ = Stream(x, self.attn1(h), gate_msa)
         x, h = parts.normed(open_, self.norm3, kinds[1], shift_mlp, scale_mlp)
-        return Stream(x, self.ff(h), gate_mlp)
+        return parts.transformed(self.ff, x, h, gate_mlp)
 
 
 class Model(Fused):
@@ -159,7 +172,7 @@ class Model(Fused):
         tokens = (hidden_states.shape[-2] // p) * (hidden_states.shape[-1] // p)
         side = int(tokens**0.5)
         if not self.unchanged() or cross_attention_kwargs is not None or side * side != tokens:
-            return super().forward(hidden_states, timestep, class_labels, cross_attention_kwargs, return_dict=return_dict)
+            return self.as_written(hidden_states, timestep, class_labels, cross_attention_kwargs, return_dict=return_dict)
         stream = Stream(self.pos_embed(hidden_states))
         for block in self.transformer_blocks:
             stream = parts.through(block, stream, timestep=timestep, class_labels=class_labels)
@@ -174,29 +187,33 @@ class Model(Fused):
 # ---- Recognition -----------------------------------------------------------------------------------------------------
 
 
-def is_block(module: Any) -> bool:
-    children = all(isinstance(getattr(module, name, None), nn.Module) for name in _CHILDREN)
-    return children and all(hasattr(module.norm1, name) for name in ("emb", "linear"))
+def is_block(module: nn.Module) -> bool:
+    _, block = uncompiled("", module)
+    if not all(isinstance(block._modules.get(name), nn.Module) for name in _CHILDREN):
+        return False
+    norm1 = block.get_submodule("norm1")
+    return all(isinstance(norm1._modules.get(name), nn.Module) for name in ("emb", "linear"))
 
 
-def plan(root: Any, blocks: str) -> Iterator[Found]:
-    """Every part of a model of this family, with the swaps that fuse it; ``blocks`` is the attribute that holds the list."""
+def plan(root: Any, lists: Sequence[str], calls: Calls) -> Iterator[Found]:
+    """As ``public.plan``."""
     swaps: list[Swap] = []
-    if isinstance(getattr(root, "pos_embed", None), nn.Module):
-        embed = found("pos_embed", lambda: _plan_embed(root.pos_embed))
+    if isinstance(root._modules.get("pos_embed"), nn.Module):
+        path, part = uncompiled("pos_embed", root.pos_embed)
+        embed = found(path, lambda: _plan_embed(part, calls))
         swaps += embed[1]
         yield embed
     fused_blocks = 0
-    once, tokens = Once(), _tokens(root)
-    for index, block in enumerate(getattr(root, blocks)):
-        planned = once.planned(f"{blocks}.{index}", block, partial(_plan_block, block=block, tokens=tokens))
-        for entry in planned:
+    once, tokens = Once(calls), _tokens(root)
+    for path, block in ((f"{name}.{index}", block) for name in lists for index, block in enumerate(getattr(root, name))):
+        path, block = uncompiled(path, block)
+        for entry in once.planned(path, block, partial(_plan_block, block=block, tokens=tokens, calls=calls)):
             fused_blocks += any(swap.mixin is Block for swap in entry[1])
             yield entry
-    yield found("", lambda: _plan_model(root, blocks, swaps, fused_blocks))
+    yield found("", lambda: _plan_model(root, lists, swaps, fused_blocks, calls))
 
 
-def _plan_embed(embed: Any) -> Planned:
+def _plan_embed(embed: Any, calls: Calls) -> Planned:
     refuse_intercepted(embed)
     parts.check_patch_embed(embed)
     for name in ("height", "width", "pos_embed_max_size", "pos_embed"):
@@ -204,8 +221,8 @@ def _plan_embed(embed: Any) -> Planned:
             raise Refused(f"it has no {name}")
     p = embed.proj.kernel_size[0]
     shape = (embed.proj.in_channels, embed.height * p, embed.width * p)
-    inputs: proof.Inputs = lambda draw: ((draw.normal(draw.batch, *shape),), {})  # noqa: E731
-    return ("patch_embed",), proven(embed, [Swap("", PatchEmbed)], inputs)
+    guess: proof.Inputs = lambda draw: ((draw.normal(draw.batch, *shape),), {})  # noqa: E731
+    return ("patch_embed",), proven(embed, [Swap("", PatchEmbed)], calls.inputs(embed, guess, ("latent",)))
 
 
 def _tokens(root: Any) -> int:
@@ -214,21 +231,18 @@ def _tokens(root: Any) -> int:
     return height * width if isinstance(height, int) and isinstance(width, int) else _TOKENS
 
 
-def _plan_block(name: str, block: Any, tokens: int) -> Iterator[Found]:
+def _plan_block(name: str, block: Any, tokens: int, calls: Calls) -> Iterator[Found]:
     if not is_block(block):
         yield Part(name, reason=f"{type(block).__name__} has not all of {', '.join(_CHILDREN)}"), []
         return
-    yield found(joined(name, "attn1"), lambda: _plan_attention(block.attn1, tokens))
-    yield Part(joined(name, "ff"), reason=f"no op covers it, it is called as it is ({_activation(block.ff)})"), []
-    yield found(name, lambda: _plan_modulation(block, tokens))
+    attn_name, attn = uncompiled(joined(name, "attn1"), block.attn1)
+    yield found(attn_name, lambda: _plan_attention(attn, tokens, calls))
+    ff_name, ff = uncompiled(joined(name, "ff"), block.ff)
+    yield found(ff_name, lambda: plan_mlp(ff, tokens, calls))
+    yield found(name, lambda: _plan_modulation(block, tokens, calls))
 
 
-def _activation(ff: Any) -> str:
-    first = next(iter(getattr(ff, "net", [ff])))
-    return f"{type(first).__name__}, approximate={getattr(first, 'approximate', None)!r}"
-
-
-def _plan_attention(attn: Any, tokens: int) -> Planned:
+def _plan_attention(attn: Any, tokens: int, calls: Calls) -> Planned:
     refuse_intercepted(attn)
     refuse_random(attn)
     processor = type(getattr(attn, "processor", None)).__name__
@@ -238,11 +252,12 @@ def _plan_attention(attn: Any, tokens: int) -> Planned:
         require_plain(name, getattr(attn, name, nn.Identity()), nn.Linear)
     require_plain("to_out.0", attn.to_out[0], nn.Linear)
     width = attn.to_q.in_features
-    inputs: proof.Inputs = lambda draw: ((draw.normal(draw.batch, draw.tokens, width),), {})  # noqa: E731
+    guess: proof.Inputs = lambda draw: ((draw.normal(draw.batch, draw.tokens, width),), {})  # noqa: E731
+    inputs = calls.inputs(attn, guess, ("hidden_states",))
     return ("attention",), proven(attn, [Swap("", Attention)], inputs, tokens=tokens)
 
 
-def _plan_modulation(block: Any, tokens: int) -> Planned:
+def _plan_modulation(block: Any, tokens: int, calls: Calls) -> Planned:
     refuse_intercepted(block)
     refuse_random(block)
     for name in ("attn2", "norm2", "pos_embed", "fuser"):
@@ -253,9 +268,10 @@ def _plan_modulation(block: Any, tokens: int) -> Planned:
     kinds = tuple(parts.kind_of_norm(name, norm, width) for name, norm in norms)
     classes = _classes(block)
 
-    def inputs(draw: proof.Draw) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def guess(draw: proof.Draw) -> tuple[tuple[Any, ...], dict[str, Any]]:
         return (draw.rows(draw.batch, draw.tokens, width),), _conditions(draw, classes)
 
+    inputs = calls.inputs(block, guess, ("hidden_states", *_CONDITIONS))
     swap = Swap("", Block, {"norms": kinds})
     return ("modulate_norm", "gated_residual_norm", "gated_residual"), proven(block, [swap], inputs, tokens=tokens)
 
@@ -283,7 +299,7 @@ class ProbeBlock(nn.Module):
         self.bias = nn.Parameter(torch.ones(width) * depth)
         self.gate = nn.Parameter(torch.ones(width))
         self.norm1 = norm1
-        self.calls = 0
+        self.calls, self.graded = 0, False
 
     def forward(
         self,
@@ -293,6 +309,8 @@ class ProbeBlock(nn.Module):
         **options: Any,
     ) -> Any:
         self.calls += 1
+        if self.graded and not torch.is_grad_enabled():
+            raise Refused(WITHOUT_GRADIENTS)
         if self.calls > 1:
             raise Refused("it runs a block more than once, as activation checkpointing does")
         if parts.given(*options.values()):
@@ -305,12 +323,12 @@ class ProbeBlock(nn.Module):
     streaming = forward
 
 
-def _plan_model(root: Any, blocks: str, swaps: list[Swap], fused_blocks: int) -> Planned:
-    refuse_around(root, blocks, "transformer_blocks", fused_blocks)
+def _plan_model(root: Any, lists: Sequence[str], swaps: list[Swap], fused_blocks: int, calls: Calls) -> Planned:
+    refuse_around(root, lists, "transformer_blocks", fused_blocks)
     require_children(root, "pos_embed", "norm_out", "proj_out_1", "proj_out_2")
     require_plain("proj_out_2", root.proj_out_2, nn.Linear)
     swap = Swap("", Model, _model_settings(root))
-    return ("gated_residual_norm", "final_layer"), proven(root, [*swaps, swap], *_trial(root))[-1:]
+    return ("gated_residual_norm", "final_layer"), proven(root, [*swaps, swap], *_trial(root, calls))[-1:]
 
 
 def _model_settings(root: Any) -> dict[str, Any]:
@@ -322,7 +340,7 @@ def _model_settings(root: Any) -> dict[str, Any]:
     return {"output": output, "norm": kind, "patch_size": root.pos_embed.proj.kernel_size[0]}
 
 
-def _trial(root: Any) -> tuple[proof.Inputs, dict[int, nn.Module]]:
+def _trial(root: Any, calls: Calls) -> tuple[proof.Inputs, dict[int, nn.Module]]:
     """Random inputs of the model, and probes in the place of its blocks."""
     embed, blocks = root.pos_embed, root.transformer_blocks
     width, classes = root.proj_out_2.in_features, _classes(blocks[0])
@@ -333,10 +351,9 @@ def _trial(root: Any) -> tuple[proof.Inputs, dict[int, nn.Module]]:
         for depth, block in enumerate(blocks)
     ]
 
-    def inputs(draw: proof.Draw) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        for probe in probes:
-            probe.calls = 0
+    def guess(draw: proof.Draw) -> tuple[tuple[Any, ...], dict[str, Any]]:
         latents = draw.normal(draw.batch, embed.proj.in_channels, *size)
         return (latents,), _conditions(draw, classes)
 
-    return inputs, {id(blocks): nn.ModuleList(probes)}
+    inputs = calls.inputs(root, guess, ("hidden_states", *_CONDITIONS, "return_dict"))
+    return proof.counted_anew(probes, inputs), {id(blocks): nn.ModuleList(probes)}

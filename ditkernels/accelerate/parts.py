@@ -1,19 +1,22 @@
-"""The fused forwards that more than one family of models shares: norms, gates and residuals, attention, patch embedding."""
+"""The fused forwards that more than one family of models shares: norms, gates and residuals, attention, MLP, patch embedding."""
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ditkernels import ops, reference
 from ditkernels.accelerate import proof
-from ditkernels.accelerate.refusals import FAULTS, Refused, eps_of, require_plain
-from ditkernels.accelerate.swap import Fused
-from ditkernels.models import Stream, carries_stream, closed, product_with_bias, takes_patches, watched
+from ditkernels.accelerate.refusals import Refused, attempted, eps_of, require_plain
+from ditkernels.accelerate.swap import CALLED, Fused
+from ditkernels.models import Stream, carries_stream, closed, gelu_of, mlp_product, product_with_bias, takes_patches, watched
 from ditkernels.ops import dispatch
 from ditkernels.ops.attention import BACKENDS, choose, describe
+
+T = TypeVar("T", bound=Fused)
 
 # ---- Norms and residuals ---------------------------------------------------------------------------------------------
 
@@ -34,10 +37,7 @@ def kind_of_norm(name: str, norm: nn.Module, width: int) -> Kind:
     trial = proof.duplicate(norm).double()
     proof.randomise(trial)
     x = proof.Draw(torch.float64, proof.device_of(norm)).rows(2, 5, width)
-    try:
-        want = trial(x)
-    except FAULTS as fault:
-        raise Refused(f"{name} is {type(norm).__name__} and does not run ({fault})") from fault
+    want = attempted(f"{name} is {type(norm).__name__} and does not run", lambda: trial(x))
     affine = {key: getattr(trial, key, None) for key in ("weight", "bias")}
     for kind in reference.NORMS:
         error = (reference.normalize(x, **affine, norm=kind, eps=eps) - want).abs().max()
@@ -67,7 +67,7 @@ def normed(stream: Stream, norm: nn.Module, kind: Kind, shift: Tensor | None, sc
 
 def promoted(stream: Stream) -> Stream:
     """``stream`` with x in the dtype that plain PyTorch would give the sum."""
-    dtype = _promoted_dtype(*stream)
+    dtype = _promoted_dtype(stream.x, stream.branch, stream.gate)
     return stream if dtype == stream.x.dtype else stream._replace(x=stream.x.to(dtype))
 
 
@@ -96,6 +96,11 @@ def through(block: nn.Module, stream: Stream, *args: Any, **kwargs: Any) -> Stre
     if carries_stream(block):
         return block(stream, *args, **kwargs)  # type: ignore[no-any-return]
     return Stream(block(plain(stream), *args, **kwargs))
+
+
+def takes_apart(module: nn.Module, mixin: type[T]) -> TypeGuard[T]:
+    """Whether a module was rewired by ``mixin`` and nobody would miss its call, so that its parts may run in its place."""
+    return isinstance(module, mixin) and not watched(module, type(module).rewired)
 
 
 # ---- Attention -------------------------------------------------------------------------------------------------------
@@ -130,7 +135,7 @@ class PackedAttention(Fused):
     def forward(self, *args: Any, **options: Any) -> Tensor:
         proven = self.proven_arguments(args, options)
         if proven is None or proven[0].dim() != 3 or not self.unchanged():
-            return super().forward(*args, **options)
+            return self.as_written(*args, **options)
         (x,) = proven
         qkv, bias = product_with_bias(self.qkv, x)
         return self.proj(ops.attention(qkv.unflatten(-1, (3, self.num_heads, -1)), bias=bias))
@@ -149,7 +154,7 @@ class NormedAttention(Fused):
     def forward(self, *args: Any, **options: Any) -> Tensor:
         proven = self.proven_arguments(args, options)
         if proven is None or proven[0].dim() != 3 or None in proven[1:] or not self.unchanged():
-            return super().forward(*args, **options)
+            return self.as_written(*args, **options)
         x, rope = (*proven, None)[:2]
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
         q, k = self.q_norm(q), self.k_norm(k)
@@ -172,6 +177,71 @@ def check_attention(attn: Any) -> bool:
     return not all(isinstance(norm, nn.Identity) for norm in norms)
 
 
+# ---- MLP -------------------------------------------------------------------------------------------------------------
+
+
+class Mlp(Fused):
+    """Two linears, whatever their names, with tanh-GELU between them."""
+
+    def forward(self, *args: Any, **options: Any) -> Any:
+        proven = self.proven_arguments(args, options)
+        if proven is None or not self.as_proven(*proven):
+            return self.as_written(*args, **options)
+        first, last = self.linears()
+        return last(gelu_of(first, *proven))
+
+    def as_proven(self, x: Tensor) -> bool:
+        """Whether x is (B, N, D), and all in here is as it was besides the linears, which may be anything."""
+        return x.dim() == 3 and self.unchanged()
+
+    def linears(self) -> list[nn.Module]:
+        """The two, in the order they run."""
+        return [self.get_submodule(path) for path in self._ditkernels[CALLED]]
+
+
+def transformed(mlp: nn.Module, x: Tensor, h: Tensor, gate: Tensor | None) -> Stream:
+    """The stream x with the MLP of h still to be added, and the bias of its last linear where the kernel behind takes it over."""
+    if takes_apart(mlp, Mlp) and mlp.as_proven(h):
+        first, last = mlp.linears()
+        branch, bias = mlp_product(first, last, h)
+        return Stream(x, branch, gate, bias)
+    return Stream(x, mlp(h), gate)
+
+
+def check_mlp(mlp: nn.Module) -> dict[str, nn.Linear]:
+    """The two linears of an MLP, by their paths. Raises Refused if there is anything but them and tanh-GELU."""
+    inner = {path: module for path, module in mlp.named_modules() if path}
+    linears = {path: module for path, module in inner.items() if hasattr(module, "in_features")}
+    for path, linear in linears.items():
+        require_plain(path, linear, nn.Linear)
+    if len(linears) != 2:
+        raise Refused(f"it is {described(mlp)}; the op takes two linears with tanh-GELU between them")
+    (one, first), (two, last) = linears.items()
+    if first.out_features != last.in_features:
+        gives = f"{one} gives {first.out_features} channels and {two} takes {last.in_features}"
+        raise Refused(f"it is {described(mlp)}, where {gives}; no op covers a gated one")
+    others = {path: module for path, module in inner.items() if path not in linears}
+    for path, module in others.items():
+        if not any(module.children()) and not isinstance(module, (nn.Identity, nn.Dropout)) and not _is_tanh_gelu(module):
+            raise Refused(f"{path} is {described(module)}; the op computes GELU(approximate='tanh')")
+    return linears
+
+
+def _is_tanh_gelu(activation: nn.Module) -> bool:
+    """Told by what it computes."""
+    x = torch.linspace(-4, 4, 64, dtype=torch.float64)
+    with proof.isolated(activation):
+        trial = proof.duplicate(activation)
+        got = attempted(f"{described(activation)} fails", lambda: trial(x.clone()))
+    return isinstance(got, Tensor) and torch.allclose(got, F.gelu(x, approximate="tanh"), rtol=0, atol=1e-6)
+
+
+def described(module: nn.Module) -> str:
+    """A module in one line: a layer with its settings, a tree of layers by the names of their classes."""
+    children = [type(child).__name__ for child in module.children()]
+    return f"{type(module).__name__}({', '.join(children)})" if children else " ".join(str(module).split())
+
+
 # ---- Patches ---------------------------------------------------------------------------------------------------------
 
 
@@ -185,7 +255,7 @@ class PatchEmbed(Fused):
     def forward(self, *args: Any, ditkernels_positions: Tensor | None = None, **options: Any) -> Tensor:
         proven = self.proven_arguments(args, options)
         if proven is None or not self._fits(*proven) or not readable(self.proj) or not self.unchanged():
-            tokens = super().forward(*args, **options)
+            tokens = self.as_written(*args, **options)
             return tokens if ditkernels_positions is None else tokens + ditkernels_positions
         return ops.patch_embed(proven[0], self.proj.weight, self.proj.bias, ditkernels_positions)
 
@@ -204,7 +274,7 @@ def check_patch_embed(embed: Any) -> None:
     conv: Any = getattr(embed, "proj", nn.Identity())
     require_plain("proj", conv, nn.Conv2d)
     if not takes_patches(conv):
-        raise Refused(f"proj is {conv}, no convolution over square patches side by side")
+        raise Refused(f"proj is {described(conv)}, no convolution over square patches side by side")
     for name, option in embed.named_children():
         if name != "proj" and not isinstance(option, nn.Identity):
             raise Refused(f"it has {name}, a {type(option).__name__}, which the op does not know")

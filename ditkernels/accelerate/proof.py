@@ -13,17 +13,18 @@ from __future__ import annotations
 import contextlib
 import copy
 import random
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ditkernels.accelerate.refusals import FAULTS, Refused
-from ditkernels.accelerate.swap import Fused, Swap, rewire, unwire
+from ditkernels.accelerate.refusals import Faulted, Refused, attempted
+from ditkernels.accelerate.swap import BEYOND, Fused, Swap, rewire, unwire
 from ditkernels.accelerate.watch import Trace, is_plain
-from ditkernels.files import first_line
 from ditkernels.ops.dispatch import use_backend
 
 SEED = 20221219
@@ -45,6 +46,8 @@ _OF_PARAMETER = "gradient of parameter "
 FEW_TOKENS, MORE_TOKENS = 7, 3
 """Other token counts: this one, and the model's own and so many more."""
 
+OWN_FAILS = "its own forward fails on random inputs; an example=(args, kwargs) of a call would show how to draw them"
+
 Inputs = Callable[["Draw"], tuple[tuple[Any, ...], dict[str, Any]]]
 Results = dict[str, Tensor]
 
@@ -65,11 +68,13 @@ class Outcome(NamedTuple):
         results: outputs, and gradients where these were asked for.
         structure: the result's types in words, tensors with their dtypes.
         generators: the state of each random generator afterwards, by the name of its library.
+        beyond: whether a fused forward handed the call to the original's.
     """
 
     results: Results
     structure: str
     generators: dict[str, Any]
+    beyond: bool = False
 
 
 class Draw:
@@ -98,6 +103,11 @@ class Draw:
         with torch.no_grad():
             return self.normal(batch, length, width).mul_(sizes.to(self.dtype).to(self.device)).requires_grad_()
 
+    def between(self, low: float, high: float, *shape: int) -> Tensor:
+        """Real numbers, all as likely, that ask for no gradient."""
+        drawn = torch.rand(shape, generator=self._generator, dtype=torch.float64) * (high - low) + low
+        return drawn.to(self.dtype).to(self.device)
+
     def integers(self, high: int, *shape: int) -> Tensor:
         return torch.randint(high, shape, generator=self._generator).to(self.device)
 
@@ -120,10 +130,10 @@ def prove(
     Returns:
         The attributes that the module's own forward read, as ``Trace.read``.
     """
-    with _isolated(module):
+    with isolated(module):
         trial = duplicate(module, stand_ins)
         randomise(trial)
-        trace = Trace(trial, swaps[-1].mixin.called)
+        trace = Trace(trial, swaps[-1].called)
         reason = _compare(trial, swaps, inputs, trace, tokens)
     if reason is not None:
         raise Refused(reason)
@@ -132,33 +142,60 @@ def prove(
 
 def ran(module: nn.Module, inputs: Inputs, stand_ins: Mapping[int, nn.Module] | None = None) -> Any:
     """A copy of ``module`` that has run once, with its own forward. Raises Refused where it does not run."""
-    with _isolated(module):
+    with isolated(module):
         trial = duplicate(module, stand_ins)
         _widest(trial, inputs, Setting())
     return trial
 
 
 @contextlib.contextmanager
-def _isolated(module: nn.Module) -> Iterator[None]:
-    """Nothing that a run does to global state outlasts it."""
+def isolated(module: nn.Module) -> Iterator[None]:
+    """Nothing that a run does to global state outlasts it, and nothing is compiled."""
     device = device_of(module)
     devices = [device] if device.type == "cuda" else []
     autocast = torch.autocast(device.type, enabled=False)
     of_numpy, of_python = np.random.get_state(), random.getstate()
     try:
-        with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng(devices), autocast:
+        with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng(devices), autocast, _uncompiled():
             yield
     finally:
         np.random.set_state(of_numpy)
         random.setstate(of_python)
 
 
+def _uncompiled() -> contextlib.AbstractContextManager[Any]:
+    """Runs what torch.compile has wrapped as it was written. Only then is Dynamo loaded already, which takes a second."""
+    loaded = "torch._dynamo" in sys.modules
+    return torch.compiler.set_stance("force_eager") if loaded else contextlib.nullcontext()
+
+
+def runs(module: nn.Module, inputs: Inputs) -> bool:
+    """Whether the forward of ``module`` runs in fp32 on what ``inputs`` draws."""
+    with isolated(module), contextlib.suppress(Faulted):
+        trial = duplicate(module).float()
+        args, kwargs = inputs(Draw(torch.float32, device_of(module)))
+        attempted("it fails", lambda: trial(*args, **kwargs))
+        return True
+    return False
+
+
+def counted_anew(probes: Sequence[Any], inputs: Inputs) -> Inputs:
+    """``inputs``, at each run of which the calls of ``probes`` count from zero, and these learn whether gradients are asked for."""
+
+    def counted(draw: Draw) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        for probe in probes:
+            probe.calls, probe.graded = 0, torch.is_grad_enabled()
+        return inputs(draw)
+
+    return counted
+
+
 def duplicate(module: nn.Module, stand_ins: Mapping[int, nn.Module] | None = None) -> nn.Module:
     """A deep copy, with ``stand_ins`` in the place of the modules of these ids. Raises Refused where it cannot be copied."""
-    try:
-        return copy.deepcopy(module, dict(stand_ins or {}))
-    except FAULTS as fault:
-        raise Refused(f"it cannot be copied ({first_line(fault)})") from fault
+    copied = attempted("it cannot be copied", lambda: copy.deepcopy(module, dict(stand_ins or {})))
+    if {id(p) for p in module.parameters()} & {id(p) for p in copied.parameters()}:
+        raise Refused("its copy has the same parameters, which a trial would overwrite")
+    return copied
 
 
 def device_of(module: nn.Module) -> torch.device:
@@ -219,8 +256,8 @@ def _compare(trial: nn.Module, swaps: Sequence[Swap], inputs: Inputs, trace: Tra
     settings = [Setting(training, batch, tokens) for batch in (3, 1) for training in (False, True)]
     own, low = dtype_of(trial), {}
     for setting in (settings[0], settings[-1]):
-        with contextlib.suppress(*FAULTS):  # many a public model runs in bf16 under autocast only
-            low[setting] = _run(trial, inputs, own, setting)
+        with contextlib.suppress(Faulted):  # many a public model runs in bf16 under autocast only
+            low[setting] = _original(trial, inputs, own, setting)
     got_low = {setting: _rewired(trial, swaps, inputs, own, setting) for setting in low}
     with use_backend("torch", attention="plain"):
         wide = _widest(trial, inputs, settings[0])
@@ -228,7 +265,10 @@ def _compare(trial: nn.Module, swaps: Sequence[Swap], inputs: Inputs, trace: Tra
             want = _original(trial, inputs, wide, setting, trace if setting in settings[:2] else None)
             if trace.written:
                 return f"its own forward writes {', '.join(sorted(trace.written))}, which a fused one would not"
-            reason = _difference(_rewired(trial, swaps, inputs, wide, setting), want, WIDE_TOLERANCE[wide])
+            got = _rewired(trial, swaps, inputs, wide, setting)
+            if setting == settings[0] and got.beyond:
+                return "a fused forward does not take such a call: it would hand it to its own forward"
+            reason = _difference(got, want, WIDE_TOLERANCE[wide])
             if reason is None and own != wide and setting in low:
                 reason = _difference_at(own, got_low[setting], low[setting], want.results)
             if reason is not None:
@@ -238,14 +278,14 @@ def _compare(trial: nn.Module, swaps: Sequence[Swap], inputs: Inputs, trace: Tra
 
 def _widest(trial: nn.Module, inputs: Inputs, setting: Setting) -> torch.dtype:
     """Brings the trial to the widest dtype that the original runs in."""
-    faults = []
     for dtype in WIDE_TOLERANCE:
         try:
-            _original(trial.to(dtype), inputs, dtype, setting._replace(gradients=False))
+            attempted(f"it cannot be taken to {dtype}", partial(trial.to, dtype))
+            _original(trial, inputs, dtype, setting._replace(gradients=False))
             return dtype
-        except Refused as fault:
-            faults.append(fault)
-    raise faults[-1]
+        except Faulted as fault:
+            last = fault
+    raise last
 
 
 def _other_lengths(trial: nn.Module, inputs: Inputs, dtype: torch.dtype, tokens: int) -> list[Setting]:
@@ -260,18 +300,17 @@ def _other_lengths(trial: nn.Module, inputs: Inputs, dtype: torch.dtype, tokens:
 
 
 def _original(trial: nn.Module, inputs: Inputs, dtype: torch.dtype, setting: Setting, trace: Trace | None = None) -> Outcome:
-    try:
-        return _run(trial, inputs, dtype, setting, trace)
-    except FAULTS as fault:
-        raise Refused(f"its own forward does not run on random input ({type(fault).__name__}: {first_line(fault)})") from fault
+    return attempted(OWN_FAILS, lambda: _run(trial, inputs, dtype, setting, trace))
 
 
 def _rewired(trial: nn.Module, swaps: Sequence[Swap], inputs: Inputs, dtype: torch.dtype, setting: Setting) -> Outcome:
     try:
-        rewire(trial, swaps)
-        return _run(trial, inputs, dtype, setting)
-    except FAULTS as fault:
-        raise Refused(f"the fused forward fails ({type(fault).__name__}: {first_line(fault)})") from fault
+        attempted("it cannot be rewired", lambda: rewire(trial, swaps))
+        own: Any = trial.get_submodule(swaps[-1].path)
+        beyond: list[bool] = []
+        own._ditkernels[BEYOND] = beyond
+        outcome = attempted("the fused forward fails", lambda: _run(trial, inputs, dtype, setting))
+        return outcome._replace(beyond=bool(beyond))
     finally:
         for module in list(trial.modules()):
             if isinstance(module, Fused):
@@ -282,7 +321,8 @@ def _run(module: nn.Module, inputs: Inputs, dtype: torch.dtype, setting: Setting
     device = device_of(module)
     module.train(setting.training)
     draw = Draw(dtype, device, setting)
-    args, kwargs = inputs(draw)
+    with torch.set_grad_enabled(setting.gradients):
+        args, kwargs = inputs(draw)
     _seed(device)
     with trace() if trace else contextlib.nullcontext(), torch.set_grad_enabled(setting.gradients):
         result = module(*args, **kwargs)
@@ -300,7 +340,10 @@ def _gradients(module: nn.Module, draw: Draw, outputs: Sequence[Tensor]) -> Resu
     leaves = {f"gradient of argument {i}": leaf for i, leaf in enumerate(draw.leaves)}
     leaves |= {f"{_OF_PARAMETER}{n}": p for n, p in module.named_parameters() if p.requires_grad}
     cotangents = [draw.normal(*value.shape).detach().to(value.dtype) for value in outputs]
-    grads = torch.autograd.grad(outputs, list(leaves.values()), cotangents, allow_unused=True)
+    grads = attempted(
+        "its gradients cannot be taken",
+        lambda: torch.autograd.grad(outputs, list(leaves.values()), cotangents, allow_unused=True),
+    )
     return {name: grad for name, grad in zip(leaves, grads) if grad is not None}
 
 

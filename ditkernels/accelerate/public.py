@@ -12,7 +12,7 @@ gets one back, so that one kernel closes the residual of a block and makes the n
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -20,8 +20,20 @@ import torch
 from torch import Tensor, nn
 
 from ditkernels.accelerate import parts, proof
+from ditkernels.accelerate.example import Calls
 from ditkernels.accelerate.parts import Stream
-from ditkernels.accelerate.plans import Found, Once, Planned, found, joined, proven, refuse_around
+from ditkernels.accelerate.plans import (
+    WITHOUT_GRADIENTS,
+    Found,
+    Once,
+    Planned,
+    found,
+    joined,
+    plan_mlp,
+    proven,
+    refuse_around,
+    uncompiled,
+)
 from ditkernels.accelerate.refusals import (
     Refused,
     refuse_intercepted,
@@ -31,7 +43,7 @@ from ditkernels.accelerate.refusals import (
 from ditkernels.accelerate.report import Part
 from ditkernels.accelerate.swap import SIGNATURE, Fused, Signature, Swap
 from ditkernels.accelerate.watch import is_plain
-from ditkernels.models import carries_stream, kept_alone, watched
+from ditkernels.models import carries_stream, kept_alone
 from ditkernels.ops import dispatch
 
 SOUGHT = "blocks of norm1, attn, norm2, mlp and adaLN_modulation (DiT, SiT, LightningDiT)"
@@ -58,7 +70,7 @@ class Block(Fused):
         proven = self._proven(args, options)
         if proven is None:
             closed = (parts.plain(args[0]), *args[1:]) if opened else args
-            result = super().forward(*closed, **options)
+            result = self.as_written(*closed, **options)
             return Stream(result) if opened else result
         stream = self._opened(*proven)
         return stream if opened else parts.plain(stream)
@@ -79,7 +91,7 @@ class Block(Fused):
         x, h = parts.normed(stream, self.norm1, kinds[0], shift_msa, scale_msa)
         branch = self.attn(h, rope=rope[0]) if rope else self.attn(h)
         x, h = parts.normed(Stream(x, branch, gate_msa), self.norm2, kinds[1], shift_mlp, scale_mlp)
-        return Stream(x, self.mlp(h), gate_mlp)
+        return parts.transformed(self.mlp, x, h, gate_mlp)
 
     def _modulation(self, c: Tensor) -> tuple[tuple[Tensor | None, ...], tuple[Tensor | None, ...]]:
         if self._ditkernels["shifts"]:
@@ -103,7 +115,7 @@ class FinalLayer(Fused):
             return self._finished(*args)
         proven = self.proven_arguments(args, options)
         if proven is None or not parts.fits(*proven) or not self.unchanged():
-            return super().forward(*args, **options)
+            return self.as_written(*args, **options)
         x, c = proven
         shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
         _, h = parts.normed(Stream(x), self.norm_final, self._ditkernels["norm"], shift, kept_alone(scale))
@@ -133,7 +145,7 @@ class Model(Fused):
         dispatch.refuse_kinds("accelerated model", *args[:1])
         proven = self.proven_arguments(args, options)
         if proven is None or not self._fits(*proven) or not self.unchanged():
-            return super().forward(*args, **options)
+            return self.as_written(*args, **options)
         x, t, y = proven
         settings = self._ditkernels
         stream = Stream(self._tokens(x))
@@ -149,13 +161,13 @@ class Model(Fused):
         return image.chunk(2, dim=1)[0] if settings["half"] else image
 
     def _fits(self, x: Any, t: Any, y: Any) -> bool:
-        """Whether these are images of the size that was proven, and a timestep and a label for each."""
-        if not all(isinstance(value, Tensor) for value in (x, t, y)) or t.dim() != 1 or y.dim() != 1:
+        """Whether these are images of the size that was proven, with timesteps and labels in the form that was."""
+        if not all(isinstance(value, Tensor) for value in (x, t, y)) or (t.dim(), y.dim()) != self._ditkernels["dims"]:
             return False
         return x.dim() == 4 and tuple(x.shape[1:]) == self._ditkernels["image"]
 
     def _tokens(self, x: Tensor) -> Tensor:
-        if not watched(self.x_embedder, parts.PatchEmbed.forward):
+        if parts.takes_apart(self.x_embedder, parts.PatchEmbed):
             return self.x_embedder(x, ditkernels_positions=self.pos_embed)
         return self.x_embedder(x) + self.pos_embed
 
@@ -172,30 +184,44 @@ class Model(Fused):
 
 
 def is_block(module: nn.Module) -> bool:
-    return all(isinstance(getattr(module, name, None), nn.Module) for name in _CHILDREN)
+    _, block = uncompiled("", module)
+    return all(isinstance(block._modules.get(name), nn.Module) for name in _CHILDREN)
 
 
-def plan(root: Any, blocks: str) -> Iterator[Found]:
-    """Every part of a model of this family, with the swaps that fuse it; ``blocks`` is the attribute that holds the list."""
-    rope = getattr(root, "feat_rope", None)
-    embed = found("x_embedder", lambda: _plan_embed(root)) if hasattr(root, "x_embedder") else None
-    if embed:
-        yield embed
+def plan(root: Any, lists: Sequence[str], calls: Calls) -> Iterator[Found]:
+    """Every part of a model of this family, with the swaps that fuse it.
+
+    Args:
+        root: the model.
+        lists: the attributes that hold its blocks.
+        calls: what its modules are given, as far as that is known.
+    """
+    rope, tokens = getattr(root, "feat_rope", None), _tokens(root)
+    embed = _found_below(root, "x_embedder", partial(_plan_embed, calls=calls))
+    yield from embed
     seen: set[int] = set()
-    once, tokens = Once(), _tokens(root)
+    once = Once(calls)
+    plan_block = partial(_plan_block, rope=rope, tokens=tokens, calls=calls)
     fused_blocks = 0
-    for index, block in enumerate(getattr(root, blocks)):
+    for path, block in ((f"{name}.{index}", block) for name in lists for index, block in enumerate(getattr(root, name))):
         if id(block) not in seen:
             seen.add(id(block))
-            planned = once.planned(f"{blocks}.{index}", block, partial(_plan_block, block=block, rope=rope, tokens=tokens))
-            for entry in planned:
+            path, block = uncompiled(path, block)
+            for entry in once.planned(path, block, partial(plan_block, block=block)):
                 fused_blocks += any(swap.mixin is Block for swap in entry[1])
                 yield entry
-    final = found("final_layer", lambda: _plan_final(root, tokens)) if hasattr(root, "final_layer") else None
-    if final:
-        yield final
-    swaps = [swap for entry in (embed, final) if entry for swap in entry[1]]
-    yield found("", lambda: _plan_model(root, blocks, swaps, fused_blocks))
+    final = _found_below(root, "final_layer", partial(_plan_final, tokens=tokens, calls=calls))
+    yield from final
+    swaps = [swap for _, found_swaps in (*embed, *final) for swap in found_swaps]
+    yield found("", lambda: _plan_model(root, lists, swaps, fused_blocks, calls))
+
+
+def _found_below(root: nn.Module, name: str, plan_part: Callable[[Any], Planned]) -> list[Found]:
+    """The one part that ``root`` has at ``name``, if it has."""
+    if not isinstance(root._modules.get(name), nn.Module):
+        return []
+    path, part = uncompiled(name, root.get_submodule(name))
+    return [found(path, lambda: plan_part(part))]
 
 
 def _tokens(root: Any) -> int:
@@ -207,19 +233,20 @@ def _tokens(root: Any) -> int:
     return count if isinstance(count, int) else _TOKENS
 
 
-def _plan_attention(attn: Any, rope: Any, tokens: int) -> Planned:
+def _plan_attention(attn: Any, rope: Any, tokens: int, calls: Calls) -> Planned:
     refuse_intercepted(attn)
     refuse_random(attn)
     normed = parts.check_attention(attn)
     width, rotary = attn.qkv.in_features, rope is not None and _takes(attn, "rope")
     length = _rope_length(rope, tokens) if rotary else tokens
 
-    def inputs(draw: proof.Draw) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def guess(draw: proof.Draw) -> tuple[tuple[Any, ...], dict[str, Any]]:
         return (draw.normal(draw.batch, draw.tokens, width), *_moved(rope if rotary else None, draw)), {}
 
     mixin = parts.NormedAttention if normed or rotary else parts.PackedAttention
-    swap = Swap("", mixin, {SIGNATURE: Signature.of(attn, 1 + rotary)})
-    return ("attention",), proven(attn, [swap], inputs, tokens=length)
+    signature = Signature.of(attn, 1 + rotary)
+    inputs = calls.inputs(attn, guess, signature.names)
+    return ("attention",), proven(attn, [Swap("", mixin, {SIGNATURE: signature})], inputs, tokens=length)
 
 
 def _takes(module: nn.Module, name: str) -> bool:
@@ -230,35 +257,32 @@ def _moved(rope: Any, draw: proof.Draw) -> tuple[nn.Module, ...]:
     return () if rope is None else (proof.moved(rope, draw),)
 
 
-def _plan_embed(root: Any) -> Planned:
-    embed = root.x_embedder
+def _plan_embed(embed: Any, calls: Calls) -> Planned:
     refuse_intercepted(embed)
     parts.check_patch_embed(embed)
     size = getattr(embed, "img_size", None)
     if size is None:
         raise Refused("it has no img_size")
     channels = embed.proj.in_channels
-    inputs: proof.Inputs = lambda draw: ((draw.normal(draw.batch, channels, *size),), {})  # noqa: E731
-    swap = Swap("", parts.PatchEmbed, {SIGNATURE: Signature.of(embed, 1)})
-    return ("patch_embed",), proven(embed, [swap], inputs)
+    guess: proof.Inputs = lambda draw: ((draw.normal(draw.batch, channels, *size),), {})  # noqa: E731
+    signature = Signature.of(embed, 1)
+    inputs = calls.inputs(embed, guess, signature.names)
+    return ("patch_embed",), proven(embed, [Swap("", parts.PatchEmbed, {SIGNATURE: signature})], inputs)
 
 
-def _plan_block(name: str, block: Any, rope: Any, tokens: int) -> Iterator[Found]:
+def _plan_block(name: str, block: Any, rope: Any, tokens: int, calls: Calls) -> Iterator[Found]:
     if not is_block(block):
         missing = ", ".join(c for c in _CHILDREN if not isinstance(getattr(block, c, None), nn.Module))
         yield Part(name, reason=f"{type(block).__name__} has no {missing}"), []
         return
-    yield found(joined(name, "attn"), lambda: _plan_attention(block.attn, rope, tokens))
-    yield Part(joined(name, "mlp"), reason=f"no op covers it, it is called as it is ({_described(block.mlp)})"), []
-    yield found(name, lambda: _plan_modulation(block, rope, tokens))
+    attn_name, attn = uncompiled(joined(name, "attn"), block.attn)
+    yield found(attn_name, lambda: _plan_attention(attn, rope, tokens, calls))
+    mlp_name, mlp = uncompiled(joined(name, "mlp"), block.mlp)
+    yield found(mlp_name, lambda: plan_mlp(mlp, tokens, calls))
+    yield found(name, lambda: _plan_modulation(block, rope, tokens, calls))
 
 
-def _described(mlp: Any) -> str:
-    inner = ", ".join(str(m) for m in mlp.children() if not isinstance(m, (nn.Linear, nn.Dropout, nn.Identity)))
-    return f"{type(mlp).__name__}: {inner}" if inner else type(mlp).__name__
-
-
-def _plan_modulation(block: Any, rope: Any, tokens: int) -> Planned:
+def _plan_modulation(block: Any, rope: Any, tokens: int, calls: Calls) -> Planned:
     refuse_intercepted(block)
     refuse_random(block)
     width = _width(block.adaLN_modulation)
@@ -269,11 +293,12 @@ def _plan_modulation(block: Any, rope: Any, tokens: int) -> Planned:
     norms = tuple(parts.kind_of_norm(key, getattr(block, key), width) for key in ("norm1", "norm2"))
     length = _rope_length(rope, tokens) if takes_rope else tokens
 
-    def inputs(draw: proof.Draw) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def guess(draw: proof.Draw) -> tuple[tuple[Any, ...], dict[str, Any]]:
         arguments = (draw.rows(draw.batch, draw.tokens, width), draw.normal(draw.batch, width))
         return (*arguments, *_moved(rope if takes_rope else None, draw)), {}
 
     signature = Signature.of(block, 2 + takes_rope)
+    inputs = calls.inputs(block, guess, signature.names)
     swap = Swap("", Block, {"norms": norms, "shifts": chunks == 6, SIGNATURE: signature})
     return ("modulate_norm", "gated_residual_norm", "gated_residual"), proven(block, [swap], inputs, tokens=length)
 
@@ -298,19 +323,19 @@ def _rope_length(rope: Any, otherwise: int) -> int:
     return next((b.shape[0] for b in rope.buffers() if b.dim() == 2), otherwise)
 
 
-def _plan_final(root: Any, tokens: int) -> Planned:
-    layer = root.final_layer
+def _plan_final(layer: Any, tokens: int, calls: Calls) -> Planned:
     require_children(layer, "norm_final", "linear", "adaLN_modulation")
     refuse_intercepted(layer)
     refuse_random(layer)
     width = _width(layer.adaLN_modulation)
     kind = parts.kind_of_norm("norm_final", layer.norm_final, width)
-    swap = Swap("", FinalLayer, {"norm": kind, SIGNATURE: Signature.of(layer, 2)})
+    signature = Signature.of(layer, 2)
+    swap = Swap("", FinalLayer, {"norm": kind, SIGNATURE: signature})
 
-    def inputs(draw: proof.Draw) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def guess(draw: proof.Draw) -> tuple[tuple[Any, ...], dict[str, Any]]:
         return (draw.rows(draw.batch, draw.tokens, width), draw.normal(draw.batch, width)), {}
 
-    return ("modulate_norm",), proven(layer, [swap], inputs, tokens=tokens)
+    return ("modulate_norm",), proven(layer, [swap], calls.inputs(layer, guess, signature.names), tokens=tokens)
 
 
 # ---- Across blocks ---------------------------------------------------------------------------------------------------
@@ -334,7 +359,7 @@ class ProbeBlock(nn.Module):
         self.gate = nn.Parameter(torch.ones(width))
         self.hidden = (*held, *block._modules, *block._parameters, *block._buffers)
         self.signature = Signature.of(block, 2)
-        self.calls = 0
+        self.calls, self.graded = 0, False
         self.further: Further = ((), ())
 
     def __getattr__(self, name: str) -> Any:
@@ -344,6 +369,8 @@ class ProbeBlock(nn.Module):
 
     def forward(self, *args: Any, **options: Any) -> Any:
         self.calls += 1
+        if self.graded and not torch.is_grad_enabled():
+            raise Refused(WITHOUT_GRADIENTS)
         if self.calls > 1:
             raise Refused("it runs a block more than once, as activation checkpointing does")
         for name in self.signature.names[len(args) :]:
@@ -369,15 +396,15 @@ def _is_rope(value: Any) -> bool:
     return value is not None
 
 
-def _plan_model(root: Any, blocks: str, swaps: list[Swap], fused_blocks: int) -> Planned:
-    refuse_around(root, blocks, "blocks", fused_blocks)
+def _plan_model(root: Any, lists: Sequence[str], swaps: list[Swap], fused_blocks: int, calls: Calls) -> Planned:
+    refuse_around(root, lists, "blocks", fused_blocks)
     require_children(root, "x_embedder", "t_embedder", "y_embedder", "final_layer")
     width, device, dtype = _width(root.blocks[0].adaLN_modulation), proof.device_of(root), proof.dtype_of(root)
     probes = [ProbeBlock(block, width, depth).to(device, dtype) for depth, block in enumerate(root.blocks)]
     stand_ins: dict[int, nn.Module] = {id(root.blocks): nn.ModuleList(probes)}
-    image = (_channels(root), *_image_size(root))
-    inputs = _images_and_labels(root, image, probes)
-    settings = {**_model_settings(root, swaps), "image": image, "further": _further(root, inputs, stand_ins)}
+    settings = _model_settings(root, swaps)
+    inputs = proof.counted_anew(probes, calls.inputs(root, _guess_images(root), settings[SIGNATURE].names))
+    settings |= _shapes(inputs, settings[SIGNATURE]) | {"further": _further(root, inputs, stand_ins)}
     reasons = []
     for half in (False, True):
         swap = Swap("", Model, {**settings, "half": half})
@@ -388,16 +415,29 @@ def _plan_model(root: Any, blocks: str, swaps: list[Swap], fused_blocks: int) ->
     raise Refused(min(reasons, key=lambda reason: "has shape" in reason))
 
 
-def _images_and_labels(root: Any, image: tuple[int, int, int], probes: list[ProbeBlock]) -> proof.Inputs:
+def _guess_images(root: Any) -> proof.Inputs:
+    """Images, timesteps and labels as far as the modules tell what these are."""
     classes = next((m.num_embeddings for m in root.y_embedder.modules() if isinstance(m, nn.Embedding)), 1)
+    whole = proof.runs(root.t_embedder, lambda draw: ((draw.integers(1000, draw.batch),), {}))
 
     def inputs(draw: proof.Draw) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        for probe in probes:
-            probe.calls = 0
-        x = draw.normal(draw.batch, *image)
-        return (x, draw.integers(1000, draw.batch), draw.integers(classes, draw.batch)), {}
+        x = draw.normal(draw.batch, _channels(root), *_image_size(root))
+        t = draw.integers(1000, draw.batch) if whole else draw.between(0, 1, draw.batch)
+        return (x, t, draw.integers(classes, draw.batch)), {}
 
     return inputs
+
+
+def _shapes(inputs: proof.Inputs, signature: Signature) -> dict[str, tuple[int, ...]]:
+    """The size of the images that the model is proven on, and how many dimensions timesteps and labels have."""
+    args, kwargs = inputs(proof.Draw(torch.float32, torch.device("cpu")))
+    given = [*args, *(kwargs.get(name) for name in signature.names[len(args) :])]
+    if not all(isinstance(value, Tensor) for value in given):
+        raise Refused(
+            f"it is given {', '.join(map(proof.shape_in_words, given))}; the fused forward takes images, timesteps and labels"
+        )
+    x, *conditions = given
+    return {"image": tuple(x.shape[1:]), "dims": tuple(value.dim() for value in conditions)}
 
 
 def _further(root: nn.Module, inputs: proof.Inputs, stand_ins: dict[int, nn.Module]) -> Further:

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TypeVar
+
 import torch
 from torch import nn
 
-FAULTS = (
-    ArithmeticError,
-    AssertionError,
-    AttributeError,
-    ImportError,
-    LookupError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-)
-"""What a forward may raise on inputs that do not suit it."""
+from ditkernels.files import first_line
+
+T = TypeVar("T")
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _WRAPPERS = ("FullyShardedDataParallel", "FSDPModule", "CheckpointWrapper", "OffloadWrapper")
@@ -24,6 +19,22 @@ _EPS_NAMES = ("eps", "variance_epsilon", "epsilon")
 
 class Refused(Exception):
     """A part stays as it was; the message says why."""
+
+
+class Faulted(Refused):
+    """Somebody else's code raised."""
+
+
+def attempted(failing: str, attempt: Callable[[], T]) -> T:
+    """What ``attempt`` returns. What it raises, KeyboardInterrupt apart, comes out as Faulted: ``failing``, then the exception."""
+    try:
+        return attempt()
+    except (KeyboardInterrupt, Refused):
+        raise
+    # A model's own code runs in here, on inputs that its author never thought of: a check in it may call sys.exit, and a name in it
+    # may not exist. Neither may end the process, nor keep the other parts of the model from being fused.
+    except BaseException as fault:
+        raise Faulted(f"{failing} ({type(fault).__name__}: {first_line(fault)})") from fault
 
 
 def refuse_wrapped(model: nn.Module) -> None:
@@ -37,6 +48,11 @@ def refuse_wrapped(model: nn.Module) -> None:
             raise ValueError(f"{name or 'the model'} is already wrapped in {wrapper}; accelerate the model first, then wrap it")
 
 
+def compiled(module: nn.Module) -> bool:
+    """Whether ``torch.compile`` has wrapped a module in this one. By name, since importing Dynamo only to ask costs a second."""
+    return type(module).__name__ == "OptimizedModule"
+
+
 def refuse_intercepted(module: nn.Module, called: str = "", *, below: bool = True) -> None:
     """Raises Refused where somebody listens in, by the name the module is ``called``: hooks, or a forward put on the instance."""
     for name, inner in module.named_modules() if below else [("", module)]:
@@ -44,7 +60,7 @@ def refuse_intercepted(module: nn.Module, called: str = "", *, below: bool = Tru
         for kind in _HOOKS:
             if getattr(inner, kind, None):
                 raise Refused(f"{where} has {kind.strip('_').replace('_', ' ')}")
-        if "forward" in vars(inner):
+        if "forward" in vars(inner) and not compiled(inner):
             raise Refused(f"the forward of {where} was replaced on the instance")
 
 

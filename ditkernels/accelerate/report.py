@@ -60,10 +60,11 @@ class Report:
         return "\n".join([head, *(f"  {name:<{width}}  {line}" for name, line in lines)])
 
     def _runs(self) -> list[tuple[tuple[str, ...], list[Part]]]:
-        """Parts of the same kind, consecutive in their list and with the same said of them."""
-        by_kind: dict[str, list[Part]] = {}
-        for part in self.parts:
-            by_kind.setdefault(_INDEX.sub(".*", part.name, count=1), []).append(part)
+        """Parts of the same kind, consecutive in their list and with the same said of them. A part of no list is one on its own."""
+        by_kind: dict[str | int, list[Part]] = {}
+        for position, part in enumerate(self.parts):
+            kind, listed = _INDEX.subn(".*", part.name, count=1)
+            by_kind.setdefault(kind if listed else position, []).append(part)
         return [(said, list(run)) for parts in by_kind.values() for said, run in groupby(parts, key=lambda part: part._said)]
 
 

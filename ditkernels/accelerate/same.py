@@ -16,17 +16,17 @@ from ditkernels.accelerate.proof import is_ordinary
 _BY_IDENTITY = (type, FunctionType, BuiltinFunctionType, torch.dtype, torch.device, torch._ops.OpOverload)
 
 
-def description(module: nn.Module) -> Any:
-    """Equal for two modules only if a proof of one holds for the other; what cannot be described equals nothing but itself.
+def description(subject: Any) -> Any:
+    """Equal for two modules only if a proof of one holds for the other; what cannot be described equals nothing.
 
     Parameters count by their shapes, as a proof draws their values; buffers count by their values.
     """
     written = io.BytesIO()
     try:
-        _Description(written).dump(module)
+        _Description(written).dump(subject)
     # What pickle and an object's own ``__reduce__`` raise where there is nothing to write.
     except (pickle.PicklingError, TypeError, AttributeError, ValueError, RuntimeError, NotImplementedError):
-        return id(module)
+        return object()
     return hashlib.sha256(written.getvalue()).digest()
 
 

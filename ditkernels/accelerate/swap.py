@@ -2,14 +2,16 @@
 
 A closure in the place of ``forward`` would keep the original's weights in every deep copy; a class belongs to each copy alike,
 so copies, pickles, ``.to()``, DDP and ``torch.compile`` keep working. The subclass takes the original's name and module, because
-libraries write these into checkpoints and sharding policies.
+libraries write these into checkpoints and sharding policies. Where the original's forward is compiled, so is the fused one.
 """
 
 from __future__ import annotations
 
+import functools
 import inspect
 import itertools
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -23,6 +25,10 @@ from ditkernels.models import watched
 SETTINGS = "_ditkernels"
 WATCHED, SIGNATURE = "watched", "signature"
 """Settings that every part has once it is proven."""
+CALLED = "called"
+"""A setting of parts whose names differ: further modules in it that the forward calls."""
+BEYOND = "beyond"
+"""A setting in trials: a list that gets an entry when a call goes the original's way."""
 _BESIDE = "beside"
 
 
@@ -32,12 +38,15 @@ class Fused(nn.Module):
     Attributes:
         called: the modules in it that the forward calls, by their paths, and need not watch.
         read: those whose weights it reads, and which it calls where somebody has changed them.
+        mixin, original: the two halves of the class.
+        rewired: the forward that the class was given, where nobody has compiled it.
     """
 
     called: ClassVar[tuple[str, ...]] = ()
     read: ClassVar[tuple[str, ...]] = ()
     mixin: ClassVar[type[Fused]]
     original: ClassVar[type[nn.Module]]
+    rewired: ClassVar[Callable[..., Any]]
     _ditkernels: dict[str, Any]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -49,6 +58,13 @@ class Fused(nn.Module):
         """Whether all that the original's forward reads, or calls and this one does not, is as it was when the part was proven."""
         of_then: Watched | None = self._ditkernels.get(WATCHED)
         return (of_then is None or values_at(self, of_then.places) == of_then.values) and not self._changed_beside()
+
+    def as_written(self, *args: Any, **options: Any) -> Any:
+        """What the original's forward makes of a call outside of what was proven."""
+        beyond = self._ditkernels.get(BEYOND)
+        if beyond is not None:
+            beyond.append(True)
+        return super(type(self).mixin, self).forward(*args, **options)
 
     def proven_arguments(self, args: tuple[Any, ...], options: Mapping[str, Any]) -> tuple[Any, ...] | None:
         """A call's arguments, in the order of the proof's; None where the call gives less than these, or more than defaults."""
@@ -118,6 +134,23 @@ def _beside(module: nn.Module, known: Sequence[str]) -> tuple[tuple[tuple[str, .
     )
 
 
+def _joined_forward(fused: Callable[..., Any], original: Callable[..., Any]) -> Callable[..., Any]:
+    """``fused`` under the name and the signature of ``original``; the forward of the class a module has now, once it was restored.
+
+    A wrapper that was put around an accelerated module keeps its bound method (``accelerate.prepare``'s autocast, the hooks of
+    its ``dispatch_model``, ``torch.compile(model.forward)``), and calls it after ``restore`` too.
+    """
+
+    # What a decorator keeps on a function, such as torch.compile's, is of that function alone.
+    @functools.wraps(original, updated=())
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(self, Fused):
+            return fused(self, *args, **kwargs)
+        return type(self).forward(self, *args, **kwargs)
+
+    return forward
+
+
 _joined: dict[tuple[type[Fused], type[nn.Module]], type[Fused]] = {}
 
 
@@ -125,9 +158,26 @@ def fused_class(mixin: type[Fused], original: type[nn.Module]) -> type[Fused]:
     """The subclass of ``original`` whose forward is ``mixin``'s; the same one for every module of that class."""
     if (mixin, original) not in _joined:
         names = {name: getattr(original, name) for name in ("__module__", "__qualname__", "__doc__")}
-        namespace = {**names, "mixin": mixin, "original": original}
+        rewired = _joined_forward(mixin.forward, original.forward)
+        compiler = _compiler_of(original.forward)
+        forward = rewired if compiler is None else compiler(rewired)
+        namespace = {**names, "mixin": mixin, "original": original, "rewired": rewired, "forward": forward}
+        if hasattr(mixin, "streaming"):
+            namespace["streaming"] = forward
         _joined[mixin, original] = type(original.__name__, (mixin, original), namespace)
     return _joined[mixin, original]
+
+
+def _compiler_of(forward: Callable[..., Any]) -> Callable[..., Any] | None:
+    """What makes a compiled function of another as ``@torch.compile`` made ``forward``, with the same settings; else None.
+
+    torch keeps it in the closure of what it returns, and nowhere else.
+    """
+    dynamo = sys.modules.get("torch._dynamo.eval_frame")
+    if dynamo is None or not inspect.isfunction(forward):
+        return None
+    context = inspect.getclosurevars(forward).nonlocals.get("self")
+    return context if isinstance(context, dynamo.OptimizeContext) else None
 
 
 def rebuild(mixin: type[Fused], original: type[nn.Module]) -> Fused:
@@ -144,6 +194,11 @@ class Swap:
     mixin: type[Fused]
     settings: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
 
+    @property
+    def called(self) -> tuple[str, ...]:
+        """The modules in it that the fused forward calls, by their paths."""
+        return (*self.mixin.called, *self.settings.get(CALLED, ()))
+
     def under(self, prefix: str) -> Swap:
         """The same, seen from a module that holds this one at ``prefix``."""
         return Swap(".".join(filter(None, (prefix, self.path))), self.mixin, self.settings)
@@ -156,10 +211,15 @@ def rewire(root: nn.Module, swaps: Sequence[Swap]) -> None:
             module = root.get_submodule(swap.path)
             if isinstance(module, Fused):  # it stands in several places of the model
                 continue
-            setattr(module, SETTINGS, {**swap.settings, _BESIDE: _beside(module, (*swap.mixin.called, *swap.mixin.read))})
+            setattr(module, SETTINGS, {**swap.settings, _BESIDE: _beside(module, (*swap.called, *swap.mixin.read))})
             undo.callback(unwire, module)
             module.__class__ = fused_class(swap.mixin, type(module))
         undo.pop_all()
+
+
+def changed_since(module: nn.Module) -> bool:
+    """Whether somebody gave a rewired module a class of their own, derived from ours, which ``unwire`` would take away."""
+    return isinstance(module, Fused) and "mixin" not in vars(type(module))
 
 
 def unwire(module: nn.Module) -> None:
