@@ -268,6 +268,15 @@ def test_first_use(tmp_path: Path) -> None:
         assert math.isclose(row["until_first"], sum(parts[:3]))
 
 
+def test_accelerate_time() -> None:
+    from benchmarks.speed import accelerate_time
+
+    other, ours = accelerate_time.rows("DiT-S/8", ROOT, threads=1, rounds=1, device="cpu")
+    assert [row["contender"] for row in (other, ours)] == ["other", "ours"]
+    assert ours["fused"] == other["fused"] == 3 * 12 + 3
+    assert math.isclose(ours["over_other"], ours["seconds"] / other["seconds"])
+
+
 def test_a_process_that_fails_is_an_error_with_its_words(tmp_path: Path) -> None:
     size = ("--model", "DiT-S/8", "--input-size", "7", "--contenders", "ours-fp32")
     with pytest.raises(RuntimeError, match=r"(?s)ours-fp32 ended with 1: .*input_size: got"):
