@@ -130,7 +130,7 @@ def _patches_by_convolution(x: Tensor, weight: Tensor, bias: Tensor | None) -> T
 
 
 def _patches_by_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """The same for DTensors: torch sums a convolution's gradient over all processes, also where each has the whole of it."""
+    """The same for DTensors: torch 2.11 sums a convolution's gradient over all processes, also where each has the whole of it."""
     p = weight.shape[-1]
     patches = x.unflatten(3, (-1, p)).unflatten(2, (-1, p)).permute(0, 2, 4, 1, 3, 5)
     return F.linear(patches.flatten(3).flatten(1, 2), weight.flatten(1), bias)

@@ -48,7 +48,26 @@ from tests.helpers.gloo import together
 # ---- Ops -------------------------------------------------------------------------------------------------------------
 
 # U samples are not as many for one process as for the other.
-SIZES = {"B": 4, "U": 3, "N": 6, "D": 12, "F": 20, "V": 8, "C": 4, "H": 4, "W": 6, "P": 2, "L": 1, "G": 3, "A": 2, "E": 36, "I": 6}
+SIZES = {
+    "B": 4,
+    "U": 3,
+    "N": 6,
+    "D": 12,
+    "F": 20,
+    "V": 8,
+    "C": 4,
+    "H": 4,
+    "W": 6,
+    "P": 2,
+    "L": 1,
+    "G": 3,
+    "A": 2,
+    "E": 36,
+    "I": 6,
+    "S": 32,
+    "X": 64,
+    "Y": 512,
+}
 ROWS = {"x": "UND", "shift": "UD", "scale": "UD", "weight": "D", "bias": "D"}
 RESIDUAL = {"x": "BND", "branch": "BND", "gate": "BD", "branch_bias": "D"}
 GRID: dict[str, Any] = {"grid": (2, 3), "patch_size": 2}
@@ -71,7 +90,11 @@ CASES = {
             ("x@0 shift@0 scale@0 weight bias", "h@0", "x@0 shift@0 scale@0 weight@+ bias@+"),
             ("x@0 shift scale weight bias", "h@0", "x@0 shift@0 scale@0 weight@+ bias@+"),
             ("x@1 shift scale weight bias", "h@1", "x@1 shift@+ scale@+ weight@+ bias@+"),
-            # The same placements of other arguments, and of fewer gradients.
+            # One call after the other that differs only in which gradients are wanted, or in which tensors there are.
+            ("x@1 shift scale weight", "h@1", "x@1 weight@+"),
+            ("x@1 shift scale weight", "h@1", "x@1 shift@+ weight@+"),
+            ("x@1 shift@0 weight", "h@1", "x@1 shift@+ weight@+"),
+            ("x@1 scale@0 weight", "h@1", "x@1 scale@+ weight@+"),
             ("x@1 shift weight", "h@1", "x@1 shift@+ weight@+"),
             ("x@1 scale weight", "h@1", "x@1 scale@+ weight@+"),
             ("x@1 scale bias", "h@1", "x@1 scale@+ bias@+"),
@@ -79,6 +102,8 @@ CASES = {
             ("x@2 shift@1 scale@1 weight@0 bias@0", "h", "x shift scale weight bias"),
         ],
     ),
+    # So large that to shard it along another axis moves less than to gather it.
+    "wide norm": Case(ops.modulate_norm, {"x": "SXY"}, [("x@2", "h", "x")]),
     "rmsnorm": Case(
         partial(ops.modulate_norm, norm="rmsnorm"),
         ROWS,
@@ -185,9 +210,9 @@ def values(case: Case, names: Iterable[str]) -> dict[str, Tensor]:
     return {name: torch.randn([SIZES[axis] for axis in case.axes[name]], generator=generator) for name in names}
 
 
-def derivatives(case: Case, inputs: Mapping[str, Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-    """The outputs, and the gradients of the inputs where the outputs' are the same in one process as in many."""
-    leaves = {name: value.detach().requires_grad_() for name, value in inputs.items()}
+def derivatives(case: Case, inputs: Mapping[str, Tensor], wanted: Iterable[str]) -> tuple[list[Tensor], list[Tensor]]:
+    """The outputs, and the wanted gradients where the outputs' are the same in one process as in many."""
+    leaves = {name: value.detach().requires_grad_(name in wanted) for name, value in inputs.items()}
     made = case.function(**leaves)
     outputs = [made] if isinstance(made, Tensor) else list(made)
     generator = torch.Generator().manual_seed(6)
@@ -195,7 +220,7 @@ def derivatives(case: Case, inputs: Mapping[str, Tensor]) -> tuple[list[Tensor],
     for at, output in enumerate(outputs):
         if isinstance(output, DTensor):
             grads[at] = distribute_tensor(grads[at], output.device_mesh, [_of_gradient(p) for p in output.placements])
-    return outputs, list(torch.autograd.grad(outputs, list(leaves.values()), grads))
+    return outputs, list(torch.autograd.grad(outputs, [leaves[name] for name in wanted], grads))
 
 
 def _of_gradient(placement: Placement) -> Placement:
@@ -208,7 +233,7 @@ def check(name: str) -> None:
         come, expected = placements(inputs), [placements(outputs), placements(gradients)]
         whole = values(case, come)
         spread = {name: distribute_tensor(value, mesh, [come[name]]) for name, value in whole.items()}
-        for got, want, where in zip(derivatives(case, spread), derivatives(case, whole), expected):
+        for got, want, where in zip(derivatives(case, spread, expected[1]), derivatives(case, whole, expected[1]), expected):
             found = [t.placements for t in got]
             assert found == [(p,) for p in where.values()], (inputs, found)
             for one, many in zip(want, got):
