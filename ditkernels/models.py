@@ -34,7 +34,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from ditkernels import ops, reference
 from ditkernels.ops import _native, dispatch
 from ditkernels.ops.mlp import asked_for, serves
-from ditkernels.reference import make_models
+from ditkernels.reference import is_dtensor, make_models
 
 CHECKPOINTING = ("none", "selective", "full")
 
@@ -129,14 +129,14 @@ def watched(module: nn.Module, forward: Callable[..., Any] | None) -> bool:
     This is the package's one answer to whether a layer may be read: its weights given to a kernel in place of a call. It must be
     called where it or all modules have a hook of either direction (FSDP2's, pruning's, the older weight norm's among them); where
     its forward, of its class or put on the instance, is not ``forward``, which the caller knows how to stand in for; where a
-    parametrization computes its weights; and where these are no ordinary tensors, such as quantised or sharded ones.
+    parametrization computes its weights; and where these are neither ordinary tensors nor DTensors, such as quantised ones.
     """
     return bool(
         type(module).forward is not forward
         or "forward" in module.__dict__
         or "parametrizations" in module._modules
         or _hooked(module)
-        or not all(type(weight) in _ORDINARY for weight in module._parameters.values())
+        or not all(type(weight) in _ORDINARY or is_dtensor(weight) for weight in module._parameters.values())
     )
 
 

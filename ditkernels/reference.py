@@ -221,7 +221,7 @@ def attention_by_products(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tens
 # ---- Tensors of many processes, and transforms of torch.func ---------------------------------------------------------
 
 
-def is_dtensor(tensor: Tensor) -> bool:
+def is_dtensor(tensor: Tensor | None) -> bool:
     """Whether ``torch.distributed.tensor`` spreads the tensor over processes; by name, since that module is slow to import."""
     return type(tensor).__name__ == "DTensor"
 

@@ -415,7 +415,7 @@ def check_tensor_parallel(way: str, expected: dict[str, set[Placement]]) -> None
         for name in expected:
             patch.setattr(ops, name, watched(name))
         assert_same_step(one, many, Replicate(), Replicate())
-    assert seen == expected
+    assert seen == expected, seen
 
 
 TOKENS, WHOLE = {Shard(1)}, {Replicate()}
