@@ -566,7 +566,7 @@ def test_equal_blocks_are_proven_once(proofs: list[str]) -> None:
     model = made(Switched)
     _, report = accelerated(model)
     assert proofs.count("Switched") == proofs.count("Attention") == 1
-    assert len([part for part in report.fused if part.name.startswith("blocks.")]) == 4
+    assert len([part for part in report.fused if part.name.startswith("blocks.")]) == 6
 
 
 def one(change: Callable[[Block], object]) -> DiT:
