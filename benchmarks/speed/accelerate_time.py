@@ -32,7 +32,9 @@ torch.set_num_threads(int(sys.argv[1]))
 model = DiT(**json.loads(sys.argv[3])).to(sys.argv[4])
 start = time.perf_counter()
 report = ditkernels.accelerate(model, file=io.StringIO())
-print(json.dumps({"seconds": time.perf_counter() - start, "fused": len(report.fused), "left": len(report.left)}))
+seconds = time.perf_counter() - start
+assert ditkernels.__file__.startswith(sys.argv[5]), ditkernels.__file__
+print(json.dumps({"seconds": seconds, "fused": len(report.fused), "left": len(report.left)}))
 """
 
 
@@ -42,9 +44,10 @@ def in_a_process(checkout: Path, settings: dict[str, int], device: str, threads:
     Raises:
         RuntimeError: the process failed; the message has the end of what it said.
     """
-    command = [sys.executable, "-c", CHILD, str(threads), str(ROOT / "examples"), json.dumps(settings), device]
+    command = [sys.executable, "-c", CHILD, str(threads), str(ROOT / "examples"), json.dumps(settings), device, str(checkout)]
     environment = {**os.environ, "PYTHONPATH": str(checkout)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    # From there: a module is first looked for where the process stands.
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=checkout)
     if done.returncode:
         raise RuntimeError(f"accelerate() in {checkout} ended with {done.returncode}: {done.stderr[-2000:]}")
     found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
