@@ -14,7 +14,8 @@ from torch import Tensor
 from ditkernels.evaluation import images as sources
 from ditkernels.evaluation.config import METRICS, NEIGHBOURS, SPLIT_SIZE
 from ditkernels.evaluation.features import Extractor, Features, as_features
-from ditkernels.evaluation.metrics import Gaussian, GaussianSum, InceptionScore, frechet_distance, precision_recall
+from ditkernels.evaluation.manifold import precision_recall
+from ditkernels.evaluation.metrics import Gaussian, GaussianSum, InceptionScore, frechet_distance
 
 Source = str | Path | Features | Iterable[Tensor]
 """A path (``.npz`` or folder), feature arrays, or batches of images (B, 3, H, W) uint8."""
@@ -82,7 +83,7 @@ class _Totals:
     def add(self, features: Features) -> None:
         self.pool.add(features.pool)
         if self.kept is not None:
-            self.kept.append(features.pool.float().cpu())
+            self.kept.append(features.pool.cpu())
         if features.spatial is None:
             self.spatial = None
         elif self.spatial is not None:

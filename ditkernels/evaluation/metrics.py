@@ -1,11 +1,8 @@
-"""The metrics, on features: FID, sFID, Inception Score, precision and recall, by the conventions of the ADM evaluation suite.
+"""FID, sFID and Inception Score, on features, by the conventions of the ADM evaluation suite; precision and recall: manifold.py.
 
 FID (Heusel et al. 2017, arXiv 1706.08500) and sFID (Nash et al. 2021, arXiv 2103.03841) are the Fréchet distance of two
 Gaussians, with covariances over n − 1. The Inception Score (Salimans et al. 2016, arXiv 1606.03498) is a mean over
-consecutive splits. Precision and recall are those of Kynkäänniemi et al. 2019 (arXiv 1904.06991), with k = 3.
-
-What can be summed is summed as it comes, in float64 (``GaussianSum``, ``InceptionScore``), so that memory does not grow with
-the number of images; precision and recall need every feature, and never more than ``DISTANCE_BYTES`` of distances.
+consecutive splits. All is summed as it comes, in float64, so that memory does not grow with the number of images.
 """
 
 from __future__ import annotations
@@ -17,11 +14,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from ditkernels.evaluation.config import NEIGHBOURS, SPLIT_SIZE
+from ditkernels.evaluation.config import SPLIT_SIZE
 
 FloatArray = npt.NDArray[np.float64]
 
-DISTANCE_BYTES = 64 * 2**20
 ORDER_DEVIATIONS = 6.0
 
 
@@ -153,37 +149,3 @@ class InceptionScore:
         expected = counts.sum(1, keepdim=True) * counts.sum(0, keepdim=True) / counts.sum()
         chi_squared = ((counts - expected).square() / expected).sum().item()
         return (chi_squared - freedom) / (2 * freedom) ** 0.5 > ORDER_DEVIATIONS
-
-
-def precision_recall(samples: Tensor, reference: Tensor, *, neighbours: int = NEIGHBOURS) -> tuple[float, float]:
-    """Shares of the samples inside the reference's manifold, and of the reference inside the samples'.
-
-    A manifold is the union of balls around its points, each reaching to the ``neighbours``-th nearest other point.
-
-    Args:
-        samples: (N, F) float32 features; reference: (M, F).
-
-    Raises:
-        ValueError: fewer than neighbours + 1 on either side, features of different width or not finite.
-    """
-    for name, features in (("samples", samples), ("reference", reference)):
-        if len(features) <= neighbours:
-            raise ValueError(
-                f"precision_recall: got {len(features)} {name}, needs at least {neighbours + 1} for {neighbours} neighbours"
-            )
-        if not torch.isfinite(features).all():
-            raise ValueError(f"precision_recall: got {name} with features that are not finite")
-    if samples.shape[1] != reference.shape[1]:
-        raise ValueError(f"features: got {samples.shape[1]} per image, but the reference has {reference.shape[1]}")
-    return (
-        _share_covered(samples, reference, neighbours),
-        _share_covered(reference, samples, neighbours),
-    )
-
-
-def _share_covered(points: Tensor, centres: Tensor, neighbours: int) -> float:
-    rows = max(1, DISTANCE_BYTES // (centres.element_size() * len(centres)))
-    # A point's nearest is itself, so the k-th other one comes k + 1st.
-    radii = torch.cat([torch.cdist(part, centres).kthvalue(neighbours + 1, dim=1).values for part in centres.split(rows)])
-    inside = sum(int((torch.cdist(part, centres) <= radii).any(1).sum()) for part in points.split(rows))
-    return inside / len(points)

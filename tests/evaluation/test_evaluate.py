@@ -21,7 +21,6 @@ from torch_fidelity.metric_prc import prc_features_to_metric
 
 from ditkernels import cli
 from ditkernels.diffusion import create_diffusion
-from ditkernels.evaluation import metrics
 from ditkernels.evaluation.evaluate import Reference, evaluate, load_reference
 from ditkernels.evaluation.features import Features, Inception
 from ditkernels.evaluation.metrics import Gaussian, GaussianSum, InceptionScore, frechet_distance
@@ -83,20 +82,6 @@ def scipy_distance(first, second):
     (mu1, sigma1), (mu2, sigma2) = ((x.double().numpy().mean(0), np.cov(x.double().numpy(), rowvar=False)) for x in (first, second))
     root = scipy.linalg.sqrtm(sigma1 @ sigma2).real
     return np.sum((mu1 - mu2) ** 2) + np.trace(sigma1 + sigma2 - 2 * root)
-
-
-def test_precision_and_recall_are_not_each_other():
-    narrow, wide = torch.randn(200, 4) * 0.3, torch.randn(300, 4)
-    assert metrics.precision_recall(narrow, wide) == pytest.approx(prc(narrow, wide), abs=METRIC_AGREEMENT)
-    precision, recall = metrics.precision_recall(narrow, wide)
-    assert precision > 0.9 > 0.5 > recall
-
-
-def test_distances_in_pieces_are_the_distances(monkeypatch):
-    samples, reference = torch.randn(90, 5), torch.randn(70, 5)
-    whole = metrics.precision_recall(samples, reference)
-    monkeypatch.setattr(metrics, "DISTANCE_BYTES", 4 * 90 * 7)
-    assert metrics.precision_recall(samples, reference) == whole
 
 
 @settings(max_examples=20, deadline=None)
