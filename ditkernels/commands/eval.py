@@ -29,7 +29,7 @@ LINES = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of `ditkernels eval`."""
     parser.add_argument("samples", type=Path, help=".npz of images or features, or a folder of PNG files")
-    parser.add_argument("reference", type=Path, help="the same, or an .npz of statistics")
+    parser.add_argument("reference", type=Path, help="the same, or statistics: an .npz of mu and sigma, or torch-fidelity's .pt")
     features = parser.add_mutually_exclusive_group()
     features.add_argument("--weights", type=Path, help="Inception's weights for torch-fidelity; nothing is downloaded")
     features.add_argument("--extractor", metavar="MODULE:NAME", help="a function from images to features")
@@ -80,7 +80,11 @@ def report(result: Evaluation) -> str:
     for name, title in LINES.items():
         value = getattr(result, name)
         if value is not None:
-            spread = f" ± {result.inception_score_std:.4f}" if name == "inception_score" else ""
+            spread = (
+                f" ± {result.inception_score_std:.4f}"
+                if name == "inception_score" and result.inception_score_std is not None
+                else ""
+            )
             lines.append(f"{title:16}{value:.4f}{spread}")
     lines += [f"{name} not computed: {reason}" for name, reason in result.absent.items()]
     return "\n".join(lines)

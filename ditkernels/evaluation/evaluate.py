@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ditkernels.evaluation import images as sources
+from ditkernels.evaluation import statistics
 from ditkernels.evaluation.config import METRICS, NEIGHBOURS, SPLIT_SIZE
 from ditkernels.evaluation.features import Extractor, Features, as_features
 from ditkernels.evaluation.manifold import precision_recall
@@ -116,8 +117,9 @@ def evaluate(
     Args:
         samples: an ``.npz`` with images (arr_0: (N, H, W, 3) uint8) or features (pool, spatial, logits), a folder of PNG or JPEG
             files in the order of their names, batches (B, 3, H, W) uint8, or Features.
-        reference: the same, an ``.npz`` of statistics (mu, sigma, and mu_s, sigma_s for sFID), or what ``load_reference``
-            returned. Where an ``.npz`` has both statistics and images, FID and sFID use the statistics, as the ADM suite does.
+        reference: the same, statistics (an ``.npz`` of mu, sigma, and mu_s, sigma_s for sFID, or torch-fidelity's ``.pt``), or
+            what ``load_reference`` returned. Where an ``.npz`` has both statistics and images, FID and sFID use the statistics, as
+            the ADM suite does.
         extractor: images (B, 3, H, W) uint8 -> features; needed unless features are given.
         metrics: names out of METRICS; each must then be computable. None computes what can be.
         batch_size: images an extractor sees at once.
@@ -209,37 +211,24 @@ def _evaluation(
 
 def load_reference(reference: Source, *, extractor: Extractor | None = None, batch_size: int = 64) -> Reference:
     """Reads a reference once, to compare several sets of samples with it. Arguments and errors as of ``evaluate``."""
-    statistics: dict[str, Gaussian] = {}
-    if isinstance(reference, (str, Path)) and Path(reference).suffix == ".npz":
-        path = Path(reference)
+    gaussians: dict[str, Gaussian] = {}
+    path = Path(reference) if isinstance(reference, (str, Path)) else Path()
+    statistics.refuse_pickle(path)
+    if path.suffix.lower() == ".pt":
+        return Reference(statistics.of_pt(path)["mu"], None, None, None)
+    if path.suffix.lower() == ".npz":
         held = sources.headers(path)
-        statistics = _statistics(path, held)
+        gaussians = statistics.of_npz(path, held)
         with_features = "pool" in held or (sources.IMAGES in held and extractor is not None)
-        if statistics and not with_features:
-            return Reference(statistics.get("mu"), statistics.get("mu_s"), None, None)
+        if gaussians and not with_features:
+            return Reference(gaussians.get("mu"), gaussians.get("mu_s"), None, None)
     totals = _Totals(SPLIT_SIZE, keep_pool=True)
     for features in _features_of(reference, extractor, batch_size):
         totals.add(features)
-    if statistics:
-        return Reference(statistics.get("mu"), statistics.get("mu_s"), totals.pool_features, totals.pool.count)
+    if gaussians:
+        return Reference(gaussians.get("mu"), gaussians.get("mu_s"), totals.pool_features, totals.pool.count)
     spatial = None if totals.spatial is None else totals.spatial.gaussian()
     return Reference(totals.pool.gaussian(), spatial, totals.pool_features, totals.pool.count)
-
-
-def _statistics(path: Path, held: dict[str, sources.Header]) -> dict[str, Gaussian]:
-    found: dict[str, Gaussian] = {}
-    for mean, covariance in (("mu", "sigma"), ("mu_s", "sigma_s")):
-        if not {mean, covariance} & set(held):
-            continue
-        shapes = [held[name].shape if name in held else None for name in (mean, covariance)]
-        if shapes[0] is None or len(shapes[0]) != 1 or shapes[1] != shapes[0] * 2:
-            raise ValueError(f"{path}: {mean}, {covariance}: got shapes {shapes[0]} and {shapes[1]}, allowed are (F,) and (F, F)")
-        with np.load(path) as arrays:
-            gaussian = Gaussian(arrays[mean].astype(np.float64), arrays[covariance].astype(np.float64))
-        if not all(np.isfinite(array).all() for array in gaussian):
-            raise ValueError(f"{path}: {mean}, {covariance}: got values that are not finite")
-        found[mean] = gaussian
-    return found
 
 
 def _features_of(source: Source, extractor: Extractor | None, batch_size: int) -> Iterator[Features]:

@@ -17,10 +17,11 @@ IMAGES = "arr_0"
 
 
 class Header(NamedTuple):
-    """Shape and dtype of an array inside an ``.npz``."""
+    """Shape and dtype of an array inside an ``.npz``, and whether its first axis runs fastest."""
 
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
+    fortran: bool
 
 
 def headers(path: Path) -> dict[str, Header]:
@@ -44,9 +45,7 @@ def _read_header(file: IO[bytes]) -> Header:
     version = np.lib.format.read_magic(file)
     read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
     shape, fortran, dtype = read(file)
-    if fortran or dtype.hasobject:
-        raise ValueError(f"an array of dtype {dtype} in {'Fortran' if fortran else 'C'} order cannot be streamed")
-    return Header(shape, dtype)
+    return Header(shape, dtype, fortran)
 
 
 def check_images(path: Path, header: Header) -> None:
@@ -56,6 +55,8 @@ def check_images(path: Path, header: Header) -> None:
         raise ValueError(f"{path}: {IMAGES}: got dtype {header.dtype}, allowed is uint8")
     if len(shape) != 4 or shape[3] != 3:
         raise ValueError(f"{path}: {IMAGES}: got shape {shape}, allowed is (N, H, W, 3)")
+    if header.fortran:
+        raise ValueError(f"{path}: {IMAGES}: an array in Fortran order cannot be streamed")
 
 
 def npz_batches(path: Path, batch_size: int) -> Iterator[Tensor]:

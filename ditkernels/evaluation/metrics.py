@@ -19,6 +19,8 @@ from ditkernels.evaluation.config import SPLIT_SIZE
 FloatArray = npt.NDArray[np.float64]
 
 ORDER_DEVIATIONS = 6.0
+ROUNDING = 1e-6
+"""How far below zero a distance of equal Gaussians may come out, beside the two traces."""
 
 
 class Gaussian(NamedTuple):
@@ -73,7 +75,7 @@ def frechet_distance(first: Gaussian, second: Gaussian) -> float:
     offset has to be added to the diagonal.
 
     Raises:
-        ValueError: the two have features of different width.
+        ValueError: the two have features of different width; the distance is further below zero than rounding leads.
     """
     if first.mu.shape != second.mu.shape:
         raise ValueError(f"features: got {first.mu.shape[0]} per image, but the reference has {second.mu.shape[0]}")
@@ -81,8 +83,11 @@ def frechet_distance(first: Gaussian, second: Gaussian) -> float:
     root = (vectors * np.sqrt(values.clip(0))) @ vectors.T
     product = np.linalg.eigvalsh(root @ second.sigma @ root)
     apart = first.mu - second.mu
-    trace = np.trace(first.sigma) + np.trace(second.sigma) - 2 * np.sqrt(product.clip(0)).sum()
-    return float(apart @ apart + trace)
+    traces = np.trace(first.sigma) + np.trace(second.sigma)
+    distance = float(apart @ apart + traces - 2 * np.sqrt(product.clip(0)).sum())
+    if distance < -ROUNDING * traces:
+        raise ValueError(f"the Fréchet distance came out as {distance:.6g}, below zero: one of the two covariances is none")
+    return max(distance, 0.0)
 
 
 class InceptionScore:
@@ -123,8 +128,8 @@ class InceptionScore:
         self._predicted[-1] += torch.bincount(p.argmax(1), minlength=p.shape[1])
         self.count += len(logits)
 
-    def score(self) -> tuple[float, float]:
-        """Mean and standard deviation (over n) of the splits' scores. Raises ValueError where nothing was added."""
+    def score(self) -> tuple[float, float | None]:
+        """Mean and standard deviation (over n) of the splits' scores; of one split None. Raises ValueError for nothing added."""
         if self.count == 0:
             raise ValueError("inception_score: got 0 samples, needs at least 1")
         scores = []
@@ -134,7 +139,7 @@ class InceptionScore:
             # Σ p(x)·log p(y) over the split is size times the marginal's, so the divergence is a difference of two sums.
             entropy = torch.special.entr(marginal).sum().item()
             scores.append(np.exp(self._negative_entropies[index] / size + entropy))
-        return float(np.mean(scores)), float(np.std(scores))
+        return float(np.mean(scores)), float(np.std(scores)) if len(scores) > 1 else None
 
     def ordered_by_class(self) -> bool:
         """Whether the classes predicted in the splits differ by more than chance: Pearson's χ² of (split, class),
