@@ -11,7 +11,10 @@ faster.
 from __future__ import annotations
 
 import argparse
+import copy
 import gc
+import io
+import runpy
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -23,10 +26,11 @@ import torch
 from torch import Tensor
 
 from benchmarks.speed import measure
-from ditkernels import ops, reference, use_backend
+from ditkernels import accelerate, ops, reference, use_backend
 from ditkernels.models import DiT
 from ditkernels.ops import _triton, dispatch
 from tools.kernel_proof import stub_driver
+from tools.tree import ROOT
 
 BATCH, TOKENS, WIDTH = 2, 4, 64
 # The letters of all declarations; H and W are an image's sides, P and Q a patch's, F and E the MLP's and the embedding's widths.
@@ -106,19 +110,29 @@ def op_runs(name: str) -> dict[str, dict[str, Run]]:
     return made
 
 
-def model_runs(depth: int) -> dict[str, dict[str, Run]]:
-    """As :func:`op_runs`, of a whole DiT, in fp32 and under autocast."""
+def sizes(depth: int) -> dict[str, int]:
+    """Of the whole models."""
+    return {"input_size": 4, "patch_size": 2, "hidden_size": WIDTH, "depth": depth, "num_heads": 4, "num_classes": 10}
+
+
+def own(depth: int) -> dict[str, torch.nn.Module]:
+    """The reference's DiT and ours."""
+    return {"plain": reference.DiT(**sizes(depth)).eval(), "ours": DiT(**sizes(depth)).eval()}
+
+
+def accelerated(depth: int) -> dict[str, torch.nn.Module]:
+    """The public DiT, as it was written and accelerated. Call it where kernels run, since parts are proven by what they compute."""
+    public = runpy.run_path(str(ROOT / "examples" / "public_models.py"))["DiT"]
+    plain = public(**sizes(depth)).eval()
+    ours = copy.deepcopy(plain)
+    accelerate(ours, file=io.StringIO())
+    return {"plain": plain, "ours": ours}
+
+
+def model_runs(models: dict[str, torch.nn.Module]) -> dict[str, dict[str, Run]]:
+    """As :func:`op_runs`, of whole models, in fp32 and under autocast."""
     made: dict[str, dict[str, Run]] = {}
     x, t, y = torch.randn(BATCH, 4, 4, 4), torch.tensor([3, 500]), torch.tensor([1, 7])
-    sizes = {
-        "input_size": 4,
-        "patch_size": 2,
-        "hidden_size": WIDTH,
-        "depth": depth,
-        "num_heads": 4,
-        "num_classes": 10,
-    }
-    models = {"plain": reference.DiT(**sizes).eval(), "ours": DiT(**sizes).eval()}
     for precision in ("fp32", "autocast"):
         for contender, model in models.items():
             leaves = [p for p in model.parameters() if p.requires_grad]
@@ -185,12 +199,14 @@ def launch_runs() -> dict[str, Run]:
 
 def rows(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Rows of all units."""
+    models = {"DiT": own(args.depth), "accelerated public DiT": accelerated(args.depth)}
     with without_kernels():
         for name in args.ops:
             for mode, runs in op_runs(name).items():
                 yield row(name, mode, runs, args.rounds, args.calls)
-        for mode, runs in model_runs(args.depth).items():
-            yield row(f"DiT, depth {args.depth}", mode, runs, args.rounds, max(1, args.calls // 100))
+        for name, pair in models.items():
+            for mode, runs in model_runs(pair).items():
+                yield row(f"{name}, depth {args.depth}", mode, runs, args.rounds, max(1, args.calls // 100))
     if _triton.MISSING is None:
         with stub_driver.installed():
             yield row("a launch", "of Triton's own", launch_runs(), args.rounds, args.calls)
