@@ -345,6 +345,8 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(in_channels, hidden_size, kernel_size=patch_size, stride=patch_size)
 
     def forward(self, x: Tensor, pos_embed: Tensor) -> Tensor:
+        if is_dtensor(x):
+            return _patches_by_product(x, self.proj.weight, self.proj.bias) + pos_embed
         return self.proj(x).flatten(2).transpose(1, 2) + pos_embed
 
 

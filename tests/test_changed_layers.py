@@ -141,7 +141,8 @@ def assert_same(got: Results, want: Results) -> None:
 def differs(a: Results, b: Results) -> bool:
     """By several times what ``assert_same`` allows, in a result that both have."""
     same = numerics.CHANGED_AGREEMENT * numerics.CHANGED_SHOWS
-    return any((a[name] - b[name]).abs().max() > same * b[name].abs().max() for name in a.keys() & b.keys())
+    both = [(a[name], b[name]) for name in a.keys() & b.keys()]
+    return any(one.shape != other.shape or (one - other).abs().max() > same * other.abs().max() for one, other in both)
 
 
 def moved(model: nn.Module) -> nn.Module:
