@@ -213,9 +213,9 @@ def decode(content: bytes, max_pixels: int = MAX_PIXELS) -> Picture:
 
 
 def _decoded(content: bytes, max_pixels: int) -> Picture:
-    from PIL import Image as pillow
+    from PIL.Image import open as open_image
 
-    image: Image = pillow.open(BytesIO(content), formats=[name for name in FORMATS if name not in lacking()])
+    image: Image = open_image(BytesIO(content), formats=[name for name in FORMATS if name not in lacking()])
     width, height = image.size
     if width * height > max_pixels:
         raise UnreadableImageError(f"{width} x {height} pixels are more than max_pixels, {max_pixels:,}")

@@ -349,13 +349,13 @@ class Disk:
 
     def __init__(self, number: int, times: int) -> None:
         self.number, self.times, self.tries = number, times, 0
-        self.open = os.open
+        self.opened = os.open
 
     def __call__(self, *arguments: object) -> int:
         self.tries += 1
         if self.tries <= self.times:
             raise OSError(self.number, os.strerror(self.number))
-        return self.open(*arguments)  # type: ignore[arg-type]
+        return self.opened(*arguments)  # type: ignore[arg-type]
 
 
 @pytest.fixture
