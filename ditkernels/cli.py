@@ -14,6 +14,7 @@ if __name__ == "__main__":
 
 import argparse
 import importlib
+import io
 import os
 from collections.abc import Sequence
 from typing import NoReturn
@@ -59,6 +60,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         left, as `head` does.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # Names of files need not be UTF-8. The error stream prints them as it is.
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         status = _run(argv)
         # Here, so that a pipe whose reader has left breaks inside the try.
@@ -81,7 +85,7 @@ def _bad_input() -> tuple[type[Exception], ...]:
     """What a command raises on bad input. The ops' own error is known only where they have been imported."""
     dispatch = sys.modules.get("ditkernels.ops.dispatch")
     of_ops = () if dispatch is None else (dispatch.BackendError,)
-    return ValueError, FloatingPointError, OSError, ImportError, *of_ops
+    return ValueError, FloatingPointError, OSError, ImportError, MemoryError, *of_ops
 
 
 def _run(argv: list[str]) -> int:

@@ -133,3 +133,8 @@ def read_signed(path: Path, what: str, known: Mapping[str, Any], versions: Seque
 def first_line(error: BaseException) -> str:
     """The first line of what a library says of a file it cannot use; its type's name where it says nothing."""
     return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def printable(text: str) -> str:
+    """The text, with escapes for the bytes of a file's name that are no UTF-8."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")

@@ -28,7 +28,7 @@ LINES = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of `ditkernels eval`."""
-    parser.add_argument("samples", type=Path, help=".npz of images or features, or a folder of PNG files")
+    parser.add_argument("samples", type=Path, help=".npz of images or features, or a folder of images")
     parser.add_argument("reference", type=Path, help="the same, or statistics: an .npz of mu and sigma, or torch-fidelity's .pt")
     features = parser.add_mutually_exclusive_group()
     features.add_argument("--weights", type=Path, help="Inception's weights for torch-fidelity; nothing is downloaded")
@@ -39,6 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-size", type=int, default=64, help=f"images at once {DEFAULT}")
     parser.add_argument("--split-size", type=int, default=SPLIT_SIZE, help=f"images in a split of the Inception Score {DEFAULT}")
     parser.add_argument("--neighbours", type=int, default=NEIGHBOURS, help=f"nearest neighbours of precision and recall {DEFAULT}")
+    parser.add_argument("--max-pixels", type=int, default=1 << 28, help=f"pixels of an image that is read {DEFAULT}")
     parser.add_argument("--device", default="auto", help=DEVICE)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers here too")
 
@@ -63,6 +64,7 @@ def run(args: argparse.Namespace) -> int:
         batch_size=args.batch_size,
         split_size=args.split_size,
         neighbours=args.neighbours,
+        max_pixels=args.max_pixels,
     )
     print(report(result))
     for note in result.notes:

@@ -20,6 +20,9 @@ class EncodeConfig:
     out: str = option("latents", "folder to write to, or to resume", free=True)
     verify: bool = option(False, "check every shard of --out against its SHA-256, encode nothing", free=True)
     unconditional: bool = option(False, "one class for all images")
+    keep_empty_classes: bool = option(
+        False, "a class folder without images keeps its number, in place of being an error", free=True
+    )
     image_size: int = option(256, "edge of the square images, in pixels", least=1)
     vae: str = option("ema", "ema, mse, or a folder with an AutoencoderKL")
     dtype: Literal["fp16", "bf16", "fp32"] = option("fp16", "dtype of the stored mean and standard deviation")
@@ -28,6 +31,7 @@ class EncodeConfig:
     threads: int = option(1, "CPU threads a process", least=1)
     num_workers: int = option(4, "processes that read images, for each that encodes", least=0, free=True)
     max_unreadable: int = option(100, "unreadable images that are replaced before the run stops", least=0, free=True)
+    max_pixels: int = option(1 << 28, "pixels of an image that is read; a larger one is unreadable", least=1, free=True)
     device: str = option("auto", "cpu, cuda, cuda:1 ...; auto is cuda if there is one", free=True)
 
     def __post_init__(self) -> None:

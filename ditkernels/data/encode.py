@@ -18,6 +18,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
@@ -34,11 +35,12 @@ from tqdm import tqdm
 from ditkernels._version import __version__
 from ditkernels.data.config import EncodeConfig
 from ditkernels.data.folder import ImageFolder, UnreadableImagesError, as_floats, read_batch
+from ditkernels.data.images import READER
 from ditkernels.data.latents import DTYPES, INDEX, LatentFolder, LatentsError, Shard, make_index, read_index
 from ditkernels.data.loader import stream_batches
 from ditkernels.data.order import Batch
 from ditkernels.data.vae import VAE, load_vae
-from ditkernels.files import remove_leftovers, sha256, write_bytes, write_json
+from ditkernels.files import printable, remove_leftovers, sha256, write_bytes, write_json
 from ditkernels.runtime import World, pinned_threads
 
 PARTS, SETTINGS = ".parts", "settings.json"
@@ -71,7 +73,8 @@ class Batches:
         first = shard * self.config.shard_size
         start = first + batch * self.config.batch_size
         end = min(start + self.config.batch_size, first + self.rows(shard))
-        return read_batch(self.folder, range(start, end), self.config.image_size, self.config.max_unreadable)
+        config = self.config
+        return read_batch(self.folder, range(start, end), config.image_size, config.max_unreadable, config.max_pixels)
 
 
 def encode(config: EncodeConfig, device: torch.device, world: World | None = None) -> LatentFolder:
@@ -88,7 +91,7 @@ def encode(config: EncodeConfig, device: torch.device, world: World | None = Non
         UnreadableImagesError: more than ``max_unreadable`` images.
     """
     world = world or World()
-    images = ImageFolder.scan(config.data_path, unconditional=config.unconditional)
+    images = ImageFolder.scan(config.data_path, unconditional=config.unconditional, keep_empty=config.keep_empty_classes)
     out = Path(config.out)
     if out.resolve() == images.root.resolve():
         raise ValueError(f"out: got {out}, which holds the images; allowed is another folder")
@@ -96,6 +99,8 @@ def encode(config: EncodeConfig, device: torch.device, world: World | None = Non
     settings = settings_of(config, images, vae, device)
     batches = Batches(images, config)
     if world.first:
+        for note in images.notes:
+            print(f"ditkernels: {note}", file=sys.stderr)
         _begin(out, settings)
     world.barrier()
     with pinned_threads(config.threads), _deterministic_convolutions():
@@ -118,7 +123,8 @@ def settings_of(config: EncodeConfig, images: ImageFolder, vae: VAE, device: tor
         "class_to_idx": images.class_to_idx,
         "vae": asdict(vae.space),
         "made_with": {
-            "files_sha256": hashlib.sha256("\n".join(images.files).encode()).hexdigest(),
+            "files_sha256": hashlib.sha256(os.fsencode("\n".join(images.files))).hexdigest(),
+            "image_reader": READER,
             "unconditional": config.unconditional,
             "batch_size": config.batch_size,
             "shard_size": config.shard_size,
@@ -139,7 +145,7 @@ def _begin(out: Path, settings: dict[str, Any]) -> None:
     else:
         (out / PARTS).mkdir(parents=True, exist_ok=True)
         return write_json(out / PARTS / SETTINGS, settings)
-    there, here = _flat(there), _flat(settings)
+    there, here = {"made_with.image_reader": 1} | _flat(there), _flat(settings)
     different = [f"{name}: {there.get(name)!r} there, {here[name]!r} here" for name in here if there.get(name) != here[name]]
     if different:
         raise ValueError(f"out: {out} holds latents of other settings: {'; '.join(different)}")
@@ -184,15 +190,22 @@ def _encode_missing(vae: VAE, batches: Batches, out: Path, world: World) -> None
 
 def _encode_shard(vae: VAE, batches: Batches, shard: int, stream: Iterator[Batch], bar: Any) -> tuple[dict[str, Tensor], list[str]]:
     """The tensors of a shard, of its batches as they come from ``stream``, and the unreadable files among them."""
-    moments, labels, unreadable = [], [], []
+    moments, labels, unreadable, animated = [], [], [], []
     for number in batches.of(shard):
         batch = next(stream)
         found = _moments(vae, batch.images, batches.config)
         _check_finite(found, batches, number)
         moments.append(found)
         labels.append(batch.labels)
-        unreadable += [str(Path(file).relative_to(batches.folder.root)) for file in batch.unreadable]
+        for file, reason in batch.unreadable:
+            name = printable(os.path.relpath(file, batches.folder.root))
+            bar.write(f"{name}: unreadable, {reason}", file=sys.stderr)
+            unreadable.append(name)
+        animated += [printable(file) for file in batch.animated]
         bar.update(len(found))
+    if animated:
+        first = f"{len(animated)} animated images, the first of them {animated[0]}"
+        bar.write(f"{shard_name(shard)}: the first frames of {first}", file=sys.stderr)
     return {"moments": torch.cat(moments), "labels": torch.cat(labels)}, unreadable
 
 
@@ -211,7 +224,7 @@ def _check_finite(moments: Tensor, batches: Batches, number: int) -> None:
         config = batches.config
         index = shard * config.shard_size + batch * config.batch_size + int(wrong.nonzero()[0])
         raise ValueError(
-            f"dtype: got {config.dtype}, in which the latent of {batches.folder.files[index]} is not finite; "
+            f"dtype: got {config.dtype}, in which the latent of {printable(batches.folder.files[index])} is not finite; "
             "bf16 and fp32 hold larger numbers"
         )
 

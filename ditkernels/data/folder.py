@@ -4,25 +4,40 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from ditkernels.data.order import Batch, ShuffledStream, mirrored
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
-
-IMAGE_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+from ditkernels.data.formats import FORMATS, UnreadableImageError
+from ditkernels.data.images import MAX_PIXELS, read_crop
+from ditkernels.data.order import Batch, ShuffledStream, Unreadable, mirrored
+from ditkernels.data.tree import class_folders, images_under, notes_of
+from ditkernels.files import printable
 
 
 class UnreadableImagesError(ValueError):
     """More images are unreadable than the run allows."""
+
+
+class ReadImage(NamedTuple):
+    """What :meth:`ImageFolder.read` found.
+
+    Attributes:
+        image: (3, image_size, image_size) uint8.
+        at: the index that it was found at.
+        unreadable: the files before it that were passed over.
+        animated: whether its file holds more frames than this one.
+    """
+
+    image: Tensor
+    at: int
+    unreadable: tuple[Unreadable, ...]
+    animated: bool
 
 
 @dataclass(frozen=True)
@@ -34,71 +49,77 @@ class ImageFolder:
         files: paths under it, sorted within each class.
         labels: (len(files),) int64.
         class_to_idx: label by name of subfolder, in sorted order; empty if unconditional.
+        notes: what was passed over, in sentences.
     """
 
     root: Path
     files: list[str]
     labels: Tensor
     class_to_idx: dict[str, int]
+    notes: tuple[str, ...] = ()
 
     @staticmethod
-    def scan(root: str | os.PathLike[str], *, unconditional: bool = False) -> ImageFolder:
+    def scan(
+        root: str | os.PathLike[str], *, unconditional: bool = False, keep_empty: bool = False, name: str = "data_path"
+    ) -> ImageFolder:
         """Finds the images; none is opened.
 
+        Args:
+            root: the folder. Hidden folders and files, and those that systems leave behind, are no classes and no images.
+            unconditional: all images are of one class.
+            keep_empty: a folder without images is a class that no image is of.
+            name: the setting that names the folder, for the errors.
+
         Raises:
-            ValueError: the folder is missing, or holds no images.
+            ValueError: the folder is missing, holds no images, or a class without images; it is named.
+            OSError: the disk did not list it.
         """
         root = Path(root)
+        shown = printable(str(root))
         if not root.is_dir():
-            raise ValueError(f"data_path: {root} is no folder")
-        folders = [""] if unconditional else sorted(entry.name for entry in root.iterdir() if entry.is_dir())
-        found = [_images_under(root, folder) for folder in folders]
-        kept = [(folder, files) for folder, files in zip(folders, found, strict=True) if files]
-        if not kept:
+            raise ValueError(f"{name}: {shown} is no folder")
+        passed_over: Counter[str] = Counter()
+        folders = [""] if unconditional else class_folders(root, passed_over)
+        found = [images_under(root, folder) for folder in folders]
+        files = [file for part in found for file in part.files]
+        if not files:
             expected = "no image" if unconditional else "no subfolder with images"
-            raise ValueError(f"data_path: {root} holds {expected} ({', '.join(sorted(IMAGE_SUFFIXES))})")
-        labels = torch.repeat_interleave(torch.arange(len(kept)), torch.tensor([len(files) for _, files in kept]))
-        names = {} if unconditional else {folder: label for label, (folder, _) in enumerate(kept)}
-        return ImageFolder(root, [file for _, files in kept for file in files], labels, names)
+            raise ValueError(f"{name}: {shown} holds {expected} ({', '.join(FORMATS)})")
+        empty = [printable(folder) for folder, part in zip(folders, found, strict=True) if not part.files]
+        if empty and not keep_empty:
+            raise ValueError(
+                f"{name}: {shown} holds classes without images: {', '.join(empty[:8])}; "
+                "remove them, or --keep-empty-classes keeps their numbers"
+            )
+        for part in found:
+            passed_over += part.passed_over
+        labels = torch.repeat_interleave(torch.arange(len(folders)), torch.tensor([len(part.files) for part in found]))
+        names = {} if unconditional else {folder: label for label, folder in enumerate(folders)}
+        return ImageFolder(root, files, labels, names, tuple(notes_of(root, passed_over, files)))
 
     def __len__(self) -> int:
         return len(self.files)
 
-    def read(self, index: int, image_size: int, max_unreadable: int) -> tuple[Tensor, int]:
-        """The image at ``index``, or the next readable one.
-
-        Returns:
-            the image (3, image_size, image_size) uint8, cropped, and the index it was found at.
+    def read(self, index: int, image_size: int, max_unreadable: int, max_pixels: int = MAX_PIXELS) -> ReadImage:
+        """The image at ``index``, cropped, or the next readable one.
 
         Raises:
             UnreadableImagesError: more than ``max_unreadable`` in a row are unreadable, or all there are.
+            OSError, MemoryError: as :func:`read_crop`; no other image stands in then.
         """
-        from PIL import Image, UnidentifiedImageError
-
-        # What Pillow raises on files cut short or altered, whatever their format.
-        damaged = (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError)
         attempts = min(max_unreadable + 1, len(self))
+        unreadable: list[Unreadable] = []
         for attempt in range(attempts):
             at = (index + attempt) % len(self)
+            path = self.root / self.files[at]
             try:
-                with Image.open(self.root / self.files[at]) as image:
-                    pixels = center_crop(image.convert("RGB"), image_size)
-            except damaged:
+                pixels, animated = read_crop(path, image_size, max_pixels)
+            except UnreadableImageError as error:
+                unreadable.append(Unreadable(self.files[at], str(error)))
                 continue
-            return torch.from_numpy(pixels).permute(2, 0, 1), at
-        raise UnreadableImagesError(f"unreadable images: got {attempts} in a row, the last {self.root / self.files[at]}")
-
-    def unreadable(self, index: int, found: int) -> list[str]:
-        """The files that :meth:`read` passed over from ``index`` on, when it found an image at ``found``."""
-        return [self.files[(index + ahead) % len(self)] for ahead in range((found - index) % len(self))]
-
-
-def _images_under(root: Path, folder: str) -> list[str]:
-    found = []
-    for path, _, names in os.walk(root / folder, followlinks=True):
-        inside = os.path.relpath(path, root)
-        found += [os.path.join(inside, name) for name in names if Path(name).suffix.lower() in IMAGE_SUFFIXES]
-    return sorted(found)
+            return ReadImage(torch.from_numpy(pixels).permute(2, 0, 1), at, tuple(unreadable), animated)
+        last = printable(str(self.root / unreadable[-1].file))
+        raise UnreadableImagesError(f"unreadable images: got {attempts} in a row, the last {last}: {unreadable[-1].reason}")
 
 
 class FolderBatches:
@@ -109,6 +130,7 @@ class FolderBatches:
         image_size: edge of the crop.
         flip: mirror an image with probability 1/2, keyed by (seed, step, position in the batch).
         max_unreadable: files in a row that may be unreadable.
+        max_pixels: of an image that is decoded; a larger one is unreadable.
         batch_size, seed: as of :class:`ShuffledStream`.
 
     Raises:
@@ -124,6 +146,7 @@ class FolderBatches:
         image_size: int,
         flip: bool,
         max_unreadable: int,
+        max_pixels: int = MAX_PIXELS,
     ) -> None:
         if importlib.util.find_spec("PIL") is None:
             raise ImportError("image folders need Pillow: pip install ditkernels[vae]")
@@ -131,6 +154,7 @@ class FolderBatches:
         self.image_size = image_size
         self.flip = flip
         self.max_unreadable = max_unreadable
+        self.max_pixels = max_pixels
         self.stream = ShuffledStream(len(folder), batch_size, seed)
 
     def __getitem__(self, step: int) -> Batch:
@@ -139,41 +163,26 @@ class FolderBatches:
     def at(self, step: int, positions: Tensor) -> Batch:
         """As :meth:`Batches.at`."""
         chosen = self.stream.batch(step)[positions]
-        batch = read_batch(self.folder, chosen.tolist(), self.image_size, self.max_unreadable)
+        batch = read_batch(self.folder, chosen.tolist(), self.image_size, self.max_unreadable, self.max_pixels)
         if not self.flip:
             return batch
         flipped = mirrored(self.stream.seed, step, positions)[:, None, None, None]
         return batch._replace(images=torch.where(flipped, batch.images.flip(-1), batch.images))
 
 
-def read_batch(folder: ImageFolder, indices: Sequence[int], image_size: int, max_unreadable: int) -> Batch:
+def read_batch(
+    folder: ImageFolder, indices: Sequence[int], image_size: int, max_unreadable: int, max_pixels: int = MAX_PIXELS
+) -> Batch:
     """The images at ``indices``, none mirrored, uint8; other arguments and errors as of :meth:`ImageFolder.read`."""
-    read = [folder.read(index, image_size, max_unreadable) for index in indices]
-    passed = [folder.unreadable(index, found) for index, (_, found) in zip(indices, read, strict=True)]
+    read = [folder.read(index, image_size, max_unreadable, max_pixels) for index in indices]
     return Batch(
-        torch.stack([image for image, _ in read]),
-        folder.labels[[found for _, found in read]],
-        tuple(str(folder.root / file) for files in passed for file in files),
+        torch.stack([found.image for found in read]),
+        folder.labels[[found.at for found in read]],
+        tuple(Unreadable(str(folder.root / file), reason) for found in read for file, reason in found.unreadable),
+        tuple(str(folder.root / folder.files[found.at]) for found in read if found.animated),
     )
 
 
 def as_floats(images: Tensor) -> Tensor:
     """Images of bytes, in [-1, 1]."""
     return images.float() / 127.5 - 1
-
-
-def center_crop(image: Image, size: int) -> np.ndarray:
-    """The square centre of a Pillow image, (size, size, channels) uint8, as ADM prepares ImageNet.
-
-    Halved by box averages while both edges stay at least twice ``size``, then resized bicubically until the shorter
-    edge is ``size``, then cropped (Dhariwal & Nichol, arXiv 2105.05233; the crop every DiT number rests on).
-    """
-    from PIL.Image import Resampling
-
-    while min(image.size) >= 2 * size:
-        image = image.resize((image.width // 2, image.height // 2), Resampling.BOX)
-    scale = size / min(image.size)
-    resized = image.resize((round(image.width * scale), round(image.height * scale)), Resampling.BICUBIC)
-    pixels = np.array(resized)
-    top, left = (pixels.shape[0] - size) // 2, (pixels.shape[1] - size) // 2
-    return pixels[top : top + size, left : left + size]

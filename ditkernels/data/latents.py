@@ -5,7 +5,8 @@
 
 A draw from a posterior needs one normal a number, keyed as if the image were encoded while training, so mean and standard deviation
 are stored and not z. What is read of a sample lies in one piece, 16 KiB for an image of 256 px in fp16, in files mapped
-into memory: a batch costs one copy of what it holds, and processes that read share the pages.
+into memory: a batch costs one copy of what it holds, and processes that read share the pages. A disk that fails under a mapped file
+kills the process, so on a network disk an error of reading has no name here, as it has for images.
 
 Opening looks at the index's own checksum and at every shard's presence, size and header. Their SHA-256 would read all of them,
 tens of gigabytes, at every start: `ditkernels encode --verify` does that.
@@ -60,6 +61,7 @@ class LatentFolder:
         dtype: of the stored moments.
         class_to_idx: label by name of class; empty if they have none.
         space: what the latents mean.
+        image_reader: the version of the reader that the images were read with.
         shards: all hold equally many images but the last.
     """
 
@@ -71,6 +73,7 @@ class LatentFolder:
         self.dtype = DTYPES[index["dtype"]]
         self.class_to_idx: dict[str, int] = index["class_to_idx"]
         self.space = LatentSpace(**index["vae"])
+        self.image_reader: int = index.get("made_with", {}).get("image_reader", 1)
         self.shards = [Shard(**shard) for shard in index["shards"]]
         self.length: int = index["count"]
         self._mapped: dict[int, tuple[Tensor, Tensor]] = {}

@@ -20,8 +20,8 @@ def stream_batches(batches: Steps, steps: Sequence[int], *, workers: int, pin_me
 
     Signals do not reach the workers: they end when the generator does, which should therefore be closed.
     """
-    loader: DataLoader[Batch] = DataLoader(
-        batches,  # type: ignore[arg-type]
+    loader: DataLoader[Batch | Exception] = DataLoader(
+        _Carried(batches) if workers else batches,  # type: ignore[arg-type]
         sampler=steps,
         batch_size=None,
         num_workers=workers,
@@ -40,11 +40,27 @@ def stream_batches(batches: Steps, steps: Sequence[int], *, workers: int, pin_me
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
     try:
-        yield from iterator
+        for batch in iterator:
+            if isinstance(batch, Exception):
+                raise batch
+            yield batch
     finally:
         if workers:
             # At the interpreter's exit they would be sent the SIGTERM that they ignore, and waited for.
             iterator._shutdown_workers()  # type: ignore[attr-defined]
+
+
+class _Carried:
+    """Batches, or in their place the errors of files and disks: raised in a worker they would arrive as a traceback's text."""
+
+    def __init__(self, batches: Steps) -> None:
+        self.batches = batches
+
+    def __getitem__(self, step: int) -> Batch | Exception:
+        try:
+            return self.batches[step]
+        except (OSError, ValueError, MemoryError) as error:
+            return error
 
 
 def _as_it_is(batch: Any) -> Any:

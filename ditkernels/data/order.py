@@ -61,6 +61,13 @@ class ShuffledStream:
         return self._order
 
 
+class Unreadable(NamedTuple):
+    """A file that should have been among the images, and why it is not."""
+
+    file: str
+    reason: str
+
+
 class Batch(NamedTuple):
     """What a step trains on.
 
@@ -69,11 +76,13 @@ class Batch(NamedTuple):
             standard deviation, fp32, bf16 or fp16.
         labels: (B,) int64.
         unreadable: files that should have been among them; the next readable ones stand in their place.
+        animated: files of which the first frame was taken.
     """
 
     images: Tensor
     labels: Tensor
-    unreadable: tuple[str, ...] = ()
+    unreadable: tuple[Unreadable, ...] = ()
+    animated: tuple[str, ...] = ()
 
 
 class Steps(Protocol):

@@ -9,6 +9,7 @@ from typing import Protocol
 
 from ditkernels.data.digits import InMemoryBatches, LabelledImages, load_digits
 from ditkernels.data.folder import FolderBatches, ImageFolder
+from ditkernels.data.images import READER
 from ditkernels.data.latents import INDEX, LatentBatches, LatentFolder
 from ditkernels.data.order import Batches
 from ditkernels.data.vae import LatentSpace
@@ -25,6 +26,10 @@ class DataConfig(Protocol):
     def val_path(self) -> str | None: ...
     @property
     def unconditional(self) -> bool: ...
+    @property
+    def keep_empty_classes(self) -> bool: ...
+    @property
+    def max_pixels(self) -> int: ...
     @property
     def image_size(self) -> int: ...
     @property
@@ -56,6 +61,8 @@ class TrainingData:
         shape: (C, H, W) of an image, or of a latent.
         class_to_idx: label by name of class.
         latents: what they mean, where batches hold moments of latents; None where they hold images.
+        image_reader: the version of what has read the images; None where they came from no files.
+        notes: what was passed over, in sentences.
     """
 
     train: Batches
@@ -64,6 +71,8 @@ class TrainingData:
     shape: tuple[int, int, int]
     class_to_idx: dict[str, int]
     latents: LatentSpace | None = None
+    image_reader: int | None = None
+    notes: tuple[str, ...] = ()
 
 
 def open_data(config: DataConfig) -> TrainingData:
@@ -79,18 +88,22 @@ def open_data(config: DataConfig) -> TrainingData:
         return _open_digits(config)
     if (Path(config.data_path) / INDEX).is_file():
         return _open_latents(config)
-    folder = ImageFolder.scan(config.data_path, unconditional=config.unconditional)
+    scan = partial(ImageFolder.scan, unconditional=config.unconditional, keep_empty=config.keep_empty_classes)
+    folder = scan(config.data_path)
     _check_classes(len(folder.class_to_idx), config)
-    reading = {"image_size": config.image_size, "max_unreadable": config.max_unreadable}
-    train = FolderBatches(folder, config.global_batch_size, config.global_seed, flip=config.flip, **reading)
-    validation = None
+    reading = partial(
+        FolderBatches, image_size=config.image_size, max_unreadable=config.max_unreadable, max_pixels=config.max_pixels
+    )
+    train = reading(folder, config.global_batch_size, config.global_seed, flip=config.flip)
+    validation, notes = None, folder.notes
     if config.val_path is not None:
-        held_out = ImageFolder.scan(config.val_path, unconditional=config.unconditional)
+        held_out = scan(config.val_path, name="val_path")
         if held_out.class_to_idx != folder.class_to_idx:
             raise ValueError(f"val_path: the classes of {config.val_path} are not those of {config.data_path}")
-        validation = FolderBatches(held_out, _validation_batch(config), VALIDATION_SEED, flip=False, **reading)
+        validation = reading(held_out, _validation_batch(config), VALIDATION_SEED, flip=False)
+        notes += held_out.notes
     shape = (3, config.image_size, config.image_size)
-    return TrainingData(train, validation, len(folder), shape, folder.class_to_idx)
+    return TrainingData(train, validation, len(folder), shape, folder.class_to_idx, image_reader=READER, notes=notes)
 
 
 def _open_latents(config: DataConfig) -> TrainingData:
@@ -108,7 +121,7 @@ def _open_latents(config: DataConfig) -> TrainingData:
             raise ValueError(f"val_path: the classes of {config.val_path} are not those of {config.data_path}")
         validation = batches(held_out, _validation_batch(config), VALIDATION_SEED, flip=False)
     names = {} if config.unconditional else folder.class_to_idx
-    return TrainingData(train, validation, len(folder), folder.shape, names, folder.space)
+    return TrainingData(train, validation, len(folder), folder.shape, names, folder.space, folder.image_reader)
 
 
 def _latents_for(name: str, path: str, config: DataConfig) -> LatentFolder:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from ditkernels.diffusion.public import LossType, ModelMeanType, ModelVarType
 from ditkernels.diffusion.sampling import GaussianDiffusion
 from ditkernels.diffusion.schedule import (
     FloatArray,
@@ -13,7 +14,16 @@ from ditkernels.diffusion.schedule import (
     uniform_log_snr_timesteps,
 )
 
-__all__ = ["GaussianDiffusion", "NoiseSchedule", "create_diffusion", "named_beta_schedule", "space_timesteps"]
+__all__ = [
+    "GaussianDiffusion",
+    "LossType",
+    "ModelMeanType",
+    "ModelVarType",
+    "NoiseSchedule",
+    "create_diffusion",
+    "named_beta_schedule",
+    "space_timesteps",
+]
 
 
 def create_diffusion(

@@ -61,12 +61,24 @@ class Denoiser(NamedTuple):
 
 
 class Reverse(NamedTuple):
-    """p(x_{t−1} | x_t) and the predicted x_0 that it follows from, each of x's shape."""
+    """p(x_{t−1} | x_t) and the predicted x_0 that it follows from, each of x's shape; ``extra`` is what else the model returned."""
 
     mean: Tensor
     variance: Tensor
     log_variance: Tensor
     pred_xstart: Tensor
+    extra: Any = None
+
+
+class WrappedModel:
+    """A model that takes steps of the chain: the one within gets the timesteps of the original chain."""
+
+    def __init__(self, model: Model, schedule: NoiseSchedule) -> None:
+        self.model = model
+        self.schedule = schedule
+
+    def __call__(self, x: Tensor, ts: Tensor, **kwargs: Any) -> Any:
+        return self.model(x, self.schedule.original_timesteps(ts), **kwargs)
 
 
 class DiffusionProcess:
@@ -165,9 +177,10 @@ class DiffusionProcess:
         clip_denoised: bool = True,
         denoised_fn: DenoisedFn | None = None,
         model_kwargs: ModelKwargs | None = None,
-    ) -> Sample:
-        """p(x_{t−1} | x_t): a dict of ``mean``, ``variance``, ``log_variance``, ``pred_xstart``, each like x.
+    ) -> dict[str, Any]:
+        """p(x_{t−1} | x_t): a dict of ``mean``, ``variance``, ``log_variance``, ``pred_xstart``, each like x, and ``extra``.
 
+        Where the model returns a tuple, its second part is ``extra``, which else is None.
         ``denoised_fn`` maps the predicted x_0 before ``clip_denoised`` clips it to [−1, 1]. Raises ValueError where the
         model's output does not have the shape that the variance asks for.
         """
@@ -176,12 +189,19 @@ class DiffusionProcess:
         return self._reverse(denoiser, self.schedule.at(t, x), x, t)._asdict()
 
     def _reverse(self, denoiser: Denoiser, c: Coefficients, x: Tensor, t: Tensor) -> Reverse:
-        output, v = self._call(denoiser, x, t)
-        return self._interpret(denoiser, c, x, output, v)
+        output, v, extra = self._call(denoiser, x, t)
+        return self._interpret(denoiser, c, x, output, v)._replace(extra=extra)
 
-    def _call(self, denoiser: Denoiser, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The prediction, (B, C, …), and v, which has the same shape or is None where the variance is fixed."""
-        output = denoiser.model(x, self.schedule.original_timesteps(t), **(denoiser.model_kwargs or {}))
+    def _wrap_model(self, model: Model) -> WrappedModel:
+        """The model as a function of the chain's own steps; one that has been wrapped is returned."""
+        return model if isinstance(model, WrappedModel) else WrappedModel(model, self.schedule)
+
+    def _call(self, denoiser: Denoiser, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor | None, Any]:
+        """The prediction, (B, C, …), v, which has the same shape or is None where the variance is fixed, and what else came."""
+        output = self._wrap_model(denoiser.model)(x, t, **(denoiser.model_kwargs or {}))
+        extra = None
+        if isinstance(output, tuple):
+            output, extra = output
         learned = self.variance == "learned_range"
         expected = (x.shape[0], x.shape[1] * (2 if learned else 1), *x.shape[2:])
         if not isinstance(output, Tensor) or output.shape != expected:
@@ -191,9 +211,9 @@ class DiffusionProcess:
             )
         output = output.to(x.dtype)
         if not learned:
-            return output, None
+            return output, None, extra
         prediction, v = output.chunk(2, dim=1)
-        return prediction, v
+        return prediction, v, extra
 
     def _predict_xstart(self, denoiser: Denoiser, c: Coefficients, x: Tensor, output: Tensor) -> Tensor:
         pred_xstart = output if self.prediction == "x_start" else xstart_from_epsilon(c, x, output)
@@ -242,7 +262,7 @@ class DiffusionProcess:
         c = self.schedule.at(t, x_start)
         x_t = diffuse(c, x_start, noise)
         denoiser = Denoiser(model, clip_denoised=False, model_kwargs=model_kwargs)
-        output, v = self._call(denoiser, x_t, t)
+        output, v, _ = self._call(denoiser, x_t, t)
         if self.loss in ("kl", "rescaled_kl"):
             vb = self._variational_term(self._interpret(denoiser, c, x_t, output, v), c, x_start, x_t, t)
             vb = vb * self.num_timesteps if self.loss == "rescaled_kl" else vb

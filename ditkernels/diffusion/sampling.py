@@ -19,15 +19,14 @@ from ditkernels.diffusion.gaussian import (
     CondFn,
     DenoisedFn,
     Denoiser,
-    DiffusionProcess,
     Model,
     ModelKwargs,
     Sample,
     epsilon_from_xstart,
     step_of,
-    xstart_from_epsilon,
 )
 from ditkernels.diffusion.inputs import check_like, noise_for, widened
+from ditkernels.diffusion.public import PublicDiffusion
 from ditkernels.diffusion.schedule import Coefficients
 
 Diffusion = TypeVar("Diffusion")
@@ -57,7 +56,7 @@ def _over_the_steps_of(
     return decorate
 
 
-class GaussianDiffusion(DiffusionProcess):
+class GaussianDiffusion(PublicDiffusion):
     """A diffusion to train on and to draw from. :func:`ditkernels.diffusion.create_diffusion` makes one."""
 
     # --------------------------------------------------------------------------------------------------------
@@ -90,7 +89,7 @@ class GaussianDiffusion(DiffusionProcess):
         reverse = self._reverse(denoiser, self.schedule.at(t, x), x, t)
         mean = reverse.mean
         if denoiser.cond_fn is not None:
-            mean = mean + reverse.variance * self._gradient(denoiser, denoiser.cond_fn, x, t)
+            mean = self.condition_mean(denoiser.cond_fn, reverse._asdict(), x, t, denoiser.model_kwargs)
         noisy = (t > 0).view(-1, *[1] * (x.ndim - 1))
         return {
             "sample": mean + noisy * torch.exp(0.5 * reverse.log_variance) * noise,
@@ -194,19 +193,13 @@ class GaussianDiffusion(DiffusionProcess):
 
     def _denoise(self, denoiser: Denoiser, c: Coefficients, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """The predicted x_0, clipped and guided, and the noise that goes with it: samplers of the ODE step on these."""
-        output, _ = self._call(denoiser, x, t)
-        pred_xstart = self._predict_xstart(denoiser, c, x, output)
-        epsilon = epsilon_from_xstart(c, x, pred_xstart)
-        if denoiser.cond_fn is not None:
-            gradient = self._gradient(denoiser, denoiser.cond_fn, x, t)
-            epsilon = epsilon - c.sqrt_one_minus_alphas_cumprod * gradient
-            pred_xstart = xstart_from_epsilon(c, x, epsilon)
-        return pred_xstart, epsilon
-
-    def _gradient(self, denoiser: Denoiser, cond_fn: CondFn, x: Tensor, t: Tensor) -> Tensor:
-        gradient = cond_fn(x, self.schedule.original_timesteps(t), **(denoiser.model_kwargs or {}))
-        check_like("cond_fn's result", gradient, x)
-        return gradient.to(x.dtype)
+        if denoiser.cond_fn is None:
+            output, _, _ = self._call(denoiser, x, t)
+            pred_xstart = self._predict_xstart(denoiser, c, x, output)
+        else:
+            moved = self.condition_score(denoiser.cond_fn, self._reverse(denoiser, c, x, t)._asdict(), x, t, denoiser.model_kwargs)
+            pred_xstart = moved["pred_xstart"]
+        return pred_xstart, epsilon_from_xstart(c, x, pred_xstart)
 
     # --------------------------------------------------------------------------------------------------------
     # Whole trajectories. Autograd is off inside a step, and as the caller has it between steps.

@@ -230,6 +230,20 @@ class NoiseSchedule:
         self._tables: dict[tuple[torch.device, torch.dtype], Tensor] = {}
         self._timestep_maps: dict[torch.device, Tensor] = {}
 
+    @property
+    def alphas_cumprod_prev(self) -> FloatArray:
+        """ᾱ of the step before, (T',): 1 before the first."""
+        return np.append(1.0, self.alphas_cumprod[:-1])
+
+    @property
+    def alphas_cumprod_next(self) -> FloatArray:
+        """ᾱ of the step behind, (T',): 0 behind the last."""
+        return np.append(self.alphas_cumprod[1:], 0.0)
+
+    def table(self, name: str) -> FloatArray:
+        """A field of :class:`Coefficients` over all steps, (T',) float64."""
+        return self._packed[:, Coefficients._fields.index(name)].copy()
+
     def at(self, t: Tensor, x: Tensor) -> Coefficients:
         """The coefficients at steps t, (B,) int64 on x's device. They have x's dtype and broadcast against x (B, …)."""
         key = (t.device, x.dtype)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ditkernels.data.images import MAX_PIXELS
 from ditkernels.evaluation import images as sources
 from ditkernels.evaluation import statistics
 from ditkernels.evaluation.config import METRICS, NEIGHBOURS, SPLIT_SIZE
@@ -30,12 +31,14 @@ class Reference:
         pool, spatial: Gaussians of the features.
         pool_features: (M, F), for precision and recall.
         count: how many images; None where only statistics are known.
+        notes: what was passed over among its files, in sentences.
     """
 
     pool: Gaussian | None
     spatial: Gaussian | None
     pool_features: Tensor | None
     count: int | None
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -108,6 +111,7 @@ def evaluate(
     batch_size: int = 64,
     split_size: int = SPLIT_SIZE,
     neighbours: int = NEIGHBOURS,
+    max_pixels: int = MAX_PIXELS,
 ) -> Evaluation:
     """Compares samples with a reference.
 
@@ -115,8 +119,8 @@ def evaluate(
     with Inception), and those only for precision and recall.
 
     Args:
-        samples: an ``.npz`` with images (arr_0: (N, H, W, 3) uint8) or features (pool, spatial, logits), a folder of PNG or JPEG
-            files in the order of their names, batches (B, 3, H, W) uint8, or Features.
+        samples: an ``.npz`` with images (arr_0: (N, H, W, 3) uint8) or features (pool, spatial, logits), a folder of image
+            files in the order of their paths, batches (B, 3, H, W) uint8, or Features.
         reference: the same, statistics (an ``.npz`` of mu, sigma, and mu_s, sigma_s for sFID, or torch-fidelity's ``.pt``), or
             what ``load_reference`` returned. Where an ``.npz`` has both statistics and images, FID and sFID use the statistics, as
             the ADM suite does.
@@ -125,6 +129,7 @@ def evaluate(
         batch_size: images an extractor sees at once.
         split_size: images in a split of the Inception Score.
         neighbours: k of precision and recall.
+        max_pixels: of an image file that is decoded.
 
     Raises:
         ValueError, TypeError: an unknown metric, one that cannot be computed, too few samples for one, images or arrays of
@@ -133,9 +138,11 @@ def evaluate(
     unknown = sorted(set(metrics or ()) - set(METRICS))
     if unknown:
         raise ValueError(f"metrics: got {', '.join(unknown)}, allowed are {', '.join(METRICS)}")
-    known = reference if isinstance(reference, Reference) else load_reference(reference, extractor=extractor, batch_size=batch_size)
+    reading = _Reading(extractor, batch_size, max_pixels)
+    known = reference if isinstance(reference, Reference) else _read_reference(reference, reading)
     totals = _Totals(split_size, keep_pool=known.pool_features is not None)
-    for features in _features_of(samples, extractor, batch_size):
+    reading = replace(reading, notes=[*known.notes])
+    for features in _features_of(samples, reading):
         totals.add(features)
     absent = _why_absent(totals, known)
     for name in METRICS:
@@ -144,7 +151,8 @@ def evaluate(
         if metrics is not None and name not in metrics:
             absent[name] = "not asked for"
     described = sources.described_by(Path(samples)) if isinstance(samples, (str, Path)) else None
-    return _evaluation(totals, known, absent, split_size, neighbours, (described or {}).get("labels"))
+    found = _evaluation(totals, known, absent, split_size, neighbours, (described or {}).get("labels"))
+    return replace(found, notes=[*reading.notes, *found.notes])
 
 
 def _why_absent(totals: _Totals, reference: Reference) -> dict[str, str]:
@@ -209,8 +217,24 @@ def _evaluation(
 # ---- Sources ---------------------------------------------------------------------------------------------------------
 
 
-def load_reference(reference: Source, *, extractor: Extractor | None = None, batch_size: int = 64) -> Reference:
+def load_reference(
+    reference: Source, *, extractor: Extractor | None = None, batch_size: int = 64, max_pixels: int = MAX_PIXELS
+) -> Reference:
     """Reads a reference once, to compare several sets of samples with it. Arguments and errors as of ``evaluate``."""
+    return _read_reference(reference, _Reading(extractor, batch_size, max_pixels))
+
+
+@dataclass(frozen=True)
+class _Reading:
+    """How a source is read; ``notes`` gathers what was passed over."""
+
+    extractor: Extractor | None
+    batch_size: int
+    max_pixels: int
+    notes: list[str] = field(default_factory=list)
+
+
+def _read_reference(reference: Source, reading: _Reading) -> Reference:
     gaussians: dict[str, Gaussian] = {}
     path = Path(reference) if isinstance(reference, (str, Path)) else Path()
     statistics.refuse_pickle(path)
@@ -219,19 +243,20 @@ def load_reference(reference: Source, *, extractor: Extractor | None = None, bat
     if path.suffix.lower() == ".npz":
         held = sources.headers(path)
         gaussians = statistics.of_npz(path, held)
-        with_features = "pool" in held or (sources.IMAGES in held and extractor is not None)
+        with_features = "pool" in held or (sources.IMAGES in held and reading.extractor is not None)
         if gaussians and not with_features:
             return Reference(gaussians.get("mu"), gaussians.get("mu_s"), None, None)
     totals = _Totals(SPLIT_SIZE, keep_pool=True)
-    for features in _features_of(reference, extractor, batch_size):
+    for features in _features_of(reference, reading):
         totals.add(features)
     if gaussians:
         return Reference(gaussians.get("mu"), gaussians.get("mu_s"), totals.pool_features, totals.pool.count)
     spatial = None if totals.spatial is None else totals.spatial.gaussian()
-    return Reference(totals.pool.gaussian(), spatial, totals.pool_features, totals.pool.count)
+    return Reference(totals.pool.gaussian(), spatial, totals.pool_features, totals.pool.count, tuple(reading.notes))
 
 
-def _features_of(source: Source, extractor: Extractor | None, batch_size: int) -> Iterator[Features]:
+def _features_of(source: Source, reading: _Reading) -> Iterator[Features]:
+    extractor, batch_size = reading.extractor, reading.batch_size
     if batch_size < 1:
         raise ValueError(f"batch_size: got {batch_size}, allowed is 1 or more")
     if isinstance(source, Features):
@@ -242,7 +267,7 @@ def _features_of(source: Source, extractor: Extractor | None, batch_size: int) -
         return
     if extractor is None:
         raise ValueError("extractor: got none, but images need one, for example Inception(weights)")
-    batches = _batches(Path(source), batch_size) if isinstance(source, (str, Path)) else source
+    batches = _batches(Path(source), reading) if isinstance(source, (str, Path)) else source
     for images in batches:
         _check_batch(images)
         for part in images.split(batch_size):
@@ -260,16 +285,16 @@ def _stored_features(path: Path) -> Features:
     return as_features(held)
 
 
-def _batches(path: Path, batch_size: int) -> Iterator[Tensor]:
+def _batches(path: Path, reading: _Reading) -> Iterator[Tensor]:
     if path.is_dir():
-        return sources.folder_batches(sources.folder_files(path), batch_size)
+        return sources.folder_batches(path, reading.batch_size, reading.max_pixels, reading.notes)
     held = sources.headers(path)
     if sources.IMAGES not in held:
         raise ValueError(
             f"{path}: got {', '.join(sorted(held)) or 'nothing'}, allowed are {sources.IMAGES} (images) or pool (features)"
         )
     sources.check_images(path, held[sources.IMAGES])
-    return sources.npz_batches(path, batch_size)
+    return sources.npz_batches(path, reading.batch_size)
 
 
 def _check_batch(images: Any) -> None:

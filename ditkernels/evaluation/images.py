@@ -12,12 +12,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-SUFFIXES = (".png", ".jpg", ".jpeg")
+from ditkernels.data.folder import ImageFolder
+from ditkernels.data.formats import UnreadableImageError
+from ditkernels.data.images import read_whole
+from ditkernels.files import printable
+
 IMAGES = "arr_0"
 
 
 class Header(NamedTuple):
-    """Shape and dtype of an array inside an ``.npz``, and whether its first axis runs fastest."""
+    """Shape, dtype and order of an array inside an ``.npz``."""
 
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
@@ -55,12 +59,15 @@ def check_images(path: Path, header: Header) -> None:
         raise ValueError(f"{path}: {IMAGES}: got dtype {header.dtype}, allowed is uint8")
     if len(shape) != 4 or shape[3] != 3:
         raise ValueError(f"{path}: {IMAGES}: got shape {shape}, allowed is (N, H, W, 3)")
-    if header.fortran:
-        raise ValueError(f"{path}: {IMAGES}: an array in Fortran order cannot be streamed")
 
 
 def npz_batches(path: Path, batch_size: int) -> Iterator[Tensor]:
-    """The images of an ``.npz``, (B, 3, H, W) uint8, holding one batch at a time."""
+    """The images of an ``.npz``, (B, 3, H, W) uint8, holding one batch at a time; all of them where they lie in Fortran's order."""
+    if headers(path)[IMAGES].fortran:
+        with np.load(path) as arrays:
+            images = torch.from_numpy(np.ascontiguousarray(arrays[IMAGES].transpose(0, 3, 1, 2)))
+        yield from images.split(batch_size)
+        return
     with zipfile.ZipFile(path) as archive, archive.open(f"{IMAGES}.npy") as file:
         count, height, width, channels = _read_header(file).shape
         size = height * width * channels
@@ -69,34 +76,49 @@ def npz_batches(path: Path, batch_size: int) -> Iterator[Tensor]:
             content = file.read(length * size)
             if len(content) < length * size:
                 raise ValueError(f"{path}: {IMAGES} ends early")
-            images = np.frombuffer(content, np.uint8).reshape(length, height, width, channels)
-            yield torch.from_numpy(images.transpose(0, 3, 1, 2).copy())
+            pixels = np.frombuffer(content, np.uint8).reshape(length, height, width, channels)
+            yield torch.from_numpy(pixels.transpose(0, 3, 1, 2).copy())
 
 
-def folder_files(path: Path) -> list[Path]:
-    """The PNG and JPEG files of a folder in the order of their names. Raises ValueError where there are none."""
-    files = sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES)
-    if not files:
-        raise ValueError(f"{path}: got no images, allowed is a folder of {', '.join(SUFFIXES)} files")
-    return files
+def folder_batches(path: Path, batch_size: int, max_pixels: int, notes: list[str]) -> Iterator[Tensor]:
+    """The images below a folder in the order of their paths, (B, 3, H, W) uint8, read as training reads them but for the crop.
 
+    Args:
+        path: the folder; what it holds need not lie in folders of classes.
+        batch_size: images at once.
+        max_pixels: of an image that is decoded.
+        notes: what was passed over is added here.
 
-def folder_batches(files: list[Path], batch_size: int) -> Iterator[Tensor]:
-    """The images, (B, 3, H, W) uint8. Raises ValueError where they differ in size."""
-    from PIL import Image
-
-    size: tuple[int, int] | None = None
-    for start in range(0, len(files), batch_size):
+    Raises:
+        ValueError: there are no images, they differ in size, or one is unreadable; it is named.
+        OSError, MemoryError: as :func:`read_whole`.
+    """
+    folder = ImageFolder.scan(path, unconditional=True, name="images")
+    notes += folder.notes
+    animated = 0
+    size: tuple[int, ...] | None = None
+    for start in range(0, len(folder), batch_size):
         batch = []
-        for file in files[start : start + batch_size]:
-            with Image.open(file) as image:
-                size = size or image.size
-                if image.size != size:
-                    raise ValueError(
-                        f"{file}: got {image.size[0]} x {image.size[1]}, the images before it are {size[0]} x {size[1]}"
-                    )
-                batch.append(np.array(image.convert("RGB")))
+        for file in folder.files[start : start + batch_size]:
+            pixels, more = _read(path / file, max_pixels)
+            size = size or pixels.shape
+            if pixels.shape != size:
+                raise ValueError(
+                    f"{printable(str(path / file))}: got {pixels.shape[1]} x {pixels.shape[0]}, "
+                    f"the images before it are {size[1]} x {size[0]}"
+                )
+            batch.append(pixels)
+            animated += more
         yield torch.from_numpy(np.stack(batch).transpose(0, 3, 1, 2).copy())
+    if animated:
+        notes.append(f"{printable(str(path))}: of {animated} animated images the first frames were taken")
+
+
+def _read(file: Path, max_pixels: int) -> tuple[np.ndarray, bool]:
+    try:
+        return read_whole(file, max_pixels)
+    except UnreadableImageError as error:
+        raise ValueError(f"{printable(str(file))} is not a readable image: {error}") from error
 
 
 def described_by(path: Path) -> dict[str, Any] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,11 +80,18 @@ def parse_classes(text: str) -> tuple[int, ...]:
 
 
 def read_labels(path: Path) -> tuple[int, ...]:
-    """One class id a line, image i's on line i. Raises ValueError, naming the line, for anything else."""
+    """One class id a line, image i's on line i, in UTF-8 or, where a mark says so, UTF-16; blank lines at the end do not count.
+
+    Raises ValueError, naming the line, for anything else.
+    """
     if not path.is_file():
         raise ValueError(f"labels: {path}: no such file")
-    lines = path.read_text(encoding="utf-8").split("\n")
-    lines = lines[:-1] if lines[-1] == "" else lines
+    content = path.read_bytes()
+    encoding = "utf-16" if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
+    try:
+        lines = content.decode(encoding).rstrip().splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"labels: {path} is no text of UTF-8 or UTF-16: {error.reason} at byte {error.start}") from error
     for number, line in enumerate(lines, start=1):
         if not line.strip().isdecimal():
             raise ValueError(f"labels: {path}, line {number}: got {line!r}, allowed is one class id")

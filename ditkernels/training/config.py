@@ -20,12 +20,16 @@ class TrainConfig:
     data_path: str = option("", "folder of images, one subfolder a class; or of latents; or 'digits'", free=True)
     val_path: str | None = option(None, "folder of images or of latents to measure the validation loss on", free=True)
     unconditional: bool = option(False, "one class for all images, no label dropout")
+    keep_empty_classes: bool = option(
+        False, "a class folder without images keeps its number, in place of being an error", free=True
+    )
     image_size: int = option(256, "edge of the square images, in pixels", least=1)
     num_classes: int = option(1000, "classes of the model, at least those of the data", least=1)
     flip: bool = option(True, "mirror half of the images of a folder")
     vae: str = option("ema", "ema, mse, a folder with an AutoencoderKL, or 'none' for pixels")
     num_workers: int = option(4, "processes that read images", least=0, free=True)
     max_unreadable: int = option(100, "unreadable images that are skipped before the run stops", least=0, free=True)
+    max_pixels: int = option(1 << 28, "pixels of an image that is read; a larger one is unreadable", least=1, free=True)
 
     model: str = option("DiT-XL/2", "DiT-{S,B,L,XL}/{2,4,8}")
     hidden_size: int | None = option(None, "channels of a token, in place of the model's own", least=4)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ditkernels.files import write_text
+from ditkernels.files import printable, write_text
 from ditkernels.training.config import TrainConfig
 
 METRICS = "metrics.jsonl"
@@ -217,7 +217,7 @@ class RunLog:
 
     def say(self, text: str) -> None:
         """Prints a line without tearing the bar."""
-        tqdm.write(text, file=sys.stdout)
+        tqdm.write(printable(text), file=sys.stdout)
         sys.stdout.flush()
 
     def close(self) -> None:

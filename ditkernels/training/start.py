@@ -109,6 +109,10 @@ def check_same_run(
     for name, here in (("data_length", data.length), ("class_to_idx", data.class_to_idx)):
         if checkpoint.state[name] != here:
             found.append(f"{name}: other data")
+    # What a run began with before readers had numbers was read by the first.
+    reader = checkpoint.state.get("image_reader", 1)
+    if None not in (reader, data.image_reader) and reader != data.image_reader:
+        found.append(f"image_reader: {reader} there, {data.image_reader} here")
     space = checkpoint.state.get("latent_space")
     if space is not None and latent_space is not None:
         found += LatentSpace(**space).differences(latent_space)

@@ -27,6 +27,7 @@ from ditkernels.data.source import TrainingData, open_data
 from ditkernels.data.vae import VAE
 from ditkernels.diffusion import GaussianDiffusion, create_diffusion
 from ditkernels.evaluation.monitor import Monitor
+from ditkernels.files import printable
 from ditkernels.models import count
 from ditkernels.ops.settings import use_backend
 from ditkernels.options import recorded_values
@@ -117,6 +118,8 @@ def train(config: TrainConfig, *, model: DiT | None = None, data: TrainingData |
         stack.callback(writer.close)
         log = trainer.new_log()
         stack.callback(log.close)
+        for note in data.notes:
+            log.say(note)
         late = OneStepLate()
         steps = range(trainer.step, trainer.total)
         mine = parallel.batches(data.train, config.global_batch_size, config.accumulation)
@@ -222,6 +225,7 @@ class Trainer:
         self.skipped_in_a_row = 0
         self.flags: tuple[float, ...] = ()
         self.unreadable: set[str] = set()
+        self._animated = False
         # Those that all ranks know of since they resumed.
         self._unreadable_before = 0
         self.monitor = self._monitor() if config.eval_every else None
@@ -343,21 +347,24 @@ class Trainer:
             )
 
     def note_unreadable(self, batch: Batch, log: RunLog) -> None:
-        """Names and counts the files that could not be read.
+        """Names and counts the files that could not be read, and says where first frames are taken.
 
         Raises:
             UnreadableImagesError: they are more than ``max_unreadable``.
         """
-        for path in batch.unreadable:
+        for path, reason in batch.unreadable:
             if path not in self.unreadable:
                 self.unreadable.add(path)
-                log.say(f"skipped {path}: not a readable image ({len(self.unreadable)} so far)")
+                log.say(f"skipped {path}: not a readable image: {reason} ({len(self.unreadable)} so far)")
+        if batch.animated and not self._animated:
+            self._animated = True
+            log.say(f"{batch.animated[0]} is animated: of it, and of others like it, the first frame is taken")
         if self.world.size == 1:
             self._limit_unreadable(len(self.unreadable))
 
     def _limit_unreadable(self, count: int) -> None:
         if count > self.config.max_unreadable:
-            last = f"; one is {min(self.unreadable)}" if self.unreadable else ""
+            last = f"; one is {printable(min(self.unreadable))}" if self.unreadable else ""
             raise UnreadableImagesError(
                 f"unreadable images: got {count}, allowed are {self.config.max_unreadable} (max_unreadable){last}"
             )
@@ -457,6 +464,7 @@ class Trainer:
                 "images_seen": self.step * self.config.global_batch_size,
                 "data_length": self.data.length,
                 "class_to_idx": self.data.class_to_idx,
+                "image_reader": self.data.image_reader,
                 "latent_space": None if self.latent_space is None else asdict(self.latent_space),
                 "skipped": self.skipped,
                 "skipped_in_a_row": self.skipped_in_a_row,

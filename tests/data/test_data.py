@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from ditkernels.data.crop import center_crop
 from ditkernels.data.digits import InMemoryBatches, LabelledImages, load_digits
-from ditkernels.data.folder import FolderBatches, ImageFolder, UnreadableImagesError, center_crop
+from ditkernels.data.folder import FolderBatches, ImageFolder, UnreadableImagesError
 from ditkernels.data.loader import stream_batches
 from ditkernels.data.order import ShuffledStream
 from ditkernels.data.source import open_data
@@ -114,7 +115,6 @@ def folder(tmp_path):
         for index in range(4):
             write_image(root / name / f"{index}.png", seed=10 * label + index)
     (root / "n01" / "notes.txt").write_text("no image", encoding="utf-8")
-    (root / "empty").mkdir()
     return root
 
 
@@ -142,7 +142,7 @@ def test_an_epoch_holds_every_image_with_its_label(folder):
     stream = batches(folder, batch_size=4, flip=False)
     seen = []
     for step in range(3):
-        images, labels, unreadable = stream[step]
+        images, labels, unreadable, _ = stream[step]
         assert (images.dtype, images.shape, unreadable) == (torch.uint8, (4, 3, 8, 8), ())
         seen += [(label, image.numpy().tobytes()) for image, label in zip(images, labels.tolist(), strict=True)]
     expected = set()
@@ -184,7 +184,7 @@ def test_in_memory_batches_are_addressed_by_step():
     data = LabelledImages(torch.arange(6.0).reshape(6, 1, 1, 1), torch.arange(6))
     stream = InMemoryBatches(data, 4, seed=1)
     for step in (2, 0, 1):
-        images, labels, _ = stream[step]
+        images, labels, *_ = stream[step]
         assert torch.equal(images.flatten().long(), labels)
         assert torch.equal(labels, ShuffledStream(6, 4, 1).batch(step))
 
@@ -217,8 +217,8 @@ def test_an_unreadable_image_is_named_and_the_next_one_takes_its_place(folder):
     cut = (folder / "n02" / "3.png").read_bytes()
     damage(folder / "n02" / "3.png", cut[: len(cut) // 2])
     stream = batches(folder, batch_size=12, flip=False)
-    images, labels, unreadable = stream[0]
-    assert sorted(unreadable) == [str(folder / "n01" / "1.png"), str(folder / "n02" / "3.png")]
+    images, labels, unreadable, _ = stream[0]
+    assert sorted(file for file, _ in unreadable) == [str(folder / "n01" / "1.png"), str(folder / "n02" / "3.png")]
     assert len(images) == 12
     assert torch.bincount(labels).tolist() == [4, 3, 5]
 

@@ -122,7 +122,7 @@ def test_every_image_and_its_mirror_image_are_stored_with_their_posterior(images
     assert folder.class_to_idx == data.class_to_idx == {"ant": 0, "bee": 1, "cat": 2}
     own = load_vae(vae, CPU)
     for index in range(11):
-        image, _ = data.train.folder.read(index, SIZE, 0)
+        image = data.train.folder.read(index, SIZE, 0).image
         for side, shown in enumerate((image, image.flip(-1))):
             moments, labels = folder.read(torch.tensor([index]), torch.tensor([side == 1]))
             mean, std = own.posterior(shown[None].float() / 127.5 - 1)
@@ -563,7 +563,7 @@ def test_an_epoch_has_every_image_once_mirrored_or_not(encoded):
     assert (data.length, data.shape, data.class_to_idx) == (11, (4, 4, 4), {"ant": 0, "bee": 1, "cat": 2})
     everything = load_everything(encoded)
     for step in range(3):
-        moments, labels, _ = data.train[step]
+        moments, labels, *_ = data.train[step]
         found = [int((everything == row).flatten(2).all(2).any(1).nonzero()) for row in moments]
         assert sorted(found) == list(range(11))
         assert torch.bincount(labels).tolist() == [3, 5, 3]

@@ -21,6 +21,7 @@ from torch_fidelity.metric_prc import prc_features_to_metric
 
 from ditkernels import cli
 from ditkernels.diffusion import create_diffusion
+from ditkernels.evaluation import images as sources
 from ditkernels.evaluation.evaluate import Reference, evaluate, load_reference
 from ditkernels.evaluation.features import Features, Inception
 from ditkernels.evaluation.metrics import Gaussian, GaussianSum, InceptionScore, frechet_distance
@@ -306,7 +307,7 @@ def test_only_the_metrics_asked_for_are_computed():
         ({"arr_0": np.zeros((2, 8, 8, 3), np.float32)}, "arr_0: got dtype float32, allowed is uint8"),
         ({"arr_0": np.zeros((2, 3, 8, 8), np.uint8)}, r"arr_0: got shape \(2, 3, 8, 8\)"),
         ({"arr_1": np.zeros((2, 8, 8, 3), np.uint8)}, "got arr_1, allowed are arr_0"),
-        ({"arr_0": np.asfortranarray(np.zeros((2, 8, 8, 3), np.uint8))}, "in Fortran order cannot be streamed"),
+        ({"arr_0": np.array([None])}, "got dtype object, allowed is uint8"),
     ],
 )
 def test_an_npz_of_another_layout_is_named(arrays, message, tmp_path):
@@ -336,7 +337,7 @@ def test_a_path_without_images_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"text.npz is not an \.npz file"):
         evaluate(tmp_path / "text.npz", GOOD)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="got no images"):
+    with pytest.raises(ValueError, match="holds no image"):
         evaluate(tmp_path / "empty", GOOD, extractor=brightness)
     with zipfile.ZipFile(tmp_path / "short.npz", "w") as archive:
         content = np.zeros((4, 8, 8, 3), np.uint8)
@@ -346,6 +347,50 @@ def test_a_path_without_images_is_named(tmp_path):
             file.write(header)
     with pytest.raises(ValueError, match="arr_0 ends early"):
         evaluate(tmp_path / "short.npz", GOOD, extractor=brightness)
+
+
+def test_an_npz_in_the_order_of_fortran_is_read(tmp_path):
+    images = np.random.default_rng(0).integers(0, 256, (7, 8, 8, 3), dtype=np.uint8)
+    np.savez(tmp_path / "c.npz", arr_0=images)
+    np.savez(tmp_path / "f.npz", arr_0=np.asfortranarray(images))
+    for batches in zip(*(sources.npz_batches(tmp_path / name, 3) for name in ("c.npz", "f.npz")), strict=True):
+        assert torch.equal(*batches)
+
+
+def test_folders_are_read_as_in_training_and_what_is_passed_over_is_told(tmp_path):
+    from PIL import Image
+
+    from ditkernels.data.folder import ImageFolder
+
+    root = tmp_path / "samples"
+    (root / "deep" / "er").mkdir(parents=True)
+    (root / ".ipynb_checkpoints").mkdir()
+    (root / "notes.txt").write_text("no image", encoding="utf-8")
+    pixels = np.random.default_rng(0).integers(0, 256, (4, 8, 8, 3), dtype=np.uint8)
+    grey = Image.fromarray((pixels[3, ..., 0].astype(np.uint16) << 8) + 7)
+    Image.fromarray(pixels[0]).save(root / "a.webp", lossless=True)
+    Image.fromarray(pixels[1]).save(root / "deep" / "b.tif")
+    frames = [Image.fromarray(image) for image in pixels[1:3]]
+    frames[0].save(root / "deep" / "c.gif", save_all=True, append_images=frames[1:])
+    grey.save(root / "deep" / "er" / "d.png")
+    folder = ImageFolder.scan(root, unconditional=True)
+    notes = []
+    (batch,) = sources.folder_batches(root, 10, 1 << 28, notes)
+    assert torch.equal(batch, torch.stack([folder.read(index, 8, 0).image for index in range(4)]))
+    assert notes == [
+        f"{root}: passed over 1 .txt, 1 hidden or of the system",
+        f"{root}: of 1 animated images the first frames were taken",
+    ]
+    assert evaluate(root, root, extractor=brightness, metrics=["fid"]).notes[:2] == notes
+
+
+def test_a_truncated_image_is_named(tmp_path):
+    from PIL import Image
+
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(tmp_path / "a.png")
+    (tmp_path / "a.png").write_bytes((tmp_path / "a.png").read_bytes()[:1000])
+    with pytest.raises(ValueError, match=r"a\.png is not a readable image: damaged: "):
+        evaluate(tmp_path, GOOD, extractor=brightness)
 
 
 def test_images_of_different_size_in_a_folder_are_named(tmp_path):

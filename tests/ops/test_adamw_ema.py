@@ -181,8 +181,8 @@ def trained(tmp_path: Path, name: str, **changes: object) -> Trainer:
     """A run's state after six steps, of which the third is skipped: its loss is not finite."""
     trainer = make_trainer(tmp_path / name, model=small_model(random=True), ema_decay=0.9, **changes)
     for step in range(6):
-        images, labels, unreadable = trainer.data.train[step]
-        trainer.train_step(Batch(images * (math.nan if step == 2 else 1), labels, unreadable), step, 1e-2)
+        images, labels, *_ = trainer.data.train[step]
+        trainer.train_step(Batch(images * (math.nan if step == 2 else 1), labels), step, 1e-2)
     return trainer
 
 

@@ -434,3 +434,20 @@ def test_what_cannot_be_loaded_is_named(model, tmp_path):
     save_checkpoint(tmp_path / "raw", Checkpoint(model.state_dict(), config={"model": {"num_heads": 2}}))
     with pytest.raises(CheckpointError, match="holds no moving average"):
         load_model(tmp_path / "raw")
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le-mark", "utf-16-be-mark"])
+def test_a_labels_file_may_have_a_mark_and_blank_lines_at_its_end(encoding, tmp_path):
+    mark = "\ufeff" if encoding.endswith("-mark") else ""
+    (tmp_path / "labels.txt").write_bytes(f"{mark}3\r\n1\r\n2\r\n\r\n \r\n".encode(encoding.removesuffix("-mark")))
+    assert read_labels(tmp_path / "labels.txt") == (3, 1, 2)
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [(b"3\n\n1\n", r"labels\.txt, line 2: got ''"), (b"3\n\xff\n", r"labels\.txt is no text of UTF-8 or UTF-16")],
+)
+def test_other_labels_files_are_refused_by_name(content, message, tmp_path):
+    (tmp_path / "labels.txt").write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        read_labels(tmp_path / "labels.txt")

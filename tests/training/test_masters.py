@@ -33,8 +33,8 @@ def trained(tmp_path, model, steps=6, poisoned=(2,), **settings):
     numbers = []
     with process_settings(trainer.config, torch.device("cpu")):
         for step in range(steps):
-            images, labels, unreadable = trainer.data.train[step]
-            batch = Batch(images * (math.nan if step in poisoned else 1), labels, unreadable)
+            images, labels, *_ = trainer.data.train[step]
+            batch = Batch(images * (math.nan if step in poisoned else 1), labels)
             numbers.append(torch.stack(trainer.train_step(batch, step, 1e-2 / (step + 1))))
     return trainer, torch.stack(numbers)
 
