@@ -17,9 +17,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
 import shutil
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -39,9 +39,11 @@ from ditkernels.data.loader import stream_batches
 from ditkernels.data.order import Batch
 from ditkernels.data.vae import VAE, load_vae
 from ditkernels.files import remove_leftovers, sha256, write_bytes, write_json
-from ditkernels.runtime import World, pinned_threads
+from ditkernels.runtime import World, owned_folder, pinned_threads
 
 PARTS, SETTINGS = ".parts", "settings.json"
+
+logger = logging.getLogger(__name__)
 
 
 class Batches:
@@ -86,6 +88,7 @@ def encode(config: EncodeConfig, device: torch.device, world: World | None = Non
         ValueError: ``out`` holds latents of other settings, and what differs is listed; the images or the VAE do not fit; a
             latent is too large for ``dtype``; a shard made again comes out different.
         UnreadableImagesError: more than ``max_unreadable`` images.
+        FolderInUseError: another process works in ``out``.
     """
     world = world or World()
     images = ImageFolder.scan(config.data_path, unconditional=config.unconditional)
@@ -95,15 +98,16 @@ def encode(config: EncodeConfig, device: torch.device, world: World | None = Non
     vae = load_vae(config.vae, device)
     settings = settings_of(config, images, vae, device)
     batches = Batches(images, config)
-    if world.first:
-        _begin(out, settings)
-    world.barrier()
-    with pinned_threads(config.threads), _deterministic_convolutions():
-        _encode_missing(vae, batches, out, world)
-    world.barrier()
-    if world.first and not (out / INDEX).exists():
-        _finish(out, settings)
-    world.barrier()
+    with owned_folder(out, world):
+        if world.first:
+            _begin(out, settings)
+        world.barrier()
+        with pinned_threads(config.threads), _deterministic_convolutions():
+            _encode_missing(vae, batches, out, world)
+        world.barrier()
+        if world.first and not (out / INDEX).exists():
+            _finish(out, settings)
+        world.barrier()
     return LatentFolder.open(out)
 
 
@@ -258,7 +262,7 @@ def _is_finished(out: Path, shard: int) -> bool:
     path = out / shard_name(shard)
     whole = path.exists() and sha256(path) == recorded
     if not whole:
-        print(f"ditkernels: {path} is missing or altered; it is made again", file=sys.stderr)
+        logger.warning("%s is missing or altered; it is made again", path)
     return whole
 
 
