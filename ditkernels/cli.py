@@ -15,8 +15,10 @@ if __name__ == "__main__":
 import argparse
 import importlib
 import io
+import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import NoReturn
 
 from ditkernels._version import __version__
@@ -64,7 +66,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Names of files need not be UTF-8. The error stream prints them as it is.
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        status = _run(argv)
+        with _told_on_the_console():
+            status = _run(argv)
         # Here, so that a pipe whose reader has left breaks inside the try.
         sys.stdout.flush()
         return status
@@ -79,6 +82,32 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("ditkernels: interrupted", file=sys.stderr)
         return 130
+
+
+class _Console(logging.Handler):
+    """What the library tells: on stdout, warnings on stderr; no bar is torn."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        from tqdm import tqdm
+
+        if record.levelno >= logging.WARNING:
+            tqdm.write(f"ditkernels: {record.getMessage()}", file=sys.stderr)
+        else:
+            tqdm.write(record.getMessage(), file=sys.stdout)
+            sys.stdout.flush()
+
+
+@contextmanager
+def _told_on_the_console() -> Iterator[None]:
+    package, console = logging.getLogger("ditkernels"), _Console()
+    before = package.level
+    package.addHandler(console)
+    package.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        package.removeHandler(console)
+        package.setLevel(before)
 
 
 def _bad_input() -> tuple[type[Exception], ...]:

@@ -6,14 +6,24 @@ that was killed had begun keeps its own name, ``.NAME.xxxxxxxx.tmp``, until :fun
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import logging
 import os
 import secrets
+import socket
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+LOCK = ".lock"
+# What file systems answer that know no flock.
+WITHOUT_FLOCK = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
+
+logger = logging.getLogger(__name__)
 
 
 def temporary_name(path: Path) -> Path:
@@ -69,6 +79,109 @@ def make_directory(path: Path) -> None:
     # The name of a new folder is on the disk once its parent is.
     for made in missing:
         sync_directory(made.parent)
+
+
+# ---- A folder that one process works in ------------------------------------------------------------------------------
+
+
+class FolderInUseError(OSError):
+    """Another process works in the folder; the message names its host and its number."""
+
+
+class FolderLock:
+    """The right to work in a folder, which one process at a time has; it ends with the process, however that ends.
+
+    A lock belongs to whatever descriptor of its file is open, in children too. So a forked child closes its copy at once.
+
+    Args:
+        folder: made if it is not there.
+
+    Attributes:
+        made: the folders that were made for it, the innermost first.
+
+    Raises:
+        FolderInUseError: another process has it.
+        OSError: the folder or the file in it cannot be made.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / LOCK
+        self.made = [parent for parent in (folder, *folder.parents) if not parent.exists()]
+        self._descriptor: int | None = None
+        while not self._take():
+            pass
+
+    def release(self) -> None:
+        """Lets others in: removes the file, and the folders that were made for it, if nothing has come into them."""
+        if self._descriptor is not None:
+            self.path.unlink(missing_ok=True)
+            self.forget()
+        for folder in self.made:
+            if not folder.exists() or any(folder.iterdir()):
+                return
+            folder.rmdir()
+
+    def forget(self) -> None:
+        """Closes this process's copy of the descriptor; whoever shares it still has the lock."""
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+    def _take(self) -> bool:
+        """Whether the lock is had, or done without; not where the file had been removed before it was locked."""
+        # Windows has no such module, and needs none of this to use a model.
+        import fcntl
+
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        except FileNotFoundError:
+            # Who had the lock has just removed the folder that it had made.
+            return False
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.read(descriptor, 1000).decode(errors="replace").strip() or "another process"
+            os.close(descriptor)
+            raise FolderInUseError(f"{self.path.parent} is in use by {holder}; a folder has one owner at a time") from None
+        except OSError as error:
+            os.close(descriptor)
+            if error.errno not in WITHOUT_FLOCK:
+                raise
+            self.path.unlink(missing_ok=True)
+            logger.warning("%s: its file system knows no locks (%s); nothing keeps a second process out", self.path.parent, error)
+            return True
+        if not _is_at(descriptor, self.path):
+            os.close(descriptor)
+            return False
+        os.ftruncate(descriptor, 0)
+        os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+        self._descriptor = descriptor
+        _locks.add(self)
+        return True
+
+
+def _is_at(descriptor: int, path: Path) -> bool:
+    """Whether the path still names the open file."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.stat(path))
+    except FileNotFoundError:
+        return False
+
+
+_locks: weakref.WeakSet[FolderLock] = weakref.WeakSet()
+
+
+def _forget_locks() -> None:
+    for lock in list(_locks):
+        lock.forget()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_locks)
+
+
+# ---- On the disk -----------------------------------------------------------------------------------------------------
 
 
 def sync_file(path: Path) -> None:

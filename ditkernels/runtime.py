@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 import os
+import platform
 import signal
+import socket
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from datetime import timedelta
+from datetime import datetime, timedelta
+from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 
+from ditkernels._version import __version__
+from ditkernels.files import FolderLock
+
 Value = TypeVar("Value")
 
 PORTS = range(1, 2**16)
+# Environment variables that say how a process computes, or where it ran.
+TELLING = ("CUDA_", "CUBLAS_", "DITKERNELS_", "MKL_", "NCCL_", "OMP_", "PYTORCH_", "SLURM_JOB_ID", "TORCH_")
 
 
 # ---- Device and numerics ---------------------------------------------------------------------------------------------
@@ -76,6 +85,26 @@ def pinned_threads(threads: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def environment(device: torch.device, world: World) -> dict[str, Any]:
+    """What a command is computed on and with, as JSON values: versions, machine, device, variables."""
+    on_gpu = device.type == "cuda"
+    return {
+        "started": datetime.now().astimezone().isoformat(timespec="seconds"),
+        "command": sys.argv,
+        "ditkernels": __version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "host": socket.gethostname(),
+        "process": os.getpid(),
+        "processes": world.size,
+        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name(device) if on_gpu else device.type,
+        "cuda": torch.version.cuda if on_gpu else None,
+        "variables": {name: value for name, value in sorted(os.environ.items()) if name.startswith(TELLING)},
+    }
 
 
 # ---- Signals ---------------------------------------------------------------------------------------------------------
@@ -277,6 +306,33 @@ class Group(World):
 
     def barrier(self) -> None:
         self._distributed.barrier()
+
+
+def take_folder(folder: Path, world: World) -> FolderLock | None:
+    """Takes a folder for all processes of ``world``; the lock is the first one's, and None on the others.
+
+    Raises:
+        FolderInUseError: on all of them, where somebody else has it.
+    """
+    taken: list[FolderLock] = []
+
+    def take() -> None:
+        # A lock cannot be sent to the others, so this returns none.
+        taken.append(FolderLock(folder))
+
+    world.on_first(take)
+    return taken[0] if taken else None
+
+
+@contextmanager
+def owned_folder(folder: Path, world: World) -> Iterator[None]:
+    """The block has the folder for all processes of ``world``; errors as of :func:`take_folder`."""
+    lock = take_folder(folder, world)
+    try:
+        yield
+    finally:
+        if lock is not None:
+            lock.release()
 
 
 @contextmanager

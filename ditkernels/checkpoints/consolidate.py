@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from ditkernels.checkpoints.format import MANIFEST, CheckpointError, open_checkpoint, save_checkpoint, verify_checkpoint
-from ditkernels.checkpoints.run import checkpoints_of, newest_checkpoint
+from ditkernels.checkpoints.format import CheckpointError, open_checkpoint, save_checkpoint
+from ditkernels.checkpoints.run import resolve
 
 
 def consolidate(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> Path:
@@ -29,16 +29,8 @@ def consolidate(source: str | os.PathLike[str], target: str | os.PathLike[str]) 
     source, target = Path(source), Path(target)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ValueError(f"out: {target} is there and not empty, allowed is a new folder")
-    path = _whole_checkpoint(source)
+    path = resolve(source)
+    if path.is_file():
+        raise CheckpointError(f"{path} is a file, allowed are a checkpoint's folder and a run's")
     save_checkpoint(target, open_checkpoint(path))
     return path
-
-
-def _whole_checkpoint(source: Path) -> Path:
-    if (source / MANIFEST).exists() or not checkpoints_of(source):
-        verify_checkpoint(source)
-        return source
-    found = newest_checkpoint(source)
-    if found.path is None:
-        raise CheckpointError(f"{source} holds no whole checkpoint: {'; '.join(found.broken.values())}")
-    return found.path

@@ -24,8 +24,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ditkernels.checkpoints.format import MANIFEST, Checkpoint, CheckpointError, load_checkpoint, save_checkpoint, save_tensors
+from ditkernels.checkpoints.format import MANIFEST, Checkpoint, CheckpointError, open_checkpoint, save_checkpoint, save_tensors
 from ditkernels.checkpoints.public import load_public_checkpoint
+from ditkernels.checkpoints.run import is_run, resolve
 from ditkernels.files import replacing, temporary_name
 from ditkernels.reference import SIZES, sincos_positions
 
@@ -188,11 +189,13 @@ def _check_positions(positions: Tensor, weight: Tensor) -> None:
 def read(path: Path) -> Checkpoint:
     """A checkpoint from a `.pt` file, a safetensors file, a directory of diffusers' or one of ours. Nothing in it is executed.
 
+    A run's folder stands for its newest whole checkpoint.
+
     Raises:
         CheckpointError: it is none of these, or damaged.
     """
-    if (path / MANIFEST).is_file():
-        return load_checkpoint(path)
+    if (path / MANIFEST).is_file() or is_run(path):
+        return open_checkpoint(resolve(path))
     if path.is_dir():
         return Checkpoint(_load_safetensors(path / DIFFUSERS_WEIGHTS), config=_diffusers_config(path))
     if path.suffix == ".safetensors":

@@ -10,9 +10,8 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from ditkernels.checkpoints.config import WEIGHTS
-from ditkernels.checkpoints.format import Checkpoint, CheckpointError, load_checkpoint, state_sha256
-from ditkernels.checkpoints.public import load_public_checkpoint
-from ditkernels.checkpoints.run import checkpoints_of
+from ditkernels.checkpoints.format import Checkpoint, CheckpointError, state_sha256
+from ditkernels.checkpoints.run import read, resolve
 from ditkernels.models import DiT
 from ditkernels.reference import SIZES
 
@@ -32,7 +31,7 @@ class Loaded(NamedTuple):
 
 
 def load_model(path: str | Path, *, weights: str = "ema", num_heads: int | None = None) -> Loaded:
-    """The model of a checkpoint's folder, of a run's newest checkpoint, or of a public ``.pt`` file.
+    """The model of a checkpoint's folder, of a run's newest whole checkpoint, or of a public ``.pt`` file.
 
     Everything but the number of heads follows from the weights; that is taken from the checkpoint's config, else from the
     paper's model of that width, unless given.
@@ -43,13 +42,13 @@ def load_model(path: str | Path, *, weights: str = "ema", num_heads: int | None 
         num_heads: of attention.
 
     Raises:
-        CheckpointError: as ``load_checkpoint``; there is no moving average; the weights are not a DiT's.
+        CheckpointError: as ``resolve`` and ``read``; there is no moving average; the weights are not a DiT's.
         ValueError: an unknown kind of weights; a width that needs ``num_heads``.
     """
     if weights not in WEIGHTS:
         raise ValueError(f"weights: got {weights!r}, allowed are {', '.join(WEIGHTS)}")
     path = Path(path)
-    checkpoint = load_checkpoint(_newest(path)) if path.is_dir() else load_public_checkpoint(path)
+    checkpoint = read(resolve(path))
     bare = not checkpoint.config and checkpoint.ema is None
     if weights == "ema" and checkpoint.ema is None and not bare:
         raise CheckpointError(f"{path} holds no moving average; allowed are the raw weights")
@@ -61,11 +60,6 @@ def load_model(path: str | Path, *, weights: str = "ema", num_heads: int | None 
         reason = " ".join(str(error).split())[:300]
         raise CheckpointError(f"{path} does not hold a DiT's weights: {reason}") from error
     return Loaded(model.eval().requires_grad_(False), checkpoint, state_sha256(state))
-
-
-def _newest(folder: Path) -> Path:
-    """The newest checkpoint where the folder is a run's, else the folder."""
-    return [folder, *checkpoints_of(folder).values()][-1]
 
 
 def architecture(state: Mapping[str, Tensor], config: Mapping[str, Any], num_heads: int | None = None) -> dict[str, Any]:

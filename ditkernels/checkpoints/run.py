@@ -1,16 +1,90 @@
-"""The checkpoints in the folder of a run: where they lie, which is the newest whole one, which are kept."""
+"""The folder of a run: who owns it, what it tells of itself, where its checkpoints lie and which of them are kept.
+
+A path that a user gives may name a run, a checkpoint or a public ``.pt`` file: :func:`resolve` says which weights it stands for.
+"""
 
 from __future__ import annotations
 
+import json
+import logging
 import os
 import secrets
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from ditkernels.checkpoints.format import MANIFEST, CheckpointError, verify_checkpoint
+from ditkernels.checkpoints.format import MANIFEST, Checkpoint, CheckpointError, open_checkpoint, verify_checkpoint
+from ditkernels.checkpoints.public import load_public_checkpoint
+from ditkernels.files import FolderLock, remove_leftovers, write_json, write_text
+from ditkernels.runtime import World, take_folder
 
 FOLDER = "checkpoints"
+CONFIG, ENVIRONMENT, LOG = "config.yaml", "environment.json", "log.txt"
+
+logger = logging.getLogger(__name__)
+
+
+# ---- The owner -------------------------------------------------------------------------------------------------------
+
+
+class Run:
+    """The folder of a run, and the right to work in it.
+
+    Until :meth:`open` nothing is written there but the lock, and a run that never opens leaves no trace.
+
+    Args:
+        folder: of the run; made by :meth:`lock` if it is not there.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
+        self.folder = Path(folder)
+        self._lock: FolderLock | None = None
+        self._log: logging.Handler | None = None
+        self._level = logging.NOTSET
+
+    def lock(self, world: World) -> None:
+        """Takes the folder for the processes of ``world``.
+
+        Raises:
+            FolderInUseError: somebody else has it.
+        """
+        self._lock = take_folder(self.folder, world)
+
+    def open(self, config: Mapping[str, Any], environment: Mapping[str, Any]) -> None:
+        """Writes ``config.yaml``, which ``--config`` takes, and ``environment.json``; from here on ``log.txt`` is kept.
+
+        Args:
+            config: settings by name, JSON values.
+            environment: what the run is computed on and with.
+        """
+        remove_leftovers(self.folder)
+        # JSON is YAML, and a line a setting can be read and changed by hand.
+        write_text(self.folder / CONFIG, "".join(f"{name}: {json.dumps(value)}\n" for name, value in config.items()))
+        write_json(self.folder / ENVIRONMENT, dict(environment))
+        self._log = logging.FileHandler(self.folder / LOG, encoding="utf-8", errors="backslashreplace")
+        self._log.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        package = logging.getLogger("ditkernels")
+        package.addHandler(self._log)
+        self._level = package.level
+        package.setLevel(min(logging.INFO, package.getEffectiveLevel()))
+
+    def close(self) -> None:
+        """Lets others in."""
+        if self._log is not None:
+            package = logging.getLogger("ditkernels")
+            package.removeHandler(self._log)
+            package.setLevel(self._level)
+            self._log.close()
+        if self._lock is not None:
+            self._lock.release()
+
+    def newest(self) -> Found:
+        """The newest checkpoint whose every checksum is right."""
+        return newest_checkpoint(self.folder)
+
+
+# ---- What a path stands for ------------------------------------------------------------------------------------------
 
 
 class Found(NamedTuple):
@@ -18,6 +92,44 @@ class Found(NamedTuple):
 
     path: Path | None
     broken: dict[Path, str]
+
+
+def resolve(path: str | os.PathLike[str]) -> Path:
+    """The checkpoint's folder or the file that a path stands for, every checksum verified.
+
+    Broken checkpoints of a run are passed over, and that is said.
+
+    Args:
+        path: a run's folder, whose newest whole checkpoint is meant; a checkpoint's; or a public ``.pt`` file.
+
+    Raises:
+        CheckpointError: there is no checkpoint, or none is whole; files are named.
+    """
+    path = Path(path)
+    if path.is_file():
+        return path
+    if not is_run(path):
+        verify_checkpoint(path)
+        return path
+    found = newest_checkpoint(path)
+    if found.path is None:
+        raise CheckpointError(f"{path} holds no whole checkpoint: {'; '.join(found.broken.values())}")
+    for broken, reason in found.broken.items():
+        logger.warning("passed over a broken checkpoint, %s: %s", broken, reason)
+    return found.path
+
+
+def read(path: Path) -> Checkpoint:
+    """What :func:`resolve` has found; errors as of :func:`load_public_checkpoint`."""
+    return load_public_checkpoint(path) if path.is_file() else open_checkpoint(path)
+
+
+def is_run(path: Path) -> bool:
+    """Whether the folder holds checkpoints, rather than being one."""
+    return not (path / MANIFEST).exists() and bool(checkpoints_of(path))
+
+
+# ---- Its checkpoints -------------------------------------------------------------------------------------------------
 
 
 def checkpoint_directory(run: Path, step: int) -> Path:

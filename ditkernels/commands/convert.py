@@ -11,7 +11,7 @@ from ditkernels.checkpoints.config import LAYOUTS
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of `ditkernels convert`."""
     parser.description = "Converts checkpoints between the public DiT layout, diffusers' and ours, without loss."
-    parser.add_argument("source", type=Path, help="a .pt or .safetensors file, a directory of diffusers' or of ours")
+    parser.add_argument("source", type=Path, help="a .pt or .safetensors file, a directory of diffusers' or of ours, or a run's")
     parser.add_argument("target", type=Path, help="a .pt or .safetensors file, or a directory; must not exist")
     parser.add_argument("--to", choices=LAYOUTS, required=True, help="the target's layout")
     parser.add_argument("--input-size", type=int, help="latent size, for diffusers' weights without config.json")

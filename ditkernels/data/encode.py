@@ -17,10 +17,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
 import os
 import shutil
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -41,9 +41,11 @@ from ditkernels.data.loader import stream_batches
 from ditkernels.data.order import Batch
 from ditkernels.data.vae import VAE, load_vae
 from ditkernels.files import printable, remove_leftovers, sha256, write_bytes, write_json
-from ditkernels.runtime import World, pinned_threads
+from ditkernels.runtime import World, owned_folder, pinned_threads
 
 PARTS, SETTINGS = ".parts", "settings.json"
+
+logger = logging.getLogger(__name__)
 
 
 class Batches:
@@ -89,6 +91,7 @@ def encode(config: EncodeConfig, device: torch.device, world: World | None = Non
         ValueError: ``out`` holds latents of other settings, and what differs is listed; the images or the VAE do not fit; a
             latent is too large for ``dtype``; a shard made again comes out different.
         UnreadableImagesError: more than ``max_unreadable`` images.
+        FolderInUseError: another process works in ``out``.
     """
     world = world or World()
     images = ImageFolder.scan(config.data_path, unconditional=config.unconditional, keep_empty=config.keep_empty_classes)
@@ -98,17 +101,18 @@ def encode(config: EncodeConfig, device: torch.device, world: World | None = Non
     vae = load_vae(config.vae, device)
     settings = settings_of(config, images, vae, device)
     batches = Batches(images, config)
-    if world.first:
-        for note in images.notes:
-            print(f"ditkernels: {note}", file=sys.stderr)
-        _begin(out, settings)
-    world.barrier()
-    with pinned_threads(config.threads), _deterministic_convolutions():
-        _encode_missing(vae, batches, out, world)
-    world.barrier()
-    if world.first and not (out / INDEX).exists():
-        _finish(out, settings)
-    world.barrier()
+    with owned_folder(out, world):
+        if world.first:
+            for note in images.notes:
+                logger.warning("%s", note)
+            _begin(out, settings)
+        world.barrier()
+        with pinned_threads(config.threads), _deterministic_convolutions():
+            _encode_missing(vae, batches, out, world)
+        world.barrier()
+        if world.first and not (out / INDEX).exists():
+            _finish(out, settings)
+        world.barrier()
     return LatentFolder.open(out)
 
 
@@ -199,13 +203,14 @@ def _encode_shard(vae: VAE, batches: Batches, shard: int, stream: Iterator[Batch
         labels.append(batch.labels)
         for file, reason in batch.unreadable:
             name = printable(os.path.relpath(file, batches.folder.root))
-            bar.write(f"{name}: unreadable, {reason}", file=sys.stderr)
+            logger.warning("%s: unreadable, %s", name, reason)
             unreadable.append(name)
         animated += [printable(file) for file in batch.animated]
         bar.update(len(found))
     if animated:
-        first = f"{len(animated)} animated images, the first of them {animated[0]}"
-        bar.write(f"{shard_name(shard)}: the first frames of {first}", file=sys.stderr)
+        logger.warning(
+            "%s: the first frames of %d animated images, the first of them %s", shard_name(shard), len(animated), animated[0]
+        )
     return {"moments": torch.cat(moments), "labels": torch.cat(labels)}, unreadable
 
 
@@ -271,7 +276,7 @@ def _is_finished(out: Path, shard: int) -> bool:
     path = out / shard_name(shard)
     whole = path.exists() and sha256(path) == recorded
     if not whole:
-        print(f"ditkernels: {path} is missing or altered; it is made again", file=sys.stderr)
+        logger.warning("%s is missing or altered; it is made again", path)
     return whole
 
 

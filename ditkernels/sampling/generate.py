@@ -25,7 +25,7 @@ from tqdm import tqdm
 from ditkernels.diffusion import GaussianDiffusion
 from ditkernels.files import remove_leftovers, write_json
 from ditkernels.reference import DiT
-from ditkernels.runtime import World, pinned_threads
+from ditkernels.runtime import World, owned_folder, pinned_threads
 from ditkernels.sampling import outputs
 from ditkernels.sampling.config import FORMATS, SampleConfig
 from ditkernels.sampling.drawing import sample
@@ -160,6 +160,7 @@ def generate(
 
     Raises:
         ValueError: ``out`` holds a run with other settings; labels out of range; latents asked for as images without a VAE.
+        FolderInUseError: another process works in ``out``.
     """
     world = world or World()
     job.labels.check(model.num_classes)
@@ -168,22 +169,23 @@ def generate(
             f"formats: got {', '.join(job.formats)} of a model with {model.in_channels} channels and no VAE; allowed is latents"
         )
     settings = job.settings(model, diffusion)
-    if world.first:
-        _open(out, settings)
-    world.barrier()
-    _check_same(out, settings)
-    if not (out / METADATA).exists():
-        with pinned_threads(job.threads):
-            _draw_missing(model, diffusion, job, out, decode, world, progress)
+    with owned_folder(out, world):
+        if world.first:
+            _open(out, settings)
+        world.barrier()
+        _check_same(out, settings)
+        if not (out / METADATA).exists():
+            with pinned_threads(job.threads):
+                _draw_missing(model, diffusion, job, out, decode, world, progress)
+            world.barrier()
+            if world.first:
+                for folder in (out, out / IMAGES):
+                    remove_leftovers(folder)
+                _assemble(out, job, settings)
         world.barrier()
         if world.first:
-            for folder in (out, out / IMAGES):
-                remove_leftovers(folder)
-            _assemble(out, job, settings)
-    world.barrier()
-    if world.first:
-        shutil.rmtree(out / PARTS, ignore_errors=True)
-    return json.loads((out / METADATA).read_text(encoding="utf-8"))
+            shutil.rmtree(out / PARTS, ignore_errors=True)
+        return json.loads((out / METADATA).read_text(encoding="utf-8"))
 
 
 def _open(out: Path, settings: dict[str, Any]) -> None:

@@ -79,7 +79,7 @@ class TrainConfig:
 
     results_dir: str = option("results", "the run's folder: checkpoints, metrics.jsonl, samples", free=True)
     resume: str = option("none", "auto: the newest whole checkpoint of the folder, if any; or its path", free=True)
-    init_from: str | None = option(None, "weights to start from: a checkpoint's folder or a public .pt file", free=True)
+    init_from: str | None = option(None, "weights to start from: a run, a checkpoint's folder or a public .pt file", free=True)
     ckpt_every: int = option(50_000, "steps between checkpoints", least=1, free=True)
     keep_last: int = option(3, "newest checkpoints that are kept", least=1, free=True)
     keep_every: int = option(0, "checkpoints at multiples of this step are kept too; 0: none", least=0, free=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
 import time
 from collections.abc import Mapping
@@ -13,11 +14,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ditkernels.files import printable, write_text
+from ditkernels.files import write_text
 from ditkernels.training.config import TrainConfig
 
 METRICS = "metrics.jsonl"
 GIB = 2**30
+
+logger = logging.getLogger(__name__)
 
 # Dense bf16 TFLOP/s on NVIDIA's data sheets, by what the device's name contains; the first match counts.
 PEAK_TFLOPS = {
@@ -215,11 +218,6 @@ class RunLog:
         for sink in self._sinks:
             sink.write(row)
 
-    def say(self, text: str) -> None:
-        """Prints a line without tearing the bar."""
-        tqdm.write(printable(text), file=sys.stdout)
-        sys.stdout.flush()
-
     def close(self) -> None:
         """Closes bar and files."""
         self._bar.close()
@@ -249,7 +247,7 @@ class RunLog:
         self._sums = _no_sums()
         self.write(row)
         left = (self.total - metrics.step) * self.config.global_batch_size / images
-        self.say(line(row, self.total, left))
+        logger.info(line(row, self.total, left))
 
     def _images_per_second(self, step: int) -> float:
         since, start = self._clock
@@ -259,7 +257,7 @@ class RunLog:
 
 
 class QuietLog(RunLog):
-    """The log of a rank that is not the first: it keeps the same sums, writes nothing, and prints only what it is asked to."""
+    """The log of a rank that is not the first: it keeps the same sums and writes nothing."""
 
     def _open_sinks(self) -> list[Sink]:
         return []

@@ -6,17 +6,16 @@ run's folder agree with it.
 
 from __future__ import annotations
 
-import sys
+import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from ditkernels.checkpoints.format import Checkpoint, CheckpointError, load_checkpoint, open_checkpoint, verify_checkpoint
-from ditkernels.checkpoints.public import load_public_checkpoint
-from ditkernels.checkpoints.run import checkpoints_of, newest_checkpoint, set_aside
+from ditkernels.checkpoints.format import Checkpoint, CheckpointError, open_checkpoint
+from ditkernels.checkpoints.run import Run, checkpoints_of, read, resolve, set_aside
 from ditkernels.data.source import TrainingData
 from ditkernels.data.vae import LatentSpace
 from ditkernels.options import differences
@@ -25,6 +24,8 @@ from ditkernels.training.config import TrainConfig
 from ditkernels.training.log import METRICS, cut_back
 
 TABLE = "y_embedder.embedding_table.weight"
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -44,38 +45,33 @@ class Start:
     broken: Mapping[Path, str] = field(default_factory=dict)
 
 
-def find_start(config: TrainConfig, world: World) -> Start:
-    """What the run of ``config`` starts from.
+def find_start(config: TrainConfig, run: Run, world: World) -> Start:
+    """What ``run``, of ``config``, starts from.
 
     Raises:
         CheckpointError: there is nothing to resume, or no weights to start from.
         ValueError: a fresh run would overwrite one.
     """
-    run = Path(config.results_dir)
     start = Start()
     if config.resume == "auto":
-        found = world.on_first(lambda: newest_checkpoint(run))
+        found = world.on_first(lambda: run.newest())
         opened = None if found.path is None else open_checkpoint(found.path)
         start = Start(opened, found.path, broken=found.broken)
     elif config.resume != "none":
-        path = Path(config.resume)
-        world.on_first(lambda: verify_checkpoint(path))
-        start = Start(open_checkpoint(path), path)
+        path = world.on_first(lambda: resolve(config.resume))
+        start = Start(read(path), path)
     else:
-        world.on_first(lambda: _refuse_to_overwrite(run))
+        world.on_first(lambda: _refuse_to_overwrite(run.folder))
     if start.checkpoint is None and config.init_from is not None:
-        return Start(weights=_weights_of(Path(config.init_from)), broken=start.broken)
+        given = config.init_from
+        weights = read(world.on_first(lambda: resolve(given))).sampling_weights
+        return Start(weights=weights, broken=start.broken)
     return start
 
 
 def _refuse_to_overwrite(run: Path) -> None:
     if checkpoints_of(run) or (run / METRICS).exists():
         raise ValueError(f"results_dir: {run} holds a run; --resume auto goes on with it, another folder starts a new one")
-
-
-def _weights_of(path: Path) -> Mapping[str, Tensor]:
-    checkpoint = load_checkpoint(path) if path.is_dir() else load_public_checkpoint(path)
-    return checkpoint.sampling_weights
 
 
 def check_same_run(
@@ -172,19 +168,18 @@ def _shape(tensor: Tensor | None) -> str:
     return "missing" if tensor is None else str(tuple(tensor.shape))
 
 
-def open_folder(start: Start, config: TrainConfig, step: int) -> None:
-    """Makes the run's folder agree with where the run stands, and says where that is.
+def open_folder(start: Start, config: TrainConfig, run: Run, step: int, environment: Mapping[str, Any]) -> None:
+    """Makes the run's folder tell what the run is and where it stands, and says where that is.
 
     Broken checkpoints are set aside, and the metrics after ``step`` are dropped.
     """
-    run = Path(config.results_dir)
+    run.open(asdict(config), environment)
     for path, reason in start.broken.items():
-        print(f"ditkernels: passed over a broken checkpoint, now {set_aside(path)}: {reason}", file=sys.stderr)
+        logger.warning("passed over a broken checkpoint, now %s: %s", set_aside(path), reason)
     if start.checkpoint is not None:
-        print(f"resumed from step {step}, {start.origin}")
+        logger.info("resumed from step %d, %s", step, start.origin)
     elif config.resume == "auto":
-        print(f"starting at step 0: {run} holds no whole checkpoint")
+        logger.info("starting at step 0: %s holds no whole checkpoint", run.folder)
     if start.weights is not None:
-        print(f"initialised from {config.init_from}")
-    run.mkdir(parents=True, exist_ok=True)
-    cut_back(run / METRICS, step)
+        logger.info("initialised from %s", config.init_from)
+    cut_back(run.folder / METRICS, step)

@@ -8,6 +8,7 @@ one is in ``distributed.py``.
 
 from __future__ import annotations
 
+import logging
 import signal
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ditkernels.checkpoints.format import Checkpoint
-from ditkernels.checkpoints.run import checkpoint_directory
+from ditkernels.checkpoints.run import Run, checkpoint_directory
 from ditkernels.data.folder import UnreadableImagesError, as_floats
 from ditkernels.data.loader import stream_batches
 from ditkernels.data.order import Batch
@@ -33,7 +34,7 @@ from ditkernels.ops.settings import use_backend
 from ditkernels.options import recorded_values
 from ditkernels.reference import DiT
 from ditkernels.rng import Stream, below, normals, uniforms
-from ditkernels.runtime import StopSignal, numerics, process_device, resolve_precision
+from ditkernels.runtime import StopSignal, environment, numerics, process_device, resolve_precision
 from ditkernels.sampling.drawing import SampleConfig, sample
 from ditkernels.sampling.outputs import grid_of, pixels_of, write_png
 from ditkernels.training.config import TrainConfig
@@ -57,6 +58,9 @@ from ditkernels.training.start import Start, check_same_run, find_start, fitted_
 
 EVALUATED = ("fid", "sfid", "inception_score", "precision", "recall")
 AUTOCAST_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+logger = logging.getLogger(__name__)
 
 
 class NonFiniteGradientError(FloatingPointError):
@@ -98,28 +102,33 @@ def train(config: TrainConfig, *, model: DiT | None = None, data: TrainingData |
 
     Raises:
         ValueError: the config does not fit the data, the model or the folder; CheckpointError is one.
+        FolderInUseError: another process works in the folder.
         LostRankError: another process of the run is gone.
         NonFiniteGradientError: more than ``config.max_skipped`` steps in a row were skipped.
         OSError: a checkpoint could not be written; the ones before are whole.
     """
     device = process_device(config.device)
-    run = Path(config.results_dir)
+    run = Run(config.results_dir)
     with ExitStack() as stack:
         parallel = stack.enter_context(process_group(config, device))
         world = parallel.world
+        stack.callback(run.close)
+        run.lock(world)
         stack.enter_context(process_settings(config, device))
         data = data or open_data(config)
         vae = vae_for(config, data.latents, device)
         model = model or build_model(config, latent_shape(config, data, vae))
         trainer = Trainer(config, data, vae, model.to(device), parallel)
-        trainer.begin(find_start(config, world))
+        start = find_start(config, run, world)
+        trainer.begin(start)
+        world.on_first(lambda: open_folder(start, trainer.config, run, trainer.step, environment(device, world)))
         stop = stack.enter_context(StopSignal(once=world.size > 1))
-        writer = parallel.writer(run, config)
+        writer = parallel.writer(run.folder, config)
         stack.callback(writer.close)
         log = trainer.new_log()
         stack.callback(log.close)
         for note in data.notes:
-            log.say(note)
+            logger.warning("%s", note)
         late = OneStepLate()
         steps = range(trainer.step, trainer.total)
         mine = parallel.batches(data.train, config.global_batch_size, config.accumulation)
@@ -129,7 +138,7 @@ def train(config: TrainConfig, *, model: DiT | None = None, data: TrainingData |
 
         stopped = None
         for step, batch in zip(steps, batches, strict=True):
-            trainer.note_unreadable(batch, log)
+            trainer.note_unreadable(batch)
             rate = learning_rate(config, step, trainer.total)
             scalars = trainer.train_step(batch, step, rate, stop.number)
             trainer.step = step + 1
@@ -149,8 +158,8 @@ def train(config: TrainConfig, *, model: DiT | None = None, data: TrainingData |
         # A rank that left earlier would have the others killed, perhaps while they write.
         world.barrier()
         if stopped is not None and world.first:
-            whole = checkpoint_directory(run, trainer.step)
-            log.say(f"stopped by {signal.Signals(stopped).name}; {whole} is whole")
+            whole = checkpoint_directory(run.folder, trainer.step)
+            logger.info("stopped by %s; %s is whole", signal.Signals(stopped).name, whole)
     interrupted = stopped if trainer.step < trainer.total else None
     return TrainResult(trainer.model, trainer.ema.model, trainer.step, interrupted)
 
@@ -346,7 +355,7 @@ class Trainer:
                 f"(the last: loss {metrics.loss}, norm {metrics.norm}); a lower learning rate is the usual cure"
             )
 
-    def note_unreadable(self, batch: Batch, log: RunLog) -> None:
+    def note_unreadable(self, batch: Batch) -> None:
         """Names and counts the files that could not be read, and says where first frames are taken.
 
         Raises:
@@ -355,10 +364,10 @@ class Trainer:
         for path, reason in batch.unreadable:
             if path not in self.unreadable:
                 self.unreadable.add(path)
-                log.say(f"skipped {path}: not a readable image: {reason} ({len(self.unreadable)} so far)")
+                logger.warning("skipped %s: not a readable image: %s (%d so far)", printable(path), reason, len(self.unreadable))
         if batch.animated and not self._animated:
             self._animated = True
-            log.say(f"{batch.animated[0]} is animated: of it, and of others like it, the first frame is taken")
+            logger.info("%s is animated: of it, and of others like it, the first frame is taken", printable(batch.animated[0]))
         if self.world.size == 1:
             self._limit_unreadable(len(self.unreadable))
 
@@ -475,7 +484,7 @@ class Trainer:
         )
 
     def begin(self, start: Start) -> None:
-        """Takes over what the run starts from, and makes the run's folder agree with it.
+        """Takes over what the run starts from.
 
         Raises:
             CheckpointError: the checkpoint is of another run, or the weights do not fit the model.
@@ -491,7 +500,6 @@ class Trainer:
             weights = fitted_weights(start, own, self.model.num_classes, str(self.config.init_from))
             self.load(weights, weights)
         self.world.agree(data_length=self.data.length, class_to_idx=self.data.class_to_idx, model=arguments)
-        self.world.on_first(lambda: open_folder(start, self.config, self.step))
 
     def resume(self, checkpoint: Checkpoint) -> None:
         """Takes over a checkpoint of the same run."""

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from ditkernels.data.digits import InMemoryBatches
 from ditkernels.training.trainer import Trainer
 
 KILLED = -signal.SIGKILL
@@ -42,6 +43,18 @@ def slow_steps(seconds: float) -> None:
         return genuine(self, *args)
 
     Trainer.train_step = train_step  # type: ignore[method-assign]
+
+
+def slow_reads(seconds: float, step: int) -> None:
+    """Lets every batch from ``step`` on take so much longer to read."""
+    genuine = InMemoryBatches.at
+
+    def at(self: InMemoryBatches, number: int, positions: Any) -> Any:
+        if number >= step:
+            time.sleep(seconds)
+        return genuine(self, number, positions)
+
+    InMemoryBatches.at = at  # type: ignore[method-assign]
 
 
 def flip_a_bit(path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from ditkernels.runtime import World
 
@@ -13,6 +14,9 @@ class Among(World):
     def __init__(self, rank: int, size: int, barrier: Callable[[], object] | None = None) -> None:
         self.rank, self.size = rank, size
         self._barrier = barrier
+
+    def on_first(self, function: Callable[[], Any]) -> Any:
+        return function() if self.first else None
 
     def barrier(self) -> None:
         if self._barrier is not None:

@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ditkernels import models, reference, use_backend
 from ditkernels.checkpoints.format import load_checkpoint
+from ditkernels.checkpoints.run import Run
 from ditkernels.data.order import Batch
 from ditkernels.training import optimizer
 from ditkernels.training.config import TrainConfig
@@ -258,7 +259,7 @@ def test_a_checkpoint_of_either_setting_goes_on_with_the_other(tmp_path, unbroke
 
 def test_given_weights_reach_the_copies(tmp_path, unbroken):
     trainer = make_trainer(tmp_path, init_from=str(unbroken[1]), **MASTERS)
-    trainer.begin(find_start(trainer.config, trainer.world))
+    trainer.begin(find_start(trainer.config, Run(trainer.config.results_dir), trainer.world))
     assert same_bits(trainer.model, unbroken[0].ema)
     for master, made in trainer._copies.items():
         assert torch.equal(made, master.to(BF16))

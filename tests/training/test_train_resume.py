@@ -18,16 +18,17 @@ import torch._dynamo  # an optimizer imports it when it is made
 from sklearn.datasets import load_digits as _warm  # noqa: F401 (the server imports this module once for all)
 
 from ditkernels.checkpoints.format import load_checkpoint, save_checkpoint
-from ditkernels.checkpoints.run import checkpoints_of
+from ditkernels.checkpoints.run import CONFIG, ENVIRONMENT, LOG, checkpoints_of
 from ditkernels.checkpoints.writer import CheckpointWriter
 from ditkernels.cli import main
+from ditkernels.files import FolderInUseError, FolderLock
 from ditkernels.ops import _native
 from ditkernels.training import trainer  # noqa: F401 (likewise)
 from ditkernels.training.config import TrainConfig
 from ditkernels.training.optimizer import resolved
 from tests.helpers.forked import assert_same_end, child, rows
 from tests.helpers.runs import newest_checkpoint
-from tests.helpers.sabotage import KILLED, flip_a_bit, kill_at_call, slow_steps
+from tests.helpers.sabotage import KILLED, flip_a_bit, kill_at_call, slow_reads, slow_steps
 
 STEPS = 10
 TRAIN = [
@@ -102,6 +103,71 @@ def test_killed_at_fifty_random_moments_it_ends_where_an_unbroken_run_does(forke
                 break
         assert_same_end(folder, unbroken)
         ended += 1
+
+
+def killed_with_workers(context, folder, moment):
+    """Kills a run while its four workers read, sees its folder free within a second, and lets it end."""
+    process = start(context, folder, "--num-workers", "4", sabotage=(slow_reads, 0.1, 0))
+    process.join(timeout=moment)
+    process.kill()
+    assert finish(process) == KILLED, told(folder)
+    time.sleep(1)
+    FolderLock(folder).release()
+
+
+@pytest.mark.parametrize("kills", [3, pytest.param(50, marks=pytest.mark.slow)])
+def test_killed_with_four_workers_its_folder_is_free_within_a_second(forked, unbroken, tmp_path, kills):
+    moments = random.Random(0)
+    for number in range(kills):
+        killed_with_workers(forked, tmp_path / str(number), moments.uniform(0.1, 1.0))
+        assert complete(forked, tmp_path / str(number)) == 0, told(tmp_path / str(number))
+        assert_same_end(tmp_path / str(number), unbroken)
+
+
+def test_killed_in_the_middle_of_a_read_its_folder_is_free_at_once(forked, tmp_path):
+    folder = tmp_path / "run"
+    process = start(forked, folder, "--num-workers", "4", sabotage=(slow_reads, 20, 4))
+    wait_for_step(folder)
+    process.kill()
+    assert finish(process) == KILLED
+    time.sleep(1)
+    lock = FolderLock(folder)
+    with pytest.raises(FolderInUseError):
+        FolderLock(folder)
+    lock.release()
+
+
+# ---- One owner -------------------------------------------------------------------------------------------------------
+
+
+def test_a_second_training_in_a_folder_is_refused_by_name_of_the_first(forked, tmp_path, capsys):
+    folder = tmp_path / "run"
+    process = start(forked, folder, sabotage=(slow_steps, 0.3))
+    wait_for_step(folder)
+    assert main([*TRAIN, "--results-dir", str(folder)]) == 2
+    assert f"{folder} is in use by process {process.pid} on " in capsys.readouterr().err
+    assert finish(process) == 0
+
+
+def test_a_start_that_fails_leaves_nothing(unbroken, tmp_path, capsys):
+    assert main([*TRAIN, "--results-dir", str(tmp_path / "new/run"), "--image-size", "9"]) == 2
+    assert list(tmp_path.iterdir()) == []
+    before = {path: path.stat().st_mtime_ns for path in unbroken.rglob("*") if path.is_file()}
+    assert main([*TRAIN, "--results-dir", str(unbroken), "--global-seed", "9"]) == 2
+    assert {path: path.stat().st_mtime_ns for path in unbroken.rglob("*") if path.is_file()} == before
+
+
+def test_a_run_tells_its_settings_and_goes_on_from_them(unbroken, tmp_path, capsys):
+    folder = tmp_path / "run"
+    shutil.copytree(unbroken, folder)
+    told_before = (folder / LOG).read_text(encoding="utf-8")
+    assert "starting at step 0" in told_before
+    assert "step 10/10" in told_before
+    command = ["train", "--config", str(folder / CONFIG), "--results-dir", str(folder), "--steps", "12"]
+    assert main(command) == 0
+    assert "resumed from step 10" in (folder / LOG).read_text(encoding="utf-8").removeprefix(told_before)
+    assert newest_checkpoint(folder).checkpoint.step == 12
+    assert json.loads((folder / ENVIRONMENT).read_text(encoding="utf-8"))["host"]
 
 
 def test_with_master_weights_a_killed_run_ends_where_one_without_them_does(forked, tmp_path):

@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ditkernels import models, reference, use_backend
 from ditkernels.checkpoints.format import Checkpoint, CheckpointError, load_checkpoint
+from ditkernels.checkpoints.run import Run
 from ditkernels.cli import main
 from ditkernels.data.digits import InMemoryBatches, LabelledImages
 from ditkernels.data.source import TrainingData
@@ -570,7 +571,7 @@ def test_weights_of_a_checkpoint_start_a_run(tmp_path):
     first = run(tmp_path / "a")
     source = tmp_path / "a" / "run" / "checkpoints" / "step-00000004"
     trainer = make_trainer(tmp_path / "b", init_from=str(source))
-    trainer.begin(find_start(trainer.config, trainer.world))
+    trainer.begin(find_start(trainer.config, Run(trainer.config.results_dir), trainer.world))
     assert same_bits(trainer.model, first.ema)
     assert same_bits(trainer.ema.model, first.ema)
     assert trainer.step == 0
@@ -585,7 +586,7 @@ def test_another_size_and_other_classes_fit(tmp_path):
     trainer = Trainer(settings, some_data(settings), None, other)
     positions = other.pos_embed.clone()
     fresh = other.y_embedder.embedding_table.weight.detach().clone()
-    trainer.begin(find_start(settings, trainer.world))
+    trainer.begin(find_start(settings, Run(settings.results_dir), trainer.world))
     assert torch.equal(other.pos_embed, positions)
     table = other.y_embedder.embedding_table.weight
     assert torch.equal(table[:5], fresh[:5])
@@ -599,7 +600,7 @@ def test_the_same_classes_keep_their_rows_with_and_without_a_null_class(tmp_path
     torch.save(given.state_dict(), tmp_path / "public.pt")
     model = small_model(class_dropout_prob=own_dropout)
     trainer = make_trainer(tmp_path, model=model, label_dropout=own_dropout, init_from=str(tmp_path / "public.pt"))
-    trainer.begin(find_start(trainer.config, trainer.world))
+    trainer.begin(find_start(trainer.config, Run(trainer.config.results_dir), trainer.world))
     mine, theirs = (m.y_embedder.embedding_table.weight for m in (trainer.model, given))
     assert torch.equal(mine[:CLASSES], theirs[:CLASSES])
 
@@ -608,7 +609,7 @@ def test_weights_that_do_not_fit_are_listed(tmp_path):
     torch.save(small_model(hidden_size=32).state_dict(), tmp_path / "public.pt")
     trainer = make_trainer(tmp_path, init_from=str(tmp_path / "public.pt"))
     with pytest.raises(CheckpointError, match=r"does not fit the model: .*\(32,\), here \(16,\)"):
-        trainer.begin(find_start(trainer.config, trainer.world))
+        trainer.begin(find_start(trainer.config, Run(trainer.config.results_dir), trainer.world))
 
 
 # ---- Validation and samples ------------------------------------------------------------------------------------------
