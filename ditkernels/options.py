@@ -9,23 +9,31 @@ import types
 from collections.abc import Mapping
 from dataclasses import field
 from pathlib import Path
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Final, Literal, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
 
 Config = TypeVar("Config")
 
 
-def option(default: Any, text: str, *, least: float | None = None, free: bool = False, first: Any = None) -> Any:
+# What another value of a field means for a run that is resumed.
+Role = Literal["identity", "recipe", "execution", "free"]
+IDENTITY: Final = "identity"  # it is another run
+RECIPE: Final = "recipe"  # the run goes on differently, if its owner says so
+EXECUTION: Final = "execution"  # the same numbers up to how they are rounded
+FREE: Final = "free"  # no number that is trained changes
+
+
+def option(default: Any, text: str, role: Role = IDENTITY, *, least: float | None = None, first: Any = None) -> Any:
     """A field of a config.
 
     Args:
         default: its default.
         text: what ``--help`` says.
+        role: what another value means for a run that is resumed.
         least: the smallest value allowed.
-        free: the field changes no number that is trained, so a run may be resumed with another value.
         first: what was done before the field existed, where its default is another by now.
     """
     first = default if first is None else first
-    return field(default=default, metadata={"text": text, "least": least, "free": free, "first": first})
+    return field(default=default, metadata={"text": text, "role": role, "least": least, "first": first})
 
 
 def check_fields(config: Any) -> None:
@@ -103,14 +111,33 @@ def recorded_values(recorded: Mapping[str, Any], config: Any) -> dict[str, Any]:
     return {spec.name: recorded.get(spec.name, spec.metadata["first"]) for spec in dataclasses.fields(config)}
 
 
-def differences(recorded: Mapping[str, Any], config: Any) -> list[str]:
-    """The fields, not free ones, in which a config differs from one recorded in a checkpoint: "name: 1 there, 2 here"."""
+class Difference(NamedTuple):
+    """A field in which a config differs from a recorded one."""
+
+    name: str
+    there: Any
+    here: Any
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.there!r} there, {self.here!r} here"
+
+
+def differences(recorded: Mapping[str, Any], config: Any) -> dict[str, list[Difference]]:
+    """The fields in which a config differs from one recorded in a checkpoint, by role.
+
+    A record of "auto" says nothing: it is of a version that did not record what that became.
+    """
     here, there = dataclasses.asdict(config), recorded_values(recorded, config)
-    return [
-        f"{spec.name}: {there[spec.name]!r} there, {here[spec.name]!r} here"
-        for spec in dataclasses.fields(config)
-        if not spec.metadata["free"] and there[spec.name] != here[spec.name]
-    ]
+    found: dict[str, list[Difference]] = {role: [] for role in get_args(Role)}
+    for spec in dataclasses.fields(config):
+        if there[spec.name] not in (here[spec.name], "auto"):
+            found[spec.metadata["role"]].append(Difference(spec.name, there[spec.name], here[spec.name]))
+    return found
+
+
+def names_of(config: type, role: Role) -> list[str]:
+    """The fields of a role."""
+    return [spec.name for spec in dataclasses.fields(config) if spec.metadata["role"] == role]
 
 
 def _kind(hint: Any) -> Any:

@@ -25,6 +25,10 @@ class ShuffledStream:
         batch_size: indices a step.
         seed: fixes every permutation, together with the epoch.
 
+    Attributes:
+        offset: how many more samples had been seen before step 0 than there were: not 0 where earlier steps were of another size,
+            so that a run goes on at the sample it had come to.
+
     Raises:
         ValueError: `length` or `batch_size` is not positive, or `seed` is negative.
     """
@@ -39,12 +43,13 @@ class ShuffledStream:
         self.length = length
         self.batch_size = batch_size
         self.seed = seed
+        self.offset = 0
         self._epoch = -1
         self._order = torch.empty(0, dtype=torch.int64)
 
     def batch(self, step: int) -> Tensor:
         """Indices (batch_size,) int64 of the samples of `step`, counted from 0."""
-        position = step * self.batch_size
+        position = self.offset + step * self.batch_size
         end = position + self.batch_size
         pieces = []
         while position < end:
@@ -92,7 +97,13 @@ class Steps(Protocol):
 
 
 class Batches(Steps, Protocol):
-    """A data set in the order of training: item k is the batch of step k, a pure function of the seed and k."""
+    """A data set in the order of training: item k is the batch of step k, a pure function of the seed and k.
+
+    Attributes:
+        stream: says which samples are in it.
+    """
+
+    stream: ShuffledStream
 
     def at(self, step: int, positions: Tensor) -> Batch:
         """The samples at ``positions`` (n,) int64 of the batch of ``step``; no others are read."""

@@ -163,6 +163,7 @@ class _Share:
     def __init__(self, batches: Batches, positions: Tensor) -> None:
         self._batches = batches
         self._positions = positions
+        self.stream = batches.stream
 
     def __getitem__(self, step: int) -> Batch:
         return self._batches.at(step, self._positions)

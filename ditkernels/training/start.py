@@ -7,7 +7,7 @@ run's folder agree with it.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,9 @@ from ditkernels.checkpoints.format import Checkpoint, CheckpointError, open_chec
 from ditkernels.checkpoints.run import Run, checkpoints_of, read, resolve, set_aside
 from ditkernels.data.source import TrainingData
 from ditkernels.data.vae import LatentSpace
-from ditkernels.options import differences
+from ditkernels.options import EXECUTION, FREE, IDENTITY, RECIPE, Difference, differences
 from ditkernels.runtime import World
-from ditkernels.training.config import TrainConfig
+from ditkernels.training.config import IMAGE_READER, TrainConfig
 from ditkernels.training.log import METRICS, cut_back
 
 TABLE = "y_embedder.embedding_table.weight"
@@ -88,8 +88,8 @@ def check_same_run(
         latent_space: of what it is trained on; None for pixels.
 
     Raises:
-        CheckpointError: the checkpoint is of another run, and what differs is listed; it holds no training state; the run's folder
-            holds newer ones.
+        CheckpointError: the checkpoint is of another run, or of another recipe that ``config.override`` does not name, and what
+            differs is listed; it holds no training state; the run's folder holds newer ones.
     """
     checkpoint, origin = start.checkpoint, start.origin
     assert checkpoint is not None
@@ -97,29 +97,55 @@ def check_same_run(
     if checkpoint.ema is None or checkpoint.optimizer is None or "training" not in checkpoint.config:
         raise CheckpointError(f"{origin} holds weights but no training state; init_from starts from weights")
     found = differences(checkpoint.config["training"], config)
-    if config.lr_schedule == "constant":
-        # How long the run shall be changes no step of it, unless the rate depends on it.
-        found = [text for text in found if not text.startswith(("steps:", "epochs:"))]
+    other = [str(difference) for difference in found[IDENTITY]]
     theirs = checkpoint.config["model"]
-    found += [f"{name}: {theirs.get(name)!r} there, {model[name]!r} here" for name in model if theirs.get(name) != model[name]]
+    other += [f"{name}: {theirs.get(name)!r} there, {model[name]!r} here" for name in model if theirs.get(name) != model[name]]
     for name, here in (("data_length", data.length), ("class_to_idx", data.class_to_idx)):
         if checkpoint.state[name] != here:
-            found.append(f"{name}: other data")
-    # What a run began with before readers had numbers was read by the first.
-    reader = checkpoint.state.get("image_reader", 1)
-    if None not in (reader, data.image_reader) and reader != data.image_reader:
-        found.append(f"image_reader: {reader} there, {data.image_reader} here")
+            other.append(f"{name}: other data")
     space = checkpoint.state.get("latent_space")
     if space is not None and latent_space is not None:
-        found += LatentSpace(**space).differences(latent_space)
-    if found:
-        raise CheckpointError(f"{origin} is of another run: {'; '.join(found)}")
+        other += LatentSpace(**space).differences(latent_space)
+    if other:
+        raise CheckpointError(f"{origin} is of another run: {'; '.join(other)}")
+    _check_overridden(origin, changed_recipe(checkpoint, config, data), config)
     newer = [step for step in checkpoints_of(Path(config.results_dir)) if step > (checkpoint.step or 0)]
     if newer and config.resume != "auto":
         raise CheckpointError(
             f"resume: {config.results_dir} holds checkpoints newer than {origin}, up to step {newer[-1]}; give another results_dir"
         )
     return checkpoint
+
+
+def changed_recipe(checkpoint: Checkpoint, config: TrainConfig, data: TrainingData) -> list[Difference]:
+    """The settings of the recipe that differ: those that change what is trained from here on.
+
+    How long the run shall be changes no step of it, unless the rate depends on it. Of images the number of the reader counts, which
+    tells what pixels a file becomes.
+    """
+    found = differences(checkpoint.config["training"], config)
+    length = [] if config.lr_schedule == "constant" else [change for change in found[FREE] if change.name in ("steps", "epochs")]
+    # What a run began with before readers had numbers was read by the first.
+    reader = checkpoint.state.get("image_reader", 1)
+    other_reader = None not in (reader, data.image_reader) and reader != data.image_reader
+    return found[RECIPE] + length + ([Difference(IMAGE_READER, reader, data.image_reader)] if other_reader else [])
+
+
+def _check_overridden(origin: Path, changed: Sequence[Difference], config: TrainConfig) -> None:
+    unnamed = [change for change in changed if change.name not in config.overridden]
+    if unnamed:
+        flag = ",".join(sorted({change.name for change in unnamed} | config.overridden))
+        raise CheckpointError(
+            f"{origin} was trained by another recipe: {'; '.join(map(str, unnamed))}; --override {flag} goes on by this one"
+        )
+
+
+def _tell_changes(checkpoint: Checkpoint, config: TrainConfig, data: TrainingData, step: int) -> None:
+    for change in changed_recipe(checkpoint, config, data):
+        logger.info("from step %d on: %s %s, was %s", step, change.name, change.here, change.there)
+    execution = differences(checkpoint.config["training"], config)[EXECUTION]
+    if execution:
+        logger.info("from step %d on bits may differ: %s", step, "; ".join(map(str, execution)))
 
 
 def fitted_weights(start: Start, own: Mapping[str, Tensor], num_classes: int, source: str) -> dict[str, Tensor]:
@@ -168,7 +194,7 @@ def _shape(tensor: Tensor | None) -> str:
     return "missing" if tensor is None else str(tuple(tensor.shape))
 
 
-def open_folder(start: Start, config: TrainConfig, run: Run, step: int, environment: Mapping[str, Any]) -> None:
+def open_folder(start: Start, config: TrainConfig, data: TrainingData, run: Run, step: int, environment: Mapping[str, Any]) -> None:
     """Makes the run's folder tell what the run is and where it stands, and says where that is.
 
     Broken checkpoints are set aside, and the metrics after ``step`` are dropped.
@@ -178,6 +204,7 @@ def open_folder(start: Start, config: TrainConfig, run: Run, step: int, environm
         logger.warning("passed over a broken checkpoint, now %s: %s", set_aside(path), reason)
     if start.checkpoint is not None:
         logger.info("resumed from step %d, %s", step, start.origin)
+        _tell_changes(start.checkpoint, config, data, step)
     elif config.resume == "auto":
         logger.info("starting at step 0: %s holds no whole checkpoint", run.folder)
     if start.weights is not None:

@@ -121,7 +121,7 @@ def train(config: TrainConfig, *, model: DiT | None = None, data: TrainingData |
         trainer = Trainer(config, data, vae, model.to(device), parallel)
         start = find_start(config, run, world)
         trainer.begin(start)
-        world.on_first(lambda: open_folder(start, trainer.config, run, trainer.step, environment(device, world)))
+        world.on_first(lambda: open_folder(start, trainer.config, data, run, trainer.step, environment(device, world)))
         stop = stack.enter_context(StopSignal(once=world.size > 1))
         writer = parallel.writer(run.folder, config)
         stack.callback(writer.close)
@@ -186,7 +186,6 @@ class Trainer:
     Attributes:
         model: the trained one, in fp32. With ``master_weights`` another one computes, which holds bf16 copies of its matrices.
         step: steps taken.
-        total: steps of the whole run.
         flags: the step flags of all ranks in the last step that has reached the host.
     """
 
@@ -200,13 +199,20 @@ class Trainer:
     ) -> None:
         self.parallel = parallel or Parallel()
         self.world = self.parallel.world
-        self.config = config
         self.data = data
         self.vae = vae
         self.latent_space = vae.space if data.latents is None and vae is not None else data.latents
         self.model = model
         self.device = next(model.parameters()).device
         self.precision = resolve_precision(config.precision, self.device)
+        if config.master_weights and self.precision != "bf16":
+            raise ValueError(
+                f"master_weights: got precision {config.precision}, which is {self.precision} on {self.device.type}, "
+                "allowed is bf16"
+            )
+        # What "auto" became is what the run is, and what it records.
+        device = self.device.type if config.device == "auto" else config.device
+        self.config = config = replace(config, precision=self.precision, device=device)  # type: ignore[arg-type]
         self.diffusion: GaussianDiffusion = create_diffusion("", learn_sigma=model.learn_sigma)
         # Counted before the model is wrapped. Forward and backward cost three times the forward; a multiply-add is two operations.
         self.flops_per_image = 3 * count(model).flops
@@ -229,7 +235,7 @@ class Trainer:
         self._use_optimizer("fused" if config.master_weights else resolved(config.optimizer, next(model.parameters())))
         self.loss_scale = LossScale(self.device) if self.precision == "fp16" else None
         self.step = 0
-        self.total = config.steps or max(1, config.epochs * data.length // config.global_batch_size)
+        self._images_before = 0
         self.skipped = 0
         self.skipped_in_a_row = 0
         self.flags: tuple[float, ...] = ()
@@ -240,13 +246,24 @@ class Trainer:
         self.monitor = self._monitor() if config.eval_every else None
         self._pending: Mapping[str, float] | None = None
 
+    @property
+    def images_seen(self) -> int:
+        """Those of all steps taken; of the run's present batch size but where it was another before."""
+        return self._images_before + self.step * self.config.global_batch_size
+
+    @property
+    def total(self) -> int:
+        """Steps of the whole run."""
+        images = self.config.epochs * self.data.length - self._images_before
+        return self.config.steps or max(1, images // self.config.global_batch_size)
+
     def _use_optimizer(self, name: Literal["torch", "fused"]) -> None:
         self.config = replace(self.config, optimizer=name)
         trained = (weight for weight in self.model.parameters() if weight.requires_grad)
         self.optimizer = make_optimizer(trained, self.config, self.ema, self._copies)
 
     def keep_optimizer(self, recorded: Literal["auto", "torch", "fused"]) -> None:
-        """Goes on with the optimizer that a run began with, unless the config names one; before the first step."""
+        """Goes on with the kernel that a run began with, unless the config names one; before the first step."""
         if self._may_choose_optimizer and recorded != "auto":
             self._use_optimizer(recorded)
 
@@ -470,7 +487,7 @@ class Trainer:
             config={"model": model_arguments(self.model), "training": asdict(self.config)},
             optimizer=optimizer_tensors(self.optimizer, self.model),
             state={
-                "images_seen": self.step * self.config.global_batch_size,
+                "images_seen": self.images_seen,
                 "data_length": self.data.length,
                 "class_to_idx": self.data.class_to_idx,
                 "image_reader": self.data.image_reader,
@@ -499,6 +516,7 @@ class Trainer:
             own = {name: self.parallel.whole_tensor(tensor) for name, tensor in self.model.state_dict().items()}
             weights = fitted_weights(start, own, self.model.num_classes, str(self.config.init_from))
             self.load(weights, weights)
+        self.data.train.stream.offset = self._images_before
         self.world.agree(data_length=self.data.length, class_to_idx=self.data.class_to_idx, model=arguments)
 
     def resume(self, checkpoint: Checkpoint) -> None:
@@ -509,12 +527,13 @@ class Trainer:
         self.load(checkpoint.model, checkpoint.ema)
         load_optimizer_tensors(self.optimizer, self.model, checkpoint.optimizer, self.parallel.shard_like)
         self.step = checkpoint.step
+        self._images_before = checkpoint.state["images_seen"] - self.step * self.config.global_batch_size
         self.skipped = checkpoint.state["skipped"]
         self.skipped_in_a_row = checkpoint.state["skipped_in_a_row"]
         self.unreadable = set(checkpoint.state["unreadable"])
         self._unreadable_before = len(self.unreadable)
         self._pending = checkpoint.state["pending"]
-        if self.loss_scale is not None:
+        if self.loss_scale is not None and checkpoint.state["loss_scale"] is not None:
             self.loss_scale.load(checkpoint.state["loss_scale"])
 
     def load(self, weights: Mapping[str, Tensor], average: Mapping[str, Tensor]) -> None:
@@ -525,14 +544,7 @@ class Trainer:
 
     def _computing(self) -> tuple[DiT, Copies]:
         """The model that computes, and the copies of the model's weights in it."""
-        if not self.config.master_weights:
-            return self.model, {}
-        if self.precision != "bf16":
-            raise ValueError(
-                f"master_weights: got precision {self.config.precision}, which is {self.precision} on "
-                f"{self.device.type}, allowed is bf16"
-            )
-        return make_bf16_copies(self.model)
+        return make_bf16_copies(self.model) if self.config.master_weights else (self.model, {})
 
     def _check_label_dropout(self) -> None:
         if self.config.label_dropout > 0 and self.model.y_embedder.rows == self.model.num_classes:

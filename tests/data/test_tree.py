@@ -165,7 +165,9 @@ def test_a_run_of_another_reader_is_refused_by_name(settings: Callable[..., Trai
     # A run of before readers had versions.
     del checkpoint.state["image_reader"]
     save_checkpoint(path, checkpoint)
-    with pytest.raises(CheckpointError, match=f"of another run: image_reader: 1 there, {READER} here"):
+    with pytest.raises(
+        CheckpointError, match=f"another recipe: image_reader: 1 there, {READER} here; --override image_reader goes on"
+    ):
         train(settings(steps=2, resume="auto"))
 
 

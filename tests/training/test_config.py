@@ -2,11 +2,12 @@
 
 import argparse
 import dataclasses
+import re
 
 import pytest
 
 from ditkernels.cli import main
-from ditkernels.options import add_flags, differences, from_flags
+from ditkernels.options import EXECUTION, FREE, IDENTITY, RECIPE, add_flags, differences, from_flags, names_of
 from ditkernels.training.config import TrainConfig
 from tools.tree import ROOT
 
@@ -123,18 +124,45 @@ def test_what_excludes_each_other_is_refused():
         TrainConfig(model="DiT-M/2")
 
 
-def test_differences_name_what_changes_the_numbers_and_nothing_else():
-    there = dataclasses.asdict(TrainConfig(global_seed=1, log_every=5, results_dir="a"))
-    here = TrainConfig(global_seed=2, log_every=9, results_dir="b")
-    assert differences(there, here) == ["global_seed: 1 there, 2 here"]
-    assert differences(dataclasses.asdict(here), here) == []
+def test_differences_are_told_by_what_they_mean_for_a_run_that_goes_on():
+    there = dataclasses.asdict(TrainConfig(global_seed=1, learning_rate=1.0, accumulation=2, log_every=5))
+    found = differences(there, TrainConfig(global_seed=2, learning_rate=2.0, accumulation=4, log_every=9))
+    assert {role: [str(change) for change in changes] for role, changes in found.items()} == {
+        IDENTITY: ["global_seed: 1 there, 2 here"],
+        RECIPE: ["learning_rate: 1.0 there, 2.0 here"],
+        EXECUTION: ["accumulation: 2 there, 4 here"],
+        FREE: ["log_every: 5 there, 9 here"],
+    }
+    assert not any(differences(there, TrainConfig(**there)).values())
 
 
 def test_a_record_from_before_a_field_was_there_had_what_was_done_then():
     older = dataclasses.asdict(TrainConfig(data_path="digits"))
     del older["optimizer"]
-    assert differences(older, TrainConfig(data_path="digits", optimizer="torch")) == []
-    assert differences(older, TrainConfig(data_path="digits", optimizer="fused")) == ["optimizer: 'torch' there, 'fused' here"]
+    assert not any(differences(older, TrainConfig(data_path="digits", optimizer="torch")).values())
+    (change,) = differences(older, TrainConfig(data_path="digits", optimizer="fused"))[EXECUTION]
+    assert str(change) == "optimizer: 'torch' there, 'fused' here"
+
+
+def test_an_earlier_records_auto_is_no_difference():
+    older = dataclasses.asdict(TrainConfig())
+    assert older["precision"] == older["optimizer"] == "auto"
+    assert not any(differences(older, TrainConfig(precision="bf16", optimizer="fused", device="cpu")).values())
+
+
+def test_every_setting_is_in_one_class_and_the_page_lists_it_there():
+    page = (ROOT / "docs/training.md").read_text(encoding="utf-8")
+    section = page.split("\n## Settings that may change\n")[1].split("\n## ")[0]
+    rows = {match[1]: re.findall(r"`(\w+)`", match[2]) for match in re.finditer(r"^\| \*(\w+)\* \|(.*?)\|", section, re.MULTILINE)}
+    assert {role: sorted(names) for role, names in rows.items()} == {
+        role: sorted(names_of(TrainConfig, role)) for role in (IDENTITY, RECIPE, EXECUTION, FREE)
+    }
+
+
+def test_only_the_recipe_can_be_overridden():
+    assert TrainConfig(override="learning_rate, steps").overridden == {"learning_rate", "steps"}
+    with pytest.raises(ValueError, match=r"override: got model, precision, allowed are global_batch_size, "):
+        TrainConfig(override="model,learning_rate,precision")
 
 
 def test_the_example_is_a_config():
