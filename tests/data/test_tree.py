@@ -169,7 +169,7 @@ def test_a_run_of_another_reader_is_refused_by_name(settings: Callable[..., Trai
         CheckpointError, match=f"another recipe: image_reader: 1 there, {READER} here; --override image_reader goes on"
     ):
         train(settings(steps=2, resume="auto"))
-    assert train(settings(steps=2, resume="auto", override="image_reader")).steps == 2
+    assert train(settings(steps=2, resume="auto", override="image_reader")).step == 2
 
 
 def test_the_first_frame_is_told_once(root: Path, settings: Callable[..., TrainConfig], capsys: pytest.CaptureFixture[str]) -> None:
