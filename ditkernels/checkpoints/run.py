@@ -51,7 +51,7 @@ class Run:
         """
         self._lock = take_folder(self.folder, world)
 
-    def open(self, config: Mapping[str, Any], environment: Mapping[str, Any]) -> None:
+    def begin(self, config: Mapping[str, Any], environment: Mapping[str, Any]) -> None:
         """Writes ``config.yaml``, which ``--config`` takes, and ``environment.json``; from here on ``log.txt`` is kept.
 
         Args:

@@ -199,7 +199,7 @@ def open_folder(start: Start, config: TrainConfig, data: TrainingData, run: Run,
 
     Broken checkpoints are set aside, and the metrics after ``step`` are dropped.
     """
-    run.open(asdict(config), environment)
+    run.begin(asdict(config), environment)
     for path, reason in start.broken.items():
         logger.warning("passed over a broken checkpoint, now %s: %s", set_aside(path), reason)
     if start.checkpoint is not None:

@@ -122,7 +122,7 @@ def test_an_open_run_tells_its_settings_its_environment_and_what_was_said(tmp_pa
     package = logging.getLogger("ditkernels")
     level = package.level
     run.lock(World())
-    run.open(vars(settings), environment(torch.device("cpu"), World()))
+    run.begin(vars(settings), environment(torch.device("cpu"), World()))
     package.info("a word")
     run.close()
     package.warning("another")

@@ -241,7 +241,7 @@ def test_the_trainer_counts_unreadable_images_and_stops_at_the_limit(folder, tmp
         *("--global-batch-size", "12", "--num-workers", "0", "--steps", "2"),
     ]
     assert main([*flags, "--results-dir", str(tmp_path / "a"), "--max-unreadable", "2"]) == 0
-    shown = capsys.readouterr().out
+    shown = capsys.readouterr().err
     assert shown.count("skipped ") == 2
     assert f"skipped {folder}/n01/1.png: not a readable image" in shown
     assert main([*flags, "--results-dir", str(tmp_path / "b"), "--max-unreadable", "1"]) == 2

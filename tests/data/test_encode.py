@@ -108,7 +108,8 @@ def copied(encoded, tmp_path):
 
 
 def content(folder):
-    return {path.name: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    """Of all files but the lock, which whoever was killed leaves behind."""
+    return {path.name: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file() and path.name != ".lock"}
 
 
 # ---- What is stored --------------------------------------------------------------------------------------------------
@@ -273,10 +274,10 @@ def test_the_number_of_reading_processes_changes_no_byte(images, vae, encoded, t
     assert content(tmp_path) == content(encoded)
 
 
-def test_a_damaged_shard_is_made_again_when_a_run_goes_on(images, vae, encoded, tmp_path, capsys):
+def test_a_damaged_shard_is_made_again_when_a_run_goes_on(images, vae, encoded, tmp_path, caplog):
     config = settings(images, vae, tmp_path)
-    # Settings, then shards 0 and 1 with their records, are two calls a file.
-    assert in_process(encode_and_die_at, 11, config) == KILLED
+    # The lock is one call; settings, then shards 0 and 1 with their records, are two calls a file.
+    assert in_process(encode_and_die_at, 12, config) == KILLED
     assert sorted(path.name for path in (tmp_path / ".parts").iterdir()) == [
         "00000.json",
         "00001.json",
@@ -285,7 +286,7 @@ def test_a_damaged_shard_is_made_again_when_a_run_goes_on(images, vae, encoded, 
     flip_a_bit(tmp_path / "latents-00001.safetensors")
     encode(config, CPU)
     assert content(tmp_path) == content(encoded)
-    assert "latents-00001.safetensors is missing or altered; it is made again" in capsys.readouterr().err
+    assert "latents-00001.safetensors is missing or altered; it is made again" in caplog.text
 
 
 def flip_a_bit(path, place=-1):
@@ -294,14 +295,14 @@ def flip_a_bit(path, place=-1):
     path.write_bytes(held)
 
 
-def test_a_finished_folder_is_mended(images, vae, copied, encoded, capsys):
+def test_a_finished_folder_is_mended(images, vae, copied, encoded, caplog):
     flip_a_bit(copied / "latents-00000.safetensors")
     (copied / "latents-00002.safetensors").unlink()
     before = (copied / "latents-00001.safetensors").stat().st_mtime_ns
     encode(settings(images, vae, copied), CPU)
     assert content(copied) == content(encoded)
     assert (copied / "latents-00001.safetensors").stat().st_mtime_ns == before
-    assert capsys.readouterr().err.count("is missing or altered; it is made again") == 2
+    assert caplog.text.count("is missing or altered; it is made again") == 2
 
 
 @pytest.mark.parametrize("finished", [True, False])
@@ -312,7 +313,7 @@ def test_a_shard_of_images_that_have_changed_is_not_made_again(images, vae, enco
         shutil.copytree(encoded, out)
     else:
         out.mkdir()
-        assert in_process(encode_and_die_at, 11, settings(changed, vae, out)) == KILLED
+        assert in_process(encode_and_die_at, 12, settings(changed, vae, out)) == KILLED
     (out / "latents-00001.safetensors").unlink()
     Image.new("RGB", (10, 10)).save(changed / "bee" / "2.png")
     with pytest.raises(LatentsError, match=r"latents-00001\.safetensors cannot be made again: its images"):
@@ -325,7 +326,7 @@ def test_a_run_of_other_settings_is_refused(images, vae, encoded, tmp_path, fini
     if finished:
         shutil.copytree(encoded, tmp_path, dirs_exist_ok=True)
     else:
-        assert in_process(encode_and_die_at, 8, settings(images, vae, tmp_path)) == KILLED
+        assert in_process(encode_and_die_at, 9, settings(images, vae, tmp_path)) == KILLED
     before = content(tmp_path)
     with pytest.raises(
         ValueError,

@@ -110,7 +110,7 @@ def test_names_that_are_no_utf8_work_everywhere_and_print(
     for workers in ("0", "1"):
         out = ["--results-dir", str(tmp_path / workers), "--num-workers", workers]
         assert main(["train", *flags, *small, *out, "--global-batch-size", "6", "--steps", "1"]) == 0
-        assert r"caf\udce9/acaf\udce9.png: not a readable image: no image of a format that is read" in capsys.readouterr().out
+        assert r"caf\udce9/acaf\udce9.png: not a readable image: no image of a format that is read" in capsys.readouterr().err
     vae = make_vae(tmp_path_factory.mktemp("vae"))
     assert main(["encode", *flags, "--vae", vae, "--out", str(tmp_path / "latents"), "--num-workers", "0"]) == 0
     told = capsys.readouterr()
@@ -172,12 +172,13 @@ def test_a_run_of_another_reader_is_refused_by_name(settings: Callable[..., Trai
     assert train(settings(steps=2, resume="auto", override="image_reader")).step == 2
 
 
-def test_the_first_frame_is_told_once(root: Path, settings: Callable[..., TrainConfig], capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_first_frame_is_told_once(root: Path, settings: Callable[..., TrainConfig], caplog: pytest.LogCaptureFixture) -> None:
     for index in range(2):
         frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
         frames[0].save(root / "ant" / f"{index}.gif", save_all=True, append_images=frames[1:])
     (root / "ant" / "notes.txt").write_text("", encoding="utf-8")
+    caplog.set_level("INFO", "ditkernels")
     train(settings(steps=3))
-    told = capsys.readouterr().out
+    told = caplog.text
     assert told.count("the first frame is taken") == 1
     assert f"{root}: passed over 1 .txt" in told

@@ -44,9 +44,9 @@ def vae(saved):
 def images(tmp_path):
     for name in ("a", "b"):
         for index in range(3):
-            (tmp_path / name).mkdir(exist_ok=True)
-            Image.effect_noise((10, 8), 60).convert("RGB").save(tmp_path / name / f"{index}.png")
-    return str(tmp_path)
+            (tmp_path / "images" / name).mkdir(exist_ok=True, parents=True)
+            Image.effect_noise((10, 8), 60).convert("RGB").save(tmp_path / "images" / name / f"{index}.png")
+    return str(tmp_path / "images")
 
 
 def test_latents_are_scaled_draws_from_the_posterior(vae):

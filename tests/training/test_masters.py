@@ -189,7 +189,7 @@ class Casts(TorchDispatchMode):
 def test_no_matrix_is_cast_and_no_gradient_of_one(tmp_path):
     def casts(settings):
         trainer = make_trainer(tmp_path, model=small_model(random=True), **settings)
-        images, labels, _ = trainer.data.train[0]
+        images, labels, *_ = trainer.data.train[0]
         weights = matrices(trainer.model)
         with Casts(weights) as count:
             trainer._loss(images, labels, 0, trainer._positions).backward()
