@@ -131,13 +131,13 @@ def watched(module: nn.Module, forward: Callable[..., Any] | None) -> bool:
     its forward, of its class or put on the instance, is not ``forward``, which the caller knows how to stand in for; where a
     parametrization computes its weights; and where these are neither ordinary tensors nor DTensors, such as quantised ones.
     """
-    return bool(
-        type(module).forward is not forward
-        or "forward" in module.__dict__
-        or "parametrizations" in module._modules
-        or _hooked(module)
-        or not all(type(weight) in _ORDINARY or is_dtensor(weight) for weight in module._parameters.values())
-    )
+    if type(module).forward is not forward or "forward" in module.__dict__ or "parametrizations" in module._modules:
+        return True
+    # A loop, since a generator costs as much as all the rest, for every layer of every call.
+    for weight in module._parameters.values():
+        if type(weight) not in _ORDINARY and not is_dtensor(weight):
+            return True
+    return _hooked(module)
 
 
 def _hooked(module: nn.Module) -> bool:
