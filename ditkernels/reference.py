@@ -650,7 +650,7 @@ class DiT(nn.Module):
 
         Args:
             x: latents (B, C, H, W).
-            t: timesteps (B,), integers of the diffusion or floats.
+            t: timesteps (B,), integers of the diffusion, fp32 or fp64.
             y: labels (B,), int64 in 0..num_classes.
 
         Returns:
@@ -734,6 +734,9 @@ def check_inputs(model: DiT, x: Tensor, t: Tensor, y: Tensor) -> None:
             raise ValueError(f"{name}: got device {vector.device}, but x is on {x.device}")
     if y.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"y: got dtype {y.dtype}, allowed are torch.int64 and torch.int32")
+    # bf16 has eight bits: 999 would be 1000, and so would 998.
+    if t.dtype in (torch.bfloat16, torch.float16):
+        raise TypeError(f"t: got dtype {t.dtype}, which rounds timesteps; allowed are integers, torch.float32 and torch.float64")
 
 
 def check_labels(labels: Tensor, rows: int) -> None:

@@ -42,6 +42,7 @@ class Stream(IntEnum):
     VALIDATION_NOISE = 8
     SAMPLING_NOISE = 9
     SAMPLING_LABEL = 10
+    WEIGHTS = 11
 
 
 def philox4x32(counter: Words, key: tuple[int, int]) -> Words:
@@ -100,6 +101,11 @@ def words(seed: int, stream: Stream, step: int, samples: Tensor, count: int) -> 
     if on_cpu:
         return torch.from_numpy(np.stack(out, axis=-1)).flatten(1)[:, :count]
     return torch.stack(out, dim=-1).flatten(1)[:, :count]
+
+
+def seed_of_weights(seed: int) -> int:
+    """What torch's generator is seeded with for initial weights: ``seed`` itself below 2³², of which alone it reads all bits."""
+    return seed if seed < WORD else int(words(seed, Stream.WEIGHTS, 0, torch.zeros(1, dtype=torch.int64), 1))
 
 
 def uniforms(seed: int, stream: Stream, step: int, samples: Tensor) -> Tensor:

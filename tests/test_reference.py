@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from ditkernels import reference
+from ditkernels import models, reference
 from ditkernels.reference import DiT
 
 SMALL = {"input_size": (4, 6), "hidden_size": 48, "depth": 2, "num_heads": 4, "num_classes": 5}
@@ -171,3 +171,17 @@ def test_bad_inputs() -> None:
         model.forward_with_cfg(x[:3], t[:3], y[:3], 2.0)
     with pytest.raises(ValueError, match="guided_channels: got 0"):
         model.forward_with_cfg(x, t, y, 2.0, guided_channels=0)
+
+
+@pytest.mark.parametrize("model_class", [DiT, models.DiT])
+def test_timesteps_that_round_are_refused_by_their_dtype(model_class):
+    model = model_class(input_size=4, hidden_size=16, depth=1, num_heads=2, num_classes=3).eval()
+    x, y = torch.randn(2, 4, 4, 4), torch.tensor([0, 2])
+    t = torch.tensor([3, 999])
+    for dtype in (torch.int32, torch.int64, torch.float32, torch.float64):
+        model(x, t.to(dtype), y)
+    for dtype in (torch.bfloat16, torch.float16):
+        with pytest.raises(TypeError, match=f"t: got dtype {dtype}, which rounds timesteps; allowed are integers"):
+            model(x, t.to(dtype), y)
+        with pytest.raises(TypeError, match="which rounds timesteps"):
+            torch.export.export(model, (x, t.to(dtype), y))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from numbers import Integral
 
 SOLVERS = ("ddpm", "ddim", "dpm_solver")
 FORMATS = ("png", "grid", "npz", "latents")
@@ -45,8 +46,10 @@ class SampleConfig:
             raise ValueError(f"guidance_scale: got {self.guidance_scale}, allowed is 0 or more")
         if self.guided_channels is not None and self.guided_channels < 1:
             raise ValueError(f"guided_channels: got {self.guided_channels}, allowed is 1 or more, or None")
-        if not 0 <= self.seed < 2**64:
-            raise ValueError(f"seed: got {self.seed}, allowed are 0..{2**64 - 1}")
+        if isinstance(self.seed, bool) or not isinstance(self.seed, Integral) or not 0 <= self.seed < 2**64:
+            raise ValueError(f"seed: got {self.seed!r}, allowed are the whole numbers 0..{2**64 - 1}")
+        # JSON knows no integers of numpy.
+        object.__setattr__(self, "seed", int(self.seed))
         if self.guidance_interval is not None:
             low, high = self.guidance_interval
             if not low <= high:

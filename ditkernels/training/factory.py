@@ -17,6 +17,7 @@ from ditkernels.evaluation.features import load_extractor
 from ditkernels.evaluation.monitor import Monitor
 from ditkernels.models import DiT_models
 from ditkernels.reference import DiT
+from ditkernels.rng import seed_of_weights
 from ditkernels.runtime import World
 from ditkernels.sampling.drawing import SampleConfig
 from ditkernels.sampling.generate import Batches
@@ -30,7 +31,7 @@ def build_model(config: TrainConfig, shape: tuple[int, int, int]) -> DiT:
     """The model of a config for inputs (C, H, W), freshly initialised on the CPU by ``global_seed``."""
     sizes = {name: getattr(config, name) for name in ("hidden_size", "depth", "num_heads")}
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.global_seed)
+        torch.manual_seed(seed_of_weights(config.global_seed))
         model: DiT = DiT_models[config.model](
             input_size=shape[1:],
             in_channels=shape[0],

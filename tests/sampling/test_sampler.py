@@ -2,6 +2,7 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 
@@ -300,3 +301,13 @@ def test_a_model_without_a_null_class_samples_unguided_only(diffusion):
 def test_a_value_out_of_range_is_named(name, value):
     with pytest.raises(ValueError, match=f"{name}: got {value!r}"):
         SampleConfig(**{name: value})
+
+
+@pytest.mark.parametrize("seed", [1.5, 1.0, True, -1, 2**64, "3", None])
+def test_a_seed_is_a_whole_number(seed):
+    with pytest.raises(ValueError, match=r"seed: got .*, allowed are the whole numbers 0\.\.18446744073709551615"):
+        SampleConfig(seed=seed)
+
+
+def test_a_seed_of_numpys_is_kept_as_pythons():
+    assert type(SampleConfig(seed=np.int64(7)).seed) is int

@@ -151,6 +151,17 @@ def test_the_config_makes_the_model(tmp_path):
     again.load_state_dict(first.state_dict())
 
 
+def test_both_halves_of_a_large_seed_make_the_initial_weights():
+    seeds = [0, 1, 1 << 32, (1 << 32) + 1, 1 << 63, (1 << 64) - 1]
+    config = TrainConfig(vae="none", model="DiT-S/2", hidden_size=16, depth=1, num_heads=2, num_classes=3)
+    made = [build_model(dataclasses.replace(config, global_seed=seed), (1, 4, 4)) for seed in seeds]
+    weights = {model.state_dict()["x_embedder.proj.weight"].numpy().tobytes() for model in made}
+    assert len(weights) == len(seeds)
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        assert same_bits(made[1], type(made[1])(**model_arguments(made[1])))
+
+
 def test_the_loss_falls(tmp_path):
     run(tmp_path, steps=120, global_batch_size=32, learning_rate=3e-3)
     found = losses(tmp_path / "run")
