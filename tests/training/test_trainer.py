@@ -151,6 +151,16 @@ def test_the_config_makes_the_model(tmp_path):
     again.load_state_dict(first.state_dict())
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_trained_weights_that_steps_are_lost_in_are_refused(tmp_path, dtype):
+    model = small_model()
+    model.blocks[1].to(dtype)
+    with pytest.raises(ValueError, match=rf"model: blocks\.1\.\S+ is {dtype}, .*model\.float\(\), and --precision"):
+        make_trainer(tmp_path, model=model)
+    model.blocks[1].requires_grad_(False)
+    make_trainer(tmp_path, model=model)
+
+
 def test_both_halves_of_a_large_seed_make_the_initial_weights():
     seeds = [0, 1, 1 << 32, (1 << 32) + 1, 1 << 63, (1 << 64) - 1]
     config = TrainConfig(vae="none", model="DiT-S/2", hidden_size=16, depth=1, num_heads=2, num_classes=3)
