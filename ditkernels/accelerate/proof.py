@@ -5,7 +5,7 @@ random, because adaLN-Zero starts where nothing shows. Compared are outputs and 
 the structure of the result with its dtypes, and what is left in every random generator. In evaluation and in training mode, with
 one sample and with several, at the widest dtype the original runs in, which shows a different formula; and at the model's own dtype
 on its own device, which shows kernels that fail there. The token count is the model's own, for the sake of tables made for it, and
-then two others.
+then two others; gradients are those of the smallest.
 """
 
 from __future__ import annotations
@@ -253,18 +253,18 @@ def randomise(module: nn.Module) -> None:
 
 
 def _compare(trial: nn.Module, swaps: Sequence[Swap], inputs: Inputs, trace: Trace, tokens: int) -> str | None:
-    # Gradients of both modes and of both batches, but not of every pair, for they are what takes long.
-    with_gradients = {(3, True), (1, False)}
-    pairs = [(batch, training) for batch in (3, 1) for training in (False, True)]
-    settings = [Setting(training, batch, tokens, (batch, training) in with_gradients) for batch, training in pairs]
     own, low = dtype_of(trial), {}
-    for setting in settings[1:3]:
+    lengths = _other_lengths(trial, inputs, own, tokens)
+    settings = [Setting(training, batch, tokens, gradients=False) for batch in (3, 1) for training in (False, True)]
+    for setting in (settings[0], *_with_gradients(lengths, tokens)):
         with contextlib.suppress(Faulted):  # many a public model runs in bf16 under autocast only
             low[setting] = _original(trial, inputs, own, setting)
     got_low = {setting: _rewired(trial, swaps, inputs, own, setting) for setting in low}
     with use_backend("torch", attention="plain"):
         wide = _widest(trial, inputs, settings[0])
-        for setting in (*settings, *_other_lengths(trial, inputs, wide, tokens)):
+        lengths = lengths or _other_lengths(trial, inputs, wide, tokens)
+        others = [Setting(False, 1, length, gradients=False) for length in lengths]
+        for setting in (*settings, *_with_gradients(lengths, tokens), *others):
             want = _original(trial, inputs, wide, setting, trace if setting in settings[:2] else None)
             if trace.written:
                 return f"its own forward writes {', '.join(sorted(trace.written))}, which a fused one would not"
@@ -291,14 +291,23 @@ def _widest(trial: nn.Module, inputs: Inputs, setting: Setting) -> torch.dtype:
     raise last
 
 
-def _other_lengths(trial: nn.Module, inputs: Inputs, dtype: torch.dtype, tokens: int) -> list[Setting]:
+def _with_gradients(lengths: Sequence[int], tokens: int) -> list[Setting]:
+    """Both modes and both batches, of few tokens where the original runs on few.
+
+    Gradients take longest, and those of another formula differ whatever the number of tokens.
+    """
+    few = FEW_TOKENS if FEW_TOKENS in lengths else tokens
+    return [Setting(True, 3, few), Setting(False, 1, few)]
+
+
+def _other_lengths(trial: nn.Module, inputs: Inputs, dtype: torch.dtype, tokens: int) -> list[int]:
     """Other token counts that the original runs on: a part may well be made for its own alone."""
     found = []
     for count in (FEW_TOKENS, tokens + MORE_TOKENS) if tokens else ():
         setting = Setting(False, 1, count, gradients=False)
         with contextlib.suppress(Refused):
             _original(trial, inputs, dtype, setting)
-            found.append(setting)
+            found.append(count)
     return found
 
 
