@@ -346,7 +346,7 @@ class PatchEmbed(nn.Module):
 
     def forward(self, x: Tensor, pos_embed: Tensor) -> Tensor:
         if is_dtensor(x):
-            return _patches_by_product(x, self.proj.weight, self.proj.bias) + pos_embed
+            return patch_embed(x, self.proj.weight, self.proj.bias, pos_embed)
         return self.proj(x).flatten(2).transpose(1, 2) + pos_embed
 
 

@@ -59,8 +59,8 @@ class Calls:
         args, kwargs = self._calls[id(module)]
         given = inspect.signature(module.forward).bind(*args, **kwargs)
         defaults = {name: parameter.default for name, parameter in given.signature.parameters.items()}
-        set_ = [name for name, value in _flat(given) if not any(value is unset for unset in (None, False, defaults.get(name)))]
-        more = [name for name in set_ if name not in takes]
+        further = [(name, value) for name, value in _flat(given) if name not in takes]
+        more = [name for name, value in further if not any(value is unset for unset in (None, False, defaults.get(name)))]
         if more:
             raise Refused(f"the example gives it {', '.join(more)}, which its fused forward does not take")
         return lambda draw: (_drawn(args, draw), _drawn(kwargs, draw))

@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 class Run:
     """The folder of a run, and the right to work in it.
 
-    Until :meth:`open` nothing is written there but the lock, and a run that never opens leaves no trace.
+    Until :meth:`begin` nothing is written there but the lock, and a run that never begins leaves no trace.
 
     Args:
         folder: of the run; made by :meth:`lock` if it is not there.

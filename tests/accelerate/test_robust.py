@@ -378,6 +378,37 @@ def test_what_the_example_gives_and_no_fused_forward_takes_is_refused_by_name() 
     assert_same(model, plain, *text_call(), torch.ones(16, 24))
 
 
+class PerTokenBlock(public.DiTBlock):
+    """Takes conditioning of samples or of tokens."""
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        c = c.unsqueeze(1) if c.dim() == 2 else c
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c).chunk(6, dim=-1)
+        x = x + gate1 * self.attn(self.norm1(x) * (1 + scale1) + shift1)
+        return x + gate2 * self.mlp(self.norm2(x) * (1 + scale2) + shift2)
+
+
+class PerTokenDiT(public.DiT):
+    block = PerTokenBlock
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        x = self.x_embedder(x) + self.pos_embed
+        c = self.t_embedder(t) + self.y_embedder(y, self.training)
+        tokens = c.unsqueeze(1) * torch.linspace(0, 1, x.shape[1])[:, None]
+        for block in self.blocks:
+            x = block(x, tokens)
+        return self.unpatchify(self.final_layer(x, c))
+
+
+def test_a_part_that_would_hand_the_examples_call_to_its_own_forward_is_not_called_fused() -> None:
+    model = small(PerTokenDiT)
+    plain = copy.deepcopy(model)
+    report = quietly(model, example=(call(), {}))
+    assert reason(report, "blocks.0") == "a fused forward does not take such a call: it would hand it to its own forward"
+    assert reason(report, "blocks.0.attn") == reason(report, "final_layer") == ""
+    assert_same(model, plain)
+
+
 @pytest.mark.parametrize(
     "example, why",
     [
