@@ -5,8 +5,8 @@ distance to a centre is at most that centre's radius. Distances by products, |a|
 cloud that has collapsed nothing of them is left. So features are shifted by the centres' mean, products in fp64 come with the bound
 of their rounding, and the pairs within that bound of a decision are taken again as the root of the sum of squared differences.
 
-Memory: some 500 MB above the features (measured: 10,000 on each side, 2048 wide), and a copy of them where rows are equal. Time: of N samples and M references of F features, two
-products of N x M x F in fp64, one of N x N x F and one of M x M x F.
+Memory: some 500 MB above the features (measured: 10,000 on each side, 2048 wide), and a copy of them where rows are equal.
+Time: of N samples and M references of F features, two products of N x M x F in fp64, one of N x N x F and one of M x M x F.
 """
 
 from __future__ import annotations

@@ -22,6 +22,7 @@ from ditkernels.data.latents import INDEX, LatentFolder, LatentsError
 from ditkernels.data.loader import stream_batches
 from ditkernels.data.source import open_data
 from ditkernels.data.vae import VAE, load_vae
+from ditkernels.files import LOCK, FolderInUseError, FolderLock
 from ditkernels.rng import Stream, normals
 from ditkernels.training.config import TrainConfig
 from ditkernels.training.factory import build_model, latent_shape, vae_for
@@ -109,7 +110,7 @@ def copied(encoded, tmp_path):
 
 def content(folder):
     """Of all files but the lock, which whoever was killed leaves behind."""
-    return {path.name: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file() and path.name != ".lock"}
+    return {path.name: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file() and path.name != LOCK}
 
 
 # ---- What is stored --------------------------------------------------------------------------------------------------
@@ -724,3 +725,11 @@ def test_the_benchmark_of_reading(tmp_path):
     # A sample is mean and standard deviation of 4 channels of 4 x 4 numbers of 2 bytes.
     assert all(row["mib_per_s"] == pytest.approx(row["samples_per_s"] * 256 / 2**20) for row in rows)
     assert [path.name for path in tmp_path.iterdir()] == ["l.json"]
+
+
+def test_a_second_encoding_in_a_folder_is_refused_by_name_of_the_first(images, vae, tmp_path):
+    lock = FolderLock(tmp_path / "out")
+    with pytest.raises(FolderInUseError, match=f"is in use by process {os.getpid()} on"):
+        encode(settings(images, vae, tmp_path / "out"), CPU)
+    lock.release()
+    assert not (tmp_path / "out").exists()

@@ -24,6 +24,7 @@ from ditkernels.checkpoints.format import Checkpoint, CheckpointError, save_chec
 from ditkernels.checkpoints.model import load_model
 from ditkernels.checkpoints.run import checkpoint_directory
 from ditkernels.diffusion import create_diffusion
+from ditkernels.files import FolderLock
 from ditkernels.models import DiT
 from ditkernels.reference import CONDITIONINGS, SIZES
 from ditkernels.sampling import outputs
@@ -396,6 +397,14 @@ def test_a_training_run_stands_for_its_newest_whole_checkpoint(checkpoint, tmp_p
     (checkpoint_directory(tmp_path, 9) / "manifest.json").unlink()
     with pytest.raises(CheckpointError):
         load_model(tmp_path)
+
+
+def test_a_second_sampling_in_a_folder_is_refused_by_name_of_the_first(checkpoint, tmp_path, capsys):
+    lock = FolderLock(tmp_path / "out")
+    assert cli.main(["sample", str(checkpoint), "--out", str(tmp_path / "out"), "--formats", "latents", "--device", "cpu"]) == 2
+    assert f"is in use by process {os.getpid()} on" in capsys.readouterr().err
+    lock.release()
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("conditioning", CONDITIONINGS)
