@@ -413,12 +413,14 @@ WAYS = ("eager", "compiled", "fullgraph")
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("name", sorted(set(DIFFERENTIABLE) - {"attention"}))
 def test_forward_mode_is_refused(name: str, way: str) -> None:
+    """By us, or by a compiler that was told to take the whole graph and met the dual tensor first."""
     sentence = f"{name}: forward-mode differentiation is not supported; use ditkernels.reference.{name}"
     refusal = torch._dynamo.exc.Unsupported if way == "fullgraph" else NotImplementedError
     for attempt in attempts(name, way, inputs_of(name)):
         with pytest.raises(refusal) as error:
             attempt()
-        assert sentence in str(error.value)
+        torch_came_first = way == "fullgraph" and "Attempted to wrap a dual tensor input" in str(error.value)
+        assert torch_came_first or sentence in str(error.value)
 
 
 @pytest.mark.parametrize("way", WAYS)
