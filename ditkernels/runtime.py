@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import logging
 import os
 import platform
 import signal
@@ -21,6 +23,8 @@ from ditkernels._version import __version__
 from ditkernels.files import FolderLock
 
 Value = TypeVar("Value")
+
+logger = logging.getLogger(__name__)
 
 PORTS = range(1, 2**16)
 # Environment variables that say how a process computes, or where it ran.
@@ -264,6 +268,13 @@ class World:
     def barrier(self) -> None:
         """Returns once all processes are here."""
 
+    def tell(self, value: Any) -> None:
+        """Leaves a JSON value that the others may read, whatever they do meanwhile; it is no collective."""
+
+    def told(self) -> dict[int, Any]:
+        """What has been left so far, by rank; nothing where that cannot be known any more."""
+        return {}
+
 
 class Group(World):
     """The processes of torch's default process group."""
@@ -272,6 +283,7 @@ class Group(World):
         from torch import distributed
 
         self._distributed: Any = distributed
+        self._store: Any = distributed.distributed_c10d._get_default_store()
         self.rank, self.size = distributed.get_rank(), distributed.get_world_size()
 
     def on_first(self, function: Callable[[], Value]) -> Value:
@@ -306,6 +318,20 @@ class Group(World):
 
     def barrier(self) -> None:
         self._distributed.barrier()
+
+    def tell(self, value: Any) -> None:
+        try:
+            self._store.set(f"told/{self.rank}", json.dumps(value))
+        except RuntimeError as error:
+            # The process that keeps the store is gone.
+            logger.warning("the other ranks cannot be told (%s)", error)
+
+    def told(self) -> dict[int, Any]:
+        try:
+            there = [rank for rank in range(self.size) if self._store.check([f"told/{rank}"])]
+            return {rank: json.loads(self._store.get(f"told/{rank}")) for rank in there}
+        except RuntimeError:
+            return {}
 
 
 def take_folder(folder: Path, world: World) -> FolderLock | None:

@@ -126,27 +126,52 @@ def read(path: Path) -> Checkpoint:
 
 def is_run(path: Path) -> bool:
     """Whether the folder holds checkpoints, rather than being one."""
-    return not (path / MANIFEST).exists() and bool(checkpoints_of(path))
+    return not is_checkpoint(path) and bool(all_checkpoints_of(path))
 
 
 # ---- Its checkpoints -------------------------------------------------------------------------------------------------
 
 
 def checkpoint_directory(run: Path, step: int) -> Path:
-    """Where a run keeps its checkpoint of that step."""
+    """Where a run keeps its periodic checkpoint of that step."""
     return run / FOLDER / f"step-{step:08d}"
 
 
+def error_directory(run: Path, step: int) -> Path:
+    """Where a run keeps the checkpoint of that step that an error made it write."""
+    return run / FOLDER / f"error-{step:08d}"
+
+
 def checkpoints_of(run: Path) -> dict[int, Path]:
-    """The folders of a run's checkpoints by step, in order, whole or not."""
-    found = {int(path.name.removeprefix("step-")): path for path in (run / FOLDER).glob("step-*[0-9]")}
+    """The folders of a run's periodic checkpoints by step, in order, whole or not."""
+    return _by_step(run, "step")
+
+
+def error_checkpoints_of(run: Path) -> dict[int, Path]:
+    """The folders of what errors made a run write, as :func:`checkpoints_of`."""
+    return _by_step(run, "error")
+
+
+def _by_step(run: Path, kind: str) -> dict[int, Path]:
+    found = {int(path.name.removeprefix(f"{kind}-")): path for path in (run / FOLDER).glob(f"{kind}-*[0-9]")}
     return dict(sorted(found.items()))
+
+
+def all_checkpoints_of(run: Path) -> list[tuple[int, Path]]:
+    """Steps and folders of both kinds, in the order of their steps; of one step the periodic one is last."""
+    both = (*error_checkpoints_of(run).items(), *checkpoints_of(run).items())
+    return sorted(both, key=lambda found: found[0])
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether the folder has become a checkpoint; its files may be damaged."""
+    return (path / MANIFEST).exists()
 
 
 def newest_checkpoint(run: Path) -> Found:
     """The newest checkpoint of a run whose every checksum is right."""
     broken: dict[Path, str] = {}
-    for path in reversed(checkpoints_of(run).values()):
+    for _, path in reversed(all_checkpoints_of(run)):
         try:
             verify_checkpoint(path)
         except CheckpointError as error:
@@ -164,12 +189,26 @@ def set_aside(path: Path) -> Path:
 
 
 def remove_old_checkpoints(run: Path, step: int, *, keep_last: int, keep_every: int) -> None:
-    """Removes the checkpoints up to ``step`` that are neither among the last ones nor at a multiple of ``keep_every``."""
+    """Removes the checkpoints up to ``step`` that are neither among the last ones nor at a multiple of ``keep_every``.
+
+    Those of errors are no part of this: ``step`` is past them.
+    """
     upto = {at: path for at, path in checkpoints_of(run).items() if at <= step}
-    whole = [at for at, path in upto.items() if (path / MANIFEST).exists()]
+    whole = [at for at, path in upto.items() if is_checkpoint(path)]
     kept = {*whole[-keep_last:], *(at for at in whole if keep_every and at % keep_every == 0)}
-    for at, path in upto.items():
-        if at not in kept:
-            # Without its manifest it is no checkpoint, even if the rest of it should outlive a crash.
-            (path / MANIFEST).unlink(missing_ok=True)
-            shutil.rmtree(path)
+    gone = [path for at, path in upto.items() if at not in kept]
+    for path in (*gone, *(path for at, path in error_checkpoints_of(run).items() if at <= step)):
+        _remove(path)
+
+
+def remove_error_checkpoints(run: Path, *, other_than: int) -> None:
+    """Removes what errors made the run write, but for that of one step."""
+    for at, path in error_checkpoints_of(run).items():
+        if at != other_than:
+            _remove(path)
+
+
+def _remove(path: Path) -> None:
+    # Without its manifest it is no checkpoint, even if the rest of it should outlive a crash.
+    (path / MANIFEST).unlink(missing_ok=True)
+    shutil.rmtree(path)

@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from ditkernels.checkpoints.format import SHARDED_VERSION, Checkpoint, remove_unused, write_manifest, write_tensors
-from ditkernels.checkpoints.run import checkpoint_directory
 from ditkernels.checkpoints.writer import CheckpointWriter
 from ditkernels.files import make_directory, sync_directory
 
@@ -144,7 +143,7 @@ class ShardWriter(CheckpointWriter):
         self._peers = peers
         self._piece = piece
 
-    def _write_snapshot(self, checkpoint: Checkpoint) -> Callable[[], None]:
+    def _write_snapshot(self, checkpoint: Checkpoint, directory: Path, then: Callable[[int], None]) -> Callable[[], None]:
         pieces: dict[str, dict[str, Piece]] = {}
         for part, tensors in checkpoint.parts.items():
             mine = {name: self._piece(tensor) for name, tensor in tensors.items()}
@@ -153,10 +152,11 @@ class ShardWriter(CheckpointWriter):
                 for name, piece in mine.items()
                 if piece is not None
             }
-        return partial(self._write_pieces, replace(checkpoint, model={}, ema=None, optimizer=None), pieces)
+        bare = replace(checkpoint, model={}, ema=None, optimizer=None)
+        return partial(self._write_pieces, bare, pieces, directory, then)
 
-    def _write_pieces(self, checkpoint: Checkpoint, pieces: Pieces) -> None:
+    def _write_pieces(self, checkpoint: Checkpoint, pieces: Pieces, directory: Path, then: Callable[[int], None]) -> None:
+        save_pieces(directory, checkpoint, pieces, self._peers)
         assert checkpoint.step is not None
-        save_pieces(checkpoint_directory(self.run, checkpoint.step), checkpoint, pieces, self._peers)
         if self._peers.index == 0:
-            self._remove_old(checkpoint.step)
+            then(checkpoint.step)

@@ -78,7 +78,10 @@ class Parallel:
 
     Attributes:
         world: the processes.
+        whole_here: each of them holds all weights.
     """
+
+    whole_here = True
 
     def __init__(self, world: World | None = None) -> None:
         self.world = world or World()
@@ -263,6 +266,8 @@ class Sharded(ManyRanks):
         ValueError: ``shard_size`` does not divide the number of ranks.
     """
 
+    whole_here = False
+
     def __init__(self, world: World, config: TrainConfig, device: torch.device) -> None:
         super().__init__(world, config, device)
         size = world.size
@@ -432,12 +437,17 @@ def process_group(config: TrainConfig, device: torch.device) -> Iterator[Paralle
         yield (Sharded if config.parallel == "fsdp" else Replicated)(world, config, device)
 
 
+def is_lost(error: BaseException) -> bool:
+    """Whether an error says that another rank is gone or does not answer."""
+    return place().size > 1 and isinstance(error, RuntimeError) and bool(_LOST.search(str(error)))
+
+
 @contextmanager
 def _lost_ranks_named() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if place().size == 1 or not _LOST.search(str(error)):
+        if not is_lost(error):
             raise
         raise LostRankError(
             f"rank {os.environ.get('RANK')}: another rank is gone or does not answer, so the run ends here; "

@@ -25,6 +25,10 @@ from ditkernels.training.ema import EMA
 from ditkernels.training.master_weights import Copies
 
 
+class NonFiniteGradientError(FloatingPointError):
+    """Too many steps in a row had a loss or gradient that is not finite; the last good checkpoint is kept."""
+
+
 def resolved(optimizer: Literal["auto", "torch", "fused"], weight: Tensor) -> Literal["torch", "fused"]:
     """The optimizer that a name stands for: "auto" is fused where that was measured to be faster, on a CPU with its library."""
     if optimizer != "auto":

@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from ditkernels.checkpoints.format import Checkpoint, CheckpointError, open_checkpoint
-from ditkernels.checkpoints.run import Run, checkpoints_of, read, resolve, set_aside
+from ditkernels.checkpoints.run import Run, all_checkpoints_of, read, resolve, set_aside
 from ditkernels.data.source import TrainingData
 from ditkernels.data.vae import LatentSpace
 from ditkernels.options import EXECUTION, FREE, IDENTITY, RECIPE, Difference, differences
@@ -70,7 +70,7 @@ def find_start(config: TrainConfig, run: Run, world: World) -> Start:
 
 
 def _refuse_to_overwrite(run: Path) -> None:
-    if checkpoints_of(run) or (run / METRICS).exists():
+    if all_checkpoints_of(run) or (run / METRICS).exists():
         raise ValueError(f"results_dir: {run} holds a run; --resume auto goes on with it, another folder starts a new one")
 
 
@@ -109,7 +109,7 @@ def check_same_run(
     if other:
         raise CheckpointError(f"{origin} is of another run: {'; '.join(other)}")
     _check_overridden(origin, changed_recipe(checkpoint, config, data), config)
-    newer = [step for step in checkpoints_of(Path(config.results_dir)) if step > (checkpoint.step or 0)]
+    newer = [step for step, _ in all_checkpoints_of(Path(config.results_dir)) if step > (checkpoint.step or 0)]
     if newer and config.resume != "auto":
         raise CheckpointError(
             f"resume: {config.results_dir} holds checkpoints newer than {origin}, up to step {newer[-1]}; give another results_dir"

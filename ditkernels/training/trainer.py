@@ -34,7 +34,7 @@ from ditkernels.ops.settings import use_backend
 from ditkernels.options import recorded_values
 from ditkernels.reference import DiT
 from ditkernels.rng import Stream, below, normals, uniforms
-from ditkernels.runtime import StopSignal, environment, numerics, process_device, resolve_precision
+from ditkernels.runtime import StopSignal, World, environment, numerics, process_device, resolve_precision
 from ditkernels.sampling.drawing import SampleConfig, sample
 from ditkernels.sampling.outputs import grid_of, pixels_of, write_png
 from ditkernels.training.config import TrainConfig
@@ -46,6 +46,7 @@ from ditkernels.training.master_weights import Copies, accumulate_in, make_bf16_
 from ditkernels.training.optimizer import (
     AdamWEMA,
     LossScale,
+    NonFiniteGradientError,
     gradients,
     learning_rate,
     load_optimizer_tensors,
@@ -54,6 +55,7 @@ from ditkernels.training.optimizer import (
     resolved,
     update,
 )
+from ditkernels.training.rescue import Rescue
 from ditkernels.training.start import Start, check_same_run, find_start, fitted_weights, open_folder
 
 EVALUATED = ("fid", "sfid", "inception_score", "precision", "recall")
@@ -61,10 +63,6 @@ AUTOCAST_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 logger = logging.getLogger(__name__)
-
-
-class NonFiniteGradientError(FloatingPointError):
-    """Too many steps in a row had a loss or gradient that is not finite; the last good checkpoint is kept."""
 
 
 @dataclass(frozen=True)
@@ -129,28 +127,29 @@ def train(config: TrainConfig, *, model: DiT | None = None, data: TrainingData |
         stack.callback(log.close)
         for note in data.notes:
             logger.warning("%s", note)
-        late = OneStepLate()
         steps = range(trainer.step, trainer.total)
         mine = parallel.batches(data.train, config.global_batch_size, config.accumulation)
         batches = stack.enter_context(
             closing(stream_batches(mine, steps, workers=config.num_workers, pin_memory=device.type == "cuda"))
         )
+        rescue = stack.enter_context(Rescue(trainer, writer, log))
 
         stopped = None
         for step, batch in zip(steps, batches, strict=True):
             trainer.note_unreadable(batch)
             rate = learning_rate(config, step, trainer.total)
             scalars = trainer.train_step(batch, step, rate, stop.number)
-            trainer.step = step + 1
-            trainer.record(late.push(step + 1, rate, scalars), log)
+            trainer.record(trainer.late.push(step + 1, rate, scalars), log)
 
-            trainer.evaluate_if_due(log)
+            with rescue.agreed():
+                trainer.evaluate_if_due(log)
             # Read once: a signal that comes later than this is the next step's.
             stopped = parallel.asked_to_stop(stop.number, trainer.flags)
             last = stopped is not None or step + 1 == trainer.total
             if last or (step + 1) % config.ckpt_every == 0:
-                trainer.record(late.pop(), log)
-                writer.save(trainer.checkpoint(log))
+                with rescue.agreed():
+                    trainer.flush(log)
+                    writer.save(trainer.checkpoint(log))
             writer.raise_failure()
             if last:
                 break
@@ -196,6 +195,7 @@ class Trainer:
     Attributes:
         model: the trained one, in fp32. With ``master_weights`` another one computes, which holds bf16 copies of its matrices.
         step: steps taken.
+        updating: an update has begun and not ended: weights, moments and average may be of two steps.
         flags: the step flags of all ranks in the last step that has reached the host.
     """
 
@@ -256,6 +256,8 @@ class Trainer:
         self._unreadable_before = 0
         self.monitor = self._monitor() if config.eval_every else None
         self._pending: Mapping[str, float] | None = None
+        self.late = OneStepLate()
+        self.updating = False
 
     @property
     def images_seen(self) -> int:
@@ -307,9 +309,12 @@ class Trainer:
         move_grads_to_masters(self._copies)
         flags = step_flags(stopping, len(self.unreadable) - self._unreadable_before)
         whole = self.parallel.reduce(loss, gradients(self.optimizer), flags)
+        self.updating = True
         norm, skipped = update(self.optimizer, whole.loss, whole.norm, self.loss_scale, self.config.grad_clip)
         if not isinstance(self.optimizer, AdamWEMA):
             self.ema.update()
+        self.step = step + 1
+        self.updating = False
         return [whole.loss, norm, skipped, *whole.flags]
 
     def _loss(self, images: Tensor, labels: Tensor, step: int, positions: Tensor) -> Tensor:
@@ -382,6 +387,10 @@ class Trainer:
                 f"{count} in a row up to step {metrics.step} had a loss or gradient that is not finite "
                 f"(the last: loss {metrics.loss}, norm {metrics.norm}); a lower learning rate is the usual cure"
             )
+
+    def flush(self, log: RunLog) -> None:
+        """:meth:`record` of the last step, for which the host waits."""
+        self.record(self.late.pop(), log)
 
     def note_unreadable(self, batch: Batch) -> None:
         """Names and counts the files that could not be read, and says where first frames are taken.
@@ -488,9 +497,14 @@ class Trainer:
     # Checkpoints
     # --------------------------------------------------------------------------------------------------------
 
-    def checkpoint(self, log: RunLog) -> Checkpoint:
-        """Everything that training goes on from; the tensors are those in use, not copies."""
-        unreadable = set().union(*self.world.gather(self.unreadable))
+    def checkpoint(self, log: RunLog, world: World | None = None) -> Checkpoint:
+        """Everything that training goes on from; the tensors are those in use, not copies.
+
+        Args:
+            log: of the steps so far.
+            world: the processes that make it together; default: all.
+        """
+        unreadable = set().union(*(world or self.world).gather(self.unreadable))
         return Checkpoint(
             model=self.model.state_dict(),
             ema=self.ema.model.state_dict(),

@@ -415,10 +415,10 @@ def limit_files(size):
     """Later writes of more than ``size`` bytes find the disk full."""
     genuine = Trainer.checkpoint
 
-    def checkpoint(self, log):
+    def checkpoint(self, *args):
         if self.step == 8:
             resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
-        return genuine(self, log)
+        return genuine(self, *args)
 
     Trainer.checkpoint = checkpoint
 
