@@ -7,6 +7,7 @@ that was killed had begun keeps its own name, ``.NAME.xxxxxxxx.tmp``, until :fun
 from __future__ import annotations
 
 import errno
+import functools
 import hashlib
 import json
 import logging
@@ -20,7 +21,8 @@ from pathlib import Path
 from typing import Any
 
 LOCK = ".lock"
-# What file systems answer that know no flock.
+# What file systems answer that know no fsync of folders, or no flock.
+WITHOUT_DIRECTORY_SYNC = (errno.EINVAL, errno.ENOTSUP)
 WITHOUT_FLOCK = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
 logger = logging.getLogger(__name__)
@@ -191,12 +193,21 @@ def sync_file(path: Path) -> None:
 
 
 def sync_directory(path: Path) -> None:
-    """Returns once the names in a folder are on the disk."""
+    """Returns once the names in a folder are on the disk, where its file system can tell; where it cannot, that is said once."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in WITHOUT_DIRECTORY_SYNC:
+            raise
+        _say_unsynced(str(path), str(error))
     finally:
         os.close(descriptor)
+
+
+@functools.cache
+def _say_unsynced(path: str, reason: str) -> None:
+    logger.warning("%s: its file system syncs no folders (%s); after a crash of the machine a file may be missing", path, reason)
 
 
 def sha256(path: Path) -> str:

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
-from ditkernels.diffusion import GaussianDiffusion
+from ditkernels.diffusion import GaussianDiffusion, create_diffusion
 from ditkernels.evaluation.config import SPLIT_SIZE
 from ditkernels.evaluation.evaluate import Evaluation, Reference, evaluate
-from ditkernels.evaluation.features import Extractor
+from ditkernels.evaluation.features import Extractor, as_features
 from ditkernels.reference import DiT
 from ditkernels.runtime import World
 from ditkernels.sampling.drawing import SampleConfig
@@ -65,6 +65,12 @@ class Monitor:
             batch_size=self.batches.size,
             split_size=self.split_size,
         )
+
+    def rehearse(self, model: DiT, steps: int) -> None:
+        """Takes the features of this process's first batch, drawn in a few steps, and forgets them; errors as of a call."""
+        few = replace(self, diffusion=create_diffusion(str(steps), learn_sigma=model.learn_sigma))
+        images = few._draw(model, self.world.rank % len(self.batches))
+        as_features(self.extractor(images), len(images))
 
     def _pixels(self, model: DiT) -> Iterator[Tensor]:
         """The images in order, (B, 3, H, W) uint8 on the CPU."""

@@ -49,15 +49,20 @@ def pixels_of(images: Tensor) -> Pixels:
     return pixels.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).contiguous().cpu().numpy()
 
 
-def write_png(path: Path, pixels: Pixels) -> None:
-    """A PNG of pixels (H, W, 3). Raises ImportError where Pillow is not installed."""
+def png_of(pixels: Pixels) -> bytes:
+    """The content of a PNG of pixels (H, W, 3). Raises ImportError where Pillow is not installed."""
     try:
         from PIL import Image
     except ImportError as error:
         raise ImportError(f"pictures of samples need Pillow ({error}): pip install ditkernels[vae]") from error
     content = io.BytesIO()
     Image.fromarray(pixels).save(content, format="PNG")
-    write_bytes(path, content.getvalue())
+    return content.getvalue()
+
+
+def write_png(path: Path, pixels: Pixels) -> None:
+    """Writes :func:`png_of` pixels."""
+    write_bytes(path, png_of(pixels))
 
 
 def grid_of(pixels: Sequence[Pixels] | Pixels) -> Pixels:

@@ -93,7 +93,7 @@ class TrainConfig:
     val_images: int = option(256, "images a validation loss is the mean over", FREE, least=1)
     sample_every: int = option(0, "steps between grids of EMA samples; 0: none", FREE, least=0)
     sample_guidance: float = option(4.0, "guidance scale of the samples in those grids", FREE, least=0)
-    sample_steps: int = option(50, "DDPM steps of samples that are drawn while training", FREE, least=1)
+    sample_steps: int = option(50, "DDPM steps of samples that are drawn while training", FREE, least=2)
     eval_every: int = option(0, "steps between evaluations of EMA samples: FID and the others; 0: none", FREE, least=0)
     eval_reference: str | None = option(
         None, "what evaluations compare samples with: .npz of images or statistics, or a folder", FREE

@@ -20,6 +20,9 @@ from ditkernels.training.config import TrainConfig
 METRICS = "metrics.jsonl"
 GIB = 2**30
 
+# What the settings of these names need.
+SINK_MODULES = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb"}
+
 logger = logging.getLogger(__name__)
 
 # Dense bf16 TFLOP/s on NVIDIA's data sheets, by what the device's name contains; the first match counts.
@@ -118,10 +121,8 @@ class TensorBoard:
     """Scalars for TensorBoard, in ``run/tensorboard``."""
 
     def __init__(self, run: Path) -> None:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
-            raise ImportError(f"--tensorboard needs tensorboard ({error}): pip install ditkernels[log]") from error
+        from torch.utils.tensorboard import SummaryWriter
+
         self._writer = SummaryWriter(run / "tensorboard")
 
     def write(self, row: Mapping[str, Any]) -> None:
@@ -138,10 +139,8 @@ class WandB:
     """A Weights & Biases run named after the run's folder; a resumed run goes on in the same one."""
 
     def __init__(self, run: Path, config: Mapping[str, Any]) -> None:
-        try:
-            import wandb
-        except ImportError as error:
-            raise ImportError(f"--wandb needs wandb ({error}): pip install ditkernels[log]") from error
+        import wandb
+
         self._run = wandb.init(
             project="ditkernels",
             name=run.name,

@@ -85,19 +85,19 @@ class Rescue:
         if not isinstance(error, Exception):
             return
         if is_lost(error):
-            self._end_after_another(error)
+            return self._end_after_another(error)
         self._world.tell(
             {"step": self._trainer.step, "agreed": self._agreed, "cause": f"{type(error).__name__}: {first_line(error)}"}
         )
         if self._trainer.step > self._first_step:
             self._save(error)
+        return None
 
     def _end_after_another(self, error: Exception) -> None:
         """The connection is gone: because of a rank that has said so, or of one that was killed or hangs."""
         told = _wait_for(self._world.told, HEARSAY)
         if not told:
-            logger.error("an error ends the run; nothing is saved for it: a rank is gone without a word")
-            raise error
+            return logger.error("an error ends the run; nothing is saved for it: a rank is gone without a word")
         rank, theirs = min(told.items())
         if self._trainer.step > self._first_step:
             self._save(error)

@@ -36,7 +36,7 @@ from ditkernels.reference import DiT
 from ditkernels.rng import Stream, below, normals, uniforms
 from ditkernels.runtime import StopSignal, World, environment, numerics, process_device, resolve_precision
 from ditkernels.sampling.drawing import SampleConfig, sample
-from ditkernels.sampling.outputs import grid_of, pixels_of, write_png
+from ditkernels.sampling.outputs import Pixels, grid_of, pixels_of, write_png
 from ditkernels.training.config import TrainConfig
 from ditkernels.training.distributed import Parallel, process_group, step_flags
 from ditkernels.training.ema import EMA, copy_for_average
@@ -55,6 +55,7 @@ from ditkernels.training.optimizer import (
     resolved,
     update,
 )
+from ditkernels.training.rehearsal import rehearse
 from ditkernels.training.rescue import Rescue
 from ditkernels.training.start import Start, check_same_run, find_start, fitted_weights, open_folder
 
@@ -119,6 +120,7 @@ def train(config: TrainConfig, *, model: DiT | None = None, data: TrainingData |
         trainer = Trainer(config, data, vae, model.to(device), parallel)
         start = find_start(config, run, world)
         trainer.begin(start)
+        rehearse(trainer, run.folder)
         world.on_first(lambda: open_folder(start, trainer.config, data, run, trainer.step, environment(device, world)))
         stop = stack.enter_context(StopSignal(once=world.size > 1))
         writer = parallel.writer(run.folder, config)
@@ -426,19 +428,22 @@ class Trainer:
             log.write({"step": step, **self.evaluate(self.monitor)})
 
     @torch.no_grad()
-    def validation_loss(self) -> float:
+    def validation_loss(self, batches: int | None = None) -> float:
         """Mean loss of the moving average on held-out images, always with the same timesteps and noise.
+
+        Args:
+            batches: the most that are taken; default: as many as hold ``val_images``.
 
         Raises:
             ValueError: there are no held-out images.
         """
         if self.data.validation is None:
-            raise ValueError("val_every: there are no held-out images, allowed is 0; val_path names some")
+            raise ValueError(f"val_every: got {self.config.val_every} and no held-out images, allowed is 0; val_path names some")
         model = self.parallel.whole(self.ema.model)
         # The ranks take batches in turn; a batch has the same numbers on whichever it is computed.
         own: dict[int, Tensor] = {}
         index, length = self.world.rank, 0
-        while index * length < self.config.val_images:
+        while index * length < self.config.val_images and (batches is None or index < batches):
             batch = self.data.validation[index]
             length = len(batch.labels)
             own[index] = self._validation_losses(model, batch, index * length).cpu()
@@ -459,10 +464,24 @@ class Trainer:
             return self.diffusion.training_losses(model, latents, t, labels, noise)["loss"].double()
 
     def draw_samples(self, path: Path) -> None:
-        """Writes a grid of 16 images drawn from the moving average, of classes spread over all, always from the same noise."""
+        """Writes :meth:`grid`."""
+        pixels = self.grid(self.config.sample_steps)
+        if pixels is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_png(path, pixels)
+
+    def grid(self, steps: int) -> Pixels | None:
+        """A grid of 16 images drawn from the moving average, of classes spread over all, always from the same noise.
+
+        Args:
+            steps: of DDPM.
+
+        Returns:
+            Its pixels on the first rank; None on the others.
+        """
         model = self.parallel.whole(self.ema.model)
         if not self.world.first:
-            return
+            return None
         guided = self.config.label_dropout > 0
         settings = SampleConfig(
             guidance_scale=self.config.sample_guidance if guided else 1.0,
@@ -470,11 +489,10 @@ class Trainer:
             clip_denoised=self.vae is None,
         )
         labels = torch.arange(16) * max(1, self.model.num_classes // 16) % self.model.num_classes
-        diffusion = create_diffusion(str(self.config.sample_steps), learn_sigma=self.model.learn_sigma)
+        diffusion = create_diffusion(str(steps), learn_sigma=self.model.learn_sigma)
         with self._autocast():
             drawn = sample(model, diffusion, labels, settings)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_png(path, grid_of(pixels_of(drawn if self.vae is None else self.vae.decode(drawn))))
+        return grid_of(pixels_of(drawn if self.vae is None else self.vae.decode(drawn)))
 
     def _monitor(self) -> Monitor:
         return build_monitor(

@@ -138,10 +138,3 @@ def test_wandb_gets_every_number_and_goes_on_in_the_same_run(tmp_path, monkeypat
     log.write({"step": 5, "loss": 0.5, "mfu": None})
     log.close()
     assert logged == [(tmp_path.name, "allow", 2), ({"loss": 0.5}, 5), "finished"]
-
-
-@pytest.mark.parametrize("name, module", [("tensorboard", "torch.utils.tensorboard"), ("wandb", "wandb")])
-def test_a_missing_package_names_the_extra(tmp_path, monkeypatch, name, module):
-    monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(ImportError, match=rf"--{name} needs {name}.*pip install ditkernels\[log\]"):
-        log_of(tmp_path, **{name: True})
