@@ -114,8 +114,16 @@ def environment(device: torch.device, world: World) -> dict[str, Any]:
 # ---- Signals ---------------------------------------------------------------------------------------------------------
 
 
+# Those that end a run, in the order in which one is chosen if several came. Slurm can send SIGUSR1 ahead of the end of a job.
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+
+class Stopped(BaseException):
+    """A signal has come while nothing was done but to wait."""
+
+
 class StopSignal:
-    """SIGTERM and SIGINT end the run after the step in progress and a checkpoint; a second one ends the process at once.
+    """STOP_SIGNALS end the run after the step in progress and a checkpoint; a second one ends the process at once.
 
     Args:
         once: later ones change nothing. Where torchrun and a scheduler both pass a signal on, a process gets it twice; torchrun
@@ -128,12 +136,13 @@ class StopSignal:
     def __init__(self, *, once: bool = False) -> None:
         self.once = once
         self.number: int | None = None
+        self._waiting = False
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> StopSignal:
         # Python delivers signals to the main thread only.
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT):
+            for number in STOP_SIGNALS:
                 self._before[number] = signal.signal(number, self._handle)
         return self
 
@@ -141,12 +150,25 @@ class StopSignal:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
+    @contextmanager
+    def while_waiting(self) -> Iterator[None]:
+        """A block that does nothing but wait; a signal ends it at once."""
+        try:
+            self._waiting = True
+            yield
+        except Stopped:
+            pass
+        finally:
+            self._waiting = False
+
     def _handle(self, number: int, _frame: FrameType | None) -> None:
         if self.number is not None:
             if self.once:
                 return
             os._exit(128 + number)
         self.number = number
+        if self._waiting:
+            raise Stopped
 
 
 # ---- A process's place among those of torchrun -----------------------------------------------------------------------
@@ -385,6 +407,15 @@ def processes(backend: str = "gloo", *, timeout: timedelta) -> Iterator[World]:
         if distributed.is_initialized():
             _keep_groups()
             distributed.destroy_process_group()
+
+
+def recorded(function: Callable[..., Value]) -> Callable[..., Value]:
+    """The function; under torchrun, what it raises is shown in torchrun's own summary too, as it is shown of no other function."""
+    if "TORCHELASTIC_ERROR_FILE" not in os.environ:
+        return function
+    from torch.distributed.elastic.multiprocessing.errors import record
+
+    return record(function)  # type: ignore[return-value]
 
 
 _kept_groups: list[Any] = []

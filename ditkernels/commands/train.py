@@ -19,7 +19,8 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         ValueError, FloatingPointError, OSError: as ``train``.
     """
+    from ditkernels.runtime import recorded
     from ditkernels.training.trainer import train
 
-    result = train(from_flags(TrainConfig, args))
+    result = recorded(train)(from_flags(TrainConfig, args))
     return 0 if result.interrupted is None else 128 + result.interrupted

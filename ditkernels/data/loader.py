@@ -2,30 +2,45 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import sys
 from collections.abc import Generator, Sequence
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, get_worker_info
 
 from ditkernels.data.order import Batch, Steps
+from ditkernels.files import first_line
+from ditkernels.runtime import STOP_SIGNALS
 
-SHIELDED = (signal.SIGINT, signal.SIGTERM)
+_KILLED = re.compile(r"DataLoader worker .*(killed by signal|exited unexpectedly)")
+NO_ROOM = (
+    "shared memory (/dev/shm) has no room for the images that were read: fewer num_workers (0 needs none), a smaller batch, "
+    "or more of it (docker run --shm-size)"
+)
+NO_WORKER = "a process that reads images was killed, as the system does where memory is short: fewer num_workers, or more memory"
+
+
+class DataWorkerError(OSError):
+    """A process that reads images has died, or found no room for what it had read; the message says what to do."""
 
 
 def stream_batches(batches: Steps, steps: Sequence[int], *, workers: int, pin_memory: bool) -> Generator[Batch, None, None]:
     """The batches of ``steps`` in order, made by ``workers`` processes, or in this one if 0; the same batches either way.
 
     Signals do not reach the workers: they end when the generator does, which should therefore be closed.
+
+    Raises:
+        DataWorkerError: a worker was killed, or shared memory is full.
     """
     loader: DataLoader[Batch | Exception] = DataLoader(
         _Carried(batches) if workers else batches,  # type: ignore[arg-type]
         sampler=steps,
         batch_size=None,
         num_workers=workers,
-        collate_fn=_as_it_is,
+        collate_fn=_shared,
         pin_memory=pin_memory,
         worker_init_fn=_ignore_signals,
         # A fork server would be one more process of the group; a signal would end it, and its workers with it.
@@ -34,7 +49,7 @@ def stream_batches(batches: Steps, steps: Sequence[int], *, workers: int, pin_me
         generator=torch.Generator(),
     )
     # Workers inherit the mask, and are born with signals held back until they ignore them.
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, SHIELDED)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
         iterator = iter(loader)
     finally:
@@ -44,6 +59,10 @@ def stream_batches(batches: Steps, steps: Sequence[int], *, workers: int, pin_me
             if isinstance(batch, Exception):
                 raise batch
             yield batch
+    except RuntimeError as error:
+        if not _KILLED.search(str(error)):
+            raise
+        raise DataWorkerError(f"{NO_ROOM if 'Bus error' in str(error) else NO_WORKER} ({first_line(error)})") from error
     finally:
         if workers:
             # At the interpreter's exit they would be sent the SIGTERM that they ignore, and waited for.
@@ -63,13 +82,22 @@ class _Carried:
             return error
 
 
-def _as_it_is(batch: Any) -> Any:
+def _shared(batch: Any) -> Any:
+    """The batch; from a worker, in shared memory."""
+    if get_worker_info() is None or isinstance(batch, Exception):
+        return batch
+    # The queue would share it later, in a thread whose errors nobody hears: the trainer would wait for good.
+    try:
+        batch.images.share_memory_()
+        batch.labels.share_memory_()
+    except RuntimeError as error:
+        return DataWorkerError(f"{NO_ROOM} ({first_line(error)})")
     return batch
 
 
 def _ignore_signals(_worker: int) -> None:
     # A terminal's Ctrl-C and a scheduler's SIGTERM reach the whole group; the trainer decides when its workers stop.
-    for number in SHIELDED:
+    for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, SHIELDED)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
     torch.set_num_threads(1)

@@ -20,7 +20,6 @@ from __future__ import annotations
 import copy
 import os
 import re
-import signal
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -40,15 +39,13 @@ from ditkernels.checkpoints.writer import CheckpointWriter, IdleWriter
 from ditkernels.data.order import Batch, Batches
 from ditkernels.files import first_line
 from ditkernels.reference import DiT
-from ditkernels.runtime import World, place, processes
+from ditkernels.runtime import STOP_SIGNALS, World, place, processes
 from ditkernels.training.config import TrainConfig
 from ditkernels.training.master_weights import Copies, accumulate_in, move_grads_to_masters
 from ditkernels.training.optimizer import gradient_norm
 
 # What may differ between the machines of a run: where the data lies, and who reads it.
 OWN_SETTINGS = ("data_path", "val_path", "num_workers")
-# The signals that end a run, in the order in which one is chosen if several came.
-STOPPING = (signal.SIGTERM, signal.SIGINT)
 _LOST = re.compile(r"gloo|NCCL|[Cc]onnection (closed|reset|refused)|[Bb]roken pipe|[Tt]imed out|[Tt]imeout")
 
 
@@ -154,7 +151,7 @@ class Parallel:
 
 def step_flags(stopping: int | None, unreadable: int) -> tuple[float, ...]:
     """What the others must know of a rank at each step: which signal has reached it, and how many files it could not read."""
-    return (*(float(stopping == number) for number in STOPPING), float(unreadable))
+    return (*(float(stopping == number) for number in STOP_SIGNALS), float(unreadable))
 
 
 # ---- Many ------------------------------------------------------------------------------------------------------------
@@ -206,7 +203,7 @@ class ManyRanks(Parallel):
         raise NotImplementedError
 
     def asked_to_stop(self, here: int | None, flags: Sequence[float]) -> int | None:
-        asked = zip(STOPPING, flags, strict=False)
+        asked = zip(STOP_SIGNALS, flags, strict=False)
         return next((int(number) for number, ranks in asked if ranks), None)
 
 

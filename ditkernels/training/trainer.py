@@ -137,18 +137,22 @@ def train(config: TrainConfig, *, model: DiT | None = None, data: TrainingData |
         rescue = stack.enter_context(Rescue(trainer, writer, log))
 
         stopped = None
-        for step, batch in zip(steps, batches, strict=True):
-            trainer.note_unreadable(batch)
-            rate = learning_rate(config, step, trainer.total)
-            scalars = trainer.train_step(batch, step, rate, stop.number)
-            trainer.record(trainer.late.push(step + 1, rate, scalars), log)
+        for step in steps:
+            batch = next_batch(batches, stop)
+            if batch is None:
+                stopped = stop.number
+            else:
+                trainer.note_unreadable(batch)
+                rate = learning_rate(config, step, trainer.total)
+                scalars = trainer.train_step(batch, step, rate, stop.number)
+                trainer.record(trainer.late.push(step + 1, rate, scalars), log)
 
-            with rescue.agreed():
-                trainer.evaluate_if_due(log)
-            # Read once: a signal that comes later than this is the next step's.
-            stopped = parallel.asked_to_stop(stop.number, trainer.flags)
-            last = stopped is not None or step + 1 == trainer.total
-            if last or (step + 1) % config.ckpt_every == 0:
+                with rescue.agreed():
+                    trainer.evaluate_if_due(log)
+                # Read once: a signal that comes later than this is the next step's.
+                stopped = parallel.asked_to_stop(stop.number, trainer.flags)
+            last = stopped is not None or trainer.step == trainer.total
+            if trainer.step and (last or trainer.step % config.ckpt_every == 0):
                 with rescue.agreed():
                     trainer.flush(log)
                     writer.save(trainer.checkpoint(log))
@@ -159,10 +163,24 @@ def train(config: TrainConfig, *, model: DiT | None = None, data: TrainingData |
         # A rank that left earlier would have the others killed, perhaps while they write.
         world.barrier()
         if stopped is not None and world.first:
-            whole = checkpoint_directory(run.folder, trainer.step)
-            logger.info("stopped by %s; %s is whole", signal.Signals(stopped).name, whole)
+            whole = f"{checkpoint_directory(run.folder, trainer.step)} is whole" if trainer.step else "no step has been taken"
+            logger.info("stopped by %s; %s", signal.Signals(stopped).name, whole)
     interrupted = stopped if trainer.step < trainer.total else None
     return TrainResult(trainer.model, trainer.ema.model, trainer.step, interrupted)
+
+
+def next_batch(batches: Iterator[Batch], stop: StopSignal) -> Batch | None:
+    """The next one; None, at once, where a signal comes while it is waited for.
+
+    Among several ranks a signal is heard when all are, after the step.
+    """
+    if stop.once:
+        return next(batches)
+    batch = None
+    with stop.while_waiting():
+        if stop.number is None:
+            batch = next(batches)
+    return batch
 
 
 @contextmanager

@@ -19,8 +19,8 @@ from tests.helpers.runs import newest_checkpoint
 from tests.training.test_distributed import DDP, FSDP, World
 from tests.training.test_trainer import run, same_bits
 
-# Where an error strikes after three steps, and the step that is saved; None for none. A call of the update, or after it, is of the
-# fourth step.
+# Where the fourth call is an error, and the step that is saved; None for none. A call of the update, or after it, is of the fourth
+# step; the first call of the validation is the rehearsal's.
 SITES = {
     "data": ((InMemoryBatches, "at"), 3),
     "forward": ((Trainer, "_loss"), 3),
@@ -29,7 +29,7 @@ SITES = {
     "average": ((EMA, "update"), None),
     "record": ((Trainer, "record"), 4),
     "log": ((RunLog, "step"), 5),  # a step is logged while the next one runs
-    "validation": ((Trainer, "validation_loss"), 4),
+    "validation": ((Trainer, "validation_loss"), 3),
     "samples": ((Trainer, "draw_samples"), 4),
     "checkpoint": ((Trainer, "checkpoint"), None),  # the saving fails alike
     "save": ((CheckpointWriter, "save"), 4),
@@ -172,15 +172,15 @@ def whole(forked, tmp_path_factory):
 @pytest.mark.parametrize(
     "flags, site, ranks, saved",
     [
-        (DDP, "data", (0,), 3),  # a batch of three is held out
+        (DDP, "data", (0,), 2),  # four of the calls are held-out batches, of the rehearsal and of two validations
         (DDP, "forward", (1,), 5),
         (DDP, "update", (1,), 6),  # the first rank has ended that update
         (DDP, "update", (0,), None),
-        (DDP, "validation", (0, 1), 6),
-        (DDP, "validation", (1,), 6),
+        (DDP, "validation", (0, 1), 5),
+        (DDP, "validation", (1,), 5),
         (FSDP, "forward", (1,), None),
         (FSDP, "update", (0,), None),
-        (FSDP, "validation", (0, 1), 6),
+        (FSDP, "validation", (0, 1), 5),
         (FSDP, "validation", (1,), None),
         (FSDP, "save", (0, 1), 8),
     ],

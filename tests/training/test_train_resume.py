@@ -109,7 +109,7 @@ def test_killed_at_fifty_random_moments_it_ends_where_an_unbroken_run_does(forke
 
 def killed_with_workers(context, folder, moment):
     """Kills a run while its four workers read, sees its folder free within a second, and lets it end."""
-    process = start(context, folder, "--num-workers", "4", sabotage=(slow_reads, 0.1, 0))
+    process = start(context, folder, "--num-workers", "4", sabotage=(slow_reads, 1.0, 0))
     process.join(timeout=moment)
     process.kill()
     assert finish(process) == KILLED, told(folder)
@@ -121,7 +121,7 @@ def killed_with_workers(context, folder, moment):
 def test_killed_with_four_workers_its_folder_is_free_within_a_second(forked, unbroken, tmp_path, kills):
     moments = random.Random(0)
     for number in range(kills):
-        killed_with_workers(forked, tmp_path / str(number), moments.uniform(0.1, 1.0))
+        killed_with_workers(forked, tmp_path / str(number), moments.uniform(0.1, 2.0))
         assert complete(forked, tmp_path / str(number)) == 0, told(tmp_path / str(number))
         assert_same_end(tmp_path / str(number), unbroken)
 
