@@ -119,7 +119,15 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 class Stopped(BaseException):
-    """A signal has come while nothing was done but to wait."""
+    """A signal has come, and what was done can be dropped.
+
+    Args:
+        number: the signal.
+    """
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
 
 
 class StopSignal:
@@ -168,7 +176,12 @@ class StopSignal:
             os._exit(128 + number)
         self.number = number
         if self._waiting:
-            raise Stopped
+            raise Stopped(number)
+
+    def check(self) -> None:
+        """Raises Stopped if a signal has come."""
+        if self.number is not None:
+            raise Stopped(self.number)
 
 
 # ---- A process's place among those of torchrun -----------------------------------------------------------------------
@@ -416,6 +429,23 @@ def recorded(function: Callable[..., Value]) -> Callable[..., Value]:
     from torch.distributed.elastic.multiprocessing.errors import record
 
     return record(function)  # type: ignore[return-value]
+
+
+def gather_unless_stopped(world: World, stop: StopSignal, compute: Callable[[], Value]) -> list[Value]:
+    """What each process has computed, by rank.
+
+    Raises:
+        Stopped: a signal has come to one of them, by the end of its computing.
+    """
+    try:
+        told = world.gather((stop.number, compute()))
+    except Stopped as stopped:
+        told = world.gather((stopped.number, None))  # type: ignore[arg-type]
+    numbers = {number for number, _ in told}
+    for number in STOP_SIGNALS:
+        if number in numbers:
+            raise Stopped(number)
+    return [value for _, value in told]
 
 
 _kept_groups: list[Any] = []

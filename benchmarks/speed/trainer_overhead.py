@@ -75,7 +75,7 @@ def bare(config: TrainConfig, device: torch.device) -> Callable[[], None]:
 
     def step() -> None:
         optimizer.zero_grad(set_to_none=True)
-        with trainer._autocast():
+        with trainer.autocast():
             loss = diffusion.training_losses(model, x, t, {"y": y}, noise)["loss"].mean()
         loss.backward()
         torch.nn.utils.get_total_norm([weight.grad for weight in weights])

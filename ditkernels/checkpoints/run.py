@@ -10,6 +10,7 @@ import logging
 import os
 import secrets
 import shutil
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -62,7 +63,7 @@ class Run:
         # JSON is YAML, and a line a setting can be read and changed by hand.
         write_text(self.folder / CONFIG, "".join(f"{name}: {json.dumps(value)}\n" for name, value in config.items()))
         write_json(self.folder / ENVIRONMENT, dict(environment))
-        self._log = logging.FileHandler(self.folder / LOG, encoding="utf-8", errors="backslashreplace")
+        self._log = _LogFile(self.folder / LOG, encoding="utf-8", errors="backslashreplace")
         self._log.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         package = logging.getLogger("ditkernels")
         package.addHandler(self._log)
@@ -82,6 +83,14 @@ class Run:
     def newest(self) -> Found:
         """The newest checkpoint whose every checksum is right."""
         return newest_checkpoint(self.folder)
+
+
+class _LogFile(logging.FileHandler):
+    """A log that a full disk ends, and not the run."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        logging.getLogger("ditkernels").removeHandler(self)
+        logger.warning("%s: %s; training goes on without it", self.baseFilename, sys.exc_info()[1])
 
 
 # ---- What a path stands for ------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ import math
 import os
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,7 @@ from ditkernels.data.config import EncodeConfig
 from ditkernels.data.folder import ImageFolder, UnreadableImagesError, as_floats, read_batch
 from ditkernels.data.images import READER
 from ditkernels.data.latents import DTYPES, INDEX, LatentFolder, LatentsError, Shard, make_index, read_index
-from ditkernels.data.loader import stream_batches
+from ditkernels.data.loader import lost_readers_named, stream_batches
 from ditkernels.data.order import Batch
 from ditkernels.data.vae import VAE, load_vae
 from ditkernels.files import printable, remove_leftovers, sha256, write_bytes, write_json
@@ -180,12 +180,9 @@ def _encode_missing(vae: VAE, batches: Batches, out: Path, world: World) -> None
     _check_unreadable(_records(out), config.max_unreadable)
     missing = [shard for shard in range(world.rank, batches.shards, world.size) if not _is_finished(out, shard)]
     numbers = [number for shard in missing for number in batches.of(shard)]
-    stream = stream_batches(batches, numbers, workers=config.num_workers, pin_memory=vae.device.type == "cuda")
-    with tqdm(
-        total=sum(batches.rows(shard) for shard in missing),
-        unit=" images",
-        desc=f"encoding ({world.rank + 1}/{world.size})",
-    ) as bar:
+    reading = stream_batches(batches, numbers, workers=config.num_workers, pin_memory=vae.device.type == "cuda")
+    total, title = sum(batches.rows(shard) for shard in missing), f"encoding ({world.rank + 1}/{world.size})"
+    with closing(reading) as stream, lost_readers_named(), tqdm(total=total, unit=" images", desc=title) as bar:
         for shard in missing:
             tensors, unreadable = _encode_shard(vae, batches, shard, stream, bar)
             _write_shard(out, shard, tensors, unreadable)

@@ -5,17 +5,22 @@ from __future__ import annotations
 import re
 import signal
 import sys
-from collections.abc import Generator, Sequence
+import time
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, get_worker_info
+from torch.utils.data._utils import signal_handling
 
 from ditkernels.data.order import Batch, Steps
 from ditkernels.files import first_line
 from ditkernels.runtime import STOP_SIGNALS
 
 _KILLED = re.compile(r"DataLoader worker .*(killed by signal|exited unexpectedly)")
+# Seconds that workers have to end by themselves.
+GRACE = 1.0
 NO_ROOM = (
     "shared memory (/dev/shm) has no room for the images that were read: fewer num_workers (0 needs none), a smaller batch, "
     "or more of it (docker run --shm-size)"
@@ -32,8 +37,10 @@ def stream_batches(batches: Steps, steps: Sequence[int], *, workers: int, pin_me
 
     Signals do not reach the workers: they end when the generator does, which should therefore be closed.
 
+    A worker that is killed shows as an error at any place: see :func:`lost_readers_named`.
+
     Raises:
-        DataWorkerError: a worker was killed, or shared memory is full.
+        DataWorkerError: shared memory is full.
     """
     loader: DataLoader[Batch | Exception] = DataLoader(
         _Carried(batches) if workers else batches,  # type: ignore[arg-type]
@@ -59,14 +66,45 @@ def stream_batches(batches: Steps, steps: Sequence[int], *, workers: int, pin_me
             if isinstance(batch, Exception):
                 raise batch
             yield batch
+    finally:
+        if workers:
+            _end_workers(iterator)
+
+
+def _end_workers(iterator: Any) -> None:
+    """Ends them at once, be they in the middle of a read.
+
+    DataLoader alone waits five seconds for each, sends the SIGTERM that they ignore, and waits again.
+    """
+    if iterator._shutdown:
+        return
+    iterator._workers_done_event.set()
+    for queue in iterator._index_queues:
+        queue.put(None)
+    deadline = time.monotonic() + GRACE
+    for worker in iterator._workers:
+        worker.join(timeout=max(0.0, deadline - time.monotonic()))
+    # Or it would be an error that they are gone.
+    signal_handling._remove_worker_pids(id(iterator))
+    iterator._worker_pids_set = False
+    for worker in iterator._workers:
+        worker.kill()
+    iterator._shutdown_workers()
+
+
+@contextmanager
+def lost_readers_named() -> Iterator[None]:
+    """Around whatever takes batches: says what to do where a worker has been killed.
+
+    Raises:
+        DataWorkerError: in place of the RuntimeError that DataLoader raises then, wherever this process may be.
+    """
+    try:
+        yield
     except RuntimeError as error:
         if not _KILLED.search(str(error)):
             raise
         raise DataWorkerError(f"{NO_ROOM if 'Bus error' in str(error) else NO_WORKER} ({first_line(error)})") from error
-    finally:
-        if workers:
-            # At the interpreter's exit they would be sent the SIGTERM that they ignore, and waited for.
-            iterator._shutdown_workers()  # type: ignore[attr-defined]
 
 
 class _Carried:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from ditkernels.evaluation.config import SPLIT_SIZE
 from ditkernels.evaluation.evaluate import Evaluation, Reference, evaluate
 from ditkernels.evaluation.features import Extractor, as_features
 from ditkernels.reference import DiT
-from ditkernels.runtime import World
+from ditkernels.runtime import StopSignal, World, gather_unless_stopped
 from ditkernels.sampling.drawing import SampleConfig
 from ditkernels.sampling.generate import Batches, draw_batch
 from ditkernels.sampling.labels import Labels
@@ -39,6 +40,7 @@ class Monitor:
         split_size: images in a split of the Inception Score.
         autocast: dtype of the model's products; None is the weights' own. Decoding and features stay outside.
         world: the processes of the run, all of which call it; they draw batches in turn, and each sees the images of all.
+        stop: a signal that it has heard ends a call by Stopped, on all processes.
     """
 
     diffusion: GaussianDiffusion
@@ -51,6 +53,7 @@ class Monitor:
     split_size: int = SPLIT_SIZE
     autocast: torch.dtype | None = None
     world: World = field(default_factory=World)
+    stop: StopSignal = field(default_factory=StopSignal)
 
     def __call__(self, model: DiT) -> Evaluation:
         """The metrics of a model in eval mode.
@@ -70,18 +73,21 @@ class Monitor:
         """Takes the features of this process's first batch, drawn in a few steps, and forgets them; errors as of a call."""
         few = replace(self, diffusion=create_diffusion(str(steps), learn_sigma=model.learn_sigma))
         images = few._draw(model, self.world.rank % len(self.batches))
+        assert images is not None
         as_features(self.extractor(images), len(images))
 
     def _pixels(self, model: DiT) -> Iterator[Tensor]:
         """The images in order, (B, 3, H, W) uint8 on the CPU."""
         for start in range(0, len(self.batches), self.world.size):
-            mine = start + self.world.rank
-            drawn = self._draw(model, mine) if mine < len(self.batches) else None
-            yield from (images for images in self.world.gather(drawn) if images is not None)
+            everyone = gather_unless_stopped(self.world, self.stop, partial(self._draw, model, start + self.world.rank))
+            yield from (images for images in everyone if images is not None)
 
-    def _draw(self, model: DiT, batch: int) -> Tensor:
+    def _draw(self, model: DiT, batch: int) -> Tensor | None:
+        """The images of a batch; None past the last one."""
+        if batch >= len(self.batches):
+            return None
         device = next(model.parameters()).device.type
         with nullcontext() if self.autocast is None else torch.autocast(device, self.autocast):
-            drawn = draw_batch(model, self.diffusion, self.labels, self.config, self.batches, batch)
+            drawn = draw_batch(model, self.diffusion, self.labels, self.config, self.batches, batch, self.stop)
         images = drawn if self.decode is None else self.decode(drawn)
         return torch.from_numpy(to_pixels(images)).permute(0, 3, 1, 2)

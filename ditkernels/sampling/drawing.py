@@ -12,6 +12,7 @@ from ditkernels.diffusion import GaussianDiffusion
 from ditkernels.diffusion.sampling import with_bar
 from ditkernels.reference import DiT
 from ditkernels.rng import Stream, normals
+from ditkernels.runtime import StopSignal
 from ditkernels.sampling.config import SampleConfig
 from ditkernels.sampling.denoiser import MODULATION_BYTES, Denoiser
 
@@ -84,6 +85,17 @@ def sample_progressive(
         modulation_bytes=modulation_bytes,
     )
     return _trajectory(denoiser, diffusion, config, indices, (model.in_channels, *model.input_size), progress)
+
+
+def last_unless_stopped(states: Iterator[Tensor], stop: StopSignal) -> Tensor:
+    """The last of the states; Stopped, if a signal comes between two."""
+
+    def checked() -> Iterator[Tensor]:
+        for state in states:
+            stop.check()
+            yield state
+
+    return deque(checked(), maxlen=1).pop()
 
 
 Step = Callable[[Tensor, Tensor, int], Tensor]

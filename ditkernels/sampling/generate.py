@@ -25,10 +25,10 @@ from tqdm import tqdm
 from ditkernels.diffusion import GaussianDiffusion
 from ditkernels.files import remove_leftovers, write_json
 from ditkernels.reference import DiT
-from ditkernels.runtime import World, owned_folder, pinned_threads
+from ditkernels.runtime import StopSignal, World, owned_folder, pinned_threads
 from ditkernels.sampling import outputs
 from ditkernels.sampling.config import FORMATS, SampleConfig
-from ditkernels.sampling.drawing import sample
+from ditkernels.sampling.drawing import last_unless_stopped, sample_progressive
 from ditkernels.sampling.labels import Labels
 
 SETTINGS, METADATA, PARTS, IMAGES = "run.json", "metadata.json", ".parts", "images"
@@ -69,12 +69,14 @@ def draw_batch(
     config: SampleConfig,
     batches: Batches,
     batch: int,
+    stop: StopSignal | None = None,
 ) -> Tensor:
-    """The samples of a batch, (length, C, H, W) float32, computed at the full batch's size."""
+    """The samples of a batch, (length, C, H, W) float32, computed at the full batch's size; ``stop`` ends it between two steps."""
     indices = batches.indices(batch)
     # A list may end before the padding does; what is padded with does not matter, only that its shape is.
     shown = labels.of(indices.clamp(max=batches.count - 1))
-    drawn = sample(model, diffusion, shown, config, indices=indices)
+    states = sample_progressive(model, diffusion, shown, config, indices=indices)
+    drawn = last_unless_stopped(states, stop or StopSignal())
     return drawn[: batches.length(batch)]
 
 

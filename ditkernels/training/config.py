@@ -105,6 +105,9 @@ class TrainConfig:
     eval_guidance: float = option(1.0, "guidance scale of the images that an evaluation draws", FREE, least=0)
     tensorboard: bool = option(False, "log to TensorBoard too", FREE)
     wandb: bool = option(False, "log to Weights & Biases too", FREE)
+    wandb_project: str = option("ditkernels", "its project", FREE)
+    wandb_entity: str | None = option(None, "its team or user; default: your own", FREE)
+    wandb_name: str | None = option(None, "its name there; default: the folder's", FREE)
     peak_tflops: float | None = option(None, "peak that MFU is a share of, where the GPU is not a known one", FREE)
 
     def __post_init__(self) -> None:

@@ -18,7 +18,7 @@ from ditkernels.evaluation.monitor import Monitor
 from ditkernels.models import DiT_models
 from ditkernels.reference import DiT
 from ditkernels.rng import seed_of_weights
-from ditkernels.runtime import World
+from ditkernels.runtime import StopSignal, World
 from ditkernels.sampling.drawing import SampleConfig
 from ditkernels.sampling.generate import Batches
 from ditkernels.sampling.labels import Labels
@@ -107,6 +107,7 @@ def build_monitor(
     decode: Callable[[Tensor], Tensor] | None,
     autocast: torch.dtype | None,
     world: World,
+    stop: StopSignal,
 ) -> Monitor:
     """The monitor that the ``eval_`` fields of a config describe; its reference is read here, once.
 
@@ -114,7 +115,7 @@ def build_monitor(
         config: ``sample_steps`` DDPM steps, classes in turn.
         num_classes, learn_sigma: the model's.
         device: of the features.
-        decode, autocast, world: as of :class:`Monitor`.
+        decode, autocast, world, stop: as of :class:`Monitor`.
 
     Raises:
         ValueError, ImportError: no reference or no features named, or as ``load_reference`` and ``load_extractor``.
@@ -139,4 +140,5 @@ def build_monitor(
         decode=decode,
         autocast=autocast,
         world=world,
+        stop=stop,
     )

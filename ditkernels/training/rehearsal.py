@@ -16,14 +16,14 @@ import numpy as np
 import torch
 
 from ditkernels.data.source import TrainingData
-from ditkernels.evaluation.monitor import Monitor
 from ditkernels.files import sync_directory
 from ditkernels.reference import DiT
 from ditkernels.runtime import World
-from ditkernels.sampling.outputs import Pixels, png_of
+from ditkernels.sampling.outputs import png_of
 from ditkernels.training.config import TrainConfig
 from ditkernels.training.distributed import Parallel
 from ditkernels.training.ema import EMA
+from ditkernels.training.evaluations import Evaluations
 from ditkernels.training.log import SINK_MODULES
 
 # A chain has two steps at least.
@@ -38,15 +38,13 @@ class Rehearsed(Protocol):
     world: World
     parallel: Parallel
     ema: EMA[DiT]
-    monitor: Monitor | None
     device: torch.device
 
     @property
     def total(self) -> int: ...
 
-    def validation_loss(self, batches: int | None = None) -> float: ...
-
-    def grid(self, steps: int) -> Pixels | None: ...
+    @property
+    def evaluations(self) -> Evaluations: ...
 
 
 def rehearse(trainer: Rehearsed, folder: Path) -> None:
@@ -68,13 +66,13 @@ def rehearse(trainer: Rehearsed, folder: Path) -> None:
         sync_directory(folder)
     with _no_random_state_moved(trainer.device):
         if config.val_every:
-            trainer.validation_loss(batches=trainer.world.size)
+            trainer.evaluations.validate(batches=trainer.world.size)
         if config.sample_every:
-            pixels = trainer.grid(STEPS)
+            pixels = trainer.evaluations.grid(STEPS)
             if pixels is not None:
                 png_of(pixels)
-        if trainer.monitor is not None:
-            trainer.monitor.rehearse(trainer.parallel.whole(trainer.ema.model), STEPS)
+        if trainer.evaluations.monitor is not None:
+            trainer.evaluations.monitor.rehearse(trainer.parallel.whole(trainer.ema.model), STEPS)
 
 
 def _check_settings(trainer: Rehearsed) -> None:

@@ -13,7 +13,6 @@ import signal
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -21,8 +20,9 @@ from torch import Tensor, nn
 
 from ditkernels.checkpoints.format import Checkpoint
 from ditkernels.checkpoints.run import Run, checkpoint_directory
+from ditkernels.checkpoints.writer import CheckpointWriter
 from ditkernels.data.folder import UnreadableImagesError, as_floats
-from ditkernels.data.loader import stream_batches
+from ditkernels.data.loader import lost_readers_named, stream_batches
 from ditkernels.data.order import Batch
 from ditkernels.data.source import TrainingData, open_data
 from ditkernels.data.vae import VAE
@@ -34,12 +34,11 @@ from ditkernels.ops.settings import use_backend
 from ditkernels.options import recorded_values
 from ditkernels.reference import DiT
 from ditkernels.rng import Stream, below, normals, uniforms
-from ditkernels.runtime import StopSignal, World, environment, numerics, process_device, resolve_precision
-from ditkernels.sampling.drawing import SampleConfig, sample
-from ditkernels.sampling.outputs import Pixels, grid_of, pixels_of, write_png
+from ditkernels.runtime import Stopped, StopSignal, World, environment, numerics, process_device, resolve_precision
 from ditkernels.training.config import TrainConfig
 from ditkernels.training.distributed import Parallel, process_group, step_flags
 from ditkernels.training.ema import EMA, copy_for_average
+from ditkernels.training.evaluations import Evaluations
 from ditkernels.training.factory import build_model, build_monitor, latent_shape, model_arguments, vae_for
 from ditkernels.training.log import OneStepLate, QuietLog, RunLog, StepMetrics
 from ditkernels.training.master_weights import Copies, accumulate_in, make_bf16_copies, move_grads_to_masters, refresh
@@ -59,7 +58,6 @@ from ditkernels.training.rehearsal import rehearse
 from ditkernels.training.rescue import Rescue
 from ditkernels.training.start import Start, check_same_run, find_start, fitted_weights, open_folder
 
-EVALUATED = ("fid", "sfid", "inception_score", "precision", "recall")
 AUTOCAST_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -117,12 +115,13 @@ def train(config: TrainConfig, *, model: DiT | None = None, data: TrainingData |
         data = data or open_data(config)
         vae = vae_for(config, data.latents, device)
         model = model or build_model(config, latent_shape(config, data, vae))
-        trainer = Trainer(config, data, vae, model.to(device), parallel)
+        stop = StopSignal(once=world.size > 1)
+        trainer = Trainer(config, data, vae, model.to(device), parallel, stop)
         start = find_start(config, run, world)
         trainer.begin(start)
         rehearse(trainer, run.folder)
         world.on_first(lambda: open_folder(start, trainer.config, data, run, trainer.step, environment(device, world)))
-        stop = stack.enter_context(StopSignal(once=world.size > 1))
+        stack.enter_context(stop)
         writer = parallel.writer(run.folder, config)
         stack.callback(writer.close)
         log = trainer.new_log()
@@ -135,29 +134,44 @@ def train(config: TrainConfig, *, model: DiT | None = None, data: TrainingData |
             closing(stream_batches(mine, steps, workers=config.num_workers, pin_memory=device.type == "cuda"))
         )
         rescue = stack.enter_context(Rescue(trainer, writer, log))
-
+        stack.enter_context(lost_readers_named())
         stopped = None
-        for step in steps:
+        unfinished = False
+        if start.checkpoint is not None:
+            if world.first:
+                trainer.evaluations.tell_changes()
+            with rescue.agreed():
+                stopped = trainer.evaluate(trainer.evaluations.missing(), log)
+            unfinished = stopped is not None
+
+        for step in steps if stopped is None else ():
             batch = next_batch(batches, stop)
             if batch is None:
+                if trainer.step:
+                    trainer.save(writer, log)
                 stopped = stop.number
-            else:
-                trainer.note_unreadable(batch)
-                rate = learning_rate(config, step, trainer.total)
-                scalars = trainer.train_step(batch, step, rate, stop.number)
-                trainer.record(trainer.late.push(step + 1, rate, scalars), log)
-
-                with rescue.agreed():
-                    trainer.evaluate_if_due(log)
-                # Read once: a signal that comes later than this is the next step's.
-                stopped = parallel.asked_to_stop(stop.number, trainer.flags)
-            last = stopped is not None or trainer.step == trainer.total
-            if trainer.step and (last or trainer.step % config.ckpt_every == 0):
-                with rescue.agreed():
-                    trainer.flush(log)
-                    writer.save(trainer.checkpoint(log))
+                break
+            trainer.note_unreadable(batch)
+            rate = learning_rate(config, step, trainer.total)
+            scalars = trainer.train_step(batch, step, rate, stop.number)
+            trainer.record(trainer.late.push(step + 1, rate, scalars, log.seconds()), log)
+            # Read once: a signal that comes later than this is the next step's, or an evaluation's.
+            stopped = parallel.asked_to_stop(stop.number, trainer.flags)
+            due = trainer.evaluations.due()
+            with rescue.agreed():
+                saves = stopped is not None or trainer.step == trainer.total or trainer.step % config.ckpt_every == 0
+                if saves:
+                    trainer.save(writer, log)
+                if due and stopped is None:
+                    # What is due must not cost what it is taken of.
+                    writer.wait()
+                    world.barrier()
+                    stopped = trainer.evaluate(due, log)
+                    if stopped is not None and not saves:
+                        trainer.save(writer, log)
+            unfinished = bool(due) and stopped is not None
             writer.raise_failure()
-            if last:
+            if stopped is not None:
                 break
         writer.wait()
         # A rank that left earlier would have the others killed, perhaps while they write.
@@ -165,7 +179,7 @@ def train(config: TrainConfig, *, model: DiT | None = None, data: TrainingData |
         if stopped is not None and world.first:
             whole = f"{checkpoint_directory(run.folder, trainer.step)} is whole" if trainer.step else "no step has been taken"
             logger.info("stopped by %s; %s", signal.Signals(stopped).name, whole)
-    interrupted = stopped if trainer.step < trainer.total else None
+    interrupted = stopped if trainer.step < trainer.total or unfinished else None
     return TrainResult(trainer.model, trainer.ema.model, trainer.step, interrupted)
 
 
@@ -211,12 +225,14 @@ class Trainer:
         vae: turns images into latents, and latents into pictures; None trains on pixels, or on latents unseen.
         model: on the device that trains.
         parallel: how processes share the model; None: this one trains it alone.
+        stop: ends evaluations; None: nothing does.
 
     Attributes:
         model: the trained one, in fp32. With ``master_weights`` another one computes, which holds bf16 copies of its matrices.
         step: steps taken.
         updating: an update has begun and not ended: weights, moments and average may be of two steps.
         flags: the step flags of all ranks in the last step that has reached the host.
+        evaluations: of the weights, as they are due.
     """
 
     def __init__(
@@ -226,6 +242,7 @@ class Trainer:
         vae: VAE | None,
         model: DiT,
         parallel: Parallel | None = None,
+        stop: StopSignal | None = None,
     ) -> None:
         self.parallel = parallel or Parallel()
         self.world = self.parallel.world
@@ -274,7 +291,8 @@ class Trainer:
         self._animated = False
         # Those that all ranks know of since they resumed.
         self._unreadable_before = 0
-        self.monitor = self._monitor() if config.eval_every else None
+        self.stop = stop or StopSignal()
+        self.evaluations = Evaluations(self, self._monitor() if config.eval_every else None, self.stop)
         self._pending: Mapping[str, float] | None = None
         self.late = OneStepLate()
         self.updating = False
@@ -340,17 +358,18 @@ class Trainer:
     def _loss(self, images: Tensor, labels: Tensor, step: int, positions: Tensor) -> Tensor:
         """Mean loss of the samples at ``positions`` (b,) of the global batch of ``step``."""
         seed, dropout = self.config.global_seed, self.config.label_dropout
-        latents = self._latents(images, Stream.POSTERIOR, step, positions)
+        latents = self.latents(images, Stream.POSTERIOR, step, positions)
         if dropout > 0:
             dropped = uniforms(seed, Stream.LABEL_DROP, step, positions) < dropout
             labels = torch.where(dropped, self.model.num_classes, labels)
         t = below(self.diffusion.num_timesteps, seed, Stream.TIMESTEP, step, positions)
         noise = normals(seed, Stream.NOISE, step, positions, tuple(latents.shape[1:]))
-        with self._autocast():
+        with self.autocast():
             losses = self.diffusion.training_losses(self._forward, latents, t, {"y": labels}, noise)
         return losses["loss"].mean()
 
-    def _latents(self, images: Tensor, stream: Stream, step: int, positions: Tensor) -> Tensor:
+    def latents(self, images: Tensor, stream: Stream, step: int, positions: Tensor) -> Tensor:
+        """What the model sees of a batch's images, (b, C, H, W), with the draws of ``stream`` where there are any."""
         seed = self.config.global_seed
         if self.data.latents is not None:
             mean, std = images.float().chunk(2, dim=1)
@@ -365,7 +384,8 @@ class Trainer:
     def _to_device(self, tensor: Tensor) -> Tensor:
         return tensor.to(self.device, non_blocking=True)
 
-    def _autocast(self) -> AbstractContextManager[Any]:
+    def autocast(self) -> AbstractContextManager[Any]:
+        """The precision of the run's products."""
         dtype = AUTOCAST_DTYPES.get(self.precision)
         return nullcontext() if dtype is None else torch.autocast(self.device.type, dtype)
 
@@ -412,6 +432,13 @@ class Trainer:
         """:meth:`record` of the last step, for which the host waits."""
         self.record(self.late.pop(), log)
 
+    def save(self, writer: CheckpointWriter, log: RunLog) -> None:
+        """Hands a checkpoint of the last step to ``writer``."""
+        self.flush(log)
+        log.flush()
+        with log.apart("saving"):
+            writer.save(self.checkpoint(log))
+
     def note_unreadable(self, batch: Batch) -> None:
         """Names and counts the files that could not be read, and says where first frames are taken.
 
@@ -435,82 +462,16 @@ class Trainer:
                 f"unreadable images: got {count}, allowed are {self.config.max_unreadable} (max_unreadable){last}"
             )
 
-    def evaluate_if_due(self, log: RunLog) -> None:
-        """Takes the validation loss, draws samples and evaluates, at the steps that ask for them."""
-        config, step = self.config, self.step
-        if config.val_every and step % config.val_every == 0:
-            log.write({"step": step, "validation_loss": self.validation_loss()})
-        if config.sample_every and step % config.sample_every == 0:
-            self.draw_samples(Path(config.results_dir) / "samples" / f"step-{step:08d}.png")
-        if self.monitor is not None and step % config.eval_every == 0:
-            log.write({"step": step, **self.evaluate(self.monitor)})
-
-    @torch.no_grad()
-    def validation_loss(self, batches: int | None = None) -> float:
-        """Mean loss of the moving average on held-out images, always with the same timesteps and noise.
-
-        Args:
-            batches: the most that are taken; default: as many as hold ``val_images``.
-
-        Raises:
-            ValueError: there are no held-out images.
-        """
-        if self.data.validation is None:
-            raise ValueError(f"val_every: got {self.config.val_every} and no held-out images, allowed is 0; val_path names some")
-        model = self.parallel.whole(self.ema.model)
-        # The ranks take batches in turn; a batch has the same numbers on whichever it is computed.
-        own: dict[int, Tensor] = {}
-        index, length = self.world.rank, 0
-        while index * length < self.config.val_images and (batches is None or index < batches):
-            batch = self.data.validation[index]
-            length = len(batch.labels)
-            own[index] = self._validation_losses(model, batch, index * length).cpu()
-            index += self.world.size
-        everyone = {index: losses for some in self.world.gather(own) for index, losses in some.items()}
-        losses = torch.cat([everyone[index] for index in sorted(everyone)])
-        return losses[: self.config.val_images].mean().item()
-
-    def _validation_losses(self, model: DiT, batch: Batch, start: int) -> Tensor:
-        """Of each sample, (b,) fp64; ``start``: the position of the first among all that are held out."""
-        seed = 0
-        positions = torch.arange(start, start + len(batch.labels), device=self.device)
-        latents = self._latents(self._to_device(batch.images), Stream.VALIDATION_POSTERIOR, 0, positions)
-        t = below(self.diffusion.num_timesteps, seed, Stream.VALIDATION_TIMESTEP, 0, positions)
-        noise = normals(seed, Stream.VALIDATION_NOISE, 0, positions, tuple(latents.shape[1:]))
-        labels = {"y": self._to_device(batch.labels)}
-        with self._autocast():
-            return self.diffusion.training_losses(model, latents, t, labels, noise)["loss"].double()
-
-    def draw_samples(self, path: Path) -> None:
-        """Writes :meth:`grid`."""
-        pixels = self.grid(self.config.sample_steps)
-        if pixels is not None:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_png(path, pixels)
-
-    def grid(self, steps: int) -> Pixels | None:
-        """A grid of 16 images drawn from the moving average, of classes spread over all, always from the same noise.
-
-        Args:
-            steps: of DDPM.
-
-        Returns:
-            Its pixels on the first rank; None on the others.
-        """
-        model = self.parallel.whole(self.ema.model)
-        if not self.world.first:
+    def evaluate(self, kinds: list[str], log: RunLog) -> int | None:
+        """Takes these kinds of what is due; returns the signal that broke them off, if one did."""
+        if not kinds:
             return None
-        guided = self.config.label_dropout > 0
-        settings = SampleConfig(
-            guidance_scale=self.config.sample_guidance if guided else 1.0,
-            guided_channels=3 if self.vae is not None else None,
-            clip_denoised=self.vae is None,
-        )
-        labels = torch.arange(16) * max(1, self.model.num_classes // 16) % self.model.num_classes
-        diffusion = create_diffusion(str(steps), learn_sigma=self.model.learn_sigma)
-        with self._autocast():
-            drawn = sample(model, diffusion, labels, settings)
-        return grid_of(pixels_of(drawn if self.vae is None else self.vae.decode(drawn)))
+        self.flush(log)
+        try:
+            self.evaluations.take(kinds, log)
+        except Stopped as stopped:
+            return stopped.number
+        return None
 
     def _monitor(self) -> Monitor:
         return build_monitor(
@@ -521,13 +482,8 @@ class Trainer:
             decode=None if self.vae is None else self.vae.decode,
             autocast=AUTOCAST_DTYPES.get(self.precision),
             world=self.world,
+            stop=self.stop,
         )
-
-    def evaluate(self, monitor: Monitor) -> dict[str, float]:
-        """The metrics of the moving average that could be computed, by name, and the number of images they are of."""
-        found = monitor(self.parallel.whole(self.ema.model))
-        metrics = {name: getattr(found, name) for name in EVALUATED}
-        return {name: value for name, value in metrics.items() if value is not None} | {"evaluated_images": found.count}
 
     # --------------------------------------------------------------------------------------------------------
     # Checkpoints

@@ -498,7 +498,7 @@ def seen_by_the_model(config, steps):
     positions = torch.arange(config.global_batch_size)
     for step in range(steps):
         batch = data.train[step]
-        yield trainer._latents(batch.images, Stream.POSTERIOR, step, positions), batch.labels
+        yield trainer.latents(batch.images, Stream.POSTERIOR, step, positions), batch.labels
 
 
 def test_latents_in_training_are_those_of_the_images_by_the_same_keys(images, vae, encoded):

@@ -13,7 +13,8 @@ import torch
 from ditkernels import files
 from ditkernels.checkpoints.run import LOG
 from ditkernels.training import trainer as trainer_module
-from ditkernels.training.trainer import Trainer, train
+from ditkernels.training.evaluations import Evaluations
+from ditkernels.training.trainer import train
 from tests.training.test_trainer import brightness, config, evaluated, losses, run, same_bits, small_model, some_data
 
 ALL = {"val_every": 2, "val_images": 7, "sample_every": 2, "sample_steps": 2}
@@ -52,16 +53,17 @@ def test_it_moves_no_bit_and_no_random_state(tmp_path, monkeypatch):
 def test_one_batch_of_each_is_tried(tmp_path, monkeypatch):
     drawn = []
     monkeypatch.setattr(
-        "ditkernels.training.trainer.sample", lambda *args: drawn.append(args[1].num_timesteps) or torch.zeros(16, 1, 4, 4)
+        "ditkernels.training.evaluations.sample_progressive",
+        lambda *args: drawn.append(args[1].num_timesteps) or [torch.zeros(16, 1, 4, 4)],
     )
     batches = []
-    genuine = Trainer._validation_losses
+    genuine = Evaluations._losses
 
-    def counted(self, model, batch, start):
+    def counted(self, models, batch, start):
         batches.append(start)
-        return genuine(self, model, batch, start)
+        return genuine(self, models, batch, start)
 
-    monkeypatch.setattr(Trainer, "_validation_losses", counted)
+    monkeypatch.setattr(Evaluations, "_losses", counted)
     monkeypatch.setattr(trainer_module, "open_folder", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         run(tmp_path, **asked(tmp_path, sample_steps=50, val_images=100))

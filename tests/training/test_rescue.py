@@ -11,6 +11,7 @@ from ditkernels.training import rescue
 from ditkernels.training import trainer as trainer_module
 from ditkernels.training.distributed import Parallel
 from ditkernels.training.ema import EMA
+from ditkernels.training.evaluations import Evaluations
 from ditkernels.training.log import RunLog
 from ditkernels.training.optimizer import NonFiniteGradientError
 from ditkernels.training.trainer import Trainer
@@ -20,17 +21,17 @@ from tests.training.test_distributed import DDP, FSDP, World
 from tests.training.test_trainer import run, same_bits
 
 # Where the fourth call is an error, and the step that is saved; None for none. A call of the update, or after it, is of the fourth
-# step; the first call of the validation is the rehearsal's.
+# step; the first validation and the first grid are the rehearsal's.
 SITES = {
     "data": ((InMemoryBatches, "at"), 3),
     "forward": ((Trainer, "_loss"), 3),
     "reduce": ((Parallel, "reduce"), 3),
     "update": ((trainer_module, "update"), None),
     "average": ((EMA, "update"), None),
-    "record": ((Trainer, "record"), 4),
-    "log": ((RunLog, "step"), 5),  # a step is logged while the next one runs
-    "validation": ((Trainer, "validation_loss"), 3),
-    "samples": ((Trainer, "draw_samples"), 4),
+    "record": ((Trainer, "record"), 2),  # it is asked before an evaluation, too
+    "log": ((RunLog, "step"), 4),
+    "validation": ((Evaluations, "validate"), 3),
+    "samples": ((Evaluations, "grid"), 3),
     "checkpoint": ((Trainer, "checkpoint"), None),  # the saving fails alike
     "save": ((CheckpointWriter, "save"), 4),
 }

@@ -9,7 +9,7 @@ import torch
 
 from ditkernels.training import log as runlog
 from ditkernels.training.config import TrainConfig
-from ditkernels.training.log import METRICS, RunLog, StepMetrics, cut_back, line, read_metrics
+from ditkernels.training.log import METRICS, OneStepLate, RunLog, StepMetrics, cut_back, line, read_metrics
 
 ROW = {
     "step": 20,
@@ -59,15 +59,33 @@ def test_means_are_over_the_interval_and_leave_out_skipped_steps(tmp_path, caplo
 
 
 def test_speed_is_images_over_time_and_mfu_a_share_of_the_peak(tmp_path, monkeypatch):
-    clock = iter([10.0, 12.0])
-    monkeypatch.setattr(runlog.time, "perf_counter", lambda: next(clock))
+    now = [10.0]
+    monkeypatch.setattr(runlog.time, "perf_counter", lambda: now[0])
     log = log_of(tmp_path, peak_tflops=0.016)
-    log.step(StepMetrics(1, 0.1, 1.0, 1.0, False), 0)
-    log.step(StepMetrics(2, 0.1, 1.0, 1.0, False), 0)
-    (row,) = read_metrics(tmp_path / METRICS)
-    # Two steps of four images in two seconds, 1 GFLOP each, on a device of 16 GFLOP/s.
-    assert (row["images_per_second"], row["gflops_per_second"], row["mfu"]) == (4.0, 4.0, 0.25)
-    assert row["memory_gib"] > 0
+    late = OneStepLate()
+
+    def step(number):
+        now[0] += 1.0
+        arrived = late.push(number, 0.1, [torch.tensor(1.0)] * 3, log.seconds())
+        if arrived is not None:
+            log.step(arrived, 0)
+
+    step(1)
+    with log.apart("evaluation"):
+        now[0] += 100.0
+    step(2)
+    step(3)
+    with log.apart("saving"):
+        now[0] += 50.0
+    for number in (4, 5, 6):
+        step(number)
+    log.step(late.pop(), 0)
+    rows = read_metrics(tmp_path / METRICS)
+    # Two steps of four images in two seconds, 1 GFLOP each, on a device of 16 GFLOP/s; the last of them like the others.
+    assert [(row["images_per_second"], row["gflops_per_second"], row["mfu"]) for row in rows] == [(4.0, 4.0, 0.25)] * 3
+    assert [row["seconds"] for row in rows] == [2.0, 4.0, 6.0]
+    assert [(row["seconds_evaluation"], row["seconds_saving"]) for row in rows] == [(100.0, 0.0), (100.0, 50.0), (100.0, 50.0)]
+    assert rows[0]["memory_gib"] > 0
 
 
 @pytest.mark.parametrize(
@@ -84,11 +102,17 @@ def test_the_peak_of_a_known_gpu_is_known(monkeypatch, name, peak):
     assert runlog._peak_flops(TrainConfig(), torch.device("cuda")) == peak * 1e12
 
 
-def test_metrics_are_cut_back_to_a_step(tmp_path):
+def test_metrics_are_cut_back_to_a_step(tmp_path, caplog):
     path = tmp_path / METRICS
     lines = [json.dumps({"step": step}) for step in (2, 4, 6)]
     path.write_text("\n".join(lines) + '\n{"step": 8, "lo', encoding="utf-8")
     assert [row["step"] for row in read_metrics(path)] == [2, 4, 6]
+    cut_back(path, 4)
+    assert path.read_text(encoding="utf-8") == "\n".join(lines[:2]) + "\n"
+    path.write_bytes(b'{"step": 2}\n\xff\xfe\n[1]\n{"step": 4}\n{"step": 6}\n{"ste')
+    caplog.clear()
+    assert [row["step"] for row in read_metrics(path)] == [2, 4, 6]
+    assert [record.args[1] for record in caplog.records] == [2, 3]
     cut_back(path, 4)
     assert path.read_text(encoding="utf-8") == "\n".join(lines[:2]) + "\n"
     cut_back(tmp_path / "absent", 4)
@@ -99,11 +123,14 @@ def test_tensorboard_gets_every_number(tmp_path, monkeypatch):
     written = []
 
     class SummaryWriter:
-        def __init__(self, folder):
-            written.append(folder)
+        def __init__(self, folder, purge_step):
+            written.append((folder, purge_step))
 
         def add_scalar(self, name, value, step):
             written.append((name, value, step))
+
+        def flush(self):
+            written.append("flushed")
 
         def close(self):
             written.append("closed")
@@ -111,15 +138,26 @@ def test_tensorboard_gets_every_number(tmp_path, monkeypatch):
     module = types.ModuleType("torch.utils.tensorboard")
     module.SummaryWriter = SummaryWriter
     monkeypatch.setitem(sys.modules, module.__name__, module)
-    log = log_of(tmp_path, tensorboard=True)
+    log = log_of(tmp_path, tensorboard=True, start=4)
     log.write({"step": 5, "loss": 0.5, "mfu": None})
+    log.flush()
     log.close()
-    assert written == [tmp_path / "tensorboard", ("loss", 0.5, 5), "closed"]
+    assert written == [(tmp_path / "tensorboard", 5), ("loss", 0.5, 5), "flushed", "closed"]
+
+
+class WandBError(Exception):
+    """As theirs."""
+
+
+def stand_in_for_wandb(monkeypatch, init):
+    module = types.ModuleType("wandb")
+    module.errors = types.SimpleNamespace(Error=WandBError)
+    module.init = init
+    monkeypatch.setitem(sys.modules, "wandb", module)
 
 
 def test_wandb_gets_every_number_and_goes_on_in_the_same_run(tmp_path, monkeypatch):
     logged = []
-    module = types.ModuleType("wandb")
 
     class Run:
         def log(self, values, step):
@@ -129,12 +167,53 @@ def test_wandb_gets_every_number_and_goes_on_in_the_same_run(tmp_path, monkeypat
             logged.append("finished")
 
     def init(**arguments):
-        logged.append((arguments["id"], arguments["resume"], arguments["config"]["log_every"]))
+        logged.append(arguments)
         return Run()
 
-    module.init = init
-    monkeypatch.setitem(sys.modules, "wandb", module)
-    log = log_of(tmp_path, wandb=True)
+    stand_in_for_wandb(monkeypatch, init)
+    log = log_of(tmp_path, wandb=True, wandb_entity="team")
     log.write({"step": 5, "loss": 0.5, "mfu": None})
     log.close()
-    assert logged == [(tmp_path.name, "allow", 2), ({"loss": 0.5}, 5), "finished"]
+    assert logged[1:] == [({"loss": 0.5}, 5), "finished"]
+    told = {name: logged[0][name] for name in ("project", "entity", "name", "resume")}
+    assert told == {"project": "ditkernels", "entity": "team", "name": tmp_path.name, "resume": "allow"}
+    assert logged[0]["config"]["log_every"] == 2
+    log_of(tmp_path, wandb=True, wandb_project="mine", wandb_name="first").close()
+    assert (logged[3]["project"], logged[3]["name"]) == ("mine", "first")
+    assert logged[3]["id"] == logged[0]["id"] != tmp_path.name
+    other = tmp_path / "other" / tmp_path.name
+    other.mkdir(parents=True)
+    log_of(other, wandb=True).close()
+    assert logged[5]["id"] != logged[0]["id"]
+
+
+def test_without_the_network_training_goes_on_and_that_is_said_once(tmp_path, monkeypatch, caplog):
+    def init(**_):
+        raise WandBError("no network")
+
+    stand_in_for_wandb(monkeypatch, init)
+    log = log_of(tmp_path, wandb=True)
+    for step in range(1, 5):
+        log.step(StepMetrics(step, 0.1, 1.0, 1.0, False, seconds=float(step)), 0)
+    log.close()
+    assert [row["step"] for row in read_metrics(tmp_path / METRICS)] == [2, 4]
+    assert caplog.text.count("Weights & Biases: no network; training goes on without it") == 1
+    assert "Weights & Biases: it is incomplete, one write failed" in caplog.text
+
+
+def test_on_a_full_disk_the_log_is_left_alone_and_that_is_said_once(tmp_path, monkeypatch, caplog):
+    def write(self, row):
+        raise OSError(28, "No space left on device")
+
+    log = log_of(tmp_path)
+    monkeypatch.setattr(runlog.JsonLines, "write", write)
+    for step in range(1, 7):
+        log.step(StepMetrics(step, 0.1, 1.0, 1.0, False, seconds=float(step)), 0)
+    log.close()
+    assert caplog.text.count("No space left on device; training goes on without it") == 1
+
+
+def test_an_error_of_our_own_is_no_side_matter(tmp_path):
+    log = log_of(tmp_path)
+    with pytest.raises(ZeroDivisionError), log.aside("samples"):
+        raise ZeroDivisionError

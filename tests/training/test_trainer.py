@@ -638,29 +638,29 @@ def test_weights_that_do_not_fit_are_listed(tmp_path):
 
 def test_the_validation_loss_is_that_of_the_moving_average_on_fixed_noise(tmp_path):
     trainer = make_trainer(tmp_path, model=small_model(random=True), val_images=7)
-    first = trainer.validation_loss()
-    assert trainer.validation_loss() == first
+    first = trainer.evaluations.validate().average
+    assert trainer.evaluations.validate().average == first
     with torch.no_grad():
         trainer.model.final_layer.linear.weight.add_(1)
-    assert trainer.validation_loss() == first
+    assert trainer.evaluations.validate().average == first
     with torch.no_grad():
         trainer.ema.model.final_layer.linear.weight.add_(1)
-    assert trainer.validation_loss() != first
+    assert trainer.evaluations.validate().average != first
     other = make_trainer(tmp_path, model=small_model(random=True), val_images=7, global_seed=99)
-    assert other.validation_loss() == first
+    assert other.evaluations.validate().average == first
 
 
 def test_a_zero_model_validates_at_the_variance_of_the_noise(tmp_path):
     trainer = make_trainer(tmp_path, model=small_model(learn_sigma=False), val_images=400)
     # Mean of squares of 6,400 normals.
-    assert abs(trainer.validation_loss() - 1) < 0.1
+    assert abs(trainer.evaluations.validate().average - 1) < 0.1
 
 
 def test_validation_without_images_is_refused(tmp_path):
     trainer = make_trainer(tmp_path)
     trainer.data = dataclasses.replace(trainer.data, validation=None)
     with pytest.raises(ValueError, match=r"val_every.*val_path"):
-        trainer.validation_loss()
+        trainer.evaluations.validate()
 
 
 def test_samples_are_drawn_every_so_often(tmp_path):
@@ -703,7 +703,7 @@ def test_the_moving_average_is_evaluated_every_so_often(tmp_path):
     settings = config(tmp_path, **evaluated(tmp_path))
     again = Trainer(settings, some_data(settings), None, small_model())
     again.ema.model.load_state_dict(result.ema.state_dict())
-    assert again.evaluate(again.monitor) == {k: v for k, v in rows[1].items() if k != "step"}
+    assert again.evaluations.evaluate(again.evaluations.monitor) == {k: v for k, v in rows[1].items() if k != "step"}
     assert rows[0]["fid"] != rows[1]["fid"]
 
 
