@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 
 CLASSES = 10
 PER_CLASS = 10
+# In the folder of a run that a demo has made, and another demo may replace.
+MARK = ".demo"
 TRAINING = TrainConfig(
     data_path="digits",
     vae="none",
@@ -94,7 +96,7 @@ def demonstrate(out: Path, *, steps: int, seed: int, device: str, guidance: floa
         False if the check of the ops fails on this machine; nothing is trained then.
 
     Raises:
-        ValueError: an argument out of range, or a device that is not there.
+        ValueError: an argument out of range, a device that is not there, or a run in ``out`` that no demo has made.
         ImportError: scikit-learn or matplotlib is not installed.
     """
     _require_demo_extra()
@@ -102,6 +104,7 @@ def demonstrate(out: Path, *, steps: int, seed: int, device: str, guidance: floa
     training = replace(TRAINING, steps=steps, global_seed=seed, device=device, results_dir=str(out / "run"))
     sampling = replace(SAMPLING, guidance_scale=guidance, seed=seed)
     sampling_diffusion = create_diffusion(str(sampling_steps))
+    _check_own(out)
     out.mkdir(parents=True, exist_ok=True)
 
     if not check.report(sys.stdout):
@@ -123,8 +126,10 @@ def _demonstrate(
 ) -> None:
     digits, held_out = load_digits()
     classify = _train_classifier(digits)
-    # The run of an earlier demo; its folder is the demo's own.
-    shutil.rmtree(training.results_dir, ignore_errors=True)
+    run = Path(training.results_dir)
+    shutil.rmtree(run, ignore_errors=True)
+    run.mkdir(parents=True)
+    (run / MARK).touch()
     print(f"\nTraining a DiT on {len(digits):,} handwritten digits, on {device}")
     with _Stopwatch() as training_time:
         trained = train(training)
@@ -171,6 +176,13 @@ def _demonstrate(
 
 
 # ---- Parts of the run ------------------------------------------------------------------------------------------------
+
+
+def _check_own(out: Path) -> None:
+    """Raises ValueError where ``out`` holds a run that no demo has made, which this one would replace."""
+    run = out / "run"
+    if run.exists() and any(run.iterdir()) and not (run / MARK).exists():
+        raise ValueError(f"out: {run} was made by no demo and would be replaced; remove it, or give another folder")
 
 
 def _require_demo_extra() -> None:

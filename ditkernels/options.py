@@ -93,8 +93,19 @@ def read_yaml(config: type, path: Path) -> dict[str, Any]:
     """The fields of ``config`` that a YAML file sets; errors as of :func:`from_flags`."""
     import yaml
 
+    class Loader(yaml.SafeLoader):
+        """YAML has the last of two keys; a setting that is given twice is a mistake."""
+
+        def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+            keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+            twice = sorted({str(key) for key in keys if keys.count(key) > 1})
+            if twice:
+                raise ValueError(f"{path}: {', '.join(twice)} is given twice")
+            mapping: dict[Any, Any] = super().construct_mapping(node, deep)
+            return mapping
+
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is no YAML: {error}") from error
     if not isinstance(content, dict):

@@ -218,3 +218,9 @@ def test_torchrun_of_a_file_says_how_it_is_run():
 def test_python_in_the_packages_folder_finds_its_own_modules(monkeypatch):
     monkeypatch.chdir(PACKAGE)
     assert as_script("-c", "import tempfile, random; random.random()") == (0, "")
+
+
+def test_flags_are_never_cut_short(capsys):
+    for command in ("train", "encode", "sample"):
+        assert cli.main([command, *(["x"] if command == "sample" else []), "--devic", "cpu"]) == 2
+        assert "unrecognized arguments: --devic" in capsys.readouterr().err

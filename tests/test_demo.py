@@ -57,6 +57,20 @@ def test_it_writes_pictures_metrics_and_a_checkpoint_and_says_so(tmp_path, capsy
         assert (out / name).read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_run_that_no_demo_has_made_is_left_alone(tmp_path, capsys):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "weights").write_text("precious", encoding="utf-8")
+    assert main(["demo", "--out", str(tmp_path), *SHORT]) == 2
+    assert f"{tmp_path / 'run'} was made by no demo and would be replaced" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.rglob("*")] == ["run", "weights"]
+
+
+def test_a_demo_replaces_its_own_run(tmp_path):
+    run(tmp_path)
+    run(tmp_path, "--seed", "1")
+    assert newest_checkpoint(tmp_path / "run").checkpoint.config["training"]["global_seed"] == 1
+
+
 def test_the_checkpoint_makes_the_model_again(tmp_path):
     checkpoint = newest_checkpoint(run(tmp_path) / "run").checkpoint
     assert checkpoint.step == 3

@@ -60,7 +60,7 @@ def random_data(config: TrainConfig) -> TrainingData:
     count, shape = 4 * config.global_batch_size, (4, config.image_size, config.image_size)
     data = LabelledImages(torch.randn(count, *shape), torch.randint(1000, (count,)))
     batches = InMemoryBatches(data, config.global_batch_size, config.global_seed)
-    return TrainingData(batches, None, count, shape, {})
+    return TrainingData(batches, None, count, shape, shape[-1], {})
 
 
 def bare(config: TrainConfig, device: torch.device) -> Callable[[], None]:

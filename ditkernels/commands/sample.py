@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ditkernels.checkpoints.config import WEIGHTS
 from ditkernels.commands import DEFAULT, DEVICE, LONG_WORK, counted
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from ditkernels.sampling.labels import Labels
 
-PRECISIONS = ("fp32", "bf16", "fp16")
+PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,7 +37,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--cfg-scale", type=float, default=4.0, help=f"guidance scale, 1 is none {DEFAULT}")
     add("--guided-channels", default="3", help=f"how many channels are guided, or all {DEFAULT}")
     add("--guidance-interval", metavar="LOW,HIGH", help="original timesteps that are guided, ends included")
-    add("--clip-denoised", action="store_true", help="clip x_0 to [-1, 1], for pixels")
+    add(
+        "--clip-denoised",
+        action=argparse.BooleanOptionalAction,
+        help="clip x_0 to [-1, 1]; default: for a run that was trained on pixels",
+    )
     add(
         "--labels",
         choices=SCHEMES[:2],
@@ -68,13 +72,16 @@ def run(args: argparse.Namespace) -> int:
 
     from ditkernels.checkpoints.model import load_model
     from ditkernels.diffusion import create_diffusion
-    from ditkernels.runtime import process_device, processes
+    from ditkernels.runtime import numerics, process_device, processes
     from ditkernels.sampling.generate import METADATA, Batches, Job, generate
 
     device = process_device(args.device)
     with processes(timeout=LONG_WORK) as world:
         loaded = load_model(args.checkpoint, weights=args.weights, num_heads=args.num_heads)
         model = loaded.model.to(device)
+        run = loaded.checkpoint.config.get("training") or {}
+        formats = tuple(args.formats.split(","))
+        _check_decoder(args, run, formats)
         diffusion = create_diffusion(args.steps, args.noise_schedule, learn_sigma=model.learn_sigma)
         record = {
             "checkpoint": {"sha256": loaded.digest, "weights": args.weights, "step": loaded.checkpoint.step},
@@ -86,15 +93,16 @@ def run(args: argparse.Namespace) -> int:
         }
         job = Job(
             labels=_labels(args, model.num_classes),
-            config=_config(args),
+            config=_config(args, on_pixels=_is_of_pixels(run)),
             batches=Batches(args.count, args.batch_size),
-            formats=tuple(args.formats.split(",")),
+            formats=formats,
             threads=args.threads,
             record=record,
         )
         dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(args.precision)
         started = time.perf_counter()
-        with nullcontext() if dtype is None else torch.autocast(device.type, dtype, cache_enabled=False):
+        autocast = nullcontext() if dtype is None else torch.autocast(device.type, dtype, cache_enabled=False)
+        with numerics(tf32=args.precision == "tf32", deterministic=False), autocast:
             generate(model, diffusion, job, args.out, decode=_decoder(args.vae, device), world=world)
         if world.first:
             seconds = time.perf_counter() - started
@@ -102,13 +110,25 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _config(args: argparse.Namespace) -> SampleConfig:
+def _is_of_pixels(run: Mapping[str, Any]) -> bool:
+    return run.get("vae") == "none"
+
+
+def _check_decoder(args: argparse.Namespace, run: Mapping[str, Any], formats: tuple[str, ...]) -> None:
+    if run and args.vae is None and not _is_of_pixels(run) and formats != ("latents",):
+        raise ValueError(
+            f"--vae: got none, and the run was trained on latents of the VAE {run['vae']!r}; "
+            f"--vae {run['vae']} makes images of them, --formats latents leaves them as they are"
+        )
+
+
+def _config(args: argparse.Namespace, *, on_pixels: bool) -> SampleConfig:
     channels = None if args.guided_channels == "all" else _whole("guided-channels", args.guided_channels)
     return SampleConfig(
         solver=args.solver,
         guidance_scale=args.cfg_scale,
         guided_channels=channels,
-        clip_denoised=args.clip_denoised,
+        clip_denoised=on_pixels if args.clip_denoised is None else args.clip_denoised,
         seed=args.seed,
         guidance_interval=_interval(args.guidance_interval),
     )

@@ -94,6 +94,8 @@ def encode(config: EncodeConfig, device: torch.device, world: World | None = Non
         FolderInUseError: another process works in ``out``.
     """
     world = world or World()
+    if not config.data_path:
+        raise ValueError("data_path: got nothing, allowed is a folder of images")
     images = ImageFolder.scan(config.data_path, unconditional=config.unconditional, keep_empty=config.keep_empty_classes)
     out = Path(config.out)
     if out.resolve() == images.root.resolve():

@@ -19,6 +19,9 @@ from ditkernels.data.order import Batch, ShuffledStream, Unreadable, mirrored
 from ditkernels.data.tree import class_folders, images_under, notes_of
 from ditkernels.files import printable
 
+# Folders of these names that hold folders are no classes.
+SPLITS = {"train", "val", "valid", "test"}
+
 
 class UnreadableImagesError(ValueError):
     """More images are unreadable than the run allows."""
@@ -80,6 +83,11 @@ class ImageFolder:
             raise ValueError(f"{name}: {shown} is no folder")
         passed_over: Counter[str] = Counter()
         folders = [""] if unconditional else class_folders(root, passed_over)
+        if not unconditional and folders and set(folders) <= SPLITS and all(_holds_folders(root / folder) for folder in folders):
+            raise ValueError(
+                f"{name}: {shown} holds {', '.join(folders)}, which are parts of a data set and no classes; give one of them, "
+                f"as {printable(str(root / folders[0]))}"
+            )
         found = [images_under(root, folder) for folder in folders]
         files = [file for part in found for file in part.files]
         if not files:
@@ -120,6 +128,11 @@ class ImageFolder:
             return ReadImage(torch.from_numpy(pixels).permute(2, 0, 1), at, tuple(unreadable), animated)
         last = printable(str(self.root / unreadable[-1].file))
         raise UnreadableImagesError(f"unreadable images: got {attempts} in a row, the last {last}: {unreadable[-1].reason}")
+
+
+def _holds_folders(folder: Path) -> bool:
+    with os.scandir(folder) as entries:
+        return any(entry.is_dir() for entry in entries)
 
 
 class FolderBatches:

@@ -14,6 +14,7 @@ from ditkernels.data.latents import INDEX, LatentBatches, LatentFolder
 from ditkernels.data.order import Batches
 from ditkernels.data.vae import LatentSpace
 
+IMAGE_SIZE = 256  # of images, where the config says nothing
 VALIDATION_SEED = 0  # every run is measured on the same images
 
 
@@ -31,9 +32,9 @@ class DataConfig(Protocol):
     @property
     def max_pixels(self) -> int: ...
     @property
-    def image_size(self) -> int: ...
+    def image_size(self) -> int | None: ...
     @property
-    def num_classes(self) -> int: ...
+    def num_classes(self) -> int | None: ...
     @property
     def flip(self) -> bool: ...
     @property
@@ -59,6 +60,7 @@ class TrainingData:
         validation: batches of the images the validation loss is taken of, or None.
         length: images in an epoch.
         shape: (C, H, W) of an image, or of a latent.
+        image_size: edge of an image, or of that which a latent was made of.
         class_to_idx: label by name of class.
         latents: what they mean, where batches hold moments of latents; None where they hold images.
         image_reader: the version of what has read the images; None where they came from no files.
@@ -69,6 +71,7 @@ class TrainingData:
     validation: Batches | None
     length: int
     shape: tuple[int, int, int]
+    image_size: int
     class_to_idx: dict[str, int]
     latents: LatentSpace | None = None
     image_reader: int | None = None
@@ -88,12 +91,11 @@ def open_data(config: DataConfig) -> TrainingData:
         return _open_digits(config)
     if (Path(config.data_path) / INDEX).is_file():
         return _open_latents(config)
+    size = config.image_size or IMAGE_SIZE
     scan = partial(ImageFolder.scan, unconditional=config.unconditional, keep_empty=config.keep_empty_classes)
     folder = scan(config.data_path)
     _check_classes(len(folder.class_to_idx), config)
-    reading = partial(
-        FolderBatches, image_size=config.image_size, max_unreadable=config.max_unreadable, max_pixels=config.max_pixels
-    )
+    reading = partial(FolderBatches, image_size=size, max_unreadable=config.max_unreadable, max_pixels=config.max_pixels)
     train = reading(folder, config.global_batch_size, config.global_seed, flip=config.flip)
     validation, notes = None, folder.notes
     if config.val_path is not None:
@@ -102,8 +104,8 @@ def open_data(config: DataConfig) -> TrainingData:
             raise ValueError(f"val_path: the classes of {config.val_path} are not those of {config.data_path}")
         validation = reading(held_out, _validation_batch(config), VALIDATION_SEED, flip=False)
         notes += held_out.notes
-    shape = (3, config.image_size, config.image_size)
-    return TrainingData(train, validation, len(folder), shape, folder.class_to_idx, image_reader=READER, notes=notes)
+    shape = (3, size, size)
+    return TrainingData(train, validation, len(folder), shape, size, folder.class_to_idx, image_reader=READER, notes=notes)
 
 
 def _open_latents(config: DataConfig) -> TrainingData:
@@ -121,13 +123,13 @@ def _open_latents(config: DataConfig) -> TrainingData:
             raise ValueError(f"val_path: the classes of {config.val_path} are not those of {config.data_path}")
         validation = batches(held_out, _validation_batch(config), VALIDATION_SEED, flip=False)
     names = {} if config.unconditional else folder.class_to_idx
-    return TrainingData(train, validation, len(folder), folder.shape, names, folder.space, folder.image_reader)
+    return TrainingData(train, validation, len(folder), folder.shape, folder.image_size, names, folder.space, folder.image_reader)
 
 
 def _latents_for(name: str, path: str, config: DataConfig) -> LatentFolder:
     """The latents at ``path``, which the setting ``name`` gives, if they fit the config."""
     folder = LatentFolder.open(path)
-    if folder.image_size != config.image_size:
+    if config.image_size not in (None, folder.image_size):
         raise ValueError(f"image_size: got {config.image_size}, {name} {path} holds latents of images of {folder.image_size}")
     if not folder.class_to_idx and not config.unconditional:
         raise ValueError(f"{name}: {path} holds latents without classes; allowed with --unconditional")
@@ -137,7 +139,7 @@ def _latents_for(name: str, path: str, config: DataConfig) -> LatentFolder:
 def _open_digits(config: DataConfig) -> TrainingData:
     train, held_out = load_digits()
     channels, height, width = train.images.shape[1:]
-    if config.image_size != height:
+    if config.image_size not in (None, height):
         raise ValueError(f"image_size: got {config.image_size}, the digits have {height}")
     if config.vae != "none":
         raise ValueError(f"vae: got {config.vae!r}, the digits are trained on as pixels: --vae none")
@@ -150,6 +152,7 @@ def _open_digits(config: DataConfig) -> TrainingData:
         InMemoryBatches(held_out, _validation_batch(config), VALIDATION_SEED),
         len(train),
         (channels, height, width),
+        height,
         names,
     )
 
@@ -159,5 +162,5 @@ def _validation_batch(config: DataConfig) -> int:
 
 
 def _check_classes(found: int, config: DataConfig) -> None:
-    if found > config.num_classes:
+    if config.num_classes is not None and found > config.num_classes:
         raise ValueError(f"num_classes: got {config.num_classes}, but {config.data_path} has {found} classes")

@@ -266,7 +266,10 @@ def _features_of(source: Source, reading: _Reading) -> Iterator[Features]:
         yield _stored_features(Path(source))
         return
     if extractor is None:
-        raise ValueError("extractor: got none, but images need one, for example Inception(weights)")
+        raise ValueError(
+            "extractor: got none, but images need features: --weights with Inception's weights, or --extractor; "
+            "in Python extractor=Inception(weights)"
+        )
     batches = _batches(Path(source), reading) if isinstance(source, (str, Path)) else source
     for images in batches:
         _check_batch(images)

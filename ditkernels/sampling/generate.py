@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -29,7 +30,7 @@ from ditkernels.runtime import StopSignal, World, owned_folder, pinned_threads
 from ditkernels.sampling import outputs
 from ditkernels.sampling.config import FORMATS, SampleConfig
 from ditkernels.sampling.drawing import last_unless_stopped, sample_progressive
-from ditkernels.sampling.labels import Labels
+from ditkernels.sampling.labels import Labels, parse_classes
 
 SETTINGS, METADATA, PARTS, IMAGES = "run.json", "metadata.json", ".parts", "images"
 
@@ -175,7 +176,6 @@ def generate(
         if world.first:
             _open(out, settings)
         world.barrier()
-        _check_same(out, settings)
         if not (out / METADATA).exists():
             with pinned_threads(job.threads):
                 _draw_missing(model, diffusion, job, out, decode, world, progress)
@@ -191,20 +191,91 @@ def generate(
 
 
 def _open(out: Path, settings: dict[str, Any]) -> None:
+    """Makes ``out`` a folder of these settings: a new one, one that goes on, or one that gets more images."""
+    (out / PARTS).mkdir(parents=True, exist_ok=True)
     if not (out / SETTINGS).exists():
-        (out / PARTS).mkdir(parents=True, exist_ok=True)
+        write_json(out / SETTINGS, settings)
+        return
+    there = _settings_of(out)
+    _check_same(out, there, settings)
+    if there["count"] > settings["count"]:
+        raise ValueError(f"count: got {settings['count']}, {out} is of {there['count']}; allowed are as many or more")
+    if there["count"] < settings["count"]:
+        _recover_parts(out, there)
+        (out / METADATA).unlink(missing_ok=True)
         write_json(out / SETTINGS, settings)
 
 
-def _check_same(out: Path, settings: dict[str, Any]) -> None:
-    there = json.loads((out / SETTINGS).read_text(encoding="utf-8"))
+def _settings_of(out: Path) -> dict[str, Any]:
+    path = out / SETTINGS
+    try:
+        there = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON, so what {out} holds is not known: {error}") from error
+    if not isinstance(there, dict) or not isinstance(there.get("count"), int):
+        raise ValueError(f"{path} holds no settings of a run, so what {out} holds is not known")
+    return there
+
+
+def _check_same(out: Path, there: dict[str, Any], settings: dict[str, Any]) -> None:
+    """Raises ValueError for settings that differ, each by its name; the count of images may."""
+    mine, theirs = _flat(settings), _flat(there)
     different = [
-        f"{name}: {there.get(name)!r} there, {settings.get(name)!r} here"
-        for name in sorted({*there, *settings})
-        if there.get(name) != settings.get(name)
+        f"{name}: {theirs.get(name)!r} there, {mine.get(name)!r} here"
+        for name in sorted({*mine, *theirs})
+        if theirs.get(name) != mine.get(name) and not _grows(name, theirs.get(name), mine.get(name))
     ]
     if different:
         raise ValueError(f"{out} holds a run with other settings, which cannot be resumed: {'; '.join(different)}")
+
+
+def _flat(settings: Mapping[str, Any], above: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in settings.items():
+        found |= _flat(value, f"{above}{name}.") if isinstance(value, dict) and value else {above + name: value}
+    return found
+
+
+def _grows(name: str, there: Any, here: Any) -> bool:
+    """Whether a setting may differ where there are more images: their count, and a list of labels that begins as it was."""
+    if name == "count":
+        return True
+    if name != "labels.classes" or not isinstance(there, str) or not isinstance(here, str):
+        return False
+    before = parse_classes(there)
+    return parse_classes(here)[: len(before)] == before
+
+
+def _recover_parts(out: Path, there: Mapping[str, Any]) -> None:
+    """Makes the parts of whole batches again of the outputs of a run that was complete, so that they need not be drawn again."""
+    count, size, formats = there["count"], there["batch_size"], there["formats"]
+    # The last batch may have been cut; its part, if it is there, is too short.
+    if count % size:
+        _part(out, count // size).unlink(missing_ok=True)
+    if not (out / METADATA).exists():
+        return
+    held = {}
+    if "latents" in formats:
+        held["latents"] = np.load(out / "latents.npy", mmap_mode="r")
+    if "npz" in formats:
+        with np.load(out / "samples.npz") as arrays:
+            held["pixels"] = arrays["arr_0"]
+    elif formats != ["latents"]:
+        return
+    for batch in range(count // size):
+        cut = {name: array[batch * size : (batch + 1) * size] for name, array in held.items()}
+        outputs.write_npz(_part(out, batch), {name: outputs.Streamed(a.shape, a.dtype, [a]) for name, a in cut.items()})
+
+
+def _is_whole(part: Path) -> bool:
+    """Whether a part is there and has not been cut short or changed since."""
+    if not part.exists():
+        return False
+    try:
+        with zipfile.ZipFile(part) as archive:
+            return archive.testzip() is None
+    except zipfile.BadZipFile:
+        return False
 
 
 def _part(out: Path, batch: int) -> Path:
@@ -220,7 +291,7 @@ def _draw_missing(
     world: World,
     progress: bool,
 ) -> None:
-    missing = [batch for batch in range(len(job.batches)) if not _part(out, batch).exists()]
+    missing = [batch for batch in range(len(job.batches)) if not _is_whole(_part(out, batch))]
     # Everybody has looked before anybody writes, so all share out the same list.
     world.barrier()
     mine = missing[world.rank :: world.size]

@@ -24,8 +24,10 @@ class TrainConfig:
     val_path: str | None = option(None, "folder of images or of latents to measure the validation loss on", FREE)
     unconditional: bool = option(False, "one class for all images, no label dropout")
     keep_empty_classes: bool = option(False, "a class folder without images keeps its number, in place of being an error", FREE)
-    image_size: int = option(256, "edge of the square images, in pixels", least=1)
-    num_classes: int = option(1000, "classes of the model, at least those of the data", least=1)
+    image_size: int | None = option(
+        None, "edge of the square images, in pixels; default: that of the latents or the digits, and 256 for images", least=1
+    )
+    num_classes: int | None = option(None, "classes of the model, at least those of the data; default: those", least=1)
     flip: bool = option(True, "mirror half of the images of a folder")
     vae: str = option("ema", "ema, mse, a folder with an AutoencoderKL, or 'none' for pixels")
     num_workers: int = option(4, "processes that read images", FREE, least=0)

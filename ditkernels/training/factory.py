@@ -28,7 +28,13 @@ RESIDUAL_DTYPES = {"auto": None, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def build_model(config: TrainConfig, shape: tuple[int, int, int]) -> DiT:
-    """The model of a config for inputs (C, H, W), freshly initialised on the CPU by ``global_seed``."""
+    """The model of a config for inputs (C, H, W), freshly initialised on the CPU by ``global_seed``.
+
+    Raises:
+        ValueError: the config says no number of classes; :func:`settled` has asked the data.
+    """
+    if config.num_classes is None and not config.unconditional:
+        raise ValueError("num_classes: got none, allowed is 1 or more")
     sizes = {name: getattr(config, name) for name in ("hidden_size", "depth", "num_heads")}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_of_weights(config.global_seed))
@@ -69,7 +75,7 @@ def latent_shape(config: TrainConfig, data: TrainingData, vae: VAE | None) -> tu
     """(C, H, W) of what the model sees; errors as of :meth:`VAE.latent_shape`."""
     if vae is None or data.latents is not None:
         return data.shape
-    return vae.latent_shape(config.image_size)
+    return vae.latent_shape(data.image_size)
 
 
 def vae_for(config: TrainConfig, latents: LatentSpace | None, device: torch.device) -> VAE | None:

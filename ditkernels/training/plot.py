@@ -25,9 +25,11 @@ def draw_runs(folders: Sequence[Path], out: Path) -> None:
         out: the picture, .png, .svg or .pdf.
 
     Raises:
-        ValueError: a folder holds no metrics.
+        ValueError: a folder holds no metrics; ``out`` is a folder, or a file of another kind.
         ImportError: matplotlib is not installed.
     """
+    if out.is_dir() or out.suffix not in (".png", ".svg", ".pdf"):
+        raise ValueError(f"out: got {out}, allowed is a file that ends in .png, .svg or .pdf")
     runs = {str(folder): read_metrics(folder / METRICS) for folder in folders}
     figure = new_figure(width=12.0, height=4.6)
     losses, speeds = figure.subplots(1, 2)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +67,16 @@ def find_start(config: TrainConfig, run: Run, world: World) -> Start:
         weights = read(world.on_first(lambda: resolve(given))).sampling_weights
         return Start(weights=weights, broken=start.broken)
     return start
+
+
+def settled(config: TrainConfig, data: TrainingData, start: Start) -> TrainConfig:
+    """The config with the size of images and the number of classes, where it leaves them to the data.
+
+    A run that goes on keeps the number it began with, which may have been more than its data had.
+    """
+    before = {} if start.checkpoint is None else start.checkpoint.config.get("training", {})
+    classes = config.num_classes or before.get("num_classes") or max(1, len(data.class_to_idx))
+    return replace(config, image_size=config.image_size or data.image_size, num_classes=classes)
 
 
 def _refuse_to_overwrite(run: Path) -> None:

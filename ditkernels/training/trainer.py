@@ -42,6 +42,7 @@ from ditkernels.training.evaluations import Evaluations
 from ditkernels.training.factory import build_model, build_monitor, latent_shape, model_arguments, vae_for
 from ditkernels.training.log import OneStepLate, QuietLog, RunLog, StepMetrics
 from ditkernels.training.master_weights import Copies, accumulate_in, make_bf16_copies, move_grads_to_masters, refresh
+from ditkernels.training.memory import check_room
 from ditkernels.training.optimizer import (
     AdamWEMA,
     LossScale,
@@ -56,7 +57,7 @@ from ditkernels.training.optimizer import (
 )
 from ditkernels.training.rehearsal import rehearse
 from ditkernels.training.rescue import Rescue
-from ditkernels.training.start import Start, check_same_run, find_start, fitted_weights, open_folder
+from ditkernels.training.start import Start, check_same_run, find_start, fitted_weights, open_folder, settled
 
 AUTOCAST_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -113,11 +114,13 @@ def train(config: TrainConfig, *, model: DiT | None = None, data: TrainingData |
         run.lock(world)
         stack.enter_context(process_settings(config, device))
         data = data or open_data(config)
+        start = find_start(config, run, world)
+        config = settled(config, data, start)
         vae = vae_for(config, data.latents, device)
         model = model or build_model(config, latent_shape(config, data, vae))
+        check_room(config, model, data, device, world)
         stop = StopSignal(once=world.size > 1)
         trainer = Trainer(config, data, vae, model.to(device), parallel, stop)
-        start = find_start(config, run, world)
         trainer.begin(start)
         rehearse(trainer, run.folder)
         world.on_first(lambda: open_folder(start, trainer.config, data, run, trainer.step, environment(device, world)))
@@ -144,6 +147,8 @@ def train(config: TrainConfig, *, model: DiT | None = None, data: TrainingData |
                 stopped = trainer.evaluate(trainer.evaluations.missing(), log)
             unfinished = stopped is not None
 
+        if not steps and world.first:
+            logger.info("the run is complete: %d of %d steps are taken", trainer.step, trainer.total)
         for step in steps if stopped is None else ():
             batch = next_batch(batches, stop)
             if batch is None:

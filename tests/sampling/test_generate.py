@@ -29,7 +29,7 @@ from ditkernels.models import DiT
 from ditkernels.reference import CONDITIONINGS, SIZES
 from ditkernels.sampling import outputs
 from ditkernels.sampling.config import SampleConfig
-from ditkernels.sampling.drawing import sample
+from ditkernels.sampling.drawing import sample, sample_progressive
 from ditkernels.sampling.generate import Batches, Job, draw, generate
 from ditkernels.sampling.labels import Labels, as_ranges, parse_classes, read_labels
 from ditkernels.sampling.outputs import grid_of, to_pixels
@@ -160,9 +160,9 @@ def test_a_run_that_was_stopped_goes_on_where_it_was(model, whole, tmp_path, mon
         drawn.append(options["indices"][0].item())
         if len(drawn) == 3:
             raise KeyboardInterrupt
-        return sample(*arguments, **options)
+        return sample_progressive(*arguments, **options)
 
-    monkeypatch.setattr(module, "sample", stops_at_the_third)
+    monkeypatch.setattr(module, "sample_progressive", stops_at_the_third)
     with pytest.raises(KeyboardInterrupt):
         generate(model, create_diffusion("4"), job(), tmp_path, progress=False)
     assert not (tmp_path / "metadata.json").exists()
@@ -254,8 +254,8 @@ def test_what_a_killed_process_had_begun_to_write_is_removed(model, tmp_path):
     "changes, named",
     [
         ({"batches": Batches(11, 5)}, "batch_size: 4 there, 5 here"),
-        ({"config": SampleConfig(guidance_scale=2.0, seed=1)}, "sampling: "),
-        ({"labels": Labels("random", (0, 1, 2))}, "labels: "),
+        ({"config": SampleConfig(guidance_scale=2.0, seed=1)}, "sampling.seed: "),
+        ({"labels": Labels("random", (0, 1, 2))}, "labels.scheme: "),
         ({"record": {"precision": "bf16"}}, "precision: None there, 'bf16' here"),
         ({"threads": 2}, "threads: 1 there, 2 here"),
     ],
@@ -268,6 +268,92 @@ def test_a_run_with_other_settings_is_not_resumed(model, whole, changes, named):
 
 
 # ---- Labels ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("formats", [("png", "grid", "npz", "latents"), ("latents",), ("png",), ("grid",)])
+@pytest.mark.parametrize("complete", [True, False])
+def test_a_larger_count_goes_on_and_the_first_images_keep_their_bytes(model, tmp_path, monkeypatch, formats, complete):
+    module = sys.modules["ditkernels.sampling.generate"]
+    small, large = ({"batches": Batches(count, 4), "formats": formats} for count in (6, 11))
+    generate(model, create_diffusion("4"), job(**large), tmp_path / "whole", progress=False)
+    if not complete:
+        monkeypatch.setattr(module, "_assemble", lambda *_: 1 / 0)
+    with contextlib.nullcontext() if complete else pytest.raises(ZeroDivisionError):
+        generate(model, create_diffusion("4"), job(**small), tmp_path / "grown", progress=False)
+    monkeypatch.undo()
+    drawn = []
+    genuine = sample_progressive
+    monkeypatch.setattr(module, "sample_progressive", lambda *a, **k: drawn.append(k["indices"][0].item()) or genuine(*a, **k))
+    generate(model, create_diffusion("4"), job(**large), tmp_path / "grown", progress=False)
+    recoverable = not complete or "npz" in formats or "latents" in formats
+    assert drawn == ([4, 8] if recoverable else [0, 4, 8])
+    assert contents(tmp_path / "grown") == contents(tmp_path / "whole")
+    with pytest.raises(ValueError, match=r"count: got 6, .*grown is of 11; allowed are as many or more"):
+        generate(model, create_diffusion("4"), job(**small), tmp_path / "grown", progress=False)
+
+
+def test_a_list_of_labels_may_grow_at_its_end_alone(model, tmp_path):
+    def listed(*classes):
+        return job(labels=Labels("listed", classes), batches=Batches(len(classes), 4), formats=("latents",))
+
+    generate(model, create_diffusion("4"), listed(2, 0, 1, 1), tmp_path, progress=False)
+    with pytest.raises(ValueError, match=r"labels\.classes"):
+        generate(model, create_diffusion("4"), listed(2, 0, 0, 1, 2), tmp_path, progress=False)
+    generate(model, create_diffusion("4"), listed(2, 0, 1, 1, 2), tmp_path, progress=False)
+    assert len(np.load(tmp_path / "latents.npy")) == 5
+
+
+def test_a_part_that_was_cut_short_is_drawn_again(model, whole, tmp_path, monkeypatch):
+    module = sys.modules["ditkernels.sampling.generate"]
+    monkeypatch.setattr(module, "_assemble", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        generate(model, create_diffusion("4"), job(), tmp_path, progress=False)
+    monkeypatch.undo()
+    cut, flipped = (tmp_path / f".parts/batch-{batch:06d}.npz" for batch in (0, 1))
+    cut.write_bytes(cut.read_bytes()[:-30])
+    content = bytearray(flipped.read_bytes())
+    content[len(content) // 2] ^= 1
+    flipped.write_bytes(content)
+    generate(model, create_diffusion("4"), job(), tmp_path, progress=False)
+    assert contents(tmp_path) == contents(whole)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"count": "4"}', ""])
+def test_settings_that_cannot_be_read_are_named(model, tmp_path, content):
+    (tmp_path / "run.json").write_text(content, encoding="utf-8")
+    with pytest.raises(ValueError, match=r"run\.json .*is not known"):
+        generate(model, create_diffusion("4"), job(), tmp_path, progress=False)
+
+
+def test_of_nested_settings_the_one_that_differs_is_named(model, whole, tmp_path):
+    shutil.copytree(whole, tmp_path / "run")
+    with pytest.raises(ValueError, match=r"resumed: sampling\.seed: 0 there, 1 here$"):
+        generate(model, create_diffusion("4"), job(config=SampleConfig(guidance_scale=2.0, seed=1)), tmp_path / "run")
+
+
+def test_a_run_on_latents_names_its_vae_and_one_on_pixels_clips(checkpoint, model, tmp_path, capsys):
+    for vae in ("mse", "none"):
+        config = {"model": {"num_heads": 2, "input_size": [4, 6], "num_classes": 3}, "training": {"vae": vae}}
+        save_checkpoint(tmp_path / vae, Checkpoint(model.state_dict(), model.state_dict(), 5, config))
+    flags = ["--steps", "2", "--device", "cpu", "--count", "2", "--guided-channels", "all"]
+    assert cli.main(["sample", str(tmp_path / "mse"), "--out", str(tmp_path / "out"), *flags]) == 2
+    assert "--vae: got none, and the run was trained on latents of the VAE 'mse'; --vae mse" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    for name, run, more in (("run", "none", []), ("bare", "none", ["--no-clip-denoised"])):
+        assert cli.main(["sample", str(tmp_path / run), "--out", str(tmp_path / name), *flags, *more]) == 0
+    told = [json.loads((tmp_path / name / "metadata.json").read_text(encoding="utf-8")) for name in ("run", "bare")]
+    assert [there["sampling"]["clip_denoised"] for there in told] == [True, False]
+
+
+def test_samples_may_be_drawn_with_tf32_products(checkpoint, tmp_path, monkeypatch):
+    seen = []
+    module = sys.modules["ditkernels.sampling.generate"]
+    genuine = module.draw_batch
+    monkeypatch.setattr(module, "draw_batch", lambda *a: seen.append(torch.get_float32_matmul_precision()) or genuine(*a))
+    before = torch.get_float32_matmul_precision()
+    assert cli.main(["sample", str(checkpoint), "--out", str(tmp_path / "out"), *FLAGS[:8], "--precision", "tf32"]) == 0
+    assert set(seen) == {"high"}
+    assert torch.get_float32_matmul_precision() == before
 
 
 def test_balanced_labels_are_interleaved_and_random_ones_keyed():

@@ -62,3 +62,9 @@ def test_a_missing_matplotlib_names_the_extra(runs, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     assert main(["plot", str(runs[0])]) == 2
     assert "pip install ditkernels[demo]" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("out", ["", "picture", "picture.txt"])
+def test_what_is_no_picture_is_refused_before_it_is_drawn(tmp_path, out):
+    with pytest.raises(ValueError, match=r"out: got .*, allowed is a file that ends in \.png, \.svg or \.pdf"):
+        plot.draw_runs([tmp_path / "absent"], tmp_path / out)
