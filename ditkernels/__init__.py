@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     )
     from ditkernels.ops.dispatch import BackendError, set_backend, use_backend
     from ditkernels.sampling.config import SampleConfig
-    from ditkernels.sampling.drawing import sample
+    from ditkernels.sampling.simple import sample
     from ditkernels.training.config import TrainConfig
     from ditkernels.training.trainer import train
 
@@ -89,7 +89,7 @@ _HOMES = {
     "set_backend": "ops.dispatch",
     "use_backend": "ops.dispatch",
     "SampleConfig": "sampling.config",
-    "sample": "sampling.drawing",
+    "sample": "sampling.simple",
     "TrainConfig": "training.config",
     "train": "training.trainer",
     **dict.fromkeys((name for name in __all__ if name.startswith("DiT")), "models"),

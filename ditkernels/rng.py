@@ -43,6 +43,7 @@ class Stream(IntEnum):
     SAMPLING_NOISE = 9
     SAMPLING_LABEL = 10
     WEIGHTS = 11
+    ITEM = 12
 
 
 def philox4x32(counter: Words, key: tuple[int, int]) -> Words:

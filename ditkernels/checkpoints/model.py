@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from ditkernels.checkpoints.config import WEIGHTS
@@ -28,6 +29,11 @@ class Loaded(NamedTuple):
     model: DiT
     checkpoint: Checkpoint
     digest: str
+
+    def to(self, device: torch.device | str) -> Loaded:
+        """The same, with the model moved to a device."""
+        self.model.to(device)
+        return self
 
 
 def load_model(path: str | Path, *, weights: str = "ema", num_heads: int | None = None) -> Loaded:

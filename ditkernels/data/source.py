@@ -5,8 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
+from torch.utils.data import Dataset
+
+from ditkernels.data.dataset import DatasetBatches
 from ditkernels.data.digits import InMemoryBatches, LabelledImages, load_digits
 from ditkernels.data.folder import FolderBatches, ImageFolder
 from ditkernels.data.images import READER
@@ -106,6 +109,37 @@ def open_data(config: DataConfig) -> TrainingData:
         notes += held_out.notes
     shape = (3, size, size)
     return TrainingData(train, validation, len(folder), shape, size, folder.class_to_idx, image_reader=READER, notes=notes)
+
+
+def open_dataset(config: DataConfig, dataset: Dataset[Any], held_out: Dataset[Any] | None = None) -> TrainingData:
+    """Training data of a map-style data set of (image, label); see :class:`DatasetBatches`.
+
+    Args:
+        held_out: what the validation loss is taken of.
+
+    Raises:
+        ValueError: it is no such data set, its items do not fit the config, or nothing says how many classes there are.
+    """
+    names = {} if config.unconditional else _names_of(dataset)
+    _check_classes(len(names), config)
+    classes = None if config.unconditional else config.num_classes or len(names)
+    if classes == 0:
+        raise ValueError("num_classes: got none, and the data set has no .classes that tell; allowed is 1 or more")
+    batches = partial(DatasetBatches, image_size=config.image_size or IMAGE_SIZE, classes=classes)
+    train = batches(dataset, config.global_batch_size, config.global_seed)
+    validation = None if held_out is None else batches(held_out, _validation_batch(config), VALIDATION_SEED)
+    channels, height, width = train.shape
+    if validation is not None and validation.shape != train.shape:
+        raise ValueError(f"val_data: got images of shape {validation.shape}, those of data have {train.shape}")
+    return TrainingData(train, validation, train.stream.length, (channels, height, width), height, names)
+
+
+def _names_of(dataset: Any) -> dict[str, int]:
+    """Label by name of class, as torchvision's data sets tell it; empty where they do not."""
+    known = getattr(dataset, "class_to_idx", None)
+    if isinstance(known, dict):
+        return {str(name): int(label) for name, label in known.items()}
+    return {str(name): label for label, name in enumerate(getattr(dataset, "classes", ()))}
 
 
 def _open_latents(config: DataConfig) -> TrainingData:

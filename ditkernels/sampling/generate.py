@@ -314,7 +314,7 @@ def _write_part(out: Path, job: Job, batch: int, drawn: Tensor, decode: Callable
     if "latents" in job.formats:
         arrays["latents"] = drawn.cpu().numpy()
     if job.with_images:
-        arrays["pixels"] = outputs.to_pixels(_decoded(drawn, decode, job.batches.size))
+        arrays["pixels"] = outputs.to_pixels(decoded(drawn, decode, job.batches.size))
     if "png" in job.formats:
         for offset, pixels in enumerate(arrays["pixels"]):
             outputs.write_png(out / IMAGES / f"{batch * job.batches.size + offset:06d}.png", pixels)
@@ -322,7 +322,8 @@ def _write_part(out: Path, job: Job, batch: int, drawn: Tensor, decode: Callable
     outputs.write_npz(_part(out, batch), held)
 
 
-def _decoded(drawn: Tensor, decode: Callable[[Tensor], Tensor] | None, size: int) -> Tensor:
+def decoded(drawn: Tensor, decode: Callable[[Tensor], Tensor] | None, size: int) -> Tensor:
+    """The images of what a model has drawn, decoded in batches of ``size``."""
     if decode is None:
         return drawn
     # The decoder too rounds by the shape it is given.

@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 
 from ditkernels.checkpoints.format import Checkpoint
 from ditkernels.checkpoints.run import Run, checkpoint_directory
@@ -24,7 +25,7 @@ from ditkernels.checkpoints.writer import CheckpointWriter
 from ditkernels.data.folder import UnreadableImagesError, as_floats
 from ditkernels.data.loader import lost_readers_named, stream_batches
 from ditkernels.data.order import Batch
-from ditkernels.data.source import TrainingData, open_data
+from ditkernels.data.source import TrainingData, open_data, open_dataset
 from ditkernels.data.vae import VAE
 from ditkernels.diffusion import GaussianDiffusion, create_diffusion
 from ditkernels.evaluation.monitor import Monitor
@@ -87,7 +88,13 @@ class TrainResult:
 # ---- The loop --------------------------------------------------------------------------------------------------------
 
 
-def train(config: TrainConfig, *, model: DiT | None = None, data: TrainingData | None = None) -> TrainResult:
+def train(
+    config: TrainConfig,
+    *,
+    model: DiT | None = None,
+    data: TrainingData | Dataset[Any] | None = None,
+    val_data: Dataset[Any] | None = None,
+) -> TrainResult:
     """Train as ``config`` says, in ``config.results_dir``.
 
     The same config and data give the same weights, bit for bit, on the same device with the same number of threads,
@@ -96,7 +103,9 @@ def train(config: TrainConfig, *, model: DiT | None = None, data: TrainingData |
     Args:
         config: see TrainConfig.
         model: trained in place of the one that ``config.model`` names.
-        data: trained on in place of what ``config.data_path`` names.
+        data: trained on in place of what ``config.data_path`` names: any map-style ``torch.utils.data.Dataset`` of (image, label),
+            as :class:`DatasetBatches` takes it.
+        val_data: another one, which the validation loss is taken of.
 
     Raises:
         ValueError: the config does not fit the data, the model or the folder; CheckpointError is one.
@@ -113,7 +122,7 @@ def train(config: TrainConfig, *, model: DiT | None = None, data: TrainingData |
         stack.callback(run.close)
         run.lock(world)
         stack.enter_context(process_settings(config, device))
-        data = data or open_data(config)
+        data = _opened(config, data, val_data)
         start = find_start(config, run, world)
         config = settled(config, data, start)
         vae = vae_for(config, data.latents, device)
@@ -200,6 +209,14 @@ def next_batch(batches: Iterator[Batch], stop: StopSignal) -> Batch | None:
         if stop.number is None:
             batch = next(batches)
     return batch
+
+
+def _opened(config: TrainConfig, data: TrainingData | Dataset[Any] | None, held_out: Dataset[Any] | None) -> TrainingData:
+    if held_out is not None and (data is None or isinstance(data, TrainingData)):
+        raise ValueError("val_data: got a data set, allowed beside a data set as data; val_path names held-out files")
+    if data is None:
+        return open_data(config)
+    return data if isinstance(data, TrainingData) else open_dataset(config, data, held_out)
 
 
 @contextmanager
