@@ -670,7 +670,7 @@ class DiT(nn.Module):
 
         Args:
             x, t, y: as in ``forward``, with an even batch.
-            cfg_scale: 1 is the conditional, 0 the unconditional prediction.
+            cfg_scale: of the guided channels 1 is the conditional, 0 the unconditional prediction.
 
         Returns:
             (B, 2·C or C, H, W); both halves hold the same guided channels.

@@ -44,9 +44,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--labels",
-        choices=SCHEMES[:2],
+        choices=SCHEMES[:3],
         default="balanced",
-        help=f"how classes are given to images, both ways interleaved {DEFAULT}",
+        help=f"how classes are given to images, interleaved in each way; spread: few images show classes from all over {DEFAULT}",
     )
     add("--classes", help="ids and ranges, as in 207,360 or 0-9 (default: all)")
     add("--labels-file", type=Path, help="one class id a line, for each image")

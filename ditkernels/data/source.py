@@ -81,6 +81,19 @@ class TrainingData:
     notes: tuple[str, ...] = ()
 
 
+def opened(config: DataConfig, data: TrainingData | Dataset[Any] | None, held_out: Dataset[Any] | None) -> TrainingData:
+    """What is trained on: what is given, or what ``config.data_path`` names; errors as of those two.
+
+    Raises:
+        ValueError: held-out data beside something else than a data set.
+    """
+    if held_out is not None and (data is None or isinstance(data, TrainingData)):
+        raise ValueError("val_data: got a data set, allowed beside a data set as data; val_path names held-out files")
+    if data is None:
+        return open_data(config)
+    return data if isinstance(data, TrainingData) else open_dataset(config, data, held_out)
+
+
 def open_data(config: DataConfig) -> TrainingData:
     """The data that ``config.data_path`` names: 'digits', a folder of images, or one of latents, known by its index.
 

@@ -8,7 +8,7 @@ from numbers import Integral
 
 SOLVERS = ("ddpm", "ddim", "dpm_solver")
 FORMATS = ("png", "grid", "npz", "latents")
-SCHEMES = ("balanced", "random", "listed")
+SCHEMES = ("balanced", "random", "spread", "listed")
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,8 @@ class SampleConfig:
         solver: "ddpm" (ancestral, with the learned variance where there is one); "ddim" or "dpm_solver" (DPM-Solver++(2M)),
             deterministic from the starting noise on.
         guidance_scale: uncond + scale·(cond − uncond) (Ho & Salimans 2022). 1 is the conditional model, for
-            which the unconditional half is not computed; 0 the unconditional one.
+            which the unconditional half is not computed; 0 is the null class, in every channel and the variance, for
+            which the conditional half is not.
         guided_channels: how many of the predicted noise's channels are guided: the first 3, as in the
             published samples, or all (None).
         clip_denoised: clip the predicted x_0 to [-1, 1] at every step: for pixels, not for latents.

@@ -23,6 +23,8 @@ from ditkernels.reference import DiT
 
 MODULATION_BYTES = 256 * 2**20
 WARM_UP_CALLS = 3
+# What the model runs at a step: the labels, the labels and the null class, or the null class alone.
+CONDITIONAL, GUIDED, NULL = "conditional", "guided", "null"
 ADAPTIVE = ("adaln_zero", "adaln")
 
 
@@ -51,7 +53,10 @@ class Denoiser:
         interval: tuple[float, float] | None,
         modulation_bytes: int,
     ) -> None:
-        self._guided = _guided_steps(model, timesteps, scale, interval)
+        self._ways = _ways(model, timesteps, scale, interval)
+        if scale == 0 and interval is None:
+            # The null class is then a label like any other.
+            labels, self._ways = torch.full_like(labels, model.num_classes), [CONDITIONAL] * len(timesteps)
         self._scale = scale
         self._guided_channels = guided_channels
         self._labels = labels
@@ -60,30 +65,33 @@ class Denoiser:
         self._model = model
         self._modulation: Modulation | None = None
         if modulation_bytes > 0 and model.conditioning in ADAPTIVE:
-            rows = self._doubled[: len(labels) + any(self._guided)]
+            rows = self._doubled[: len(labels) + any(way != CONDITIONAL for way in self._ways)]
             self._modulation = Modulation(model, rows, timesteps, modulation_bytes)
             self._model = self._modulation.model
         self._on_gpu = labels.device.type == "cuda"
-        self._graphs: dict[bool, Graphed] = {}
+        self._graphs: dict[str, Graphed] = {}
 
     def move_to(self, index: int) -> None:
         """The next call is at step ``index`` of the timesteps."""
         self._index = index
         if self._modulation is not None:
-            self._modulation.move_to(index, len(self._labels), guided=self._guided[index])
+            self._modulation.move_to(index, len(self._labels), self._ways[index])
 
     def __call__(self, x: Tensor, t: Tensor) -> Tensor:
         """x: (B, C, H, W), t: (B,) original timesteps -> (B, 2·C or C, H, W)."""
-        guided = self._guided[self._index]
-        call = self._guided_call if guided else self._conditional_call
+        way = self._ways[self._index]
+        call = {CONDITIONAL: self._conditional_call, GUIDED: self._guided_call, NULL: self._null_call}[way]
         if not self._on_gpu:
             return call(x, t)
-        if guided not in self._graphs:
-            self._graphs[guided] = Graphed(call, x, t)
-        return self._graphs[guided](x, t)
+        if way not in self._graphs:
+            self._graphs[way] = Graphed(call, x, t)
+        return self._graphs[way](x, t)
 
     def _conditional_call(self, x: Tensor, t: Tensor) -> Tensor:
         return self._model(x, t, self._labels)
+
+    def _null_call(self, x: Tensor, t: Tensor) -> Tensor:
+        return self._model(x, t, self._doubled[len(x) :])
 
     def _guided_call(self, x: Tensor, t: Tensor) -> Tensor:
         doubled = self._model.forward_with_cfg(
@@ -92,23 +100,24 @@ class Denoiser:
         return doubled[: len(x)]
 
 
-def _guided_steps(model: DiT, timesteps: Sequence[float], scale: float, interval: tuple[float, float] | None) -> list[bool]:
-    """For each step, whether it is guided."""
+def _ways(model: DiT, timesteps: Sequence[float], scale: float, interval: tuple[float, float] | None) -> list[str]:
+    """For each step, what the model runs. At scale 0 a guided step is the null class's: of that, the label has no part."""
     if scale == 1:
-        return [False] * len(timesteps)
+        return [CONDITIONAL] * len(timesteps)
     if model.y_embedder.rows == model.num_classes:
         raise ValueError(
             f"guidance_scale: got {scale}, allowed is 1: the model has no null class, as it was made with class_dropout_prob 0"
         )
+    inside = NULL if scale == 0 else GUIDED
     if interval is None:
-        return [True] * len(timesteps)
+        return [inside] * len(timesteps)
     low, high = interval
-    guided = [low <= timestep <= high for timestep in timesteps]
-    if not any(guided):
+    ways = [inside if low <= timestep <= high else CONDITIONAL for timestep in timesteps]
+    if inside not in ways:
         raise ValueError(
             f"guidance_interval: got {low} to {high}, which holds no step; the steps lie from {timesteps[0]:g} to {timesteps[-1]:g}"
         )
-    return guided
+    return ways
 
 
 # ---- Modulation computed ahead ---------------------------------------------------------------------------------------
@@ -168,18 +177,19 @@ class Modulation:
         self._count = len(timesteps)
         self._held: int | None = None
         self._bank = torch.empty(0)
-        self._present: dict[bool, Tensor] = {}
+        self._present: dict[str, Tensor] = {}
 
-    def move_to(self, index: int, batch: int, *, guided: bool) -> None:
-        """Makes the blocks see the rows of step ``index``: ``batch`` conditional ones and, if guided, as many of the null class."""
+    def move_to(self, index: int, batch: int, way: str) -> None:
+        """Makes the blocks see the rows of step ``index``: ``batch`` conditional ones, as many of the null class, or both."""
         chunk, within = divmod(self._count - 1 - index, self.chunk)
         if chunk != self._held:
             self._fill(chunk)
         found = self._bank[within]
-        present = self._buffer(batch, guided)
-        present[:batch].copy_(found[:batch])
-        if guided:
-            present[batch:].copy_(found[batch:].expand(batch, -1))
+        present = self._buffer(batch, way)
+        if way != NULL:
+            present[:batch].copy_(found[:batch])
+        if way != CONDITIONAL:
+            present[-batch:].copy_(found[batch:].expand(batch, -1))
         for site in self._sites:
             site.rows.present = present[:, site.columns]
 
@@ -196,11 +206,11 @@ class Modulation:
             self._bank.flatten(0, 1)[:, site.columns].copy_(computed)
         self._held = chunk
 
-    def _buffer(self, batch: int, guided: bool) -> Tensor:
+    def _buffer(self, batch: int, way: str) -> Tensor:
         # Allocated once: a CUDA graph reads these addresses.
-        if guided not in self._present:
-            self._present[guided] = self._bank.new_empty(batch * (1 + guided), self._width)
-        return self._present[guided]
+        if way not in self._present:
+            self._present[way] = self._bank.new_empty(batch * (1 + (way == GUIDED)), self._width)
+        return self._present[way]
 
 
 def _rewired(model: DiT) -> tuple[DiT, list[_Site]]:

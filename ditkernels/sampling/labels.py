@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,8 @@ class Labels:
 
     Args:
         scheme: "balanced": ``classes`` in turn. "random": one of ``classes`` by chance, keyed by (seed, image index).
-            "listed": entry i of ``classes`` for image i.
+            "spread": ``classes`` by a fixed stride, each once a round, so that any few images in a row show classes from all
+            over; image i has its label whatever the count. "listed": entry i of ``classes`` for image i.
         classes: class ids.
         seed: of "random".
 
@@ -50,6 +52,8 @@ class Labels:
             return classes[below(len(classes), self.seed, Stream.SAMPLING_LABEL, 0, indices)]
         if self.scheme == "listed" and int(indices.max()) >= len(classes):
             raise ValueError(f"labels: got image {int(indices.max())}, but the list has {len(classes)} labels")
+        if self.scheme == "spread":
+            indices = indices * _stride(len(classes))
         return classes[indices % len(classes)]
 
     def check(self, num_classes: int) -> None:
@@ -63,6 +67,12 @@ class Labels:
         described: dict[str, Any] = {"scheme": self.scheme, "classes": as_ranges(self.classes)}
         described["order"] = "as listed" if self.scheme == "listed" else "interleaved"
         return described | ({"seed": self.seed} if self.scheme == "random" else {})
+
+
+def _stride(count: int) -> int:
+    """A step through a round of ``count`` that meets each once: near its golden section, without a common factor."""
+    wanted = round(count * (math.sqrt(5) - 1) / 2)
+    return min((step for step in range(1, count + 1) if math.gcd(step, count) == 1), key=lambda step: abs(step - wanted))
 
 
 def parse_classes(text: str) -> tuple[int, ...]:

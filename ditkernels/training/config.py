@@ -7,7 +7,8 @@ from typing import Literal
 
 from ditkernels.options import EXECUTION, FREE, RECIPE, check_fields, names_of, option
 
-IMAGE_READER = "image_reader"
+# What a checkpoint records beside the fields, and what may be overridden as they may.
+IMAGE_READER, TRAINABLE = "image_reader", "trainable"
 """What ``override`` names where images are read by another version of the reader than a run began with."""
 
 
@@ -51,6 +52,12 @@ class TrainConfig:
     lr_schedule: Literal["constant", "cosine"] = option("constant", "what follows the warm-up; cosine ends at 0", RECIPE)
     warmup_steps: int = option(0, "steps of linear warm-up", RECIPE, least=0)
     weight_decay: float = option(0.0, "AdamW weight decay", RECIPE, least=0)
+    weight_decay_on: Literal["matrices", "all"] = option(
+        "matrices",
+        "what decays: matrices of the blocks and of the final layer, or all that is trained",
+        RECIPE,
+        first="all",
+    )
     grad_clip: float | None = option(None, "largest norm of the gradient", RECIPE)
     optimizer: Literal["auto", "torch", "fused"] = option(
         "auto",
@@ -60,6 +67,7 @@ class TrainConfig:
     )
     master_weights: bool = option(False, "bf16 matrices to compute with, their fp32 masters for the fused optimizer", EXECUTION)
     ema_decay: float = option(0.9999, "decay of the moving average of the weights", RECIPE, least=0)
+    ema_warmup: bool = option(False, "a moving average that decays faster in its first updates: (1 + n) / (10 + n)", RECIPE)
     max_skipped: int = option(20, "non-finite gradients in a row that are skipped before the run stops", FREE, least=0)
     global_seed: int = option(0, "fixes the initial weights, the order of the data and all noise", least=0)
 
@@ -146,7 +154,7 @@ class TrainConfig:
         return {name.strip() for name in self.override.split(",") if name.strip()}
 
     def _check_override(self) -> None:
-        allowed = [*names_of(TrainConfig, RECIPE), "steps", "epochs", IMAGE_READER]
+        allowed = [*names_of(TrainConfig, RECIPE), "steps", "epochs", IMAGE_READER, TRAINABLE]
         unknown = sorted(self.overridden - set(allowed))
         if unknown:
             raise ValueError(f"override: got {', '.join(unknown)}, allowed are {', '.join(allowed)}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Iterator
 from typing import Generic, TypeVar
 
@@ -11,10 +12,39 @@ from torch import Tensor, nn
 
 Model = TypeVar("Model", bound=nn.Module)
 
+logger = logging.getLogger(__name__)
+
 
 def copy_for_average(model: Model) -> Model:
     """A copy in eval mode that is not trained."""
     return copy.deepcopy(model).eval().requires_grad_(False)
+
+
+def decay_of_update(decay: float, number: int, *, warmup: bool) -> float:
+    """The decay of an update, counted from 0; with ``warmup`` min(decay, (1 + n) / (10 + n)), as TensorFlow's averages have it."""
+    return min(decay, (1 + number) / (10 + number)) if warmup else decay
+
+
+def share_of_start(decay: float, updates: int, *, warmup: bool) -> float:
+    """What the starting weights are of the average after so many updates: the product of the decays."""
+    share, number = 1.0, 0
+    while warmup and number < updates and (1 + number) / (10 + number) < decay:
+        share *= decay_of_update(decay, number, warmup=True)
+        number += 1
+    return float(share * decay ** (updates - number))
+
+
+def tell_share_of_start(decay: float, updates: int, *, warmup: bool) -> None:
+    """Says so where the average will be of the starting weights, more than a hundredth of it."""
+    share = share_of_start(decay, updates, warmup=warmup)
+    if share > 0.01:
+        logger.warning(
+            "after %d steps at ema_decay %g the moving average, which samples are drawn from, will be %.0f%% starting weights; "
+            "a smaller --ema-decay or --ema-warmup lets go of them",
+            updates,
+            decay,
+            100 * share,
+        )
 
 
 class EMA(Generic[Model]):

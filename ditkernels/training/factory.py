@@ -139,7 +139,8 @@ def build_monitor(
     return Monitor(
         create_diffusion(str(config.sample_steps), learn_sigma=learn_sigma),
         settings,
-        Labels("balanced", tuple(range(num_classes))),
+        # Fewer images than classes would show the first ones alone.
+        Labels("spread" if config.eval_images < num_classes else "balanced", tuple(range(num_classes))),
         Batches(config.eval_images, config.eval_batch_size),
         load_reference(Path(config.eval_reference), extractor=extractor, batch_size=config.eval_batch_size),
         extractor,

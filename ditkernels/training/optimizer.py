@@ -24,6 +24,9 @@ from ditkernels.training.config import TrainConfig
 from ditkernels.training.ema import EMA
 from ditkernels.training.master_weights import Copies
 
+# The parts of a model whose matrices decay.
+DECAYED = ("blocks", "final_layer")
+
 
 class NonFiniteGradientError(FloatingPointError):
     """Too many steps in a row had a loss or gradient that is not finite; the last good checkpoint is kept."""
@@ -41,7 +44,7 @@ def resolved(optimizer: Literal["auto", "torch", "fused"], weight: Tensor) -> Li
 
 
 def make_optimizer(
-    weights: Iterable[nn.Parameter],
+    weights: Mapping[str, nn.Parameter],
     config: TrainConfig,
     average: EMA[Any] | None = None,
     copies: Copies | None = None,
@@ -50,11 +53,27 @@ def make_optimizer(
 
     With ``optimizer: fused`` an :class:`AdamWEMA` of ``average`` and ``copies``, which must be None without. The trainer resolves
     ``auto`` before; here it is torch's.
+
+    Args:
+        weights: what is trained, by name, in the model's order.
     """
     numbers: dict[str, Any] = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
+    groups = _groups(weights, config)
     if config.optimizer == "fused":
-        return AdamWEMA(weights, average, copies, **numbers)
-    return torch.optim.AdamW(list(weights), **numbers, fused=True)
+        return AdamWEMA(groups, average, copies, **numbers)
+    return torch.optim.AdamW(groups, **numbers, fused=True)
+
+
+def _groups(weights: Mapping[str, nn.Parameter], config: TrainConfig) -> list[dict[str, Any]]:
+    """What decays, and what does not: vectors, embedders and positions say where zero is, and have no other use of being small."""
+    if config.weight_decay == 0 or config.weight_decay_on == "all":
+        return [{"params": list(weights.values())}]
+    matrices: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
+    for name, weight in weights.items():
+        (matrices if weight.ndim > 1 and name.split(".")[0] in DECAYED else others).append(weight)
+    groups: list[dict[str, Any]] = [{"params": matrices}, {"params": others, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
 
 
 def learning_rate(config: TrainConfig, step: int, total: int) -> float:
@@ -73,6 +92,7 @@ class AdamWEMA(torch.optim.AdamW):
     State and state dict are those of AdamW, so that either can go on with the other's. Sharded weights are updated shard by shard.
 
     Args:
+        weights: parameters, or groups of them.
         average: what is moved; None for nothing. Its own ``update`` is not to be called then.
         copies: low-precision copies of some of the weights, rewritten at every step; None for none. Those weights' gradients may be
             in any dtype that ``ops.adamw_ema`` reads.
@@ -81,7 +101,7 @@ class AdamWEMA(torch.optim.AdamW):
 
     def __init__(
         self,
-        weights: Iterable[nn.Parameter],
+        weights: Iterable[Any],
         average: EMA[Any] | None,
         copies: Copies | None = None,
         *,
@@ -175,9 +195,8 @@ class Update(NamedTuple):
     skipped: Tensor
 
 
-def gradients(optimizer: torch.optim.AdamW) -> list[Tensor]:
-    """Those that are there, of all weights of the optimizer."""
-    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+def gradients(weights: Iterable[Tensor]) -> list[Tensor]:
+    """Those that are there, in the weights' order, which is that of the sum of their norm."""
     return [weight.grad for weight in weights if weight.grad is not None]
 
 
@@ -231,9 +250,11 @@ def load_optimizer_tensors(
     tensors: Mapping[str, Tensor],
     shard_like: Callable[[Tensor, Tensor], Tensor],
 ) -> None:
-    """Takes over :func:`optimizer_tensors`; ``shard_like(tensor, weight)`` copies one to where its weight is."""
+    """Takes over :func:`optimizer_tensors` of what is trained; ``shard_like(tensor, weight)`` copies one to where its weight is."""
     weights = dict(model.named_parameters())
     for key in tensors:
         name, _, kind = key.rpartition(".")
         weight = weights[name]
+        if not weight.requires_grad:
+            continue
         optimizer.state[weight][kind] = shard_like(tensors[key], weight)

@@ -10,7 +10,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -20,7 +20,7 @@ from ditkernels.data.source import TrainingData
 from ditkernels.data.vae import LatentSpace
 from ditkernels.options import EXECUTION, FREE, IDENTITY, RECIPE, Difference, differences
 from ditkernels.runtime import World
-from ditkernels.training.config import IMAGE_READER, TrainConfig
+from ditkernels.training.config import IMAGE_READER, TRAINABLE, TrainConfig
 from ditkernels.training.log import METRICS, cut_back
 
 TABLE = "y_embedder.embedding_table.weight"
@@ -72,11 +72,18 @@ def find_start(config: TrainConfig, run: Run, world: World) -> Start:
 def settled(config: TrainConfig, data: TrainingData, start: Start) -> TrainConfig:
     """The config with the size of images and the number of classes, where it leaves them to the data.
 
-    A run that goes on keeps the number it began with, which may have been more than its data had.
+    A run that goes on keeps the number it began with, which may have been more than its data had. One that began when everything
+    decayed goes on so.
     """
     before = {} if start.checkpoint is None else start.checkpoint.config.get("training", {})
     classes = config.num_classes or before.get("num_classes") or max(1, len(data.class_to_idx))
-    return replace(config, image_size=config.image_size or data.image_size, num_classes=classes)
+    decays = "all" if before and "weight_decay_on" not in before else config.weight_decay_on
+    return replace(
+        config,
+        image_size=config.image_size or data.image_size,
+        num_classes=classes,
+        weight_decay_on=decays,  # type: ignore[arg-type]
+    )
 
 
 def _refuse_to_overwrite(run: Path) -> None:
@@ -84,18 +91,24 @@ def _refuse_to_overwrite(run: Path) -> None:
         raise ValueError(f"results_dir: {run} holds a run; --resume auto goes on with it, another folder starts a new one")
 
 
-def check_same_run(
-    start: Start,
-    config: TrainConfig,
-    model: Mapping[str, Any],
-    data: TrainingData,
-    latent_space: LatentSpace | None,
-) -> Checkpoint:
-    """The checkpoint of ``start``, if it is of the run that these describe.
+class Own(NamedTuple):
+    """What a run is, beside its settings.
 
-    Args:
+    Attributes:
         model: the arguments of the model that is trained.
-        latent_space: of what it is trained on; None for pixels.
+        data: what it is trained on.
+        latent_space: of that; None for pixels.
+        trainable: the names of the parameters that are trained.
+    """
+
+    model: Mapping[str, Any]
+    data: TrainingData
+    latent_space: LatentSpace | None
+    trainable: frozenset[str]
+
+
+def check_same_run(start: Start, config: TrainConfig, own: Own) -> Checkpoint:
+    """The checkpoint of ``start``, if it is of the run that these describe.
 
     Raises:
         CheckpointError: the checkpoint is of another run, or of another recipe that ``config.override`` does not name, and what
@@ -108,17 +121,17 @@ def check_same_run(
         raise CheckpointError(f"{origin} holds weights but no training state; init_from starts from weights")
     found = differences(checkpoint.config["training"], config)
     other = [str(difference) for difference in found[IDENTITY]]
-    theirs = checkpoint.config["model"]
-    other += [f"{name}: {theirs.get(name)!r} there, {model[name]!r} here" for name in model if theirs.get(name) != model[name]]
-    for name, here in (("data_length", data.length), ("class_to_idx", data.class_to_idx)):
+    theirs, ours = checkpoint.config["model"], own.model
+    other += [f"{name}: {theirs.get(name)!r} there, {ours[name]!r} here" for name in ours if theirs.get(name) != ours[name]]
+    for name, here in (("data_length", own.data.length), ("class_to_idx", own.data.class_to_idx)):
         if checkpoint.state[name] != here:
             other.append(f"{name}: other data")
     space = checkpoint.state.get("latent_space")
-    if space is not None and latent_space is not None:
-        other += LatentSpace(**space).differences(latent_space)
+    if space is not None and own.latent_space is not None:
+        other += LatentSpace(**space).differences(own.latent_space)
     if other:
         raise CheckpointError(f"{origin} is of another run: {'; '.join(other)}")
-    _check_overridden(origin, changed_recipe(checkpoint, config, data), config)
+    _check_overridden(origin, changed_recipe(checkpoint, config, own), config)
     newer = [step for step, _ in all_checkpoints_of(Path(config.results_dir)) if step > (checkpoint.step or 0)]
     if newer and config.resume != "auto":
         raise CheckpointError(
@@ -127,18 +140,35 @@ def check_same_run(
     return checkpoint
 
 
-def changed_recipe(checkpoint: Checkpoint, config: TrainConfig, data: TrainingData) -> list[Difference]:
+def changed_recipe(checkpoint: Checkpoint, config: TrainConfig, own: Own) -> list[Difference]:
     """The settings of the recipe that differ: those that change what is trained from here on.
 
     How long the run shall be changes no step of it, unless the rate depends on it. Of images the number of the reader counts, which
-    tells what pixels a file becomes.
+    tells what pixels a file becomes. Of the trained parameters those count that are trained on one side alone.
     """
     found = differences(checkpoint.config["training"], config)
     length = [] if config.lr_schedule == "constant" else [change for change in found[FREE] if change.name in ("steps", "epochs")]
     # What a run began with before readers had numbers was read by the first.
     reader = checkpoint.state.get("image_reader", 1)
-    other_reader = None not in (reader, data.image_reader) and reader != data.image_reader
-    return found[RECIPE] + length + ([Difference(IMAGE_READER, reader, data.image_reader)] if other_reader else [])
+    beside = []
+    if None not in (reader, own.data.image_reader) and reader != own.data.image_reader:
+        beside.append(Difference(IMAGE_READER, reader, own.data.image_reader))
+    before = trained_before(checkpoint)
+    if before != own.trainable:
+        beside.append(Difference(TRAINABLE, _some(before - own.trainable), _some(own.trainable - before)))
+    return found[RECIPE] + length + beside
+
+
+def trained_before(checkpoint: Checkpoint) -> frozenset[str]:
+    """The names of the parameters that a checkpoint's run trained; an old one tells by its moments."""
+    assert checkpoint.optimizer is not None
+    known = checkpoint.state.get("trainable")
+    return frozenset(known if known is not None else (name.rpartition(".")[0] for name in checkpoint.optimizer))
+
+
+def _some(names: frozenset[str]) -> str:
+    shown = ", ".join(sorted(names)[:3])
+    return f"only {shown}{f' and {len(names) - 3} more' if len(names) > 3 else ''}" if names else "no other"
 
 
 def _check_overridden(origin: Path, changed: Sequence[Difference], config: TrainConfig) -> None:
@@ -150,8 +180,8 @@ def _check_overridden(origin: Path, changed: Sequence[Difference], config: Train
         )
 
 
-def _tell_changes(checkpoint: Checkpoint, config: TrainConfig, data: TrainingData, step: int) -> None:
-    for change in changed_recipe(checkpoint, config, data):
+def _tell_changes(checkpoint: Checkpoint, config: TrainConfig, own: Own, step: int) -> None:
+    for change in changed_recipe(checkpoint, config, own):
         logger.info("from step %d on: %s %s, was %s", step, change.name, change.here, change.there)
     execution = differences(checkpoint.config["training"], config)[EXECUTION]
     if execution:
@@ -204,7 +234,7 @@ def _shape(tensor: Tensor | None) -> str:
     return "missing" if tensor is None else str(tuple(tensor.shape))
 
 
-def open_folder(start: Start, config: TrainConfig, data: TrainingData, run: Run, step: int, environment: Mapping[str, Any]) -> None:
+def open_folder(start: Start, config: TrainConfig, own: Own, run: Run, step: int, environment: Mapping[str, Any]) -> None:
     """Makes the run's folder tell what the run is and where it stands, and says where that is.
 
     Broken checkpoints are set aside, and the metrics after ``step`` are dropped.
@@ -214,7 +244,7 @@ def open_folder(start: Start, config: TrainConfig, data: TrainingData, run: Run,
         logger.warning("passed over a broken checkpoint, now %s: %s", set_aside(path), reason)
     if start.checkpoint is not None:
         logger.info("resumed from step %d, %s", step, start.origin)
-        _tell_changes(start.checkpoint, config, data, step)
+        _tell_changes(start.checkpoint, config, own, step)
     elif config.resume == "auto":
         logger.info("starting at step 0: %s holds no whole checkpoint", run.folder)
     if start.weights is not None:

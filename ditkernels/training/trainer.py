@@ -25,7 +25,7 @@ from ditkernels.checkpoints.writer import CheckpointWriter
 from ditkernels.data.folder import UnreadableImagesError, as_floats
 from ditkernels.data.loader import lost_readers_named, stream_batches
 from ditkernels.data.order import Batch
-from ditkernels.data.source import TrainingData, open_data, open_dataset
+from ditkernels.data.source import TrainingData, opened
 from ditkernels.data.vae import VAE
 from ditkernels.diffusion import GaussianDiffusion, create_diffusion
 from ditkernels.evaluation.monitor import Monitor
@@ -38,7 +38,7 @@ from ditkernels.rng import Stream, below, normals, uniforms
 from ditkernels.runtime import Stopped, StopSignal, World, environment, numerics, process_device, resolve_precision
 from ditkernels.training.config import TrainConfig
 from ditkernels.training.distributed import Parallel, process_group, step_flags
-from ditkernels.training.ema import EMA, copy_for_average
+from ditkernels.training.ema import EMA, copy_for_average, decay_of_update, tell_share_of_start
 from ditkernels.training.evaluations import Evaluations
 from ditkernels.training.factory import build_model, build_monitor, latent_shape, model_arguments, vae_for
 from ditkernels.training.log import OneStepLate, QuietLog, RunLog, StepMetrics
@@ -58,7 +58,7 @@ from ditkernels.training.optimizer import (
 )
 from ditkernels.training.rehearsal import rehearse
 from ditkernels.training.rescue import Rescue
-from ditkernels.training.start import Start, check_same_run, find_start, fitted_weights, open_folder, settled
+from ditkernels.training.start import Own, Start, check_same_run, find_start, fitted_weights, open_folder, settled, trained_before
 
 AUTOCAST_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -122,7 +122,7 @@ def train(
         stack.callback(run.close)
         run.lock(world)
         stack.enter_context(process_settings(config, device))
-        data = _opened(config, data, val_data)
+        data = opened(config, data, val_data)
         start = find_start(config, run, world)
         config = settled(config, data, start)
         vae = vae_for(config, data.latents, device)
@@ -132,7 +132,9 @@ def train(
         trainer = Trainer(config, data, vae, model.to(device), parallel, stop)
         trainer.begin(start)
         rehearse(trainer, run.folder)
-        world.on_first(lambda: open_folder(start, trainer.config, data, run, trainer.step, environment(device, world)))
+        world.on_first(lambda: open_folder(start, trainer.config, trainer.own, run, trainer.step, environment(device, world)))
+        if world.first:
+            tell_share_of_start(config.ema_decay, trainer.total, warmup=config.ema_warmup)
         stack.enter_context(stop)
         writer = parallel.writer(run.folder, config)
         stack.callback(writer.close)
@@ -209,14 +211,6 @@ def next_batch(batches: Iterator[Batch], stop: StopSignal) -> Batch | None:
         if stop.number is None:
             batch = next(batches)
     return batch
-
-
-def _opened(config: TrainConfig, data: TrainingData | Dataset[Any] | None, held_out: Dataset[Any] | None) -> TrainingData:
-    if held_out is not None and (data is None or isinstance(data, TrainingData)):
-        raise ValueError("val_data: got a data set, allowed beside a data set as data; val_path names held-out files")
-    if data is None:
-        return open_data(config)
-    return data if isinstance(data, TrainingData) else open_dataset(config, data, held_out)
 
 
 @contextmanager
@@ -320,6 +314,11 @@ class Trainer:
         self.updating = False
 
     @property
+    def own(self) -> Own:
+        """What the run is, beside its settings."""
+        return Own(model_arguments(self.model), self.data, self.latent_space, frozenset(self._trained))
+
+    @property
     def images_seen(self) -> int:
         """Those of all steps taken; of the run's present batch size but where it was another before."""
         return self._images_before + self.step * self.config.global_batch_size
@@ -332,8 +331,8 @@ class Trainer:
 
     def _use_optimizer(self, name: Literal["torch", "fused"]) -> None:
         self.config = replace(self.config, optimizer=name)
-        trained = (weight for weight in self.model.parameters() if weight.requires_grad)
-        self.optimizer = make_optimizer(trained, self.config, self.ema, self._copies)
+        self._trained = {name: weight for name, weight in self.model.named_parameters() if weight.requires_grad}
+        self.optimizer = make_optimizer(self._trained, self.config, self.ema, self._copies)
 
     def keep_optimizer(self, recorded: Literal["auto", "torch", "fused"]) -> None:
         """Goes on with the kernel that a run began with, unless the config names one; before the first step."""
@@ -368,8 +367,9 @@ class Trainer:
             loss += share.detach()
         move_grads_to_masters(self._copies)
         flags = step_flags(stopping, len(self.unreadable) - self._unreadable_before)
-        whole = self.parallel.reduce(loss, gradients(self.optimizer), flags)
+        whole = self.parallel.reduce(loss, gradients(self._trained.values()), flags)
         self.updating = True
+        self.ema.decay = decay_of_update(self.config.ema_decay, step, warmup=self.config.ema_warmup)
         norm, skipped = update(self.optimizer, whole.loss, whole.norm, self.loss_scale, self.config.grad_clip)
         if not isinstance(self.optimizer, AdamWEMA):
             self.ema.update()
@@ -530,6 +530,7 @@ class Trainer:
                 "data_length": self.data.length,
                 "class_to_idx": self.data.class_to_idx,
                 "image_reader": self.data.image_reader,
+                "trainable": sorted(self._trained),
                 "latent_space": None if self.latent_space is None else asdict(self.latent_space),
                 "skipped": self.skipped,
                 "skipped_in_a_row": self.skipped_in_a_row,
@@ -546,24 +547,25 @@ class Trainer:
             CheckpointError: the checkpoint is of another run, or the weights do not fit the model.
             ValueError: the ranks differ in data or model.
         """
-        arguments = model_arguments(self.model)
         if start.checkpoint is not None:
             recorded = start.checkpoint.config.get("training", {})
             self.keep_optimizer(recorded_values(recorded, self.config)["optimizer"])
-            self.resume(check_same_run(start, self.config, arguments, self.data, self.latent_space))
+            self.resume(check_same_run(start, self.config, self.own))
         elif start.weights is not None:
             own = {name: self.parallel.whole_tensor(tensor) for name, tensor in self.model.state_dict().items()}
             weights = fitted_weights(start, own, self.model.num_classes, str(self.config.init_from))
             self.load(weights, weights)
         self.data.train.stream.offset = self._images_before
-        self.world.agree(data_length=self.data.length, class_to_idx=self.data.class_to_idx, model=arguments)
+        self.world.agree(data_length=self.data.length, class_to_idx=self.data.class_to_idx, model=self.own.model)
 
     def resume(self, checkpoint: Checkpoint) -> None:
         """Takes over a checkpoint of the same run."""
         assert checkpoint.ema is not None
         assert checkpoint.optimizer is not None
         assert checkpoint.step is not None
-        self.load(checkpoint.model, checkpoint.ema)
+        fresh = self._trained.keys() - trained_before(checkpoint)
+        # What has not been trained so far has no average of its own yet.
+        self.load(checkpoint.model, {**checkpoint.ema, **{name: checkpoint.model[name] for name in fresh}})
         load_optimizer_tensors(self.optimizer, self.model, checkpoint.optimizer, self.parallel.shard_like)
         self.step = checkpoint.step
         self._images_before = checkpoint.state["images_seen"] - self.step * self.config.global_batch_size

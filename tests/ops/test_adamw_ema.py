@@ -141,8 +141,8 @@ def test_bit_for_bit_torchs_fused_adamw_and_then_the_moving_average(weight_decay
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(7, 33), nn.Linear(33, 5))
     average = EMA(model, 0.99)
-    config = TrainConfig(data_path="digits", learning_rate=1e-2, weight_decay=weight_decay)
-    oracle = make_optimizer(model.parameters(), config)
+    config = TrainConfig(data_path="digits", learning_rate=1e-2, weight_decay=weight_decay, weight_decay_on="all")
+    oracle = make_optimizer(dict(model.named_parameters()), config)
     ours: State = {name: [] for name in ("weights", "exp_avgs", "exp_avg_sqs", "steps", "averages", "copies")}
     for weight in model.parameters():
         ours["weights"].append(weight.detach().clone())

@@ -418,7 +418,7 @@ def test_ema_update_is_one_foreach_pass():
 
 
 def test_the_optimizer_is_fused_adamw(tmp_path):
-    optimizer = make_optimizer(small_model().parameters(), config(tmp_path, weight_decay=0.1))
+    optimizer = make_optimizer(dict(small_model().named_parameters()), config(tmp_path, weight_decay=0.1, weight_decay_on="all"))
     (group,) = optimizer.param_groups
     assert isinstance(optimizer, torch.optim.AdamW)
     found = (group["fused"], group["lr"], group["betas"], group["weight_decay"])
@@ -430,7 +430,7 @@ def stepped(gradient, *, clip=None, scale=None, loss=1.0):
     weight = nn.Parameter(torch.tensor([1.0, -2.0]))
     optimizer = torch.optim.AdamW([weight], lr=0.5, weight_decay=0.0, fused=True)
     weight.grad = torch.tensor(gradient)
-    norm = gradient_norm(gradients(optimizer))
+    norm = gradient_norm(gradients([weight]))
     found = update(optimizer, torch.tensor(loss), norm, scale, clip)
     return weight.detach(), optimizer.state[weight], found
 
