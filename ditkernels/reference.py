@@ -226,6 +226,15 @@ def is_dtensor(tensor: Tensor | None) -> bool:
     return type(tensor).__name__ == "DTensor"
 
 
+def _spread_like(parameter: Tensor, values: Tensor) -> Tensor:
+    """``values`` over the processes that ``parameter`` is spread over, if it is."""
+    if not is_dtensor(parameter):
+        return values
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(values.to(parameter.device), parameter.device_mesh, parameter.placements)  # type: ignore[attr-defined]
+
+
 def transformed() -> bool:
     """Whether ``torch.func`` differentiates in reverse, or batches, what is being computed: ``grad``, ``vmap``, ``jacrev``."""
     return _inside(TransformType.Grad, TransformType.Vmap)
@@ -606,7 +615,8 @@ class DiT(nn.Module):
         self.x_embedder = self.embed_class(patch_size, in_channels, hidden_size)
         self.t_embedder = TimestepEmbedder(hidden_size)
         self.y_embedder = LabelEmbedder(num_classes, hidden_size, class_dropout_prob)
-        self.pos_embed = nn.Parameter(sincos_positions(hidden_size, self.grid).unsqueeze(0), requires_grad=False)
+        positions = torch.empty(1, self.grid[0] * self.grid[1], hidden_size, dtype=torch.float32)
+        self.pos_embed = nn.Parameter(positions, requires_grad=False)
         block = self.block_classes[conditioning]
         self.blocks = nn.ModuleList(block(hidden_size, num_heads, mlp_ratio) for _ in range(depth))
         self.final_layer: Any = self.final_classes[conditioning](hidden_size, patch_size, self.out_channels)
@@ -615,13 +625,19 @@ class DiT(nn.Module):
     def initialize_weights(self) -> None:
         """Xavier-uniform linears with zero bias, N(0, 0.02) label table and timestep MLP, zero modulation and final linear.
 
-        A fresh model therefore returns exactly zero.
+        A fresh model therefore returns exactly zero. Positions and norms are filled too, so that a model that was made on the meta
+        device is whole after ``to_empty`` and this.
         """
+        positions = sincos_positions(self.pos_embed.shape[2], self.grid).unsqueeze(0)
+        with torch.no_grad():
+            self.pos_embed.copy_(_spread_like(self.pos_embed, positions))
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Conv2d)):
                 nn.init.xavier_uniform_(module.weight.view(module.weight.shape[0], -1))
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
+            elif isinstance(module, nn.LayerNorm):
+                module.reset_parameters()
         nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
         for layer in self.t_embedder.mlp:
             if isinstance(layer, nn.Linear):

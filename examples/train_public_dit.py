@@ -35,10 +35,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--init-from", help="weights of the same model, as docs/checkpoints.md lists them")
     args = parser.parse_args()
     torch.manual_seed(0)
 
     model = DiT(input_size=8, hidden_size=96, depth=4, num_heads=4, num_classes=10)
+    if args.init_from is not None:
+        model.load_state_dict(ditkernels.load_model(args.init_from, num_heads=4).model.state_dict())
     ditkernels.accelerate(model)  # the one line
     ema = deepcopy(model).requires_grad_(False)
     diffusion = create_diffusion(timestep_respacing="")

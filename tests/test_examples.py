@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import os
 import re
+import runpy
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+import torch
 
+import ditkernels
+from ditkernels.reference import DiT
 from tests import numerics
 from tools.tree import ROOT
 
@@ -57,3 +62,18 @@ def test_every_example_is_run_here() -> None:
         "sit.py",
         "train_public_dit.py",
     }
+
+
+def test_training_starts_from_weights_as_they_come(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("torchvision", reason="timm needs torchvision, which cannot be had here")
+    pytest.importorskip("timm")
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    monkeypatch.setattr(sys, "argv", ["train_public_dit.py", "--steps", "0", "--init-from", str(tmp_path / "a.ckpt")])
+    started = []
+    monkeypatch.setattr(ditkernels, "accelerate", started.append)
+    state = DiT(input_size=8, hidden_size=96, depth=4, num_heads=4, num_classes=10).state_dict()
+    torch.save({"state_dict": {f"ema_model._orig_mod.{name}": v.bfloat16() for name, v in state.items()}}, tmp_path / "a.ckpt")
+    runpy.run_path(str(EXAMPLES / "train_public_dit.py"), run_name="__main__")
+    found = started[0].state_dict()
+    assert found.keys() == state.keys()
+    assert all(torch.equal(found[name], v.bfloat16().float()) for name, v in state.items())

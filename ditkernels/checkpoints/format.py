@@ -41,7 +41,7 @@ class Checkpoint:
     """What a checkpoint holds.
 
     Args:
-        model: state dict of the model.
+        model: state dict of the model; empty where a file of another program holds an average alone.
         ema: state dict of the moving average of its weights; None where there is none.
         step: training steps taken; None where a public file does not say.
         config: whatever made the run, as JSON values.

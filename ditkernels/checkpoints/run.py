@@ -1,6 +1,6 @@
 """The folder of a run: who owns it, what it tells of itself, where its checkpoints lie and which of them are kept.
 
-A path that a user gives may name a run, a checkpoint or a public ``.pt`` file: :func:`resolve` says which weights it stands for.
+A path that a user gives may name a run, a checkpoint, or weights of other programs: :func:`resolve` says what it stands for.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import secrets
 import shutil
 import sys
@@ -15,13 +16,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ditkernels.checkpoints.format import MANIFEST, Checkpoint, CheckpointError, open_checkpoint, verify_checkpoint
-from ditkernels.checkpoints.public import load_public_checkpoint
+from ditkernels.checkpoints.foreign import find_weights, read_foreign
+from ditkernels.checkpoints.format import MANIFEST, PARTS, Checkpoint, CheckpointError, open_checkpoint, verify_checkpoint
 from ditkernels.files import FolderLock, remove_leftovers, write_json, write_text
 from ditkernels.runtime import World, take_folder
 
 FOLDER = "checkpoints"
 CONFIG, ENVIRONMENT, LOG = "config.yaml", "environment.json", "log.txt"
+
+# A part of a checkpoint of ours, which counts for nothing without its manifest.
+_PART = re.compile(rf"({'|'.join(PARTS)})(-\d{{5}}-of-\d{{5}})?-[0-9a-f]{{16}}\.safetensors")
 
 logger = logging.getLogger(__name__)
 
@@ -109,13 +113,16 @@ def resolve(path: str | os.PathLike[str]) -> Path:
     Broken checkpoints of a run are passed over, and that is said.
 
     Args:
-        path: a run's folder, whose newest whole checkpoint is meant; a checkpoint's; or a public ``.pt`` file.
+        path: a run's folder, whose newest whole checkpoint is meant; a checkpoint's; or what :func:`read_foreign` takes.
 
     Raises:
         CheckpointError: there is no checkpoint, or none is whole; files are named.
     """
     path = Path(path)
     if path.is_file():
+        return path
+    if is_foreign(path):
+        find_weights(path)
         return path
     if not is_run(path):
         verify_checkpoint(path)
@@ -129,8 +136,15 @@ def resolve(path: str | os.PathLike[str]) -> Path:
 
 
 def read(path: Path) -> Checkpoint:
-    """What :func:`resolve` has found; errors as of :func:`load_public_checkpoint`."""
-    return load_public_checkpoint(path) if path.is_file() else open_checkpoint(path)
+    """What :func:`resolve` has found; errors as of :func:`read_foreign`."""
+    return read_foreign(path) if path.is_file() or is_foreign(path) else open_checkpoint(path)
+
+
+def is_foreign(path: Path) -> bool:
+    """Whether a folder is of another program: it is there, and nothing in it is of a run's or of a checkpoint of ours."""
+    if not path.is_dir() or (path / MANIFEST).exists() or (path / FOLDER).is_dir():
+        return False
+    return not any(_PART.fullmatch(found.name) for found in path.iterdir())
 
 
 def is_run(path: Path) -> bool:

@@ -6,16 +6,18 @@ import argparse
 from pathlib import Path
 
 from ditkernels.checkpoints.config import LAYOUTS
+from ditkernels.commands import add_weights_flags
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of `ditkernels convert`."""
     parser.description = "Converts checkpoints between the public DiT layout, diffusers' and ours, without loss."
-    parser.add_argument("source", type=Path, help="a .pt or .safetensors file, a directory of diffusers' or of ours, or a run's")
+    parser.add_argument(
+        "source", type=Path, help="a run, a checkpoint, or a file or folder of other programs (docs/checkpoints.md)"
+    )
     parser.add_argument("target", type=Path, help="a .pt or .safetensors file, or a directory; must not exist")
     parser.add_argument("--to", choices=LAYOUTS, required=True, help="the target's layout")
-    parser.add_argument("--input-size", type=int, help="latent size, for diffusers' weights without config.json")
-    parser.add_argument("--num-heads", type=int, help="heads of attention, for diffusers' config.json, at widths not in the paper")
+    add_weights_flags(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -26,5 +28,6 @@ def run(args: argparse.Namespace) -> int:
     """
     from ditkernels.checkpoints.convert import convert
 
-    print(convert(args.source, args.target, args.to, input_size=args.input_size, num_heads=args.num_heads))
+    told = {name: getattr(args, name) for name in ("input_size", "num_heads", "null_class")}
+    print(convert(args.source, args.target, args.to, **told))
     return 0

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ditkernels.checkpoints.config import WEIGHTS
-from ditkernels.commands import DEFAULT, DEVICE, LONG_WORK, counted
+from ditkernels.commands import DEFAULT, DEVICE, LONG_WORK, add_weights_flags, counted
 from ditkernels.sampling.config import FORMATS, SCHEMES, SOLVERS, SampleConfig
 
 if TYPE_CHECKING:
@@ -25,10 +25,10 @@ PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of `ditkernels sample`."""
     add = parser.add_argument
-    add("checkpoint", type=Path, help="folder of a checkpoint or of a training run, or a public .pt file")
+    add("checkpoint", type=Path, help="a run, a checkpoint, or a file or folder of other programs (docs/checkpoints.md)")
     add("--out", type=Path, default=Path("samples"), help=f"folder to write to, or to resume {DEFAULT}")
     add("--weights", choices=WEIGHTS, default="ema", help=f"moving average or trained weights {DEFAULT}")
-    add("--num-heads", type=int, help="heads of attention, where neither the checkpoint nor the paper tells")
+    add_weights_flags(parser)
     add("--count", type=int, default=16, help=f"images to draw {DEFAULT}")
     add("--batch-size", type=int, default=16, help=f"images at once; fixed for a run {DEFAULT}")
     add("--solver", choices=SOLVERS, default="ddpm", help=f"what follows the trajectory {DEFAULT}")
@@ -77,7 +77,8 @@ def run(args: argparse.Namespace) -> int:
 
     device = process_device(args.device)
     with processes(timeout=LONG_WORK) as world:
-        loaded = load_model(args.checkpoint, weights=args.weights, num_heads=args.num_heads)
+        told = {name: getattr(args, name) for name in ("num_heads", "input_size", "null_class")}
+        loaded = load_model(args.checkpoint, weights=args.weights, **told)
         model = loaded.model.to(device)
         run = loaded.checkpoint.config.get("training") or {}
         formats = tuple(args.formats.split(","))

@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from ditkernels.checkpoints.format import Checkpoint, CheckpointError, open_checkpoint
+from ditkernels.checkpoints.layouts import TABLE, sincos_grid
+from ditkernels.checkpoints.model import read_public, told_classes
 from ditkernels.checkpoints.run import Run, all_checkpoints_of, read, resolve, set_aside
 from ditkernels.data.source import TrainingData
 from ditkernels.data.vae import LatentSpace
@@ -22,8 +24,6 @@ from ditkernels.options import EXECUTION, FREE, IDENTITY, RECIPE, Difference, di
 from ditkernels.runtime import World
 from ditkernels.training.config import IMAGE_READER, TRAINABLE, TrainConfig
 from ditkernels.training.log import METRICS, cut_back
-
-TABLE = "y_embedder.embedding_table.weight"
 
 logger = logging.getLogger(__name__)
 
@@ -36,12 +36,14 @@ class Start:
         checkpoint: that it goes on from; None for a fresh run.
         origin: where the checkpoint lies.
         weights: a state dict that a fresh run starts from; None for the initialisation.
+        classes: how many rows of its labels are classes, where that is told.
         broken: newer checkpoints that were passed over, and why.
     """
 
     checkpoint: Checkpoint | None = None
     origin: Path | None = None
     weights: Mapping[str, Tensor] | None = None
+    classes: int | None = None
     broken: Mapping[Path, str] = field(default_factory=dict)
 
 
@@ -64,8 +66,11 @@ def find_start(config: TrainConfig, run: Run, world: World) -> Start:
         world.on_first(lambda: _refuse_to_overwrite(run.folder))
     if start.checkpoint is None and config.init_from is not None:
         given = config.init_from
-        weights = read(world.on_first(lambda: resolve(given))).sampling_weights
-        return Start(weights=weights, broken=start.broken)
+        found_weights = read_public(world.on_first(lambda: resolve(given)))
+        weights = found_weights.sampling_weights
+        rows = len(weights.get(TABLE, ()))
+        classes = told_classes(found_weights.config, rows, null_class=config.null_class)
+        return Start(weights=weights, classes=classes, broken=start.broken)
     return start
 
 
@@ -191,8 +196,8 @@ def _tell_changes(checkpoint: Checkpoint, config: TrainConfig, own: Own, step: i
 def fitted_weights(start: Start, own: Mapping[str, Tensor], num_classes: int, source: str) -> dict[str, Tensor]:
     """The weights of ``start`` as a state dict that fits the model.
 
-    Positions are made anew for another image size. With another number of classes the labels' rows start afresh, and the null class
-    keeps its row.
+    Positions of sines and cosines are made anew, for any image size; learned ones are kept. With another number of classes the rows
+    of labels start afresh, and the null class keeps its row.
 
     Args:
         own: the model's state dict, of whole tensors.
@@ -203,10 +208,10 @@ def fitted_weights(start: Start, own: Mapping[str, Tensor], num_classes: int, so
         CheckpointError: tensors do not fit; they are listed.
     """
     given = {**(start.weights or {})}
-    if "pos_embed" in own:
+    if "pos_embed" in own and sincos_grid(given.get("pos_embed", own["pos_embed"])) is not None:
         given["pos_embed"] = own["pos_embed"]
     if TABLE in given:
-        given[TABLE] = _resized_table(given[TABLE], own[TABLE], num_classes)
+        given[TABLE] = _resized_table(given[TABLE], own[TABLE], num_classes, start.classes)
     wrong = [
         f"{name} {_shape(given.get(name))}, here {_shape(own.get(name))}"
         for name in sorted(own.keys() | given.keys())
@@ -217,16 +222,21 @@ def fitted_weights(start: Start, own: Mapping[str, Tensor], num_classes: int, so
     return given
 
 
-def _resized_table(given: Tensor, own: Tensor, classes: int) -> Tensor:
-    """The rows of ``given`` for a table (rows, D) like ``own``, which has ``classes`` rows and perhaps the null class."""
-    if given.shape == own.shape or given.shape[1] != own.shape[1]:
+def _resized_table(given: Tensor, own: Tensor, classes: int, given_classes: int | None) -> Tensor:
+    """The rows of ``given`` for a table (rows, D) like ``own``, which has ``classes`` rows and perhaps the null class.
+
+    Args:
+        given_classes: how many rows of ``given`` are classes; None: as many as those of ``own`` if that may be, else all but one.
+    """
+    if given.ndim != 2 or given.shape[1] != own.shape[1]:
         return given
+    if given_classes is None:
+        given_classes = classes if len(given) in (classes, classes + 1) else len(given) - 1
     resized = own.detach().cpu().clone()
-    if abs(len(given) - len(own)) == 1 and classes in (len(given), len(given) - 1):
-        # The same classes, with and without a null class.
+    if given_classes == classes:
         resized[:classes] = given[:classes]
-    elif len(own) > classes:
-        resized[classes] = given[-1]
+    if len(own) > classes and len(given) > given_classes:
+        resized[classes] = given[given_classes]
     return resized
 
 
