@@ -37,6 +37,12 @@ class Loaded(NamedTuple):
     checkpoint: Checkpoint
     digest: str
 
+    @property
+    def training(self) -> Mapping[str, Any]:
+        """The settings of the run that trained it; empty where they are not known."""
+        found = self.checkpoint.config.get("training")
+        return found if isinstance(found, Mapping) else {}
+
     def to(self, device: torch.device | str) -> Loaded:
         """The same, with the model moved to a device."""
         self.model.to(device)

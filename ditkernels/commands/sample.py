@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 from ditkernels.checkpoints.config import WEIGHTS
 from ditkernels.commands import DEFAULT, DEVICE, LONG_WORK, add_weights_flags, counted
-from ditkernels.sampling.config import FORMATS, SCHEMES, SOLVERS, SampleConfig
+from ditkernels.sampling.config import AUTO, FORMATS, GUIDED_CHANNELS, SCHEMES, SOLVERS, SampleConfig, guided_channels
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from ditkernels.checkpoints.model import Loaded
     from ditkernels.sampling.labels import Labels
 
 PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
@@ -34,8 +35,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--solver", choices=SOLVERS, default="ddpm", help=f"what follows the trajectory {DEFAULT}")
     add("--steps", default="250", help=f"respacing: 250, ddim50, 10,15,20 or logsnr20 {DEFAULT}")
     add("--noise-schedule", default="linear", help=f"schedule that the model was trained with {DEFAULT}")
-    add("--cfg-scale", type=float, default=4.0, help=f"guidance scale, 1 is none {DEFAULT}")
-    add("--guided-channels", default="3", help=f"how many channels are guided, or all {DEFAULT}")
+    add("--cfg-scale", type=float, help="guidance scale, 1 is none (default: 4.0, and 1 where the model has no null class)")
+    add("--guided-channels", help=f"{GUIDED_CHANNELS} (default: the run's, else auto)")
     add("--guidance-interval", metavar="LOW,HIGH", help="original timesteps that are guided, ends included")
     add(
         "--clip-denoised",
@@ -80,7 +81,7 @@ def run(args: argparse.Namespace) -> int:
         told = {name: getattr(args, name) for name in ("num_heads", "input_size", "null_class")}
         loaded = load_model(args.checkpoint, weights=args.weights, **told)
         model = loaded.model.to(device)
-        run = loaded.checkpoint.config.get("training") or {}
+        run = loaded.training
         formats = tuple(args.formats.split(","))
         _check_decoder(args, run, formats)
         diffusion = create_diffusion(args.steps, args.noise_schedule, learn_sigma=model.learn_sigma)
@@ -94,7 +95,7 @@ def run(args: argparse.Namespace) -> int:
         }
         job = Job(
             labels=_labels(args, model.num_classes),
-            config=_config(args, on_pixels=_is_of_pixels(run)),
+            config=_config(args, loaded),
             batches=Batches(args.count, args.batch_size),
             formats=formats,
             threads=args.threads,
@@ -123,22 +124,18 @@ def _check_decoder(args: argparse.Namespace, run: Mapping[str, Any], formats: tu
         )
 
 
-def _config(args: argparse.Namespace, *, on_pixels: bool) -> SampleConfig:
-    channels = None if args.guided_channels == "all" else _whole("guided-channels", args.guided_channels)
+def _config(args: argparse.Namespace, loaded: Loaded) -> SampleConfig:
+    training = loaded.training
+    of_run = training.get("guided_channels", AUTO)
+    has_null_class = loaded.model.y_embedder.rows > loaded.model.num_classes
     return SampleConfig(
         solver=args.solver,
-        guidance_scale=args.cfg_scale,
-        guided_channels=channels,
-        clip_denoised=on_pixels if args.clip_denoised is None else args.clip_denoised,
+        guidance_scale=(4.0 if has_null_class else 1.0) if args.cfg_scale is None else args.cfg_scale,
+        guided_channels=guided_channels(args.guided_channels or of_run),
+        clip_denoised=_is_of_pixels(training) if args.clip_denoised is None else args.clip_denoised,
         seed=args.seed,
         guidance_interval=_interval(args.guidance_interval),
     )
-
-
-def _whole(name: str, text: str) -> int:
-    if not text.isdecimal():
-        raise ValueError(f"--{name}: got {text!r}, allowed is a whole number or all")
-    return int(text)
 
 
 def _interval(text: str | None) -> tuple[float, float] | None:

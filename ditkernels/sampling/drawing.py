@@ -75,6 +75,8 @@ def sample_progressive(
         raise ValueError("model: got one in train mode, which drops labels; allowed is model.eval()")
     labels = _check_labels(model, labels)
     indices = _check_indices(indices, labels)
+    config = config.for_channels(model.in_channels)
+    assert not isinstance(config.guided_channels, str)
     denoiser = Denoiser(
         model,
         labels,

@@ -132,7 +132,7 @@ class Job:
             "formats": list(self.formats),
             "threads": self.threads,
             "labels": self.labels.describe(),
-            "sampling": asdict(self.config),
+            "sampling": asdict(self.config.for_channels(model.in_channels)),
             "timesteps": diffusion.timestep_map,
             "device": next(model.parameters()).device.type,
             "torch": torch.__version__,

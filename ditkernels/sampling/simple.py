@@ -15,7 +15,7 @@ from ditkernels.diffusion import GaussianDiffusion, create_diffusion
 from ditkernels.reference import DiT
 from ditkernels.runtime import pinned_threads
 from ditkernels.sampling import drawing
-from ditkernels.sampling.config import SampleConfig
+from ditkernels.sampling.config import AUTO, SampleConfig, guided_channels
 from ditkernels.sampling.generate import Batches, decoded, draw_batch
 from ditkernels.sampling.labels import Labels
 from ditkernels.sampling.outputs import Pixels, to_pixels
@@ -81,12 +81,12 @@ def _images(
     batch_size: int = 16,
 ) -> Pixels:
     dit = model.model if isinstance(model, Loaded) else model
-    run = (model.checkpoint.config.get("training") or {}) if isinstance(model, Loaded) else {}
+    run = model.training if isinstance(model, Loaded) else {}
     decode = _decoder(dit, vae or run.get("vae"))
     config = SampleConfig(
         solver=solver,
         guidance_scale=guidance,
-        guided_channels=3 if dit.in_channels == 4 else None,
+        guided_channels=guided_channels(run.get("guided_channels", AUTO)),
         clip_denoised=run.get("vae") == "none",
         seed=seed,
     )

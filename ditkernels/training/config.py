@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ditkernels.options import EXECUTION, FREE, RECIPE, check_fields, names_of, option
+from ditkernels.sampling.config import AUTO, GUIDED_CHANNELS, guided_channels
 
 # What a checkpoint records beside the fields, and what may be overridden as they may.
 IMAGE_READER, TRAINABLE = "image_reader", "trainable"
@@ -42,7 +43,9 @@ class TrainConfig:
     conditioning: Literal["adaln_zero", "adaln", "cross_attention", "in_context"] = option(
         "adaln_zero", "how timestep and label enter the blocks"
     )
-    label_dropout: float = option(0.1, "share of labels that become the null class", least=0)
+    label_dropout: float = option(
+        None, "share of labels that become the null class; default: 0.1, and none with unconditional", least=0, first=0.1
+    )
 
     steps: int | None = option(None, "optimizer steps; default: as many as the epochs hold", FREE, least=1)
     epochs: int = option(1400, "passes over the data, where steps is not given", FREE, least=1)
@@ -104,6 +107,7 @@ class TrainConfig:
     val_images: int = option(256, "images a validation loss is the mean over", FREE, least=1)
     sample_every: int = option(0, "steps between grids of EMA samples; 0: none", FREE, least=0)
     sample_guidance: float = option(4.0, "guidance scale of the samples in those grids", FREE, least=0)
+    guided_channels: str = option(AUTO, f"{GUIDED_CHANNELS}; of samples, while training and later", FREE)
     sample_steps: int = option(50, "DDPM steps of samples that are drawn while training", FREE, least=2)
     eval_every: int = option(0, "steps between evaluations of EMA samples: FID and the others; 0: none", FREE, least=0)
     eval_reference: str | None = option(
@@ -124,7 +128,10 @@ class TrainConfig:
     def __post_init__(self) -> None:
         from ditkernels.reference import DiT_models
 
+        if self.label_dropout is None:
+            object.__setattr__(self, "label_dropout", 0.0 if self.unconditional else 0.1)
         check_fields(self)
+        guided_channels(self.guided_channels)
         if self.model not in DiT_models:
             raise ValueError(f"model: got {self.model!r}, allowed are {', '.join(DiT_models)}")
         for name in ("learning_rate", "grad_clip", "peak_tflops"):

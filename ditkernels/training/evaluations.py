@@ -24,7 +24,8 @@ from ditkernels.evaluation.monitor import Monitor
 from ditkernels.reference import DiT
 from ditkernels.rng import Stream, below, normals
 from ditkernels.runtime import StopSignal, World, gather_unless_stopped
-from ditkernels.sampling.drawing import SampleConfig, last_unless_stopped, sample_progressive
+from ditkernels.sampling.config import SampleConfig, guided_channels
+from ditkernels.sampling.drawing import last_unless_stopped, sample_progressive
 from ditkernels.sampling.outputs import Pixels, grid_of, pixels_of, write_png
 from ditkernels.training.config import TrainConfig
 from ditkernels.training.distributed import Parallel
@@ -251,7 +252,7 @@ class Evaluations:
         config, vae = self.trainer.config, self.trainer.vae
         settings = SampleConfig(
             guidance_scale=config.sample_guidance if config.label_dropout > 0 else 1.0,
-            guided_channels=3 if vae is not None else None,
+            guided_channels=guided_channels(config.guided_channels),
             clip_denoised=vae is None,
         )
         labels = torch.arange(16) * max(1, model.num_classes // 16) % model.num_classes

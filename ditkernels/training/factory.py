@@ -19,7 +19,7 @@ from ditkernels.models import DiT_models
 from ditkernels.reference import DiT
 from ditkernels.rng import seed_of_weights
 from ditkernels.runtime import StopSignal, World
-from ditkernels.sampling.drawing import SampleConfig
+from ditkernels.sampling.config import SampleConfig, guided_channels
 from ditkernels.sampling.generate import Batches
 from ditkernels.sampling.labels import Labels
 from ditkernels.training.config import TrainConfig
@@ -133,7 +133,7 @@ def build_monitor(
         raise ValueError("eval_every: got no features, allowed are eval_weights or eval_extractor")
     settings = SampleConfig(
         guidance_scale=config.eval_guidance,
-        guided_channels=None if decode is None else 3,
+        guided_channels=guided_channels(config.guided_channels),
         clip_denoised=decode is None,
     )
     return Monitor(

@@ -74,6 +74,26 @@ def find_start(config: TrainConfig, run: Run, world: World) -> Start:
     return start
 
 
+def as_begun(config: TrainConfig, start: Start) -> TrainConfig:
+    """``config`` with the label dropout of an unconditional run that an earlier version began: it dropped labels all the same.
+
+    Raises:
+        ValueError: a fresh run that is unconditional shall drop labels.
+    """
+    if not config.unconditional:
+        return config
+    if start.checkpoint is None:
+        if config.label_dropout > 0:
+            raise ValueError(f"label_dropout: got {config.label_dropout}, allowed is 0 with unconditional, which drops no labels")
+        return config
+    recorded = start.checkpoint.config.get("training", {})
+    dropout = recorded.get("label_dropout", 0.0) if recorded.get("unconditional") else 0.0
+    if dropout == 0 or config.label_dropout > 0:
+        return config
+    logger.info("label_dropout: %g, as this unconditional run was begun by an earlier version", dropout)
+    return replace(config, label_dropout=dropout)
+
+
 def settled(config: TrainConfig, data: TrainingData, start: Start) -> TrainConfig:
     """The config with the size of images and the number of classes, where it leaves them to the data.
 

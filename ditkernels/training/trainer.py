@@ -58,7 +58,7 @@ from ditkernels.training.optimizer import (
 )
 from ditkernels.training.rehearsal import rehearse
 from ditkernels.training.rescue import Rescue
-from ditkernels.training.start import Own, Start, check_same_run, find_start, fitted_weights, open_folder, settled, trained_before
+from ditkernels.training.start import Own, Start, as_begun, check_same_run, find_start, fitted_weights, open_folder, settled, trained_before
 
 AUTOCAST_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -122,8 +122,9 @@ def train(
         stack.callback(run.close)
         run.lock(world)
         stack.enter_context(process_settings(config, device))
-        data = opened(config, data, val_data)
         start = find_start(config, run, world)
+        config = as_begun(config, start)
+        data = opened(config, data, val_data)
         config = settled(config, data, start)
         vae = vae_for(config, data.latents, device)
         model = model or build_model(config, latent_shape(config, data, vae))
@@ -496,6 +497,8 @@ class Trainer:
         return None
 
     def _monitor(self) -> Monitor:
+        if self.config.eval_guidance != 1 and self.model.y_embedder.rows == self.model.num_classes:
+            raise ValueError(f"eval_guidance: got {self.config.eval_guidance}, allowed is 1: the model has no null class")
         return build_monitor(
             self.config,
             num_classes=self.model.num_classes,

@@ -448,7 +448,7 @@ def test_latents_as_images_need_a_vae(tmp_path):
         (["--steps", "5000"], "timestep_respacing: got '5000'"),
         (["--guidance-interval", "3"], "--guidance-interval: got '3'"),
         (["--guidance-interval", "1,2"], "guidance_interval: got 1.0 to 2.0, which holds no step"),
-        (["--guided-channels", "some"], "--guided-channels: got 'some'"),
+        (["--guided-channels", "some"], "guided_channels: got 'some'"),
         (["--classes", "0-9"], "labels: got 3, allowed are 0..2"),
         (["--classes", "0", "--labels-file", "x"], "only one of the two"),
     ],

@@ -64,7 +64,7 @@ def by_hand(model, diffusion, config, *, indices=None):
             torch.cat([t, t]),
             torch.cat([labels, null]),
             config.guidance_scale,
-            config.guided_channels,
+            config.for_channels(model.in_channels).guided_channels,
         )
         return out.chunk(2)[0]
 
