@@ -106,9 +106,8 @@ def vae_for(config: TrainConfig, latents: LatentSpace | None, device: torch.devi
 
 def build_monitor(
     config: TrainConfig,
+    model: DiT,
     *,
-    num_classes: int,
-    learn_sigma: bool,
     device: torch.device,
     decode: Callable[[Tensor], Tensor] | None,
     autocast: torch.dtype | None,
@@ -119,13 +118,15 @@ def build_monitor(
 
     Args:
         config: ``sample_steps`` DDPM steps, classes in turn.
-        num_classes, learn_sigma: the model's.
+        model: that is trained.
         device: of the features.
         decode, autocast, world, stop: as of :class:`Monitor`.
 
     Raises:
         ValueError, ImportError: no reference or no features named, or as ``load_reference`` and ``load_extractor``.
     """
+    if config.eval_guidance != 1 and model.y_embedder.rows == model.num_classes:
+        raise ValueError(f"eval_guidance: got {config.eval_guidance}, allowed is 1: the model has no null class")
     if config.eval_reference is None:
         raise ValueError("eval_every: got no eval_reference, which samples are compared with")
     extractor = load_extractor(config.eval_weights, config.eval_extractor, device)
@@ -137,10 +138,10 @@ def build_monitor(
         clip_denoised=decode is None,
     )
     return Monitor(
-        create_diffusion(str(config.sample_steps), learn_sigma=learn_sigma),
+        create_diffusion(str(config.sample_steps), learn_sigma=model.learn_sigma),
         settings,
         # Fewer images than classes would show the first ones alone.
-        Labels("spread" if config.eval_images < num_classes else "balanced", tuple(range(num_classes))),
+        Labels("spread" if config.eval_images < model.num_classes else "balanced", tuple(range(model.num_classes))),
         Batches(config.eval_images, config.eval_batch_size),
         load_reference(Path(config.eval_reference), extractor=extractor, batch_size=config.eval_batch_size),
         extractor,

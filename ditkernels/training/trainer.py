@@ -58,7 +58,17 @@ from ditkernels.training.optimizer import (
 )
 from ditkernels.training.rehearsal import rehearse
 from ditkernels.training.rescue import Rescue
-from ditkernels.training.start import Own, Start, as_begun, check_same_run, find_start, fitted_weights, open_folder, settled, trained_before
+from ditkernels.training.start import (
+    Own,
+    Start,
+    as_begun,
+    check_same_run,
+    find_start,
+    fitted_weights,
+    open_folder,
+    settled,
+    trained_before,
+)
 
 AUTOCAST_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -497,12 +507,9 @@ class Trainer:
         return None
 
     def _monitor(self) -> Monitor:
-        if self.config.eval_guidance != 1 and self.model.y_embedder.rows == self.model.num_classes:
-            raise ValueError(f"eval_guidance: got {self.config.eval_guidance}, allowed is 1: the model has no null class")
         return build_monitor(
             self.config,
-            num_classes=self.model.num_classes,
-            learn_sigma=self.model.learn_sigma,
+            self.model,
             device=self.device,
             decode=None if self.vae is None else self.vae.decode,
             autocast=AUTOCAST_DTYPES.get(self.precision),

@@ -14,7 +14,7 @@ from ditkernels.checkpoints.format import load_checkpoint
 from ditkernels.checkpoints.run import checkpoint_directory
 from ditkernels.cli import main
 from ditkernels.models import DiT
-from ditkernels.training import factory
+from ditkernels.training import evaluations, factory
 from ditkernels.training import trainer as trainer_module
 from ditkernels.training.config import TrainConfig
 from ditkernels.training.trainer import train
@@ -65,10 +65,11 @@ def test_three_channels_of_four_are_guided_and_of_any_other_number_all(channels:
 
 def test_grids_evaluations_and_samples_of_a_run_share_its_setting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Any] = []
-    genuine, monitor = trainer_module.sample, factory.Monitor
-    monkeypatch.setattr(trainer_module, "sample", lambda *a: seen.append(a[3].guided_channels) or genuine(*a))
+    genuine, monitor = evaluations.sample_progressive, factory.Monitor
+    monkeypatch.setattr(evaluations, "sample_progressive", lambda *a: seen.append(a[3].guided_channels) or genuine(*a))
     monkeypatch.setattr(factory, "Monitor", lambda *a, **rest: seen.append(a[1].guided_channels) or monitor(*a, **rest))
     monkeypatch.setattr(factory, "load_extractor", lambda *a: len)
+    monkeypatch.setattr(trainer_module, "rehearse", lambda *_: None)
     monkeypatch.setattr(factory, "load_reference", lambda *a, **rest: None)
     drawn = {"sample_every": 4, "sample_steps": 2, "eval_every": 99, "eval_reference": "not read"}
     train(settings(tmp_path / "run", guided_channels="2", **drawn))
