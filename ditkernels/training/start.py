@@ -279,4 +279,6 @@ def open_folder(start: Start, config: TrainConfig, own: Own, run: Run, step: int
         logger.info("starting at step 0: %s holds no whole checkpoint", run.folder)
     if start.weights is not None:
         logger.info("initialised from %s", config.init_from)
+    for note in own.data.notes:
+        logger.warning("%s", note)
     cut_back(run.folder / METRICS, step)

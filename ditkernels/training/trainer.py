@@ -151,8 +151,6 @@ def train(
         stack.callback(writer.close)
         log = trainer.new_log()
         stack.callback(log.close)
-        for note in data.notes:
-            logger.warning("%s", note)
         steps = range(trainer.step, trainer.total)
         mine = parallel.batches(data.train, config.global_batch_size, config.accumulation)
         batches = stack.enter_context(
@@ -160,8 +158,7 @@ def train(
         )
         rescue = stack.enter_context(Rescue(trainer, writer, log))
         stack.enter_context(lost_readers_named())
-        stopped = None
-        unfinished = False
+        stopped, unfinished = None, False
         if start.checkpoint is not None:
             if world.first:
                 trainer.evaluations.tell_changes()
