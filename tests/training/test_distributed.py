@@ -784,6 +784,52 @@ def test_two_nodes_train_what_two_ranks_do_and_a_launchers_sigterm_stops_both(fo
     assert all(torch.equal(mine.model[name], theirs.model[name]) for name in theirs.model)
 
 
+def alone_under_torchrun(log, folder, *flags, launcher=()):
+    """torchrun with one process, as a job of its own."""
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "1",
+        *launcher,
+        "-m",
+        "ditkernels",
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with open(log, "w", encoding="utf-8") as out:
+        return subprocess.Popen([*command, *TRAIN, "--results-dir", str(folder), *flags], stdout=out, stderr=out, env=environment)
+
+
+def test_torchrun_hands_on_sigusr1_where_it_is_told_to(tmp_path):
+    folder, log = tmp_path / "run", tmp_path / "log"
+    flags = ("--steps", "100000", "--ckpt-every", "5")
+    job = alone_under_torchrun(log, folder, *flags, launcher=("--signals-to-handle", "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"))
+    try:
+        deadline = time.monotonic() + 120
+        while not list(folder.glob("checkpoints/step-*/manifest.json")):
+            assert time.monotonic() < deadline, log.read_text(encoding="utf-8")[-2000:]
+            assert job.poll() is None, log.read_text(encoding="utf-8")[-2000:]
+            time.sleep(0.1)
+        job.send_signal(signal.SIGUSR1)
+        assert job.wait(timeout=60) != 0
+    finally:
+        job.kill()
+    newest = checkpoints_of(folder)[max(checkpoints_of(folder))]
+    assert f"stopped by SIGUSR1; {newest} is whole" in log.read_text(encoding="utf-8")
+
+
+@pytest.mark.slow
+def test_torchruns_summary_shows_the_error(tmp_path):
+    log = tmp_path / "log"
+    job = alone_under_torchrun(log, tmp_path / "run", "--steps", "1", "--ckpt-every", "1", "--image-size", "9")
+    assert job.wait(timeout=120) != 0
+    summary = log.read_text(encoding="utf-8").split("FAILED")[-1]
+    assert "image_size: got 9, the digits have 8" in summary
+    assert "exitcode  : 2" in summary
+
+
 # ---- Other models, other precisions ----------------------------------------------------------------------------------
 
 
