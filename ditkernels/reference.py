@@ -4,7 +4,7 @@ Everything else in the package is held against this file. It uses no op of the p
 The file is long because a specification that reads from top to bottom has one place where a reader looks things up.
 
 Shapes: B samples, N tokens, D channels, p patch size, C input channels, O output channels, (H, W) latent size,
-(h, w) = (H/p, W/p) token grid, N = h·w. Vectors per sample (shift, scale, gate) are (B, D).
+(h, w) = (H/p, W/p) token grid, N = h·w. The vectors of a modulation (shift, scale, gate) are (B, D), or as ``of_tokens`` says.
 
 Sources: Peebles & Xie, "Scalable Diffusion Models with Transformers" (arXiv 2212.09748) for the architecture, its four
 conditioning blocks and the twelve configurations; Vaswani et al. 2017 for sinusoidal embeddings; Ho & Salimans 2022 for
@@ -53,11 +53,29 @@ def normalize(
     return y if bias is None else y + bias
 
 
-def modulate(x: Tensor, shift: Tensor | None, scale: Tensor | None) -> Tensor:
-    """x·(1 + scale) + shift, with shift and scale (B, D) applied to every token of x (B, N, D)."""
+def of_tokens(vector: Tensor, tokens: int, index: Tensor | None = None) -> Tensor:
+    """A vector of a modulation as it meets x (B, N, D): (D,), (B, 1, D) or (B, N, D).
+
+    (D,) is shared by the batch, (B, D) is per sample, (B, S, D) per segment of N/S tokens, so that (B, N, D) is per token. With an
+    index (B, N) token n of sample b takes row index[b, n] of (K, D), or row (b, index[b, n]) of (B, K, D).
+    """
+    if vector.dim() == 1:
+        return vector
+    if index is not None:
+        if vector.dim() == 3:
+            first = torch.arange(vector.shape[0], device=index.device) * vector.shape[1]
+            index, vector = index + first.unsqueeze(1), vector.flatten(0, 1)
+        return F.embedding(index, vector)
+    if vector.dim() == 2:
+        return vector.unsqueeze(1)
+    return vector if vector.shape[1] in (1, tokens) else vector.repeat_interleave(tokens // vector.shape[1], 1)
+
+
+def modulate(x: Tensor, shift: Tensor | None, scale: Tensor | None, index: Tensor | None = None) -> Tensor:
+    """x·(1 + scale) + shift for x (B, N, D), with shift and scale as ``of_tokens`` takes them."""
     if scale is not None:
-        x = x * (1 + scale.unsqueeze(1))
-    return x if shift is None else x + shift.unsqueeze(1)
+        x = x * (1 + of_tokens(scale, x.shape[1], index))
+    return x if shift is None else x + of_tokens(shift, x.shape[1], index)
 
 
 def modulate_norm(
@@ -65,22 +83,30 @@ def modulate_norm(
     shift: Tensor | None = None,
     scale: Tensor | None = None,
     *,
+    index: Tensor | None = None,
     weight: Tensor | None = None,
     bias: Tensor | None = None,
     norm: str = "layernorm",
     eps: float = 1e-6,
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """norm(x)·(1 + scale) + shift. x: (B, N, D) -> (B, N, D) in ``out_dtype`` (default: x's)."""
-    return modulate(normalize(x, weight, bias, norm=norm, eps=eps), shift, scale).to(out_dtype or x.dtype)
+    """norm(x)·(1 + scale) + shift. x: (B, N, D) -> (B, N, D) in ``out_dtype`` (default: x's); shift, scale: see ``of_tokens``."""
+    return modulate(normalize(x, weight, bias, norm=norm, eps=eps), shift, scale, index).to(out_dtype or x.dtype)
 
 
-def gated_residual(x: Tensor, branch: Tensor, gate: Tensor | None = None, *, branch_bias: Tensor | None = None) -> Tensor:
-    """x + gate·(branch + branch_bias), in x's dtype. x, branch: (B, N, D); gate: (B, D); branch_bias: (D,)."""
+def gated_residual(
+    x: Tensor,
+    branch: Tensor,
+    gate: Tensor | None = None,
+    *,
+    index: Tensor | None = None,
+    branch_bias: Tensor | None = None,
+) -> Tensor:
+    """x + gate·(branch + branch_bias), in x's dtype. x, branch: (B, N, D); gate: see ``of_tokens``; branch_bias: (D,)."""
     if branch_bias is not None:
         branch = branch + branch_bias
     if gate is not None:
-        branch = gate.unsqueeze(1) * branch
+        branch = of_tokens(gate, x.shape[1], index) * branch
     return (x + branch).to(x.dtype)
 
 
@@ -91,6 +117,7 @@ def gated_residual_norm(
     shift: Tensor | None = None,
     scale: Tensor | None = None,
     *,
+    index: Tensor | None = None,
     branch_bias: Tensor | None = None,
     weight: Tensor | None = None,
     bias: Tensor | None = None,
@@ -102,8 +129,8 @@ def gated_residual_norm(
 
     x1 keeps x's dtype; h comes in ``out_dtype`` (default: x's).
     """
-    x1 = gated_residual(x, branch, gate, branch_bias=branch_bias)
-    h = modulate_norm(x1, shift, scale, weight=weight, bias=bias, norm=norm, eps=eps, out_dtype=out_dtype)
+    x1 = gated_residual(x, branch, gate, index=index, branch_bias=branch_bias)
+    h = modulate_norm(x1, shift, scale, index=index, weight=weight, bias=bias, norm=norm, eps=eps, out_dtype=out_dtype)
     return x1, h
 
 
@@ -756,22 +783,27 @@ def check_inputs(model: DiT, x: Tensor, t: Tensor, y: Tensor) -> None:
 
 
 def check_labels(labels: Tensor, rows: int) -> None:
-    """Raises on labels outside 0..rows-1; on a GPU the check runs on the device, without a synchronisation.
+    """Raises on labels outside 0..rows-1, as ``check_range`` does."""
+    check_range("y", "label", labels, rows)
+
+
+def check_range(name: str, kind: str, values: Tensor, rows: int) -> None:
+    """Raises on values outside 0..rows-1; on a GPU the check runs on the device, without a synchronisation.
 
     Where values cannot be read there is nothing to refuse: of tensors without data, and under a compiled ``vmap``.
     """
     compiling = torch.compiler.is_compiling()
     if not compiling:
-        labels = _of_all_samples(labels)
-        labels = labels.to_local() if is_dtensor(labels) else labels  # type: ignore[attr-defined]
-    if labels.device.type == "cpu" and not compiling and not isinstance(labels, FakeTensor):
-        # Whoever traces must not see what is done for this answer: its shape follows from the labels' values.
+        values = _of_all_samples(values)
+        values = values.to_local() if is_dtensor(values) else values  # type: ignore[attr-defined]
+    if values.device.type == "cpu" and not compiling and not isinstance(values, FakeTensor):
+        # Whoever traces must not see what is done for this answer: its shape follows from the values.
         with _disable_current_modes() if torch._C._len_torch_dispatch_stack() else nullcontext():
-            outside = labels[(labels < 0) | (labels >= rows)]
+            outside = values[(values < 0) | (values >= rows)]
             if outside.numel():
-                raise ValueError(f"y: got label {outside[0].item()}, allowed are 0..{rows - 1}")
-    elif labels.device.type != "meta" and not (compiling and _inside(TransformType.Vmap)):
-        torch._assert_async(((labels >= 0) & (labels < rows)).all(), f"y: a label is outside 0..{rows - 1}")
+                raise ValueError(f"{name}: got {kind} {outside[0].item()}, allowed are 0..{rows - 1}")
+    elif values.device.type != "meta" and not (compiling and _inside(TransformType.Vmap)):
+        torch._assert_async(((values >= 0) & (values < rows)).all(), f"{name}: a {kind} is outside 0..{rows - 1}")
 
 
 # ---- The twelve configurations of the paper --------------------------------------------------------------------------

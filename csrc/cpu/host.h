@@ -85,7 +85,7 @@ inline Tensor empty_if(bool wanted, Shape shape, int dtype) { return wanted ? em
 // A gradient, if it is wanted; `wanted` is the number of its dtype, or -1.
 inline Tensor gradient(int64_t wanted, Shape shape) { return empty_if(wanted >= 0, shape, static_cast<int>(wanted)); }
 
-// (B, N, D) tensors, and vectors (B, D) or (D,). An absent tensor, None or of shape (0,), has null data.
+// (B, N, D) tensors, and vectors (B, D), (D,) or (B, K, D). An absent tensor, None or of shape (0,), has null data.
 inline Tokens tokens(const OptionalTensor& tensor) {
   if (!tensor.has_value() || tensor->dim() != 3) return {};
   return {tensor->data_ptr(), tensor->stride(0), tensor->stride(1), tensor->stride(2), dtype_of(*tensor)};
@@ -94,7 +94,8 @@ inline Tokens tokens(const OptionalTensor& tensor) {
 inline Vector vector(const OptionalTensor& tensor) {
   if (!tensor.has_value() || tensor->numel() == 0) return {};
   const int64_t last = tensor->dim() - 1;
-  return {tensor->data_ptr(), last == 0 ? 0 : tensor->stride(0), tensor->stride(last), dtype_of(*tensor)};
+  const int64_t row = last == 2 ? tensor->stride(1) : 0;
+  return {tensor->data_ptr(), last == 0 ? 0 : tensor->stride(0), tensor->stride(last), dtype_of(*tensor), row};
 }
 
 // ---- Work -----------------------------------------------------------------------------------------------------------

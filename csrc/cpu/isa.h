@@ -36,11 +36,12 @@ struct Tokens {
   int dtype;
 };
 
-// A (B, D) vector, or a (D,) vector with a sample stride of 0.
+// A (B, D) vector, a (D,) vector with a sample stride of 0, or a (B, K, D) vector, whose rows lie `row` apart.
 struct Vector {
   void* data;
   int64_t sample, channel;
   int dtype;
+  int64_t row = 0;
 };
 
 // Channels that a thread takes at a time where it adds up partial sums.

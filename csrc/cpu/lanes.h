@@ -315,6 +315,20 @@ inline void read(const Vector& from, int64_t sample, int64_t first, int64_t size
   });
 }
 
+// A row of a (B, K, D) vector as a vector.
+inline Vector row_of(Vector from, int64_t row) {
+  if (from.data != nullptr) from.data = static_cast<char*>(from.data) + row * from.row * (from.dtype == FLOAT ? 4 : 2);
+  return from;
+}
+
+// All of a vector of a sample in fp32: where it lies if it lies so, else read into `buffer`.
+inline const float* values_of(const Vector& from, int64_t sample, int64_t size, float absent, float* buffer) {
+  if (from.data != nullptr && from.dtype == FLOAT && from.channel == 1)
+    return static_cast<const float*>(from.data) + sample * from.sample;
+  read(from, sample, 0, size, absent, buffer);
+  return buffer;
+}
+
 // Rounds values into a packed vector, if there is one.
 inline void write(const Vector& to, int64_t sample, int64_t first, int64_t size, const float* from) {
   if (to.data == nullptr) return;

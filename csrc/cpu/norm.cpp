@@ -14,12 +14,17 @@
 //
 // Same inputs, same bits, for any number of threads: rows and chunks do not share anything, and the cut into chunks is by shapes
 // alone. stats: (B, N, 2) of mean and rstd, or (B, N, 1) of rstd for rmsnorm.
+//
+// Of the ops by token (norm/by_token.py), the forward reads a token's own row of the vectors. Without an index, the backward writes the
+// gradients of that row as it reads the token, and sums only what all tokens share. With one it walks through the tokens of a row, which
+// `order` lists, as through those of a sample: a row of a sample has its chunks, and their number is by shapes.
 #include "norm.h"
 
 namespace ditkernels {
 
-// `stats` is null in gated_residual. `pq` and `rs` are the chunks' sums (samples * chunks, 2, width), or null if they are not
-// wanted.
+// `stats` is null in gated_residual. `pq` and `rs` are the chunks' sums (groups * chunks, 2, width), or null if they are not
+// wanted. A group is a sample, or one of the `rows` of a sample, whose tokens lie in `order` (B, N) from `starts` (B, rows + 1) on.
+// `by_token`: each token has a row of its own, whose gradients are dgate, dshift and dscale.
 struct NormBackward {
   Tokens dx1, dh, x1, branch, dx, dbranch;
   Vector gate, scale, weight;
@@ -27,13 +32,18 @@ struct NormBackward {
   float *pq, *rs;
   int64_t tokens, width, chunks, chunk_rows;
   bool rms;
+  int64_t rows = 1;
+  const int64_t *order, *starts;
+  bool by_token;
+  Vector branch_bias, bias;
+  Tokens dgate, dshift, dscale;
 };
 
 struct NormVectors {
   const float *pq, *rs;
   Vector gate, scale, branch_bias, weight, bias;
   Vector dgate, dshift, dscale, dbranch_bias, dweight, dbias;
-  int64_t samples, chunks, width;
+  int64_t groups, rows = 1, chunks, width;
 };
 
 struct NormKernels {
@@ -42,7 +52,7 @@ struct NormKernels {
   void (*vectors)(const NormVectors&, int64_t first_block, int64_t end_block);
 };
 
-constexpr int FORWARD_ROWS = 8, BACKWARD_ROWS = 9;  // of scratch, each of padded(width) floats
+constexpr int FORWARD_ROWS = 8, BACKWARD_ROWS = 16;  // of scratch, each of padded(width) floats
 
 DITKERNELS_EVERY_ISA(DITKERNELS_DECLARE, NormKernels, norm)
 
@@ -54,19 +64,17 @@ DITKERNELS_EVERY_ISA(DITKERNELS_DECLARE, NormKernels, norm)
 namespace ditkernels::DITKERNELS_ISA {
 namespace {
 
-// factor = (1 + scale) · weight, which the norm's gradient and the norm are multiplied by.
-void make_factor(const Vector& scale, const Vector& weight, int64_t sample, int64_t width, float* factor, float* buffer) {
-  read(scale, sample, 0, width, 0.0f, factor);
-  read(weight, sample, 0, width, 1.0f, buffer);
-  each(width, [&](int64_t i, auto reach) { store(factor + i, reach, (1.0f + load(factor + i, reach)) * load(buffer + i, reach)); });
-}
-
-// offset = (1 + scale) · bias + shift, which is added to the norm.
-void make_offset(const NormForward& a, int64_t sample, float* offset, float* buffer, float* other) {
-  read(a.shift, sample, 0, a.width, 0.0f, offset);
-  if (a.bias.data == nullptr) return;
-  make_factor(a.scale, a.bias, sample, a.width, buffer, other);
-  each(a.width, [&](int64_t i, auto reach) { store(offset + i, reach, load(offset + i, reach) + load(buffer + i, reach)); });
+// (1 + scale) · weight, which the norm's gradient and the norm are multiplied by. It may lie where the weight does.
+const float* make_factor(const Vector& scale, const Vector& weight, int64_t sample, int64_t width, float* factor, float* buffer) {
+  if (scale.data == nullptr) return values_of(weight, sample, width, 1.0f, factor);
+  const float* given = values_of(scale, sample, width, 0.0f, factor);
+  if (weight.data == nullptr) {
+    each(width, [&](int64_t i, auto reach) { store(factor + i, reach, 1.0f + load(given + i, reach)); });
+    return factor;
+  }
+  const float* of_norm = values_of(weight, sample, width, 1.0f, buffer);
+  each(width, [&](int64_t i, auto reach) { store(factor + i, reach, (1.0f + load(given + i, reach)) * load(of_norm + i, reach)); });
+  return factor;
 }
 
 // ---- Forward --------------------------------------------------------------------------------------------------------
@@ -132,7 +140,7 @@ void finish(const NormForward& a, int64_t at, const float* row, Moments m, const
   });
 }
 
-// The vectors of a sample in fp32, and room for rows.
+// Room for vectors in fp32 and for rows.
 struct ForwardScratch {
   float *factor, *offset, *gate, *bias, *row, *x, *branch, *x1;
 };
@@ -143,22 +151,45 @@ ForwardScratch cut(float* scratch, int64_t width) {
           scratch + 4 * n, scratch + 5 * n, scratch + 6 * n, scratch + 7 * n};
 }
 
+// Which row of the vectors a token takes.
+inline int64_t row_of(const NormForward& a, int64_t at) {
+  if (!a.by_token) return 0;
+  return a.index != nullptr ? a.index[at] : at % a.tokens;
+}
+
+// What a row of the vectors makes of a token: x1 = x + gate · u, h = x̂ · factor + offset, where offset = (1 + scale) · bias + shift.
+struct Modulation {
+  const float *gate, *factor, *offset;
+};
+
+Modulation modulation_of(const NormForward& a, int64_t sample, int64_t row, const ForwardScratch& s) {
+  const Vector scale = row_of(a.scale, row);
+  const float* gate = values_of(row_of(a.gate, row), sample, a.width, 1.0f, s.gate);
+  const float* offset = values_of(row_of(a.shift, row), sample, a.width, 0.0f, s.offset);
+  if (a.bias.data != nullptr) {
+    const float *shift = offset, *bias = make_factor(scale, a.bias, sample, a.width, s.row, s.x);
+    each(a.width, [&](int64_t i, auto reach) { store(s.offset + i, reach, load(shift + i, reach) + load(bias + i, reach)); });
+    offset = s.offset;
+  }
+  return {gate, make_factor(scale, a.weight, sample, a.width, s.factor, s.row), offset};
+}
+
 template <typename X>
 void norm_rows(const NormForward& a, int64_t begin, int64_t end, float* scratch) {
   const ForwardScratch s = cut(scratch, a.width);
+  Modulation by = {};
+  int64_t last = -1;
   for (int64_t at = begin; at < end; ++at) {
-    const int64_t sample = at / a.tokens, token = at % a.tokens;
-    if (at == begin || token == 0) {
-      make_factor(a.scale, a.weight, sample, a.width, s.factor, s.row);
-      make_offset(a, sample, s.offset, s.row, s.x);
-    }
+    const int64_t sample = at / a.tokens, token = at % a.tokens, row = row_of(a, at);
+    if (token == 0 || row != last) by = modulation_of(a, sample, row, s);
+    last = row;
     const X* x = row_of<X>(a.x, sample, token, a.width, reinterpret_cast<X*>(s.x));
     if constexpr (DTYPE<X> == FLOAT) {
       const auto value = [&](int64_t i, auto reach, float absent) { return load(x + i, reach, absent); };
-      finish(a, at, x, moments(a, x, value), s.factor, s.offset);
+      finish(a, at, x, moments(a, x, value), by.factor, by.offset);
     } else {
       const auto value = [&](int64_t i, auto reach, float absent) { return store(s.row + i, reach, load(x + i, reach, absent)); };
-      finish(a, at, s.row, moments(a, s.row, value), s.factor, s.offset);
+      finish(a, at, s.row, moments(a, s.row, value), by.factor, by.offset);
     }
   }
 }
@@ -166,28 +197,27 @@ void norm_rows(const NormForward& a, int64_t begin, int64_t end, float* scratch)
 template <typename X, typename U>
 void residual_rows(const NormForward& a, int64_t begin, int64_t end, float* scratch) {
   const ForwardScratch s = cut(scratch, a.width);
+  const float* bias = values_of(a.branch_bias, 0, a.width, 0.0f, s.bias);
+  Modulation by = {};
+  int64_t last = -1;
   for (int64_t at = begin; at < end; ++at) {
-    const int64_t sample = at / a.tokens, token = at % a.tokens;
-    if (at == begin || token == 0) {
-      read(a.gate, sample, 0, a.width, 1.0f, s.gate);
-      read(a.branch_bias, sample, 0, a.width, 0.0f, s.bias);
-      make_factor(a.scale, a.weight, sample, a.width, s.factor, s.row);
-      make_offset(a, sample, s.offset, s.row, s.x);
-    }
+    const int64_t sample = at / a.tokens, token = at % a.tokens, row = row_of(a, at);
+    if (token == 0 || row != last) by = modulation_of(a, sample, row, s);
+    last = row;
     const X* x = row_of<X>(a.x, sample, token, a.width, reinterpret_cast<X*>(s.x));
     const U* branch = row_of<U>(a.branch, sample, token, a.width, reinterpret_cast<U*>(s.branch));
     X* x1 = place_of<X>(a.x1, sample, token, reinterpret_cast<X*>(s.x1));
     const auto value = [&](int64_t i, auto reach, float absent) {
-      const Lanes u = load(branch + i, reach) + load(s.bias + i, reach);
-      return store(x1 + i, reach, load(x + i, reach, absent) + load(s.gate + i, reach) * u);
+      const Lanes u = load(branch + i, reach) + load(bias + i, reach);
+      return store(x1 + i, reach, load(x + i, reach, absent) + load(by.gate + i, reach) * u);
     };
     if (a.h.data == nullptr) {
       each(a.width, [&](int64_t i, auto reach) { value(i, reach, 0.0f); });
     } else if constexpr (DTYPE<X> == FLOAT) {
-      finish(a, at, x1, moments(a, x1, value), s.factor, s.offset);
+      finish(a, at, x1, moments(a, x1, value), by.factor, by.offset);
     } else {
       const auto kept = [&](int64_t i, auto reach, float absent) { return store(s.row + i, reach, value(i, reach, absent)); };
-      finish(a, at, s.row, moments(a, s.row, kept), s.factor, s.offset);
+      finish(a, at, s.row, moments(a, s.row, kept), by.factor, by.offset);
     }
   }
 }
@@ -284,13 +314,87 @@ void backward_row(
   second_loop<WANTED>(a.width, row, factor, m, means, gate, rs);
 }
 
+// The tokens of a chunk: places in `order`, or tokens themselves.
+struct Span {
+  int64_t sample, row, first, end;
+};
+
+Span span_of(const NormBackward& a, int64_t chunk) {
+  const int64_t group = chunk / a.chunks, part = chunk % a.chunks, sample = group / a.rows, row = group % a.rows;
+  int64_t begin = 0, end = a.tokens, share = a.chunk_rows;
+  if (a.starts != nullptr) {
+    const int64_t* starts = a.starts + sample * (a.rows + 1) + row;
+    begin = starts[0], end = starts[1], share = (end - begin + a.chunks - 1) / a.chunks;
+  }
+  const int64_t first = begin + part * share, last = first + share;
+  return {sample, row, first, last < end ? last : end};
+}
+
+// The loops over a row that has vectors of its own. `dscale` and `dgate` may be null, and so may the sums.
+template <typename X, typename U>
+void backward_token(
+    const NormBackward& a, int64_t sample, int64_t token, const Rows<X, U>& row, float* scratch, float* pq, float* rs) {
+  const int64_t n = row_floats(a.width), width = a.width;
+  const Vector one = {};
+  const float* gate = values_of(row_of(a.gate, token), sample, width, 1.0f, scratch);
+  const float* branch_bias = values_of(a.branch_bias, 0, width, 0.0f, scratch + n);
+  float* dgate = a.dgate.data == nullptr ? nullptr : place_of<float>(a.dgate, sample, token, scratch + 2 * n);
+  const auto through = [&](const auto& value) {
+    each(width, [&](int64_t i, auto reach) {
+      const Lanes dx = value(i, reach), dbranch = load(gate + i, reach) * dx;
+      store(row.dbranch + i, reach, dbranch);
+      if (dgate != nullptr) store(dgate + i, reach, dx * (load(row.branch + i, reach) + load(branch_bias + i, reach)));
+      if (rs != nullptr) add(rs + width + i, reach, dbranch);
+    });
+    if (dgate != nullptr) put(a.dgate, sample, token, width, scratch + 2 * n);
+  };
+  if (a.stats == nullptr) return through([&](int64_t i, auto reach) { return load(row.dx1 + i, reach); });
+
+  const int64_t at = sample * a.tokens + token;
+  const Moments m = a.rms ? Moments{0.0f, a.stats[at]} : Moments{a.stats[2 * at], a.stats[2 * at + 1]};
+  const float* weight = values_of(a.weight, 0, width, 1.0f, scratch + 3 * n);
+  const float* bias = values_of(a.bias, 0, width, 0.0f, scratch + 4 * n);
+  const float* modulation = make_factor(row_of(a.scale, token), one, sample, width, scratch + 5 * n, nullptr);
+  float* dscale = a.dscale.data == nullptr ? nullptr : place_of<float>(a.dscale, sample, token, scratch + 6 * n);
+  Lanes sums[SUMS] = {}, products[SUMS] = {};
+  add_up(width, [&](int64_t i, int j, auto reach) {
+    const Lanes gradient = load(row.dh + i, reach), modulated = gradient * load(modulation + i, reach);
+    const Lanes normed = (load(row.x1 + i, reach) - m.mean) * m.rstd;
+    const Lanes dnormed = modulated * load(weight + i, reach);
+    sums[j] += dnormed;
+    products[j] += dnormed * normed;
+    if (dscale != nullptr) store(dscale + i, reach, gradient * (normed * load(weight + i, reach) + load(bias + i, reach)));
+    if (pq != nullptr) {
+      add(pq + i, reach, modulated);
+      add(pq + width + i, reach, modulated * normed);
+    }
+  });
+  if (dscale != nullptr) put(a.dscale, sample, token, width, scratch + 6 * n);
+  if (a.dshift.data != nullptr) {
+    float* dshift = place_of<float>(a.dshift, sample, token, scratch + 6 * n);
+    each(width, [&](int64_t i, auto reach) { store(dshift + i, reach, load(row.dh + i, reach)); });
+    put(a.dshift, sample, token, width, scratch + 6 * n);
+  }
+  if (a.dx.data == nullptr && a.dbranch.data == nullptr && dgate == nullptr && rs == nullptr) return;
+  const float mean = a.rms ? 0.0f : total(sums) / width, product = total(products) / width;
+  const auto value = [&](int64_t i, auto reach) {
+    const Lanes normed = (load(row.x1 + i, reach) - m.mean) * m.rstd;
+    const Lanes dnormed = (load(row.dh + i, reach) * load(modulation + i, reach)) * load(weight + i, reach);
+    const Lanes dx = load(row.dx1 + i, reach) + m.rstd * ((dnormed - mean) - normed * product);
+    store(row.dx + i, reach, dx);
+    return dx;
+  };
+  if (a.dbranch.data != nullptr || dgate != nullptr || rs != nullptr) return through(value);
+  each(width, [&](int64_t i, auto reach) { value(i, reach); });
+}
+
 template <Branch WANTED, typename X, typename U>
 void backward_chunk(const NormBackward& a, int64_t chunk, float* scratch) {
-  const int64_t n = row_floats(a.width), sample = chunk / a.chunks, first = chunk % a.chunks * a.chunk_rows;
-  const int64_t end = first + a.chunk_rows < a.tokens ? first + a.chunk_rows : a.tokens;
-  float *factor = scratch, *gate = scratch + n, *zeros = scratch + 2 * n, *room = scratch + 3 * n;
-  make_factor(a.scale, a.weight, sample, a.width, factor, zeros);
-  read(a.gate, sample, 0, a.width, 1.0f, gate);
+  const int64_t n = row_floats(a.width);
+  const Span span = span_of(a, chunk);
+  float *zeros = scratch + 2 * n, *room = scratch + 3 * n, *own = scratch + 9 * n;
+  const float* factor = make_factor(row_of(a.scale, span.row), a.weight, span.sample, a.width, scratch, zeros);
+  const float* gate = values_of(row_of(a.gate, span.row), span.sample, a.width, 1.0f, scratch + n);
   memset(zeros, 0, a.width * sizeof(float));
   float* pq = a.pq == nullptr ? nullptr : a.pq + chunk * 2 * a.width;
   float* rs = a.rs == nullptr ? nullptr : a.rs + chunk * 2 * a.width;
@@ -299,21 +403,25 @@ void backward_chunk(const NormBackward& a, int64_t chunk, float* scratch) {
   const auto given = [&](const Tokens& from, int64_t token, auto type, int64_t place) {
     using T = decltype(type);
     if (from.data == nullptr) return reinterpret_cast<const T*>(zeros);
-    return row_of<T>(from, sample, token, a.width, reinterpret_cast<T*>(room + place * n));
+    return row_of<T>(from, span.sample, token, a.width, reinterpret_cast<T*>(room + place * n));
   };
   X* dx_room = reinterpret_cast<X*>(room + 4 * n);
   U* dbranch_room = reinterpret_cast<U*>(room + 5 * n);
-  for (int64_t token = first; token < end; ++token) {
+  for (int64_t place = span.first; place < span.end; ++place) {
+    const int64_t token = a.order == nullptr ? place : a.order[span.sample * a.tokens + place];
     const Rows<X, U> row = {
         given(a.dx1, token, X{}, 0),
         given(a.x1, token, X{}, 1),
         given(a.dh, token, U{}, 2),
         given(a.branch, token, U{}, 3),
-        place_of(a.dx, sample, token, dx_room),
-        place_of(a.dbranch, sample, token, dbranch_room)};
-    backward_row<WANTED>(a, sample * a.tokens + token, row, factor, gate, pq, rs);
-    put(a.dx, sample, token, a.width, dx_room);
-    put(a.dbranch, sample, token, a.width, dbranch_room);
+        place_of(a.dx, span.sample, token, dx_room),
+        place_of(a.dbranch, span.sample, token, dbranch_room)};
+    if (a.by_token)
+      backward_token(a, span.sample, token, row, own, pq, rs);
+    else
+      backward_row<WANTED>(a, span.sample * a.tokens + token, row, factor, gate, pq, rs);
+    put(a.dx, span.sample, token, a.width, dx_room);
+    put(a.dbranch, span.sample, token, a.width, dbranch_room);
   }
 }
 
@@ -348,43 +456,54 @@ struct Sums {
   float first[BLOCK], second[BLOCK];
 };
 
-void add_chunks(const float* partial, const NormVectors& a, int64_t sample, int64_t from, int64_t size, Sums& sums) {
-  const float* chunks = partial + sample * a.chunks * 2 * a.width + from;
+void add_chunks(const float* partial, const NormVectors& a, int64_t group, int64_t from, int64_t size, Sums& sums) {
+  const float* chunks = partial + group * a.chunks * 2 * a.width + from;
   add_rows(chunks, a.chunks, 2 * a.width, size, sums.first);
   add_rows(chunks + a.width, a.chunks, 2 * a.width, size, sums.second);
 }
 
-// Of P and Q: dshift and dscale of a sample, and what it adds to dweight and dbias.
-void through_modulation(const NormVectors& a, int64_t sample, int64_t from, int64_t size, Sums& shared) {
+// A group's part of a vector.
+struct Of {
+  const NormVectors& a;
+  int64_t sample, row, from, size;
+
+  void get(const Vector& vector, float absent, float* to) const { read(row_of(vector, row), sample, from, size, absent, to); }
+  void put(const Vector& vector, const float* values) const { write(row_of(vector, row), sample, from, size, values); }
+};
+
+// Of P and Q: dshift and dscale of a group, and what it adds to dweight and dbias.
+void through_modulation(const NormVectors& a, int64_t group, int64_t from, int64_t size, Sums& shared) {
   Sums sums;
   float scale[BLOCK], weight[BLOCK], bias[BLOCK], dscale[BLOCK];
-  add_chunks(a.pq, a, sample, from, size, sums);
-  read(a.scale, sample, from, size, 0.0f, scale);
-  read(a.weight, sample, from, size, 1.0f, weight);
-  read(a.bias, sample, from, size, 0.0f, bias);
+  const Of of = {a, group / a.rows, group % a.rows, from, size};
+  add_chunks(a.pq, a, group, from, size, sums);
+  of.get(a.scale, 0.0f, scale);
+  of.get(a.weight, 1.0f, weight);
+  of.get(a.bias, 0.0f, bias);
   each(size, [&](int64_t i, auto reach) {
     const Lanes p = load(sums.first + i, reach), q = load(sums.second + i, reach), factor = 1.0f + load(scale + i, reach);
     store(dscale + i, reach, load(weight + i, reach) * q + load(bias + i, reach) * p);
     add(shared.first + i, reach, factor * q);
     add(shared.second + i, reach, factor * p);
   });
-  write(a.dshift, sample, from, size, sums.first);
-  write(a.dscale, sample, from, size, dscale);
+  of.put(a.dshift, sums.first);
+  of.put(a.dscale, dscale);
 }
 
-// Of R and S: dgate of a sample, and what it adds to dbranch_bias.
-void through_residual(const NormVectors& a, int64_t sample, int64_t from, int64_t size, float* shared) {
+// Of R and S: dgate of a group, and what it adds to dbranch_bias.
+void through_residual(const NormVectors& a, int64_t group, int64_t from, int64_t size, float* shared) {
   Sums sums;
   float gate[BLOCK], bias[BLOCK], dgate[BLOCK];
-  add_chunks(a.rs, a, sample, from, size, sums);
-  read(a.gate, sample, from, size, 1.0f, gate);
-  read(a.branch_bias, sample, from, size, 0.0f, bias);
+  const Of of = {a, group / a.rows, group % a.rows, from, size};
+  add_chunks(a.rs, a, group, from, size, sums);
+  of.get(a.gate, 1.0f, gate);
+  of.get(a.branch_bias, 0.0f, bias);
   each(size, [&](int64_t i, auto reach) {
     const Lanes r = load(sums.first + i, reach), s = load(sums.second + i, reach);
     store(dgate + i, reach, r + load(bias + i, reach) * s);
     add(shared + i, reach, load(gate + i, reach) * s);
   });
-  write(a.dgate, sample, from, size, dgate);
+  of.put(a.dgate, dgate);
 }
 
 void vectors(const NormVectors& a, int64_t begin, int64_t end) {
@@ -392,9 +511,9 @@ void vectors(const NormVectors& a, int64_t begin, int64_t end) {
     const int64_t from = block * BLOCK, size = from + BLOCK < a.width ? BLOCK : a.width - from;
     Sums of_norm = {};
     float of_branch[BLOCK] = {};
-    for (int64_t sample = 0; sample < a.samples; ++sample) {
-      if (a.pq != nullptr) through_modulation(a, sample, from, size, of_norm);
-      if (a.rs != nullptr) through_residual(a, sample, from, size, of_branch);
+    for (int64_t group = 0; group < a.groups; ++group) {
+      if (a.pq != nullptr) through_modulation(a, group, from, size, of_norm);
+      if (a.rs != nullptr) through_residual(a, group, from, size, of_branch);
     }
     write(a.dweight, 0, from, size, of_norm.first);
     write(a.dbias, 0, from, size, of_norm.second);
@@ -424,151 +543,219 @@ using Wanted = std::vector<int64_t>;
 bool is_rms(const std::string& norm) { return norm == "rmsnorm"; }
 int64_t columns(const std::string& norm) { return is_rms(norm) ? 1 : 2; }
 
-std::tuple<Tensor, Tensor> modulate_norm(
-    Tensor x, OptionalTensor shift, OptionalTensor scale, OptionalTensor weight, OptionalTensor bias, std::string norm, double eps,
+// Which vectors a token takes: its sample's; a row of its own; or that of an index, whose tokens `order` and `starts` group. Contiguous.
+struct Choice {
+  OptionalTensor index, order, starts;
+  bool by_token = false;
+
+  static const int64_t* numbers(const OptionalTensor& tensor) {
+    return tensor.has_value() ? static_cast<const int64_t*>(tensor->data_ptr()) : nullptr;
+  }
+  int64_t rows(int64_t length) const { return starts.has_value() ? starts->size(1) - 1 : length; }
+};
+
+OptionalTensor packed(const OptionalTensor& tensor) {
+  return tensor.has_value() ? OptionalTensor(torch::stable::contiguous(*tensor)) : tensor;
+}
+
+Choice by_token(const OptionalTensor& index, const OptionalTensor& order, const OptionalTensor& starts) {
+  return {packed(index), packed(order), packed(starts), true};
+}
+
+// Raises where an index names no row of a vector: the loops would read what is not there.
+void check_rows(const char* op, const Choice& choice, const OptionalTensor& vector) {
+  if (!choice.index.has_value() || !vector.has_value()) return;
+  const int64_t* index = Choice::numbers(choice.index);
+  for (int64_t i = 0; i < choice.index->numel(); ++i)
+    STD_TORCH_CHECK(
+        index[i] >= 0 && index[i] < vector->size(1), op, ": index: got row ", index[i], ", allowed are 0..", vector->size(1) - 1);
+}
+
+struct Given {
+  OptionalTensor gate, shift, scale, branch_bias, weight, bias;
+};
+
+NormForward forward_of(const char* op, const Tensor& x, const Given& given, const Choice& choice) {
+  for (const OptionalTensor& vector : {given.gate, given.shift, given.scale}) check_rows(op, choice, vector);
+  NormForward a = {};
+  a.x = tokens(x);
+  a.gate = vector(given.gate);
+  a.shift = vector(given.shift);
+  a.scale = vector(given.scale);
+  a.branch_bias = vector(given.branch_bias);
+  a.weight = vector(given.weight);
+  a.bias = vector(given.bias);
+  a.tokens = x.size(1);
+  a.width = x.size(2);
+  a.index = Choice::numbers(choice.index);
+  a.by_token = choice.by_token;
+  return a;
+}
+
+void finish_with_norm(NormForward& a, const Tensor& h, const Tensor& stats, const std::string& norm, double eps, bool keep) {
+  a.h = tokens(h);
+  a.stats = keep ? static_cast<float*>(stats.data_ptr()) : nullptr;
+  a.rms = is_rms(norm);
+  a.eps = static_cast<float>(eps);
+  a.rounding = a.h.dtype;
+  norm_forward(a, h.size(0));
+}
+
+std::tuple<Tensor, Tensor> modulated(
+    const char* op, const Tensor& x, const Given& given, const Choice& choice, const std::string& norm, double eps,
     ScalarType out_dtype, bool keep) {
   const int64_t samples = x.size(0), length = x.size(1), width = x.size(2);
   const Tensor h = empty({samples, length, width}, number(out_dtype));
   const Tensor stats = empty_if(keep, {samples, length, columns(norm)}, FLOAT);
-  NormForward a = {};
-  a.x = tokens(x);
-  a.h = tokens(h);
-  a.shift = vector(shift);
-  a.scale = vector(scale);
-  a.weight = vector(weight);
-  a.bias = vector(bias);
-  a.stats = keep ? static_cast<float*>(stats.data_ptr()) : nullptr;
-  a.tokens = length;
-  a.width = width;
-  a.rms = is_rms(norm);
-  a.eps = static_cast<float>(eps);
-  a.rounding = a.h.dtype;
-  norm_forward(a, samples);
+  NormForward a = forward_of(op, x, given, choice);
+  finish_with_norm(a, h, stats, norm, eps, keep);
   return {h, stats};
 }
 
-Tensor gated_residual(Tensor x, Tensor branch, OptionalTensor gate, OptionalTensor branch_bias) {
-  const int64_t samples = x.size(0), length = x.size(1), width = x.size(2);
-  const Tensor x1 = empty({samples, length, width}, dtype_of(x));
-  NormForward a = {};
-  a.x = tokens(x);
+Tensor gated(const char* op, const Tensor& x, const Tensor& branch, const Given& given, const Choice& choice) {
+  const Tensor x1 = empty({x.size(0), x.size(1), x.size(2)}, dtype_of(x));
+  NormForward a = forward_of(op, x, given, choice);
   a.branch = tokens(branch);
   a.x1 = tokens(x1);
-  a.gate = vector(gate);
-  a.branch_bias = vector(branch_bias);
-  a.tokens = length;
-  a.width = width;
-  norm_forward(a, samples);
+  norm_forward(a, x.size(0));
   return x1;
 }
 
-std::tuple<Tensor, Tensor, Tensor> gated_residual_norm(
-    Tensor x, Tensor branch, OptionalTensor gate, OptionalTensor shift, OptionalTensor scale, OptionalTensor branch_bias,
-    OptionalTensor weight, OptionalTensor bias, std::string norm, double eps, ScalarType out_dtype, bool keep) {
+std::tuple<Tensor, Tensor, Tensor> gated_and_modulated(
+    const char* op, const Tensor& x, const Tensor& branch, const Given& given, const Choice& choice, const std::string& norm,
+    double eps, ScalarType out_dtype, bool keep) {
   const int64_t samples = x.size(0), length = x.size(1), width = x.size(2);
   const Tensor x1 = empty({samples, length, width}, dtype_of(x)), h = empty({samples, length, width}, number(out_dtype));
   const Tensor stats = empty_if(keep, {samples, length, columns(norm)}, FLOAT);
-  NormForward a = {};
-  a.x = tokens(x);
+  NormForward a = forward_of(op, x, given, choice);
   a.branch = tokens(branch);
   a.x1 = tokens(x1);
-  a.h = tokens(h);
-  a.gate = vector(gate);
-  a.branch_bias = vector(branch_bias);
-  a.shift = vector(shift);
-  a.scale = vector(scale);
-  a.weight = vector(weight);
-  a.bias = vector(bias);
-  a.stats = keep ? static_cast<float*>(stats.data_ptr()) : nullptr;
-  a.tokens = length;
-  a.width = width;
-  a.rms = is_rms(norm);
-  a.eps = static_cast<float>(eps);
-  a.rounding = a.h.dtype;
-  norm_forward(a, samples);
+  finish_with_norm(a, h, stats, norm, eps, keep);
   return {x1, h, stats};
 }
 
-// Runs a backward: the rows, then the vectors. `of_norm` and `of_residual`: whether sums P and Q, and R and S, are needed.
-void run(NormBackward& a, NormVectors& v, int64_t samples, bool of_norm, bool of_residual) {
-  const NormKernels& table = kernels();
-  a.chunk_rows = rows_of_a_chunk(samples, a.tokens);
+// The wanted gradients of vectors; those of gate, shift and scale have a row for each of a sample's.
+struct Made {
+  Tensor gate, shift, scale, branch_bias, weight, bias;
+};
+
+struct WantedVectors {
+  int64_t gate = -1, shift = -1, scale = -1, branch_bias = -1, weight = -1, bias = -1;
+};
+
+Made made_of(const WantedVectors& wanted, const Choice& choice, int64_t samples, int64_t length, int64_t width) {
+  const auto own = [&](int64_t dtype) {
+    return choice.by_token ? gradient(dtype, {samples, choice.rows(length), width}) : gradient(dtype, {samples, width});
+  };
+  const auto shared = [&](int64_t dtype) { return gradient(dtype, {width}); };
+  return {own(wanted.gate),           own(wanted.shift),     own(wanted.scale),
+          shared(wanted.branch_bias), shared(wanted.weight), shared(wanted.bias)};
+}
+
+// How the groups' tokens are cut into chunks, by shapes alone.
+void cut_into_chunks(NormBackward& a, int64_t samples) {
+  a.chunk_rows = rows_of_a_chunk(samples * a.rows, a.tokens);
   a.chunks = ceil_div(a.tokens, a.chunk_rows);
-  const int64_t all = samples * a.chunks, sums = all * 2 * a.width;
+}
+
+// Runs a backward: the rows, then the vectors. Its tensors of tokens, its statistics and its norm are set.
+Made run(
+    const char* op, NormBackward& a, const Given& given, const Choice& choice, const WantedVectors& wanted, int64_t samples,
+    int64_t length, int64_t width) {
+  const NormKernels& table = kernels();
+  check_rows(op, choice, given.gate);
+  check_rows(op, choice, given.scale);
+  const bool grouped = choice.index.has_value();
+  STD_TORCH_CHECK(!grouped || (choice.order.has_value() && choice.starts.has_value()), op, ": an index comes with order and starts");
+  const Made made = made_of(wanted, choice, samples, length, width);
+  const bool own = choice.by_token && !grouped;
+  a.gate = vector(given.gate);
+  a.scale = vector(given.scale);
+  a.weight = vector(given.weight);
+  a.bias = vector(given.bias);
+  a.branch_bias = vector(given.branch_bias);
+  a.tokens = length;
+  a.width = width;
+  a.rows = grouped ? choice.rows(length) : 1;
+  a.order = Choice::numbers(choice.order);
+  a.starts = Choice::numbers(choice.starts);
+  a.by_token = own;
+  NormVectors v = {};
+  if (own) {
+    a.dgate = tokens(made.gate);
+    a.dshift = tokens(made.shift);
+    a.dscale = tokens(made.scale);
+  } else {
+    v.gate = a.gate;
+    v.scale = a.scale;
+    v.dgate = vector(made.gate);
+    v.dshift = vector(made.shift);
+    v.dscale = vector(made.scale);
+  }
+  v.branch_bias = a.branch_bias;
+  v.weight = a.weight;
+  v.bias = a.bias;
+  v.dbranch_bias = vector(made.branch_bias);
+  v.dweight = vector(made.weight);
+  v.dbias = vector(made.bias);
+  const bool of_norm = wanted.weight >= 0 || wanted.bias >= 0 || (!own && (wanted.shift >= 0 || wanted.scale >= 0));
+  const bool of_residual = wanted.branch_bias >= 0 || (!own && wanted.gate >= 0);
+
+  cut_into_chunks(a, samples);
+  const int64_t groups = samples * a.rows, all = groups * a.chunks, sums = all * 2 * width;
   const Scratch pq(of_norm ? sums + 1 : 0), rs(of_residual ? sums + 1 : 0);  // there, even where there are no tokens
   a.pq = pq.get();
   a.rs = rs.get();
-  in_parallel(all, a.chunk_rows * a.width, [&](int64_t begin, int64_t end) {
-    const Scratch scratch(BACKWARD_ROWS * padded(a.width));
+  in_parallel(all, a.chunk_rows * width, [&](int64_t begin, int64_t end) {
+    const Scratch scratch(BACKWARD_ROWS * padded(width));
     table.backward(a, begin, end, scratch.get());
   });
-  if (!of_norm && !of_residual) return;
+  if (!of_norm && !of_residual) return made;
   v.pq = a.pq;
   v.rs = a.rs;
-  v.samples = samples;
+  v.groups = groups;
+  v.rows = a.rows;
   v.chunks = a.chunks;
-  v.width = a.width;
-  in_parallel(ceil_div(a.width, BLOCK), 2 * all * BLOCK, [&](int64_t begin, int64_t end) { table.vectors(v, begin, end); });
+  v.width = width;
+  in_parallel(ceil_div(width, BLOCK), 2 * all * BLOCK, [&](int64_t begin, int64_t end) { table.vectors(v, begin, end); });
+  return made;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> modulate_norm_backward(
-    Tensor dh, OptionalTensor x, OptionalTensor scale, OptionalTensor weight, OptionalTensor bias, OptionalTensor stats,
-    std::string norm, Wanted wanted) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> through_modulated(
+    const char* op, const Tensor& dh, const OptionalTensor& x, const Given& given, const OptionalTensor& stats, const Choice& choice,
+    const std::string& norm, const Wanted& wanted) {
   const int64_t samples = dh.size(0), length = dh.size(1), width = dh.size(2);
   const Tensor dx = gradient(wanted[0], {samples, length, width});
-  const Tensor dshift = gradient(wanted[1], {samples, width}), dscale = gradient(wanted[2], {samples, width});
-  const Tensor dweight = gradient(wanted[3], {width}), dbias = gradient(wanted[4], {width});
   NormBackward a = {};
   a.dh = tokens(dh);
   a.x1 = tokens(x);
   a.dx = tokens(dx);
-  a.scale = vector(scale);
-  a.weight = vector(weight);
   a.stats = static_cast<const float*>(stats->data_ptr());
-  a.tokens = length;
-  a.width = width;
   a.rms = is_rms(norm);
-  NormVectors v = {};
-  v.scale = a.scale;
-  v.weight = a.weight;
-  v.bias = vector(bias);
-  v.dshift = vector(dshift);
-  v.dscale = vector(dscale);
-  v.dweight = vector(dweight);
-  v.dbias = vector(dbias);
-  run(a, v, samples, wanted[1] >= 0 || wanted[2] >= 0 || wanted[3] >= 0 || wanted[4] >= 0, false);
-  return {dx, dshift, dscale, dweight, dbias};
+  const WantedVectors of = {-1, wanted[1], wanted[2], -1, wanted[3], wanted[4]};
+  const Made made = run(op, a, given, choice, of, samples, length, width);
+  return {dx, made.shift, made.scale, made.weight, made.bias};
 }
 
-std::tuple<Tensor, Tensor, Tensor> gated_residual_backward(
-    Tensor dx1, OptionalTensor branch, OptionalTensor gate, OptionalTensor branch_bias, Wanted wanted) {
+std::tuple<Tensor, Tensor, Tensor> through_gated(
+    const char* op, const Tensor& dx1, const OptionalTensor& branch, const Given& given, const Choice& choice, const Wanted& wanted) {
   const int64_t samples = dx1.size(0), length = dx1.size(1), width = dx1.size(2);
   const Tensor dbranch = gradient(wanted[0], {samples, length, width});
-  const Tensor dgate = gradient(wanted[1], {samples, width}), dbranch_bias = gradient(wanted[2], {width});
   NormBackward a = {};
   a.dx1 = tokens(dx1);
   a.branch = tokens(branch);
   a.dbranch = tokens(dbranch);
-  a.gate = vector(gate);
-  a.tokens = length;
-  a.width = width;
-  NormVectors v = {};
-  v.gate = a.gate;
-  v.branch_bias = vector(branch_bias);
-  v.dgate = vector(dgate);
-  v.dbranch_bias = vector(dbranch_bias);
-  run(a, v, samples, false, wanted[1] >= 0 || wanted[2] >= 0);
-  return {dbranch, dgate, dbranch_bias};
+  const Made made = run(op, a, given, choice, {wanted[1], -1, -1, wanted[2]}, samples, length, width);
+  return {dbranch, made.gate, made.branch_bias};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gated_residual_norm_backward(
-    OptionalTensor dx1, OptionalTensor dh, OptionalTensor x1, OptionalTensor branch, OptionalTensor gate, OptionalTensor scale,
-    OptionalTensor branch_bias, OptionalTensor weight, OptionalTensor bias, OptionalTensor stats, std::string norm, Wanted wanted) {
+using EightTensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+EightTensors through_gated_and_modulated(
+    const char* op, const OptionalTensor& dx1, const OptionalTensor& dh, const OptionalTensor& x1, const OptionalTensor& branch,
+    const Given& given, const OptionalTensor& stats, const Choice& choice, const std::string& norm, const Wanted& wanted) {
   const int64_t samples = x1->size(0), length = x1->size(1), width = x1->size(2);
   const Tensor dx = gradient(wanted[0], {samples, length, width}), dbranch = gradient(wanted[1], {samples, length, width});
-  const Tensor dgate = gradient(wanted[2], {samples, width}), dshift = gradient(wanted[3], {samples, width});
-  const Tensor dscale = gradient(wanted[4], {samples, width}), dbranch_bias = gradient(wanted[5], {width});
-  const Tensor dweight = gradient(wanted[6], {width}), dbias = gradient(wanted[7], {width});
   NormBackward a = {};
   a.dx1 = tokens(dx1);
   a.dh = tokens(dh);
@@ -576,28 +763,90 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gated
   a.branch = tokens(branch);
   a.dx = tokens(dx);
   a.dbranch = tokens(dbranch);
-  a.gate = vector(gate);
-  a.scale = vector(scale);
-  a.weight = vector(weight);
   a.stats = static_cast<const float*>(stats->data_ptr());
-  a.tokens = length;
-  a.width = width;
   a.rms = is_rms(norm);
-  NormVectors v = {};
-  v.gate = a.gate;
-  v.scale = a.scale;
-  v.branch_bias = vector(branch_bias);
-  v.weight = a.weight;
-  v.bias = vector(bias);
-  v.dgate = vector(dgate);
-  v.dshift = vector(dshift);
-  v.dscale = vector(dscale);
-  v.dbranch_bias = vector(dbranch_bias);
-  v.dweight = vector(dweight);
-  v.dbias = vector(dbias);
-  const bool of_norm = wanted[3] >= 0 || wanted[4] >= 0 || wanted[6] >= 0 || wanted[7] >= 0;
-  run(a, v, samples, of_norm, wanted[2] >= 0 || wanted[5] >= 0);
-  return {dx, dbranch, dgate, dshift, dscale, dbranch_bias, dweight, dbias};
+  const WantedVectors of = {wanted[2], wanted[3], wanted[4], wanted[5], wanted[6], wanted[7]};
+  const Made made = run(op, a, given, choice, of, samples, length, width);
+  return {dx, dbranch, made.gate, made.shift, made.scale, made.branch_bias, made.weight, made.bias};
+}
+
+// ---- Ops: of vectors per sample, and of vectors of rows -------------------------------------------------------------
+
+using Optional = OptionalTensor;
+
+std::tuple<Tensor, Tensor> modulate_norm(
+    Tensor x, Optional shift, Optional scale, Optional weight, Optional bias, std::string norm, double eps, ScalarType out_dtype,
+    bool keep) {
+  return modulated("modulate_norm", x, {{}, shift, scale, {}, weight, bias}, {}, norm, eps, out_dtype, keep);
+}
+
+std::tuple<Tensor, Tensor> modulate_norm_by_token(
+    Tensor x, Optional shift, Optional scale, Optional weight, Optional bias, Optional index, Optional order, Optional starts,
+    std::string norm, double eps, ScalarType out_dtype, bool keep) {
+  const Choice choice = by_token(index, order, starts);
+  return modulated("modulate_norm_by_token", x, {{}, shift, scale, {}, weight, bias}, choice, norm, eps, out_dtype, keep);
+}
+
+Tensor gated_residual(Tensor x, Tensor branch, Optional gate, Optional branch_bias) {
+  return gated("gated_residual", x, branch, {gate, {}, {}, branch_bias}, {});
+}
+
+Tensor gated_residual_by_token(
+    Tensor x, Tensor branch, Optional gate, Optional branch_bias, Optional index, Optional order, Optional starts) {
+  return gated("gated_residual_by_token", x, branch, {gate, {}, {}, branch_bias}, by_token(index, order, starts));
+}
+
+std::tuple<Tensor, Tensor, Tensor> gated_residual_norm(
+    Tensor x, Tensor branch, Optional gate, Optional shift, Optional scale, Optional branch_bias, Optional weight, Optional bias,
+    std::string norm, double eps, ScalarType out_dtype, bool keep) {
+  const Given given = {gate, shift, scale, branch_bias, weight, bias};
+  return gated_and_modulated("gated_residual_norm", x, branch, given, {}, norm, eps, out_dtype, keep);
+}
+
+std::tuple<Tensor, Tensor, Tensor> gated_residual_norm_by_token(
+    Tensor x, Tensor branch, Optional gate, Optional shift, Optional scale, Optional branch_bias, Optional weight, Optional bias,
+    Optional index, Optional order, Optional starts, std::string norm, double eps, ScalarType out_dtype, bool keep) {
+  const Given given = {gate, shift, scale, branch_bias, weight, bias};
+  const Choice choice = by_token(index, order, starts);
+  return gated_and_modulated("gated_residual_norm_by_token", x, branch, given, choice, norm, eps, out_dtype, keep);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> modulate_norm_backward(
+    Tensor dh, Optional x, Optional scale, Optional weight, Optional bias, Optional stats, std::string norm, Wanted wanted) {
+  return through_modulated("modulate_norm_backward", dh, x, {{}, {}, scale, {}, weight, bias}, stats, {}, norm, wanted);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> modulate_norm_by_token_backward(
+    Tensor dh, Optional x, Optional scale, Optional weight, Optional bias, Optional stats, Optional index, Optional order,
+    Optional starts, std::string norm, Wanted wanted) {
+  const Choice choice = by_token(index, order, starts);
+  return through_modulated("modulate_norm_by_token_backward", dh, x, {{}, {}, scale, {}, weight, bias}, stats, choice, norm, wanted);
+}
+
+std::tuple<Tensor, Tensor, Tensor> gated_residual_backward(
+    Tensor dx1, Optional branch, Optional gate, Optional branch_bias, Wanted wanted) {
+  return through_gated("gated_residual_backward", dx1, branch, {gate, {}, {}, branch_bias}, {}, wanted);
+}
+
+std::tuple<Tensor, Tensor, Tensor> gated_residual_by_token_backward(
+    Tensor dx1, Optional branch, Optional gate, Optional branch_bias, Optional index, Optional order, Optional starts, Wanted wanted) {
+  const Choice choice = by_token(index, order, starts);
+  return through_gated("gated_residual_by_token_backward", dx1, branch, {gate, {}, {}, branch_bias}, choice, wanted);
+}
+
+EightTensors gated_residual_norm_backward(
+    Optional dx1, Optional dh, Optional x1, Optional branch, Optional gate, Optional scale, Optional branch_bias, Optional weight,
+    Optional bias, Optional stats, std::string norm, Wanted wanted) {
+  const Given given = {gate, {}, scale, branch_bias, weight, bias};
+  return through_gated_and_modulated("gated_residual_norm_backward", dx1, dh, x1, branch, given, stats, {}, norm, wanted);
+}
+
+EightTensors gated_residual_norm_by_token_backward(
+    Optional dx1, Optional dh, Optional x1, Optional branch, Optional gate, Optional scale, Optional branch_bias, Optional weight,
+    Optional bias, Optional stats, Optional index, Optional order, Optional starts, std::string norm, Wanted wanted) {
+  const Given given = {gate, {}, scale, branch_bias, weight, bias};
+  const Choice choice = by_token(index, order, starts);
+  return through_gated_and_modulated("gated_residual_norm_by_token_backward", dx1, dh, x1, branch, given, stats, choice, norm, wanted);
 }
 
 }  // namespace
@@ -619,5 +868,11 @@ STABLE_TORCH_LIBRARY_IMPL(ditkernels, CPU, library) {
   library.impl("gated_residual_backward_cpu", TORCH_BOX(&ditkernels::gated_residual_backward));
   library.impl("gated_residual_norm_cpu", TORCH_BOX(&ditkernels::gated_residual_norm));
   library.impl("gated_residual_norm_backward_cpu", TORCH_BOX(&ditkernels::gated_residual_norm_backward));
+  library.impl("modulate_norm_by_token_cpu", TORCH_BOX(&ditkernels::modulate_norm_by_token));
+  library.impl("modulate_norm_by_token_backward_cpu", TORCH_BOX(&ditkernels::modulate_norm_by_token_backward));
+  library.impl("gated_residual_by_token_cpu", TORCH_BOX(&ditkernels::gated_residual_by_token));
+  library.impl("gated_residual_by_token_backward_cpu", TORCH_BOX(&ditkernels::gated_residual_by_token_backward));
+  library.impl("gated_residual_norm_by_token_cpu", TORCH_BOX(&ditkernels::gated_residual_norm_by_token));
+  library.impl("gated_residual_norm_by_token_backward_cpu", TORCH_BOX(&ditkernels::gated_residual_norm_by_token_backward));
 }
 #endif

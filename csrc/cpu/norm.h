@@ -6,7 +6,8 @@
 namespace ditkernels {
 
 // `x1` is absent where it is not kept, `branch` where there is none, `h` in gated_residual; `stats` is null if it is not kept.
-// An h of fp32 holds values rounded to the dtype `rounding`.
+// An h of fp32 holds values rounded to the dtype `rounding`. `by_token`: a token takes the row `index` (B, N) of gate, shift and scale,
+// (B, K, D); the row of its own number where that is null.
 struct NormForward {
   Tokens x, branch, x1, h;
   Vector gate, branch_bias, shift, scale, weight, bias;
@@ -15,6 +16,8 @@ struct NormForward {
   int rounding;
   bool rms;
   float eps;
+  const int64_t* index;
+  bool by_token;
 };
 
 void norm_forward(const NormForward& a, int64_t samples);

@@ -110,7 +110,7 @@ def _cases() -> Iterator[Case]:
     for op in dispatch.OPS.values():
         for example in op.declaration.examples:
             present = None if example.present is None else example.present.split()
-            yield Case(op.name, op.declaration.shapes(example.sizes, present), example.options)
+            yield Case(op.declaration.called or op.name, op.declaration.shapes(example.sizes, present), example.options)
 
     # What no declaration can say: views, lists that are changed in place, and attention, which is no op of ours.
     yield Case("split_qkv", {"packed": (3, 37, 3, 2, 72), "bias": (432,)})

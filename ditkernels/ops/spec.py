@@ -1,6 +1,6 @@
 """What an op is, said once: its declaration, and all that follows from it.
 
-    inputs     "x: BND, branch: BND, gate: BD?"                  tensors: name, axes, and ? where it may be None
+    inputs     "x: BND, branch: BND, index: BN? = int"           tensors: name, axes, ? where it may be None, int for integers
     options    "norm: str, eps: float, out_dtype: ScalarType"    all else, in types of torch's schema language
     outputs    "x1: BND = x, stats: BNS = wide if keep"          tensors: name, axes, whose dtype, and the option it hangs on
 
@@ -31,6 +31,7 @@ from torch import Tensor
 from ditkernels.reference import NORMS, same_size
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+INTEGERS = (torch.int64,)
 # c10::ScalarType's numbers, which compiled libraries share.
 _CODES = {torch.float16: 5, torch.float32: 6, torch.float64: 7, torch.bfloat16: 15}
 _DTYPES = {code: dtype for dtype, code in _CODES.items()} | {-1: None}
@@ -60,15 +61,17 @@ def decoded(codes: Sequence[int]) -> Wanted:
 # ---- Checks. Every message names the argument, what came and what is allowed. ----------------------------------------
 
 
-def check_dtype(name: str, value: torch.dtype) -> None:
-    if value not in DTYPES:
-        allowed = ", ".join(str(d) for d in DTYPES)
+def check_dtype(name: str, value: torch.dtype, among: Sequence[torch.dtype] = DTYPES) -> None:
+    if value not in among:
+        allowed = ", ".join(str(d) for d in among)
         raise TypeError(f"{name}: got dtype {value}, allowed are {allowed}")
 
 
-def check_tensor(name: str, value: Tensor, shape: tuple[int | None, ...], like: Tensor) -> None:
+def check_tensor(
+    name: str, value: Tensor, shape: tuple[int | None, ...], like: Tensor, among: Sequence[torch.dtype] = DTYPES
+) -> None:
     """Checks dtype, device and shape; None stands for any size."""
-    check_dtype(name, value.dtype)
+    check_dtype(name, value.dtype, among)
     if value.device != like.device:
         raise ValueError(f"{name}: got device {value.device}, but the first argument is on {like.device}")
     same_rank = value.dim() == len(shape)
@@ -105,6 +108,7 @@ class Input:
     name: str
     axes: str
     optional: bool
+    integer: bool = False
 
 
 @dataclass(frozen=True)
@@ -167,8 +171,8 @@ def _words(text: str) -> list[str]:
 
 
 def _input(text: str) -> Input:
-    name, axes = text.split(": ")
-    return Input(name, axes.rstrip("?"), axes.endswith("?"))
+    name, axes, optional, integer = re.fullmatch(r"(\w+): (\w+)(\?)?( = int)?", text).groups()  # type: ignore[union-attr]
+    return Input(name, axes, optional is not None, integer is not None)
 
 
 def _output(text: str) -> Output:
@@ -184,6 +188,10 @@ def _no_check(given: Given) -> None:
     pass
 
 
+def _takes_all(tensors: Sequence[Tensor | None]) -> None:
+    return None
+
+
 @dataclass(frozen=True)
 class Declaration:
     """An op as it is declared; see the top of this file.
@@ -195,6 +203,9 @@ class Declaration:
         shards: the axes whose indices are computed apart from each other; an output that lacks such an axis is the sum over it.
         meaning: the op in plain PyTorch, of inputs and options by name; runs under transforms of torch.func and in an ONNX export.
         kept: its outputs that are for the backward, in plain PyTorch and out of place, of the same arguments.
+        called: the public function that calls the op, where it has another name.
+        wider: (tensors) -> what makes a call of tensors beyond the axes of calls within them, or None for a call within them.
+            It takes tensors, options and the forced backend, "auto" for none.
         examples: awkward calls: odd sizes, several samples, every optional input and none.
         flops: (arguments by name, with shapes in place of tensors) -> 2 for each multiply-add of the products inside.
     """
@@ -211,6 +222,8 @@ class Declaration:
     gradient: Gradient | None = None
     meaning: Callable[..., Any] | None = None
     kept: Callable[..., tuple[Tensor, ...]] | None = None
+    called: str = ""
+    wider: Callable[[Sequence[Tensor | None]], Callable[..., Any] | None] = _takes_all
     examples: tuple[Example, ...] = ()
     is_backward: bool = False
 
@@ -290,7 +303,8 @@ class Declaration:
             if value is None:
                 continue
             axes = declared.axes
-            check_tensor(declared.name, value, tuple(sizes.get(axis) for axis in axes), like)
+            among = INTEGERS if declared.integer else DTYPES
+            check_tensor(declared.name, value, tuple(sizes.get(axis) for axis in axes), like, among)
             sizes.update(zip(axes, value.shape))
             if "D" in axes:
                 check_not_empty(declared.name, value, -1 if axes.endswith("D") else 0)
@@ -310,8 +324,9 @@ class Declaration:
         return next(found, 1)
 
     def dtypes(self, args: Sequence[Any]) -> list[torch.dtype]:
-        """Of all tensors, and of the options that are dtypes."""
-        return [v.dtype if isinstance(v, Tensor) else v for v in args if isinstance(v, (Tensor, torch.dtype))]
+        """Of all tensors but those of integers, and of the options that are dtypes."""
+        found = [v.dtype if isinstance(v, Tensor) else v for v in args if isinstance(v, (Tensor, torch.dtype))]
+        return [dtype for dtype in found if dtype not in INTEGERS]
 
     def fake(self, *args: Any) -> Any:
         """Checks the arguments and returns empty outputs of the right shape, dtype and device."""
@@ -357,8 +372,9 @@ class Declaration:
         g = self.gradient
         gradients = [Input(f"d{o.name}", o.axes, self.returned > 1) for o in self.outputs if not o.kept]
         axes = {i.name: i.axes for i in self.inputs} | {o.name: o.axes for o in self.outputs}
-        gives = g.gives.split() or [i.name for i in self.inputs]
-        read = [Input(name, axes[name], True) for name in self.reads]
+        gives = g.gives.split() or [i.name for i in self.inputs if not i.integer]
+        integers = {i.name for i in self.inputs if i.integer}
+        read = [Input(name, axes[name], True, name in integers) for name in self.reads]
         options = [option for option in self.options if option.name in self.gradient_options]
         return Declaration(
             f"{self.name}_backward",

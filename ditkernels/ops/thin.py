@@ -78,6 +78,21 @@ class Plan:
             self.thin, self.whole = Thin(op, options, forced), Whole(op, options, forced or "auto")
 
 
+class Composed:
+    """As a plan, for a call that is made of other calls, which remember plans of their own."""
+
+    function = public = None
+
+    def __init__(self, make: Callable[..., Any], options: tuple[Any, ...], forced: str | None) -> None:
+        self.options = options
+
+        def kernel(*args: Any) -> Any:
+            count = len(args) - len(options)
+            return make(args[:count], options, forced or "auto")
+
+        self.kernel = self.internal = kernel
+
+
 def _plain(implementation: Implementation, names: tuple[str, ...]) -> tuple[Kernel, Kernel]:
     """The plain function of a backend as a kernel, and as a profile shows it."""
     plain, shown = implementation.plain, implementation.internal.name()
@@ -202,6 +217,9 @@ class CallableOp(Op):
         refuse_kinds(self.name, *tensors)
         refuse_forward_ad(self.name, *tensors)
         declaration = self.declaration
+        make = declaration.wider(tensors)
+        if make is not None:
+            return make(tensors, options, backend or "auto")
         if declaration.meaning is not None and (transformed() or exporting_to_onnx()):
             return self._meant(tensors, options)
         if declaration.keeps:
@@ -219,8 +237,11 @@ class CallableOp(Op):
 
     def _plan(
         self, forced: str | None, tensors: tuple[Tensor | None, ...], options: tuple[Any, ...], differentiable: bool
-    ) -> Plan | None:
+    ) -> Plan | Composed | None:
         """Checks the arguments and chooses; None where it has no gradient to give: torch's way refuses that."""
+        make = self.declaration.wider(tensors)
+        if make is not None:
+            return Composed(make, options, forced)
         needed = tuple(differentiable and t is not None and t.requires_grad for t in tensors)
         if any(needed) and self.declaration.gradient is None:
             return None

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ditkernels import reference
 from ditkernels.ops import dispatch, image, norm
+from ditkernels.ops.norm import formulas
 from tests import numerics
 from tests.helpers.native_cpu import needs_library, run_formulas
 from tools.kernel_proof import emulated_cuda
@@ -34,8 +35,8 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
             yield "cuda"
         return
     if request.param == "formulas":
-        run_formulas(monkeypatch, "modulate_norm", norm.norm_formula, norm.norm_gradients_formula)
-        run_formulas(monkeypatch, "gated_residual_norm", norm.residual_norm_formula, norm.residual_norm_gradients_formula)
+        run_formulas(monkeypatch, "modulate_norm", formulas.norm_formula, formulas.norm_gradients_formula)
+        run_formulas(monkeypatch, "gated_residual_norm", formulas.residual_norm_formula, formulas.residual_norm_gradients_formula)
     for op in OPS:  # which would run where gradients are wanted
         monkeypatch.setattr(dispatch.OPS[op].implementations["torch"], "plain", None)
     dispatch.forget()

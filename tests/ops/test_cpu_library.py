@@ -158,13 +158,15 @@ def test_the_stated_errors_of_exp_and_of_the_logistic_function() -> None:
 BITS = """
 import hashlib, sys, torch
 from ditkernels import ops, reference
-from tests.ops import test_adaln, test_adamw_ema, test_bias_gelu, test_qkv
+from tests.ops import test_adaln, test_adamw_ema, test_bias_gelu, test_modulations, test_qkv
 torch.set_num_threads(int(sys.argv[1]))
 F32, BF16 = torch.float32, torch.bfloat16
 made = []
 for op in test_adaln.OPS:
     for batch, length, width, stream, branch in ((3, 157, 384, F32, F32), (1, 300, 200, BF16, BF16), (2, 90, 1152, F32, BF16)):
         made += test_adaln.run(getattr(ops, op), test_adaln.make_inputs(op, batch, length, width, stream, branch))
+        for kind in ("tokens", "index", "index of a sample"):
+            made += test_modulations.run(op, test_modulations.make_inputs(op, kind, batch, length, width, stream, branch))
 for dtype in (F32, BF16):
     made += test_bias_gelu.run(ops.bias_gelu, test_bias_gelu.make_inputs((3, 157, 700), dtype, F32))
     made += test_qkv.backward(test_qkv.gradients((3, 157, 3, 4, 24), dtype, "heads first"))
@@ -218,14 +220,35 @@ FAULTS = {
         ("sums[j] += apart;", "sums[0] = apart;"),
         (" + 0.0f * variance;", ";"),
         ("if (a.width < SHORT || !(variance > apart * apart))", "if (false)"),
-        ("(1.0f + load(factor + i, reach)) * load(buffer + i, reach)", "load(factor + i, reach) * load(buffer + i, reach)"),
-        ("if (at == begin || token == 0) {\n      read(a.gate", "if (at == begin) {\n      read(a.gate"),
+        ("(1.0f + load(given + i, reach)) * load(of_norm + i, reach)", "load(given + i, reach) * load(of_norm + i, reach)"),
+        ("values_of(row_of(a.gate, row), sample, a.width", "values_of(row_of(a.gate, row), 0, a.width"),
         ("if (a.rms) means.dnormed = 0.0f;", ""),
         ("add(rs + width + i, reach, dx);", ""),
         ("load(bias + i, reach) * s);\n    add(shared", "s);\n    add(shared"),
         ("if (stream == HALF) stream = FLOAT;", "if (stream == HALF) stream = BFLOAT16;"),
-        ("first + a.chunk_rows < a.tokens ? first + a.chunk_rows : a.tokens", "first + a.chunk_rows - 1"),
+        ("first, last < end ? last : end}", "first, last < end ? last - 1 : end}"),
         ("store(dbranch + i, reach, load(gate + i, reach) * dx)", "store(dbranch + i, reach, dx)"),
+        # by token and by index
+        ("return a.index != nullptr ? a.index[at] : at % a.tokens;", "return at % a.tokens;"),
+        ("const Vector scale = row_of(a.scale, row);", "const Vector scale = a.scale;"),
+        ("values_of(row_of(a.shift, row), sample, a.width", "values_of(a.shift, sample, a.width"),
+        (
+            "sample = group / a.rows, row = group % a.rows;\n  int64_t begin",
+            "sample = group % a.rows, row = group / a.rows;\n  int64_t begin",
+        ),
+        ("begin = starts[0], end = starts[1]", "begin = starts[0] + 1, end = starts[1]"),
+        ("share = (end - begin + a.chunks - 1) / a.chunks", "share = (end - begin) / a.chunks"),
+        ("a.order == nullptr ? place : a.order[span.sample * a.tokens + place]", "place"),
+        ("values_of(row_of(a.gate, span.row), span.sample", "values_of(a.gate, span.sample"),
+        (
+            "const Of of = {a, group / a.rows, group % a.rows, from, size};\n  add_chunks(a.pq",
+            "const Of of = {a, group / a.rows, 0, from, size};\n  add_chunks(a.pq",
+        ),
+        ("dx * (load(row.branch + i, reach) + load(branch_bias + i, reach))", "dx * load(row.branch + i, reach)"),
+        ("if (rs != nullptr) add(rs + width + i, reach, dbranch);", "if (rs != nullptr) add(rs + width + i, reach, dx);"),
+        ("gradient * (normed * load(weight + i, reach) + load(bias + i, reach))", "gradient * normed * load(weight + i, reach)"),
+        ("add(pq + width + i, reach, modulated * normed);", "add(pq + width + i, reach, gradient * normed);"),
+        ("const float mean = a.rms ? 0.0f : total(sums) / width", "const float mean = total(sums) / width"),
     ],
     "gelu": [
         ("return z * chosen(steep, logistic(steep));", "return z * logistic(steep).above;"),
@@ -247,7 +270,7 @@ FAULTS = {
 }
 PARITY = {
     "norm": (
-        "tests/ops/test_adaln.py tests/ops/test_constant_rows.py"
+        "tests/ops/test_adaln.py tests/ops/test_constant_rows.py tests/ops/test_modulations.py"
         " -k chosen-and-(parity-or-combination)-or-cpu-and-(huge-or-overflows)"
     ),
     "gelu": "tests/ops/test_bias_gelu.py -k chosen-and-(parity-or-tails-or-subset)",

@@ -1,5 +1,7 @@
 """Norm, modulation and gated residual: ``modulate_norm``, ``gated_residual``, ``gated_residual_norm``.
 
+gate, shift and scale are those of a sample here. ``vectors.py`` says how others are seen so, ``by_token.py`` has those of a token.
+
 Forward, for token n of sample b, over channels d (all arithmetic of compiled kernels is in fp32):
 
     u  = branch + branch_bias                       x1 = x + gate_b · u
@@ -41,6 +43,9 @@ from torch import Tensor
 from ditkernels import reference
 from ditkernels.ops import _native
 from ditkernels.ops.dispatch import Whole, declare, is_plain
+from ditkernels.ops.norm import by_token  # noqa: F401 (it declares ops that ``wider`` finds by name)
+from ditkernels.ops.norm.formulas import in_dtype, norm_formula, normed_rows, through_norm, vector_gradients
+from ditkernels.ops.norm.vectors import by_index, wider
 from ditkernels.ops.spec import Example, Given, Gradient, Sizes, Wanted, accumulator, check_norm
 
 __all__ = ["gated_residual", "gated_residual_norm", "modulate_norm"]
@@ -53,6 +58,7 @@ def modulate_norm(
     shift: Tensor | None = None,
     scale: Tensor | None = None,
     *,
+    index: Tensor | None = None,
     weight: Tensor | None = None,
     bias: Tensor | None = None,
     norm: str = "layernorm",
@@ -63,7 +69,10 @@ def modulate_norm(
 
     Args:
         x: (B, N, D), any strides.
-        shift, scale: (B, D), each optional.
+        shift, scale: each optional, and each (D,), shared by the batch; (B, D), per sample; (B, S, D), per segment of N/S tokens;
+            or (B, N, D), per token.
+        index: (B, N), int64 or int32. Token n of sample b then takes row index[b, n] of a (K, D) vector, and row (b, index[b, n])
+            of a (B, K, D) one. A value outside 0..K-1 is refused here on a CPU, and by an assertion on the device on a GPU.
         weight, bias: (D,), the norm's own affine parameters, each optional.
         norm: "layernorm" or "rmsnorm".
         eps: added to the variance (layernorm) or to the mean square (rmsnorm).
@@ -81,15 +90,25 @@ def modulate_norm(
         NotImplementedError: forward-mode differentiation.
     """
     out_dtype = out_dtype or MODULATE_NORM.autocast_dtype(x) or x.dtype
+    if index is not None:
+        return by_index(MODULATE_NORM, (x, shift, scale, weight, bias), (norm, eps, out_dtype), index)  # type: ignore[no-any-return]
     return MODULATE_NORM((x, shift, scale, weight, bias), (norm, eps, out_dtype))  # type: ignore[no-any-return]
 
 
-def gated_residual(x: Tensor, branch: Tensor, gate: Tensor | None = None, *, branch_bias: Tensor | None = None) -> Tensor:
+def gated_residual(
+    x: Tensor,
+    branch: Tensor,
+    gate: Tensor | None = None,
+    *,
+    index: Tensor | None = None,
+    branch_bias: Tensor | None = None,
+) -> Tensor:
     """x + gate·(branch + branch_bias), in x's dtype.
 
     Args:
         x, branch: (B, N, D), any strides, dtypes independent of each other.
-        gate: (B, D), or None for an ungated residual.
+        gate: (B, D), or as ``shift`` in ``modulate_norm``, or None for an ungated residual. A tanh of it is the caller's.
+        index: as in ``modulate_norm``.
         branch_bias: (D,), the bias of the linear that made the branch, if that linear left it to this op.
 
     Returns:
@@ -98,13 +117,15 @@ def gated_residual(x: Tensor, branch: Tensor, gate: Tensor | None = None, *, bra
     Raises:
         As ``modulate_norm``.
     """
+    if index is not None:
+        return by_index(GATED_RESIDUAL, (x, branch, gate, branch_bias), (), index)  # type: ignore[no-any-return]
     return GATED_RESIDUAL((x, branch, gate, branch_bias))  # type: ignore[no-any-return]
 
 
 def gated_residual_norm(
     x: Tensor, branch: Tensor, gate: Tensor | None = None, shift: Tensor | None = None,
-    scale: Tensor | None = None, *, branch_bias: Tensor | None = None, weight: Tensor | None = None,
-    bias: Tensor | None = None, norm: str = "layernorm", eps: float = 1e-6,
+    scale: Tensor | None = None, *, index: Tensor | None = None, branch_bias: Tensor | None = None,
+    weight: Tensor | None = None, bias: Tensor | None = None, norm: str = "layernorm", eps: float = 1e-6,
     out_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """x1 = x + gate·(branch + branch_bias) and h = norm(x1)·(1 + scale) + shift, in one pass.
@@ -119,6 +140,8 @@ def gated_residual_norm(
     """
     out_dtype = out_dtype or GATED_RESIDUAL_NORM.autocast_dtype(x) or x.dtype
     tensors = (x, branch, gate, shift, scale, branch_bias, weight, bias)
+    if index is not None:
+        return by_index(GATED_RESIDUAL_NORM, tensors, (norm, eps, out_dtype), index)  # type: ignore[no-any-return]
     return GATED_RESIDUAL_NORM(tensors, (norm, eps, out_dtype))  # type: ignore[no-any-return]
 
 
@@ -209,6 +232,7 @@ MODULATE_NORM = declare(
     row="D",
     shards="BN",
     meaning=reference.modulate_norm,
+    wider=wider("modulate_norm"),
     kept=_kept,
     gradient=Gradient(
         reads="x scale weight bias stats",
@@ -225,6 +249,7 @@ GATED_RESIDUAL = declare(
     row="D",
     shards="BND",
     meaning=reference.gated_residual,
+    wider=wider("gated_residual"),
     gradient=Gradient(
         reads="branch gate branch_bias",
         needs={"branch branch_bias": "gate", "gate": "branch branch_bias"},
@@ -243,6 +268,7 @@ GATED_RESIDUAL_NORM = declare(
     row="D",
     shards="BN",
     meaning=reference.gated_residual_norm,
+    wider=wider("gated_residual_norm"),
     kept=_kept_of_residual,
     gradient=Gradient(
         reads="x1 branch gate scale branch_bias weight bias stats",
@@ -261,151 +287,6 @@ GATED_RESIDUAL_NORM = declare(
 )
 
 
-# ---- The formulas at the top of this file, one by one: gradcheck runs on them, and no backend is made of them ---------
-
-
-def per_token(vector: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """A (B, D) vector as (B, 1, D), a (D,) vector as it is, in the accumulation dtype."""
-    if vector is None:
-        return None
-    return vector.to(dtype).unsqueeze(1) if vector.dim() == 2 else vector.to(dtype)
-
-
-def normed_rows(x: Tensor, stats: Tensor) -> Tensor:
-    """x̂ from x and the saved statistics, a new tensor in the accumulation dtype."""
-    if stats.shape[-1] == 2:
-        return (x - stats[..., :1]).mul_(stats[..., 1:])
-    return x * stats
-
-
-def residual_formula(x: Tensor, branch: Tensor, gate: Tensor | None, branch_bias: Tensor | None) -> Tensor:
-    """x1 = x + gate·(branch + branch_bias), rounded once to x's dtype."""
-    wide = accumulator(x)
-    u = branch.to(wide)
-    if branch_bias is not None:
-        u = u + branch_bias.to(wide)
-    g = per_token(gate, wide)
-    return (x.to(wide) + (u if g is None else g * u)).to(x.dtype).contiguous()
-
-
-def norm_formula(
-    x: Tensor, shift: Tensor | None, scale: Tensor | None, weight: Tensor | None, bias: Tensor | None,
-    norm: str, eps: float, out_dtype: torch.dtype, keep: bool,
-) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """The modulated norm in ``out_dtype``, and mean and rstd of each row.
-
-    The mean of the centred row is what rounding kept from the mean; with it taken off as well, a constant row is exactly zero.
-    """
-    wide = accumulator(x)
-    values = x.to(wide)
-    mean = values.mean(-1, keepdim=True)
-    centred = values if norm == "rmsnorm" else values - mean
-    if norm == "layernorm":
-        rest = centred.mean(-1, keepdim=True)
-        mean, centred = mean + rest, centred - rest
-    square = centred.square().mean(-1, keepdim=True)
-    rstd = (square + eps).rsqrt()
-    if norm == "layernorm":
-        rstd = rstd + 0 * square  # NaN where the square has overflowed: such a row is lost, and not a row of zeros
-    h = centred * rstd
-    if weight is not None:
-        h = h * weight.to(wide)
-    if bias is not None:
-        h = h + bias.to(wide)
-    if scale is not None:
-        h = h * (1 + scale.to(wide).unsqueeze(1))
-    if shift is not None:
-        h = h + shift.to(wide).unsqueeze(1)
-    stats = rstd if norm == "rmsnorm" else torch.cat([mean, rstd], -1)
-    return h.to(out_dtype).contiguous(), stats if keep else None
-
-
-def residual_norm_formula(
-    x: Tensor, branch: Tensor, gate: Tensor | None, shift: Tensor | None, scale: Tensor | None,
-    branch_bias: Tensor | None, weight: Tensor | None, bias: Tensor | None, norm: str, eps: float,
-    out_dtype: torch.dtype, keep: bool,
-) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
-    """x1, the modulated norm of x1 as it is stored, and mean and rstd of its rows."""
-    x1 = residual_formula(x, branch, gate, branch_bias)
-    return (x1, *norm_formula(x1, shift, scale, weight, bias, norm, eps, out_dtype, keep))
-
-
-def through_norm(dnormed: Tensor, normed: Tensor, stats: Tensor) -> Tensor:
-    """The norm's dx in the accumulation dtype."""
-    dx = dnormed - normed * (dnormed * normed).mean(-1, keepdim=True)
-    if stats.shape[-1] == 2:
-        dx = dx - dnormed.mean(-1, keepdim=True)
-    return dx * stats[..., -1:]
-
-
-def vector_gradients(
-    p: Tensor | None, q: Tensor | None, scale: Tensor | None, weight: Tensor | None, bias: Tensor | None, wanted: Wanted
-) -> tuple[Tensor | None, ...]:
-    """dshift, dscale, dweight, dbias, as far as they are wanted, from the sums P and Q; a sum that none needs may be None."""
-    of_shift, of_scale, of_weight, of_bias = wanted
-    dshift = dscale = dweight = dbias = None
-    if of_shift and p is not None:
-        dshift = _as(p, of_shift)
-    if of_scale and q is not None:
-        through_weight = q if weight is None else weight * q
-        dscale = _as(through_weight if bias is None or p is None else through_weight + bias * p, of_scale)
-    if of_weight and q is not None:
-        dweight = _as((q if scale is None else (1 + scale) * q).sum(0), of_weight)
-    if of_bias and p is not None:
-        dbias = _as((p if scale is None else (1 + scale) * p).sum(0), of_bias)
-    return dshift, dscale, dweight, dbias
-
-
-def residual_gradients_formula(
-    dx1: Tensor, branch: Tensor | None, gate: Tensor | None, branch_bias: Tensor | None, wanted: Wanted
-) -> tuple[Tensor | None, ...]:
-    """dbranch, dgate and dbranch_bias, as far as they are wanted."""
-    of_branch, of_gate, of_bias = wanted
-    wide = accumulator(dx1)
-    dx = dx1.to(wide)
-    g = per_token(gate, wide)
-    dbranch = dgate = dbias = None
-    if of_branch:
-        dbranch = (dx.clone() if g is None else g * dx).to(of_branch).contiguous()
-    if of_gate and branch is not None:
-        u = branch.to(wide) if branch_bias is None else branch.to(wide) + branch_bias.to(wide)
-        dgate = (dx * u).sum(1).to(of_gate)
-    if of_bias:
-        sums = dx.sum(1)
-        dbias = (sums if gate is None else gate.to(wide) * sums).sum(0).to(of_bias)
-    return dbranch, dgate, dbias
-
-
-def norm_gradients_formula(
-    dh: Tensor, x: Tensor, scale: Tensor | None, weight: Tensor | None, bias: Tensor | None, stats: Tensor,
-    norm: str, wanted: Wanted,
-) -> tuple[Tensor | None, ...]:  # fmt: skip
-    """The gradients of x, shift, scale, weight and bias, as far as they are wanted."""
-    of_x, *of_vectors = wanted
-    dh, normed = dh.to(accumulator(x)), normed_rows(x, stats)
-    scale, weight, bias = (None if t is None else t.to(dh.dtype) for t in (scale, weight, bias))
-    dnormed = dh if scale is None else dh * (1 + scale.unsqueeze(1))
-    dnormed = dnormed if weight is None else dnormed * weight
-    dx = through_norm(dnormed, normed, stats).to(of_x).contiguous() if of_x else None
-    return (dx, *vector_gradients(dh.sum(1), (dh * normed).sum(1), scale, weight, bias, tuple(of_vectors)))
-
-
-def residual_norm_gradients_formula(
-    dx1: Tensor | None, dh: Tensor, x1: Tensor, branch: Tensor | None, gate: Tensor | None,
-    scale: Tensor | None, branch_bias: Tensor | None, weight: Tensor | None, bias: Tensor | None,
-    stats: Tensor, norm: str, wanted: Wanted,
-) -> tuple[Tensor | None, ...]:  # fmt: skip
-    """The gradients of all inputs in their order, as far as they are wanted."""
-    of_x, of_branch, of_gate, of_shift, of_scale, of_branch_bias, of_weight, of_bias = wanted
-    asked = (accumulator(x1), of_shift, of_scale, of_weight, of_bias)
-    dx, dshift, dscale, dweight, dbias = norm_gradients_formula(dh, x1, scale, weight, bias, stats, norm, asked)
-    dx = dx if dx1 is None else dx + dx1  # type: ignore[operator]
-    of_residual = (of_branch, of_gate, of_branch_bias)
-    dbranch, dgate, dbranch_bias = residual_gradients_formula(dx, branch, gate, branch_bias, of_residual)  # type: ignore[arg-type]
-    dx = dx.to(of_x) if of_x else None  # type: ignore[union-attr]
-    return dx, dbranch, dgate, dshift, dscale, dbranch_bias, dweight, dbias
-
-
 # ---- The torch backend: torch's own fused pieces, which round where plain PyTorch rounds -----------------------------
 
 
@@ -413,11 +294,6 @@ def _promoted(tensors: Sequence[Tensor | None], wanted: Wanted = ()) -> torch.dt
     """The dtype in which plain PyTorch computes with tensors, as far as they are there, and with those whose gradient is wanted."""
     kinds = {t.dtype for t in tensors if t is not None} | {dtype for dtype in wanted if dtype is not None}
     return kinds.pop() if len(kinds) == 1 else reduce(torch.promote_types, kinds)
-
-
-def _as(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """``tensor.to(dtype)``, which costs the host microseconds even where there is nothing to do."""
-    return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
 def _own(x: Tensor, vector: Tensor | None) -> Tensor | None:
@@ -429,7 +305,7 @@ def _own(x: Tensor, vector: Tensor | None) -> Tensor | None:
     dtype = accumulator(x) if on_cpu else x.dtype
     if vector is None:
         return x.new_ones(x.shape[-1], dtype=dtype) if on_cpu else None
-    return _as(vector.reshape(-1), dtype)
+    return in_dtype(vector.reshape(-1), dtype)
 
 
 def _affine(
@@ -438,7 +314,7 @@ def _affine(
     """What the normed rows are multiplied by and what is then added, each (D,) or (B, 1, D); products are as wide as x."""
     if scale is not None:
         modulation = 1 + scale.unsqueeze(1)
-        wide = modulation if weight is None and bias is None else _as(modulation, _promoted((x, scale)))
+        wide = modulation if weight is None and bias is None else in_dtype(modulation, _promoted((x, scale)))
         weight = modulation if weight is None else wide * weight
         bias = None if bias is None else wide * bias
     if shift is not None:
@@ -453,7 +329,7 @@ def _applied(normed: Tensor, factor: Tensor | None, offset: Tensor | None, dtype
         h = normed if offset is None else torch.add(normed, offset, out=out)
     else:
         h = torch.mul(normed, factor, out=out) if offset is None else torch.addcmul(offset, normed, factor, out=out)
-    return _as(h, dtype)
+    return in_dtype(h, dtype)
 
 
 @GATED_RESIDUAL.implement("torch", plain=reference.gated_residual)
@@ -462,7 +338,7 @@ def residual_forward(x: Tensor, branch: Tensor, gate: Tensor | None, branch_bias
     u = branch if branch_bias is None else branch + branch_bias
     out = u if u is not branch and u.dtype == x.dtype else None
     x1 = torch.add(x, u, out=out) if gate is None else torch.addcmul(x, gate.unsqueeze(1), u, out=out)
-    return _as(x1, x.dtype).contiguous()
+    return in_dtype(x1, x.dtype).contiguous()
 
 
 @MODULATE_NORM.implement("torch", plain=reference.modulate_norm)
@@ -473,19 +349,19 @@ def norm_forward(
     """The modulated norm in ``out_dtype``, and mean and rstd of each row. What all rows share goes into torch's layer norm."""
     factor, offset = _affine(x, shift, scale, weight, bias)
     if norm == "rmsnorm":
-        values = _as(x, accumulator(x))
+        values = in_dtype(x, accumulator(x))
         stats = values.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
-        h = _applied(_as(values * stats, x.dtype), factor, offset, out_dtype)
+        h = _applied(in_dtype(values * stats, x.dtype), factor, offset, out_dtype)
         return h.contiguous(), stats if keep else None
     vectors = [v for v in (factor, offset) if v is not None]
     shared = all(v.numel() == x.shape[-1] for v in vectors) and _promoted((x, *vectors)) == x.dtype
     weight, bias = (factor, offset) if shared else (None, None)
     # A compiler, which would round the statistics to the rows' dtype, fuses the cast that keeps it from that.
-    rows = x if is_plain(x) else _as(x, accumulator(x))
+    rows = x if is_plain(x) else in_dtype(x, accumulator(x))
     bias = None if bias is None else _own(rows, bias)
     h, *halves = torch.native_layer_norm(rows, rows.shape[-1:], _own(rows, weight), bias, eps)
-    h = _as(h, out_dtype) if shared else _applied(h, factor, offset, out_dtype)
-    return h, _as(torch.cat(halves, -1), accumulator(x)) if keep else None
+    h = in_dtype(h, out_dtype) if shared else _applied(h, factor, offset, out_dtype)
+    return h, in_dtype(torch.cat(halves, -1), accumulator(x)) if keep else None
 
 
 @GATED_RESIDUAL_NORM.implement("torch", plain=reference.gated_residual_norm)
@@ -505,18 +381,18 @@ def residual_backward(
 ) -> tuple[Tensor | None, ...]:
     """dbranch, dgate and dbranch_bias, as far as they are wanted."""
     of_branch, of_gate, of_bias = wanted
-    dx = _as(dx1, _promoted((branch, gate, branch_bias), wanted))
+    dx = in_dtype(dx1, _promoted((branch, gate, branch_bias), wanted))
     product = dbranch = dgate = dbias = None
     sums = dx.sum(1) if of_bias or (of_gate and branch_bias is not None) else None
     if of_gate and branch is not None:
         product = dx * branch
         dgate = product.sum(1)
-        dgate = _as(dgate if sums is None or branch_bias is None else dgate + branch_bias * sums, of_gate)
+        dgate = in_dtype(dgate if sums is None or branch_bias is None else dgate + branch_bias * sums, of_gate)
     if of_branch:
         dbranch = dx.clone() if gate is None else torch.mul(dx, gate.unsqueeze(1), out=product)
-        dbranch = _as(dbranch, of_branch).contiguous()
+        dbranch = in_dtype(dbranch, of_branch).contiguous()
     if of_bias and sums is not None:
-        dbias = _as((sums if gate is None else gate * sums).sum(0), of_bias)
+        dbias = in_dtype((sums if gate is None else gate * sums).sum(0), of_bias)
     return dbranch, dgate, dbias
 
 
@@ -529,20 +405,20 @@ def norm_backward(
     of_x, of_shift, of_scale, of_weight, of_bias = wanted
     with_q = of_scale is not None or of_weight is not None
     factor, _ = _affine(x, None, scale, weight, None)
-    dh = _as(dh, _promoted((x, scale, weight, bias), wanted[1:]))
+    dh = in_dtype(dh, _promoted((x, scale, weight, bias), wanted[1:]))
     p = dh.sum(1) if of_shift or of_bias or (of_scale and bias is not None) else None
     dx = q = product = None
     if of_x and norm == "rmsnorm":
-        dx = through_norm(_as(dh if factor is None else dh * factor, stats.dtype), normed_rows(x, stats), stats)
+        dx = through_norm(in_dtype(dh if factor is None else dh * factor, stats.dtype), normed_rows(x, stats), stats)
     if with_q:
         # Not by torch's backward of a layer norm, which adds rows up one by one in their own dtype.
-        product = _as(_normed(x, stats), dh.dtype).mul_(dh)
+        product = in_dtype(_normed(x, stats), dh.dtype).mul_(dh)
         q = product.sum(1)
     if of_x and norm == "layernorm":
-        dnormed = _as(dh if factor is None else torch.mul(dh, factor, out=product), x.dtype)
+        dnormed = in_dtype(dh if factor is None else torch.mul(dh, factor, out=product), x.dtype)
         reads = (x, x.shape[-1:], *_halves(stats), _own(x, None), None)
         dx = torch.ops.aten.native_layer_norm_backward(dnormed, *reads, (True, False, False))[0]
-    dx = None if dx is None or of_x is None else _as(dx, of_x).contiguous()
+    dx = None if dx is None or of_x is None else in_dtype(dx, of_x).contiguous()
     return (dx, *vector_gradients(p, q, scale, weight, bias, wanted[1:]))
 
 
@@ -554,7 +430,7 @@ def _halves(stats: Tensor) -> tuple[Tensor, ...]:
 def _normed(x: Tensor, stats: Tensor) -> Tensor:
     """x̂, rounded to x's dtype, a new tensor."""
     if x.dtype == stats.dtype or stats.shape[-1] == 1:
-        return _as(normed_rows(x, stats), x.dtype)
+        return in_dtype(normed_rows(x, stats), x.dtype)
     # torch's batch norm, which takes each row for a channel here, applies fp32 statistics to a narrower dtype in one pass.
     mean, rstd = (half.flatten() for half in _halves(stats))
     rows = x.reshape(1, -1, x.shape[-1])
@@ -579,7 +455,7 @@ def residual_norm_backward(
         if any(of_residual):
             dbranch, dgate, dbranch_bias = residual_backward(dx, branch, gate, branch_bias, of_residual)
     dshift, dscale, dweight, dbias = dnorm
-    return _as(dx, of_x) if dx is not None and of_x else None, dbranch, dgate, dshift, dscale, dbranch_bias, dweight, dbias
+    return in_dtype(dx, of_x) if dx is not None and of_x else None, dbranch, dgate, dshift, dscale, dbranch_bias, dweight, dbias
 
 
 for _op in (MODULATE_NORM, GATED_RESIDUAL, GATED_RESIDUAL_NORM):

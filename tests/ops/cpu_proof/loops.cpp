@@ -80,7 +80,7 @@ void run_norm(const Case& c) {
   NormVectors v = {};
   v.pq = b.pq, v.rs = b.rs, v.gate = f.gate, v.scale = f.scale;
   v.dgate = per_sample(dgate, c), v.dshift = per_sample(dshift, c), v.dscale = per_sample(dscale, c);
-  v.samples = c.samples, v.chunks = 2, v.width = c.width;
+  v.groups = c.samples, v.chunks = 2, v.width = c.width;
   native::norm.vectors(v, 0, (c.width + BLOCK - 1) / BLOCK);
   for (const Rows* made : {&x1, &h, &dx, &dbranch}) write_floats(made->values());
   for (const Floats* made : {&dgate, &dshift, &dscale}) write_floats(*made);
