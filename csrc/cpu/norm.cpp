@@ -652,10 +652,11 @@ Made made_of(const WantedVectors& wanted, const Choice& choice, int64_t samples,
           shared(wanted.branch_bias), shared(wanted.weight), shared(wanted.bias)};
 }
 
-// How the groups' tokens are cut into chunks, by shapes alone.
+// How the groups' tokens are cut into chunks, by shapes alone: as if all groups had as many.
 void cut_into_chunks(NormBackward& a, int64_t samples) {
-  a.chunk_rows = rows_of_a_chunk(samples * a.rows, a.tokens);
-  a.chunks = ceil_div(a.tokens, a.chunk_rows);
+  const int64_t tokens = a.rows > 1 ? ceil_div(a.tokens, a.rows) : a.tokens;
+  a.chunk_rows = rows_of_a_chunk(samples * a.rows, tokens);
+  a.chunks = ceil_div(tokens, a.chunk_rows);
 }
 
 // Runs a backward: the rows, then the vectors. Its tensors of tokens, its statistics and its norm are set.

@@ -63,11 +63,18 @@ struct Tokens {
   int id = -1;
 };
 
-// A (B, D) or (D,) vector with contiguous channels.
+// A (B, D), (D,) or (B, K, D) vector with contiguous channels; the last one's rows lie `row` apart.
 struct Vector {
   void* data = nullptr;
   int64_t sample = 0;
   ScalarType dtype = ScalarType::Float;
+  int id = -1;
+  int64_t row = 0;
+};
+
+// Contiguous integers.
+struct Numbers {
+  const int64_t* data = nullptr;
   int id = -1;
 };
 
@@ -248,6 +255,26 @@ __device__ __forceinline__ void store_one(const Vector& to, int64_t sample, int6
   if (to.data != nullptr) store_one(as_tokens(to), sample, 0, column, value);
 }
 
+__device__ __forceinline__ int64_t load_number(const Numbers& from, int64_t at) {
+  touch(from.id, from.data + at, sizeof(int64_t), sizeof(int64_t), false);
+  return from.data[at];
+}
+
+// A row of a (B, K, D) vector as a vector.
+__device__ __forceinline__ Vector row_of(Vector vector, int64_t row) {
+  const int64_t bytes = vector.dtype == ScalarType::Float ? sizeof(float) : sizeof(BFloat16);
+  if (vector.data != nullptr) vector.data = static_cast<char*>(vector.data) + row * vector.row * bytes;
+  return vector;
+}
+
+// A row of those of the vectors that have rows.
+__device__ __forceinline__ Vectors row_of(Vectors vectors, int64_t row) {
+  vectors.gate = row_of(vectors.gate, row);
+  vectors.shift = row_of(vectors.shift, row);
+  vectors.scale = row_of(vectors.scale, row);
+  return vectors;
+}
+
 // ---- Shared memory: a launch sets its size, a kernel divides it -----------------------------------------------------
 
 #ifndef DITKERNELS_EMULATION
@@ -359,7 +386,13 @@ inline OptionalTensor packed(const OptionalTensor& tensor) {
 
 inline Vector vector(const char* name, const OptionalTensor& tensor) {
   if (!tensor.has_value()) return {};
-  return {tensor->data_ptr(), tensor->dim() == 2 ? tensor->stride(0) : 0, tensor->scalar_type(), describe(name, *tensor)};
+  const int64_t sample = tensor->dim() > 1 ? tensor->stride(0) : 0, row = tensor->dim() == 3 ? tensor->stride(1) : 0;
+  return {tensor->data_ptr(), sample, tensor->scalar_type(), describe(name, *tensor), row};
+}
+
+inline Numbers numbers(const char* name, const OptionalTensor& tensor) {
+  if (!tensor.has_value()) return {};
+  return {static_cast<const int64_t*>(tensor->data_ptr()), describe(name, *tensor)};
 }
 
 // Whether vectorised accesses can move every unit of every row.

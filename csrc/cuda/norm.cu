@@ -23,6 +23,13 @@
 // and 1152 channels take 48, 96, 128 and 144 threads, rounded up to whole warps. A block holds several rows at a time: several
 // loads are in flight, and one barrier serves the sums of all these rows. The same inputs give the same bits: nothing is added
 // atomically, and the number of chunks depends on shapes alone.
+//
+// Of the ops by token (norm/by_token.py), with one row of a block at a time and dtypes known at run time:
+//   forward_rows   reads the token's row of gate, shift and scale: its own, or that of an index.
+//   backward_rows  TOKEN: reads the token's own gate and scale and writes the gradients of its own vectors. P, Q and S are then
+//                  sums of what the vectors are in already, and R is not needed.
+//                  INDEX: a block owns a chunk of the tokens of one row of a sample, in their order, and sums as for a sample. The
+//                  rows of all samples are the samples of add_chunks. The number of chunks depends on shapes alone.
 #include "common.cuh"
 #include "sums.cuh"
 
@@ -64,21 +71,26 @@ __device__ __forceinline__ void block_sums(float (&values)[COUNT], const Shared<
   phase ^= 1;
 }
 
+// Whose vectors a token takes: its sample's, its own, or those of an index.
+enum class By { SAMPLE, TOKEN, INDEX };
+
 template <typename T, typename U>
 struct Forward {
   Tokens<T> x, x1;
   Tokens<U> branch, h;
   Tokens<float> stats;
   Vectors vectors;
+  Numbers index;
   int64_t length, blocks;
   int width;
   float eps;
   bool centred;
 };
 
-template <typename T, typename U, int WIDTH, bool VECTORISED, bool RESIDUAL, bool NORM>
+template <typename T, typename U, int WIDTH, bool VECTORISED, bool RESIDUAL, bool NORM, By BY>
 __global__ void __launch_bounds__(most_threads(WIDTH)) forward_rows(const Forward<T, U> a) {
   constexpr int ROWS = forward_rows_held(WIDTH);
+  static_assert(BY == By::SAMPLE || ROWS == 1, "a block reads the vectors of one row");
   const Shared<float> scratch{0};
   int phase = 0;
   const int width = WIDTH > 0 ? WIDTH : a.width;
@@ -86,6 +98,9 @@ __global__ void __launch_bounds__(most_threads(WIDTH)) forward_rows(const Forwar
   const int64_t sample = blockIdx.x / a.blocks;
   const int64_t first = blockIdx.x % a.blocks * ROWS;
   const bool inside = column < width, keeps = threadIdx.x == 0 && a.stats.data != nullptr;
+  Vectors vectors = a.vectors;
+  if constexpr (BY == By::TOKEN) vectors = row_of(vectors, first);
+  if constexpr (BY == By::INDEX) vectors = row_of(vectors, load_number(a.index, sample * a.length + first));
 
   Unit row[ROWS] = {};
   if (inside) {
@@ -96,8 +111,8 @@ __global__ void __launch_bounds__(most_threads(WIDTH)) forward_rows(const Forwar
       if constexpr (RESIDUAL) u[r] = load<VECTORISED>(a.branch, sample, first + r, column, width);
     }
     if constexpr (RESIDUAL) {
-      const Unit gate = load<VECTORISED>(a.vectors.gate, sample, column, width, 1.0f);
-      const Unit branch_bias = load<VECTORISED>(a.vectors.branch_bias, 0, column, width, 0.0f);
+      const Unit gate = load<VECTORISED>(vectors.gate, sample, column, width, 1.0f);
+      const Unit branch_bias = load<VECTORISED>(vectors.branch_bias, 0, column, width, 0.0f);
       UNROLL for (int r = 0; r < ROWS; ++r) {
         if (first + r >= a.length) continue;
         UNROLL for (int i = 0; i < UNIT; ++i) {
@@ -136,10 +151,10 @@ __global__ void __launch_bounds__(most_threads(WIDTH)) forward_rows(const Forwar
     }
     block_sums(sums, scratch, phase);
     if (!inside) return;
-    const Unit weight = load<VECTORISED>(a.vectors.weight, 0, column, width, 1.0f);
-    const Unit bias = load<VECTORISED>(a.vectors.bias, 0, column, width, 0.0f);
-    const Unit scale = load<VECTORISED>(a.vectors.scale, sample, column, width, 0.0f);
-    const Unit shift = load<VECTORISED>(a.vectors.shift, sample, column, width, 0.0f);
+    const Unit weight = load<VECTORISED>(vectors.weight, 0, column, width, 1.0f);
+    const Unit bias = load<VECTORISED>(vectors.bias, 0, column, width, 0.0f);
+    const Unit scale = load<VECTORISED>(vectors.scale, sample, column, width, 0.0f);
+    const Unit shift = load<VECTORISED>(vectors.shift, sample, column, width, 0.0f);
     UNROLL for (int r = 0; r < ROWS; ++r) {
       if (first + r >= a.length) continue;
       // Zero times a sum that has overflowed is NaN: such a row is lost, and not a row of zeros.
@@ -160,14 +175,16 @@ struct Backward {
   Tokens<U> dh, branch, dbranch;
   Tokens<float> stats, partial;
   Vectors vectors;
-  int64_t length, chunks, chunk_rows;
+  Numbers order, starts;
+  Tokens<Any> dgate, dshift, dscale;
+  int64_t length, chunks, chunk_rows, rows;
   int width;
   bool centred, beyond_norm, norm_sums, residual_sums;
 };
 
 // Absent tensors are neither read nor written. `beyond_norm`: dx, or a gradient that depends on it, is wanted.
 // The launch bound asks for one block on a multiprocessor. Without it the compiler aims at more than fit and spills registers.
-template <typename T, typename U, int WIDTH, bool VECTORISED, bool RESIDUAL, bool NORM>
+template <typename T, typename U, int WIDTH, bool VECTORISED, bool RESIDUAL, bool NORM, By BY>
 __global__ void __launch_bounds__(most_threads(WIDTH), 1) backward_rows(const Backward<T, U> a) {
   constexpr int ROWS = backward_rows_held(WIDTH);
   const Shared<float> scratch{0};
@@ -175,26 +192,47 @@ __global__ void __launch_bounds__(most_threads(WIDTH), 1) backward_rows(const Ba
   const int width = WIDTH > 0 ? WIDTH : a.width;
   const int column = threadIdx.x * UNIT;
   const bool inside = column < width;
-  const int64_t sample = blockIdx.x / a.chunks;
-  const int64_t first = blockIdx.x % a.chunks * a.chunk_rows;
-  const int count = static_cast<int>(first + a.chunk_rows < a.length ? a.chunk_rows : a.length - first);
+  // The vectors of a group serve all tokens of the block: of a sample, or of a row of one.
+  const int64_t group = blockIdx.x / a.chunks, sample = BY == By::INDEX ? group / a.rows : group;
+  int64_t first = blockIdx.x % a.chunks * a.chunk_rows;
+  int count = static_cast<int>(first + a.chunk_rows < a.length ? a.chunk_rows : a.length - first);
+  if constexpr (BY == By::INDEX) {
+    const int64_t at = sample * (a.rows + 1) + group % a.rows;
+    const int64_t begin = load_number(a.starts, at), end = load_number(a.starts, at + 1);
+    const int64_t share = ceil_div(end - begin, a.chunks);
+    first = begin + blockIdx.x % a.chunks * share;
+    count = static_cast<int>(first + share < end ? share : end - first);
+  }
+  const auto token_at = [&](int64_t place) {
+    if constexpr (BY == By::INDEX) return load_number(a.order, sample * a.length + place);
+    return place;
+  };
 
   Unit factor = {}, gate = {}, p = {}, q = {}, r = {}, s = {};
   if (inside) {
     if constexpr (NORM) {
-      const Unit scale = load<VECTORISED>(a.vectors.scale, sample, column, width, 0.0f);
       factor = load<VECTORISED>(a.vectors.weight, 0, column, width, 1.0f);
-      UNROLL for (int i = 0; i < UNIT; ++i) factor.at[i] *= 1.0f + scale.at[i];
+      if constexpr (BY != By::TOKEN) {
+        const Unit scale = load<VECTORISED>(a.vectors.scale, group, column, width, 0.0f);
+        UNROLL for (int i = 0; i < UNIT; ++i) factor.at[i] *= 1.0f + scale.at[i];
+      }
     }
-    if constexpr (RESIDUAL) gate = load<VECTORISED>(a.vectors.gate, sample, column, width, 1.0f);
+    if constexpr (RESIDUAL && BY != By::TOKEN) gate = load<VECTORISED>(a.vectors.gate, group, column, width, 1.0f);
   }
 
   for (int start = 0; start < count; start += ROWS) {
+    Unit scale = {}, unmodulated = {};
+    if constexpr (BY == By::TOKEN) {
+      const Vectors own = row_of(a.vectors, first + start);
+      if (inside && NORM) scale = load<VECTORISED>(own.scale, sample, column, width, 0.0f);
+      if (inside && NORM) unmodulated = load<VECTORISED>(own.bias, 0, column, width, 0.0f);
+      if (inside && RESIDUAL) gate = load<VECTORISED>(own.gate, sample, column, width, 1.0f);
+    }
     Unit stream[ROWS] = {}, u[ROWS] = {}, dnormed[ROWS] = {}, normed[ROWS] = {};
     float mean[ROWS] = {}, rstd[ROWS] = {};
     UNROLL for (int k = 0; k < ROWS; ++k) {
-      const int64_t token = first + start + k;
       if (!inside || start + k >= count) continue;
+      const int64_t token = token_at(first + start + k);
       if (!NORM || a.dx1.data != nullptr) stream[k] = load<VECTORISED>(a.dx1, sample, token, column, width);
       if constexpr (RESIDUAL)
         if (a.branch.data != nullptr) u[k] = load<VECTORISED>(a.branch, sample, token, column, width);
@@ -210,6 +248,10 @@ __global__ void __launch_bounds__(most_threads(WIDTH), 1) backward_rows(const Ba
       UNROLL for (int k = 0; k < ROWS; ++k) {
         UNROLL for (int i = 0; i < UNIT; ++i) {
           normed[k].at[i] = (normed[k].at[i] - mean[k]) * rstd[k];
+          if constexpr (BY == By::TOKEN) {
+            unmodulated.at[i] = dnormed[k].at[i] * (normed[k].at[i] * factor.at[i] + unmodulated.at[i]);
+            dnormed[k].at[i] *= 1.0f + scale.at[i];
+          }
           p.at[i] += dnormed[k].at[i];
           q.at[i] += dnormed[k].at[i] * normed[k].at[i];
           dnormed[k].at[i] *= factor.at[i];
@@ -227,16 +269,26 @@ __global__ void __launch_bounds__(most_threads(WIDTH), 1) backward_rows(const Ba
       }
     }
     UNROLL for (int k = 0; k < ROWS; ++k) {
-      const int64_t token = first + start + k;
       if (!inside || start + k >= count) continue;
+      const int64_t token = token_at(first + start + k);
+      if constexpr (NORM && BY == By::TOKEN) {
+        if (a.dscale.data != nullptr) store<VECTORISED>(a.dscale, sample, token, column, width, unmodulated);
+        if (a.dshift.data != nullptr)
+          store<VECTORISED>(a.dshift, sample, token, column, width, load<VECTORISED>(a.dh, sample, token, column, width));
+      }
       if constexpr (NORM)
         if (a.dx.data != nullptr) store<VECTORISED>(a.dx, sample, token, column, width, stream[k]);
       if constexpr (RESIDUAL) {
         Unit dbranch;
+        if constexpr (BY == By::TOKEN) {
+          Unit dgate = load<VECTORISED>(a.vectors.branch_bias, 0, column, width, 0.0f);
+          UNROLL for (int i = 0; i < UNIT; ++i) dgate.at[i] = stream[k].at[i] * (u[k].at[i] + dgate.at[i]);
+          if (a.dgate.data != nullptr) store<VECTORISED>(a.dgate, sample, token, column, width, dgate);
+        }
         UNROLL for (int i = 0; i < UNIT; ++i) {
           r.at[i] += stream[k].at[i] * u[k].at[i];
-          s.at[i] += stream[k].at[i];
           dbranch.at[i] = gate.at[i] * stream[k].at[i];
+          s.at[i] += BY == By::TOKEN ? dbranch.at[i] : stream[k].at[i];
         }
         if (a.dbranch.data != nullptr) store<VECTORISED>(a.dbranch, sample, token, column, width, dbranch);
       }
@@ -246,12 +298,12 @@ __global__ void __launch_bounds__(most_threads(WIDTH), 1) backward_rows(const Ba
   if (!inside) return;
   const int64_t chunk = blockIdx.x % a.chunks * SUMS;
   if (NORM && a.norm_sums) {
-    store<VECTORISED>(a.partial, sample, chunk, column, width, p);
-    store<VECTORISED>(a.partial, sample, chunk + 1, column, width, q);
+    store<VECTORISED>(a.partial, group, chunk, column, width, p);
+    store<VECTORISED>(a.partial, group, chunk + 1, column, width, q);
   }
   if (RESIDUAL && a.residual_sums) {
-    store<VECTORISED>(a.partial, sample, chunk + 2, column, width, r);
-    store<VECTORISED>(a.partial, sample, chunk + 3, column, width, s);
+    store<VECTORISED>(a.partial, group, chunk + 2, column, width, r);
+    store<VECTORISED>(a.partial, group, chunk + 3, column, width, s);
   }
 }
 
@@ -310,17 +362,43 @@ void check_width(const char* op, int64_t width) {
   STD_TORCH_CHECK(width <= WIDEST, op, ": a row of ", width, " channels is wider than a block; the widest taken is ", WIDEST);
 }
 
+// Which vectors a token takes; contiguous integers.
+struct Choice {
+  By by = By::SAMPLE;
+  OptionalTensor index, order, starts;
+
+  int64_t rows() const { return starts.has_value() ? starts->size(1) - 1 : 1; }
+};
+
+Choice by_token(const OptionalTensor& index, const OptionalTensor& order, const OptionalTensor& starts) {
+  return {index.has_value() ? By::INDEX : By::TOKEN, packed(index), packed(order), packed(starts)};
+}
+
+// Calls body(types of stream and branch, width, whether accesses are vectorised, whose vectors). By token, types and width are known
+// at run time alone.
+template <typename Body>
+void by_case(By by, ScalarType stream, ScalarType branch, int64_t width, bool vectorised, Body body) {
+  const auto any = [&](auto which) {
+    by_truth(vectorised, [&](auto by_words) { body(Any{}, Any{}, Number<0>{}, by_words, which); });
+  };
+  if (by == By::TOKEN) return any(std::integral_constant<By, By::TOKEN>{});
+  if (by == By::INDEX) return any(std::integral_constant<By, By::INDEX>{});
+  by_row(stream, branch, width, vectorised, [&](auto t, auto u, auto known, auto by_words) {
+    body(t, u, known, by_words, std::integral_constant<By, By::SAMPLE>{});
+  });
+}
+
 template <bool RESIDUAL, bool NORM>
 void forward(
-    const char* op, const Tensor& x, const OptionalTensor& branch, VectorTensors given, const OptionalTensor& x1,
-    const OptionalTensor& h, const OptionalTensor& stats, double eps, bool centred) {
+    const char* op, const Tensor& x, const OptionalTensor& branch, VectorTensors given, const Choice& choice,
+    const OptionalTensor& x1, const OptionalTensor& h, const OptionalTensor& stats, double eps, bool centred) {
   const int64_t batch = x.size(0), length = x.size(1), width = x.size(2);
   check_width(op, width);
   given = packed(given);
   const bool vectorised = all_vectorised(x, branch) && is_vectorised(given);
-  by_row(
-      x.scalar_type(), common_dtype(x.scalar_type(), branch, h), width, vectorised,
-      [&](auto stream, auto other, auto known, auto by_words) {
+  by_case(
+      choice.by, x.scalar_type(), common_dtype(x.scalar_type(), branch, h), width, vectorised,
+      [&](auto stream, auto other, auto known, auto by_words, auto by) {
     using T = decltype(stream);
     using U = decltype(other);
     const Forward<T, U> a{
@@ -330,12 +408,13 @@ void forward(
         .h = tokens<U>("h", h),
         .stats = tokens<float>("stats", stats),
         .vectors = vectors(given),
+        .index = numbers("index", choice.index),
         .length = length,
         .blocks = ceil_div(length, forward_rows_held(known)),
         .width = static_cast<int>(width),
         .eps = static_cast<float>(eps),
         .centred = centred};
-    launch<forward_rows<T, U, known, by_words, RESIDUAL, NORM>, most_threads(known), forward_shared(known)>(
+    launch<forward_rows<T, U, known, by_words, RESIDUAL, NORM, by>, most_threads(known), forward_shared(known)>(
         op, batch * a.blocks, x, a, threads_for(a.width));
   });
 }
@@ -352,48 +431,71 @@ bool any_given(const Tensors&... tensors) {
   return (tensors.has_value() || ...);
 }
 
-void add_up(const char* op, const BackwardTensors& t, const Tensor& partial, bool norm_sums, bool residual_sums) {
-  const int64_t batch = partial.size(0), width = partial.size(2);
+// (B, K, D) vectors as those of B · K samples.
+VectorTensors grouped(VectorTensors t) {
+  for (OptionalTensor* vector : {&t.gate, &t.shift, &t.scale})
+    if (vector->has_value()) *vector = torch::stable::contiguous(**vector);
+  return t;
+}
+
+Vectors of_groups(const VectorTensors& t) {
+  Vectors made = vectors(t);
+  for (Vector* vector : {&made.gate, &made.shift, &made.scale}) vector->sample = vector->row;
+  return made;
+}
+
+Vectors vectors_of(const VectorTensors& t, By by) { return by == By::INDEX ? of_groups(t) : vectors(t); }
+
+void add_up(const char* op, const BackwardTensors& t, By by, const Tensor& partial, bool norm_sums, bool residual_sums) {
+  const int64_t groups = partial.size(0), width = partial.size(2);
   OptionalTensor terms;
   if (any_given(t.wanted.weight, t.wanted.bias, t.wanted.branch_bias))
-    terms = empty(partial, {batch, TERMS, width}, ScalarType::Float);
+    terms = empty(partial, {groups, TERMS, width}, ScalarType::Float);
+  VectorTensors given = t.given, wanted = t.wanted;
+  if (by == By::TOKEN) given.gate = given.scale = wanted.gate = wanted.shift = wanted.scale = std::nullopt;
   const Gradients a{
       .partial = tokens<float>("partial", partial),
       .terms = tokens<float>("terms", terms),
-      .vectors = vectors(t.given),
-      .gradients = vectors(t.wanted),
-      .batch = batch,
+      .vectors = vectors_of(given, by),
+      .gradients = vectors_of(wanted, by),
+      .batch = groups,
       .chunks = partial.size(1) / SUMS,
       .width = static_cast<int>(width),
       .blocks = static_cast<int>(ceil_div(width, SUM_THREADS)),
       .norm_sums = norm_sums,
       .residual_sums = residual_sums};
-  launch<add_chunks, SUM_THREADS>(op, batch * a.blocks, partial, a);
+  launch<add_chunks, SUM_THREADS>(op, groups * a.blocks, partial, a);
   if (terms.has_value()) launch<add_samples, GROUP_THREADS, TERMS * GROUP_BYTES>(op, ceil_div(width, WARP), partial, a);
 }
 
 template <bool RESIDUAL, bool NORM>
-void backward(const char* op, BackwardTensors t) {
+void backward(const char* op, BackwardTensors t, const Choice& choice) {
   const Tensor& rows = NORM ? *t.dh : *t.dx1;
-  const int64_t batch = rows.size(0), length = rows.size(1), width = rows.size(2);
+  const int64_t length = rows.size(1), width = rows.size(2), groups = rows.size(0) * choice.rows();
   check_width(op, width);
+  STD_TORCH_CHECK(
+      choice.by != By::INDEX || any_given(choice.order) == any_given(choice.starts), op, ": order and starts come together");
+  STD_TORCH_CHECK(choice.by != By::INDEX || any_given(choice.starts), op, ": an index comes with order and starts");
   const VectorTensors& wanted = t.wanted;
-  const bool norm_sums = any_given(wanted.shift, wanted.scale, wanted.weight, wanted.bias);
-  const bool residual_sums = any_given(wanted.gate, wanted.branch_bias);
-  const bool beyond_norm = residual_sums || any_given(t.dx, t.dbranch);
+  const bool own = choice.by == By::TOKEN;
+  const bool norm_sums = any_given(wanted.weight, wanted.bias) || (!own && any_given(wanted.shift, wanted.scale));
+  const bool residual_sums = any_given(wanted.branch_bias) || (!own && any_given(wanted.gate));
+  const bool beyond_norm = any_given(wanted.gate, wanted.branch_bias, t.dx, t.dbranch);
   if (NORM && !beyond_norm) t.dx1.reset();
   if (!wanted.gate.has_value()) t.branch.reset();
   STD_TORCH_CHECK(wanted.gate.has_value() == t.branch.has_value(), op, ": dgate is wanted, and the branch is not given");
-  t.given = packed(t.given);
-  const Chunks chunks = cut(length, batch, BLOCKS, SHORTEST_CHUNK, BACKWARD_ROWS);
+  t.given = packed(choice.by == By::INDEX ? grouped(t.given) : t.given);
+  // Rows of a sample are cut by shapes alone, as if all had as many tokens.
+  const int64_t tokens_each = choice.rows() > 1 ? ceil_div(length, choice.rows()) : length;
+  const Chunks chunks = cut(tokens_each, groups, BLOCKS, SHORTEST_CHUNK, BACKWARD_ROWS);
   OptionalTensor partial;
-  if (norm_sums || residual_sums) partial = empty(rows, {batch, chunks.count * SUMS, width}, ScalarType::Float);
+  if (norm_sums || residual_sums) partial = empty(rows, {groups, chunks.count * SUMS, width}, ScalarType::Float);
 
   const ScalarType of_stream = common_dtype(rows.scalar_type(), t.x1, t.dx1, t.dx);
   const bool vectorised = all_vectorised(t.dx1, t.dh, t.x1, t.branch) && is_vectorised(t.given);
-  by_row(
-      of_stream, common_dtype(of_stream, t.dh, t.branch, t.dbranch), width, vectorised,
-      [&](auto stream, auto other, auto known, auto by_words) {
+  by_case(
+      choice.by, of_stream, common_dtype(of_stream, t.dh, t.branch, t.dbranch), width, vectorised,
+      [&](auto stream, auto other, auto known, auto by_words, auto by) {
     using T = decltype(stream);
     using U = decltype(other);
     const Backward<T, U> a{
@@ -405,24 +507,30 @@ void backward(const char* op, BackwardTensors t) {
         .dbranch = tokens<U>("dbranch", t.dbranch),
         .stats = tokens<float>("stats", t.stats),
         .partial = tokens<float>("partial", partial),
-        .vectors = vectors(t.given),
+        .vectors = vectors_of(t.given, choice.by),
+        .order = numbers("order", choice.order),
+        .starts = numbers("starts", choice.starts),
+        .dgate = own ? tokens<Any>("dgate", wanted.gate) : Tokens<Any>{},
+        .dshift = own ? tokens<Any>("dshift", wanted.shift) : Tokens<Any>{},
+        .dscale = own ? tokens<Any>("dscale", wanted.scale) : Tokens<Any>{},
         .length = length,
         .chunks = chunks.count,
         .chunk_rows = chunks.rows,
+        .rows = choice.rows(),
         .width = static_cast<int>(width),
         .centred = t.stats.has_value() && t.stats->size(2) == 2,
         .beyond_norm = beyond_norm,
         .norm_sums = norm_sums,
         .residual_sums = residual_sums};
-    launch<backward_rows<T, U, known, by_words, RESIDUAL, NORM>, most_threads(known), backward_shared(known)>(
-        op, batch * chunks.count, rows, a, threads_for(a.width));
+    launch<backward_rows<T, U, known, by_words, RESIDUAL, NORM, by>, most_threads(known), backward_shared(known)>(
+        op, groups * chunks.count, rows, a, threads_for(a.width));
   });
-  if (partial.has_value()) add_up(op, t, *partial, norm_sums, residual_sums);
+  if (partial.has_value()) add_up(op, t, choice.by, *partial, norm_sums, residual_sums);
 }
 
 // ---- Operators. Their declarations in ditkernels/ops/norm/__init__.py have checked the arguments --------------------
 
-using Numbers = std::vector<int64_t>;
+using Numbers64 = std::vector<int64_t>;
 
 // An uninitialised tensor for mean and rstd (rmsnorm: rstd alone) of each row; none unless `keep` is set.
 OptionalTensor statistics(const Tensor& x, bool centred, bool keep) {
@@ -439,78 +547,159 @@ void check_saved(const char* op, const OptionalTensor& x, const OptionalTensor& 
   STD_TORCH_CHECK(stats->scalar_type() == ScalarType::Float, op, ": stats: got another dtype than fp32");
 }
 
-std::tuple<Tensor, Tensor> modulate_norm(
-    Tensor x, OptionalTensor shift, OptionalTensor scale, OptionalTensor weight, OptionalTensor bias, std::string norm, double eps,
+// The shape of a gradient of gate, shift or scale.
+Numbers64 own_shape(const Numbers64& rows, const Choice& choice) {
+  if (choice.by == By::SAMPLE) return {rows[0], rows[2]};
+  return {rows[0], choice.by == By::INDEX ? choice.rows() : rows[1], rows[2]};
+}
+
+std::tuple<Tensor, Tensor> modulated(
+    const char* op, const Tensor& x, const VectorTensors& given, const Choice& choice, const std::string& norm, double eps,
     ScalarType out_dtype, bool keep) {
   const bool centred = norm != "rmsnorm";
   const OptionalTensor stats = statistics(x, centred, keep);
   const Tensor h = empty(x, shape_of(x), out_dtype);
-  forward<false, true>("modulate_norm", x, {}, {{}, {}, shift, scale, weight, bias}, {}, h, stats, eps, centred);
+  forward<false, true>(op, x, {}, given, choice, {}, h, stats, eps, centred);
   return {h, or_no_statistics(stats, x)};
 }
 
-Tensor gated_residual(Tensor x, Tensor branch, OptionalTensor gate, OptionalTensor branch_bias) {
+Tensor gated(const char* op, const Tensor& x, const Tensor& branch, const VectorTensors& given, const Choice& choice) {
   const Tensor x1 = empty(x, shape_of(x), x.scalar_type());
-  forward<true, false>("gated_residual", x, branch, {gate, branch_bias}, x1, {}, {}, 0.0, false);
+  forward<true, false>(op, x, branch, given, choice, x1, {}, {}, 0.0, false);
   return x1;
 }
 
-std::tuple<Tensor, Tensor, Tensor> gated_residual_norm(
-    Tensor x, Tensor branch, OptionalTensor gate, OptionalTensor shift, OptionalTensor scale, OptionalTensor branch_bias,
-    OptionalTensor weight, OptionalTensor bias, std::string norm, double eps, ScalarType out_dtype, bool keep) {
+std::tuple<Tensor, Tensor, Tensor> gated_and_modulated(
+    const char* op, const Tensor& x, const Tensor& branch, const VectorTensors& given, const Choice& choice, const std::string& norm,
+    double eps, ScalarType out_dtype, bool keep) {
   const bool centred = norm != "rmsnorm";
   const OptionalTensor stats = statistics(x, centred, keep);
   const Tensor x1 = empty(x, shape_of(x), x.scalar_type()), h = empty(x, shape_of(x), out_dtype);
-  const VectorTensors given{gate, branch_bias, shift, scale, weight, bias};
-  forward<true, true>("gated_residual_norm", x, branch, given, x1, h, stats, eps, centred);
+  forward<true, true>(op, x, branch, given, choice, x1, h, stats, eps, centred);
   return {x1, h, or_no_statistics(stats, x)};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> modulate_norm_backward(
-    Tensor dh, OptionalTensor x, OptionalTensor scale, OptionalTensor weight, OptionalTensor bias, OptionalTensor stats,
-    std::string, Numbers wanted) {
-  const char* op = "modulate_norm_backward";
+using FiveTensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
+using EightTensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+FiveTensors through_modulated(
+    const char* op, const Tensor& dh, const OptionalTensor& x, const VectorTensors& given, const OptionalTensor& stats,
+    const Choice& choice, const Numbers64& wanted) {
   check_saved(op, x, stats);
-  const Numbers per_sample{dh.size(0), dh.size(2)}, shared{dh.size(2)};
-  const OptionalTensor dx = gradient(wanted, 0, dh, shape_of(dh));
+  const Numbers64 rows = shape_of(dh), own = own_shape(rows, choice), shared{rows[2]};
+  const OptionalTensor dx = gradient(wanted, 0, dh, rows);
   const VectorTensors made{
-      {},
-      {},
-      gradient(wanted, 1, dh, per_sample),
-      gradient(wanted, 2, dh, per_sample),
-      gradient(wanted, 3, dh, shared),
+      {}, {}, gradient(wanted, 1, dh, own), gradient(wanted, 2, dh, own), gradient(wanted, 3, dh, shared),
       gradient(wanted, 4, dh, shared)};
-  backward<false, true>(op, {{}, dh, x, {}, stats, {{}, {}, {}, scale, weight, bias}, dx, {}, made});
+  backward<false, true>(op, {{}, dh, x, {}, stats, given, dx, {}, made}, choice);
   return {
       or_nothing(dx, dh), or_nothing(made.shift, dh), or_nothing(made.scale, dh), or_nothing(made.weight, dh),
       or_nothing(made.bias, dh)};
 }
 
-std::tuple<Tensor, Tensor, Tensor> gated_residual_backward(
-    Tensor dx1, OptionalTensor branch, OptionalTensor gate, OptionalTensor branch_bias, Numbers wanted) {
-  const OptionalTensor dbranch = gradient(wanted, 0, dx1, shape_of(dx1));
-  const VectorTensors made{gradient(wanted, 1, dx1, {dx1.size(0), dx1.size(2)}), gradient(wanted, 2, dx1, {dx1.size(2)})};
-  backward<true, false>("gated_residual_backward", {dx1, {}, {}, branch, {}, {gate, branch_bias}, {}, dbranch, made});
+std::tuple<Tensor, Tensor, Tensor> through_gated(
+    const char* op, const Tensor& dx1, const OptionalTensor& branch, const VectorTensors& given, const Choice& choice,
+    const Numbers64& wanted) {
+  const Numbers64 rows = shape_of(dx1);
+  const OptionalTensor dbranch = gradient(wanted, 0, dx1, rows);
+  const VectorTensors made{gradient(wanted, 1, dx1, own_shape(rows, choice)), gradient(wanted, 2, dx1, {rows[2]})};
+  backward<true, false>(op, {dx1, {}, {}, branch, {}, given, {}, dbranch, made}, choice);
   return {or_nothing(dbranch, dx1), or_nothing(made.gate, dx1), or_nothing(made.branch_bias, dx1)};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gated_residual_norm_backward(
-    OptionalTensor dx1, OptionalTensor dh, OptionalTensor x1, OptionalTensor branch, OptionalTensor gate, OptionalTensor scale,
-    OptionalTensor branch_bias, OptionalTensor weight, OptionalTensor bias, OptionalTensor stats, std::string, Numbers wanted) {
-  const char* op = "gated_residual_norm_backward";
+EightTensors through_gated_and_modulated(
+    const char* op, const OptionalTensor& dx1, const OptionalTensor& dh, const OptionalTensor& x1, const OptionalTensor& branch,
+    const VectorTensors& given, const OptionalTensor& stats, const Choice& choice, const Numbers64& wanted) {
   check_saved(op, x1, stats);
   STD_TORCH_CHECK(dh.has_value(), op, ": called without dh");
   const Tensor& like = dx1.has_value() ? *dx1 : *dh;
-  const Numbers rows = shape_of(like), per_sample{rows[0], rows[2]}, shared{rows[2]};
+  const Numbers64 rows = shape_of(like), own = own_shape(rows, choice), shared{rows[2]};
   const OptionalTensor dx = gradient(wanted, 0, like, rows), dbranch = gradient(wanted, 1, like, rows);
-  const VectorTensors made{gradient(wanted, 2, like, per_sample), gradient(wanted, 5, like, shared),
-                           gradient(wanted, 3, like, per_sample), gradient(wanted, 4, like, per_sample),
+  const VectorTensors made{gradient(wanted, 2, like, own), gradient(wanted, 5, like, shared),
+                           gradient(wanted, 3, like, own), gradient(wanted, 4, like, own),
                            gradient(wanted, 6, like, shared),     gradient(wanted, 7, like, shared)};
-  const VectorTensors given{gate, branch_bias, {}, scale, weight, bias};
-  backward<true, true>(op, {dx1, dh, x1, branch, stats, given, dx, dbranch, made});
+  backward<true, true>(op, {dx1, dh, x1, branch, stats, given, dx, dbranch, made}, choice);
   const auto result = [&](const OptionalTensor& tensor) { return or_nothing(tensor, like); };
   return {result(dx),         result(dbranch),          result(made.gate),   result(made.shift),
           result(made.scale), result(made.branch_bias), result(made.weight), result(made.bias)};
+}
+
+using Optional = OptionalTensor;
+
+std::tuple<Tensor, Tensor> modulate_norm(
+    Tensor x, Optional shift, Optional scale, Optional weight, Optional bias, std::string norm, double eps, ScalarType out_dtype,
+    bool keep) {
+  return modulated("modulate_norm", x, {{}, {}, shift, scale, weight, bias}, {}, norm, eps, out_dtype, keep);
+}
+
+std::tuple<Tensor, Tensor> modulate_norm_by_token(
+    Tensor x, Optional shift, Optional scale, Optional weight, Optional bias, Optional index, Optional order, Optional starts,
+    std::string norm, double eps, ScalarType out_dtype, bool keep) {
+  const VectorTensors given{{}, {}, shift, scale, weight, bias};
+  return modulated("modulate_norm_by_token", x, given, by_token(index, order, starts), norm, eps, out_dtype, keep);
+}
+
+Tensor gated_residual(Tensor x, Tensor branch, Optional gate, Optional branch_bias) {
+  return gated("gated_residual", x, branch, {gate, branch_bias}, {});
+}
+
+Tensor gated_residual_by_token(
+    Tensor x, Tensor branch, Optional gate, Optional branch_bias, Optional index, Optional order, Optional starts) {
+  return gated("gated_residual_by_token", x, branch, {gate, branch_bias}, by_token(index, order, starts));
+}
+
+std::tuple<Tensor, Tensor, Tensor> gated_residual_norm(
+    Tensor x, Tensor branch, Optional gate, Optional shift, Optional scale, Optional branch_bias, Optional weight, Optional bias,
+    std::string norm, double eps, ScalarType out_dtype, bool keep) {
+  const VectorTensors given{gate, branch_bias, shift, scale, weight, bias};
+  return gated_and_modulated("gated_residual_norm", x, branch, given, {}, norm, eps, out_dtype, keep);
+}
+
+std::tuple<Tensor, Tensor, Tensor> gated_residual_norm_by_token(
+    Tensor x, Tensor branch, Optional gate, Optional shift, Optional scale, Optional branch_bias, Optional weight, Optional bias,
+    Optional index, Optional order, Optional starts, std::string norm, double eps, ScalarType out_dtype, bool keep) {
+  const VectorTensors given{gate, branch_bias, shift, scale, weight, bias};
+  const Choice choice = by_token(index, order, starts);
+  return gated_and_modulated("gated_residual_norm_by_token", x, branch, given, choice, norm, eps, out_dtype, keep);
+}
+
+FiveTensors modulate_norm_backward(
+    Tensor dh, Optional x, Optional scale, Optional weight, Optional bias, Optional stats, std::string, Numbers64 wanted) {
+  return through_modulated("modulate_norm_backward", dh, x, {{}, {}, {}, scale, weight, bias}, stats, {}, wanted);
+}
+
+FiveTensors modulate_norm_by_token_backward(
+    Tensor dh, Optional x, Optional scale, Optional weight, Optional bias, Optional stats, Optional index, Optional order,
+    Optional starts, std::string, Numbers64 wanted) {
+  const Choice choice = by_token(index, order, starts);
+  return through_modulated("modulate_norm_by_token_backward", dh, x, {{}, {}, {}, scale, weight, bias}, stats, choice, wanted);
+}
+
+std::tuple<Tensor, Tensor, Tensor> gated_residual_backward(
+    Tensor dx1, Optional branch, Optional gate, Optional branch_bias, Numbers64 wanted) {
+  return through_gated("gated_residual_backward", dx1, branch, {gate, branch_bias}, {}, wanted);
+}
+
+std::tuple<Tensor, Tensor, Tensor> gated_residual_by_token_backward(
+    Tensor dx1, Optional branch, Optional gate, Optional branch_bias, Optional index, Optional order, Optional starts,
+    Numbers64 wanted) {
+  const Choice choice = by_token(index, order, starts);
+  return through_gated("gated_residual_by_token_backward", dx1, branch, {gate, branch_bias}, choice, wanted);
+}
+
+EightTensors gated_residual_norm_backward(
+    Optional dx1, Optional dh, Optional x1, Optional branch, Optional gate, Optional scale, Optional branch_bias, Optional weight,
+    Optional bias, Optional stats, std::string, Numbers64 wanted) {
+  const VectorTensors given{gate, branch_bias, {}, scale, weight, bias};
+  return through_gated_and_modulated("gated_residual_norm_backward", dx1, dh, x1, branch, given, stats, {}, wanted);
+}
+
+EightTensors gated_residual_norm_by_token_backward(
+    Optional dx1, Optional dh, Optional x1, Optional branch, Optional gate, Optional scale, Optional branch_bias, Optional weight,
+    Optional bias, Optional stats, Optional index, Optional order, Optional starts, std::string, Numbers64 wanted) {
+  const VectorTensors given{gate, branch_bias, {}, scale, weight, bias};
+  const Choice choice = by_token(index, order, starts);
+  return through_gated_and_modulated("gated_residual_norm_by_token_backward", dx1, dh, x1, branch, given, stats, choice, wanted);
 }
 
 }  // namespace
@@ -523,4 +712,10 @@ STABLE_TORCH_LIBRARY_IMPL(ditkernels, DITKERNELS_DEVICE, library) {
   library.impl("gated_residual_backward_cuda", TORCH_BOX(&ditkernels::gated_residual_backward));
   library.impl("gated_residual_norm_cuda", TORCH_BOX(&ditkernels::gated_residual_norm));
   library.impl("gated_residual_norm_backward_cuda", TORCH_BOX(&ditkernels::gated_residual_norm_backward));
+  library.impl("modulate_norm_by_token_cuda", TORCH_BOX(&ditkernels::modulate_norm_by_token));
+  library.impl("modulate_norm_by_token_backward_cuda", TORCH_BOX(&ditkernels::modulate_norm_by_token_backward));
+  library.impl("gated_residual_by_token_cuda", TORCH_BOX(&ditkernels::gated_residual_by_token));
+  library.impl("gated_residual_by_token_backward_cuda", TORCH_BOX(&ditkernels::gated_residual_by_token_backward));
+  library.impl("gated_residual_norm_by_token_cuda", TORCH_BOX(&ditkernels::gated_residual_norm_by_token));
+  library.impl("gated_residual_norm_by_token_backward_cuda", TORCH_BOX(&ditkernels::gated_residual_norm_by_token_backward));
 }

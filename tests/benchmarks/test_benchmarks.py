@@ -256,6 +256,17 @@ def test_mlp(tmp_path: Path) -> None:
         assert math.isclose(row["tflops"] * row["median_ms"] * 1e9, products * 2 * 8 * 384 * 1536)
 
 
+def test_modulations(tmp_path: Path) -> None:
+    rows = run("modulations", "--ops", "modulate_norm", "--kinds", "token,index", out=tmp_path / "m.json")
+    assert [(row["shape"], row["kind"], row["pass"]) for row in rows] == [
+        (shape, kind, which)
+        for shape in ([1, 256, 384], [4, 256, 1152])
+        for kind in ("token", "index")
+        for which in ("forward", "forward+backward")
+    ]
+    assert all(row["times faster"] > 0 for row in rows)
+
+
 def test_first_use(tmp_path: Path) -> None:
     size = ("--model", "64x2/2", "--input-size", "4", "--batch", "2", "--starts", "2", "--contenders", "eager-fp32")
     cold, warm = run("first_use", *size, out=tmp_path / "f.json")

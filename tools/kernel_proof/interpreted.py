@@ -248,9 +248,9 @@ SHARED = (_rows,)
 
 
 def load_sources(
-    module: types.ModuleType, change: Callable[[str], str], folder: Path
+    module: types.ModuleType, change: Callable[[str], str], folder: Path, beneath: Sequence[types.ModuleType] = ()
 ) -> tuple[dict[str, Callable[..., Any]], dict[str, types.ModuleType]]:
-    """Runs the changed sources of ``module`` and of SHARED as other copies of them, without registering anything.
+    """Runs the changed sources of ``module``, of SHARED and of those ``beneath`` as other copies, without registering anything.
 
     Returns the kernels that they would register, by op, and the copies by the name of what they copy.
     """
@@ -265,7 +265,7 @@ def load_sources(
 
     copies: dict[str, types.ModuleType] = {}
     with mock.patch.object(dispatch.Op, "implement", collect), mock.patch.dict(sys.modules):
-        for original in (*(m for m in SHARED if m is not module), module):
+        for original in (*(m for m in SHARED if m is not module), *beneath, module):
             name = original.__name__
             path = folder / f"{name.split('.')[-1]}.py"
             path.write_text(change(Path(original.__file__ or "").read_text(encoding="utf-8")), encoding="utf-8")
@@ -276,11 +276,11 @@ def load_sources(
 
 
 @contextlib.contextmanager
-def mutant(module: types.ModuleType, old: str, new: str, folder: Path) -> Iterator[None]:
-    """Runs the ops on the kernels of ``module`` with ``old``, which must occur in its source or in SHARED, replaced by ``new``."""
-    sources = [Path(m.__file__ or "").read_text(encoding="utf-8") for m in (module, *SHARED)]
+def mutant(module: types.ModuleType, old: str, new: str, folder: Path, beneath: Sequence[types.ModuleType] = ()) -> Iterator[None]:
+    """Runs the ops on the kernels of ``module`` with ``old`` replaced by ``new`` in its source, in SHARED, or ``beneath``."""
+    sources = [Path(m.__file__ or "").read_text(encoding="utf-8") for m in (module, *SHARED, *beneath)]
     assert any(old in source for source in sources), f"the source of {module.__name__} has no {old!r}"
-    registered, _ = load_sources(module, lambda source: source.replace(old, new), folder)
+    registered, _ = load_sources(module, lambda source: source.replace(old, new), folder, beneath)
     with contextlib.ExitStack() as stack:
         stack.callback(dispatch.forget)  # a call that is remembered holds its kernel
         for name, kernel in registered.items():

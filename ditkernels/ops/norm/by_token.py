@@ -331,4 +331,6 @@ def residual_norm_backward(
 
 for _op in (MODULATE_NORM_BY_TOKEN, GATED_RESIDUAL_BY_TOKEN, GATED_RESIDUAL_NORM_BY_TOKEN):
     for _each in (_op, _op.gradients):
+        _each.implement_elsewhere("cuda", refuse=_native.refuse_cuda)
         _each.implement_elsewhere("cpu", refuse=_native.refuse_cpu)
+        _each.implement_later("triton", f"{__name__}_triton")

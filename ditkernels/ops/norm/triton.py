@@ -85,15 +85,25 @@ def forward_rows(  # type: ignore[no-untyped-def]
     program = tl.program_id(0)
     sample = (program // blocks).to(tl.int64)
     rows = ((program % blocks) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
+    gate = of_sample((gate, gate_b), sample) if gate is not None else None
+    shift = of_sample((shift, shift_b), sample) if shift is not None else None
+    scale = of_sample((scale, scale_b), sample) if scale is not None else None
+    tokens = (x, x_b, x_n, x_d), (branch, branch_b, branch_n, branch_d)
+    norm_rows(tokens, gate, shift, scale, branch_bias, weight, bias, x1, h, stats, sample, rows, N, eps, D, S, HEAD, TAIL, ROWS)
+
+
+@jit
+def norm_rows(  # type: ignore[no-untyped-def]
+    tokens, gate, shift, scale, branch_bias, weight, bias, x1, h, stats, sample, rows, N, eps,
+    D: tl.constexpr, S: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """The forward of some rows of a sample. ``tokens``: x and the branch with their strides; a vector is a pointer to its row."""
     live = rows < N
     line = sample * N + rows
     head = tl.arange(0, HEAD).to(tl.int64)[None, :]
     head_mask = mask_of(live, head, HEAD, D)
-    gate = of_sample((gate, gate_b), sample) if gate is not None else None
-    shift = of_sample((shift, shift_b), sample) if shift is not None else None
-    scale = of_sample((scale, scale_b), sample) if scale is not None else None
-    x = rows_of((x, x_b, x_n, x_d), sample, rows)
-    branch = rows_of((branch, branch_b, branch_n, branch_d), sample, rows) if branch is not None else None
+    x = rows_of(tokens[0], sample, rows)
+    branch = rows_of(tokens[1], sample, rows) if tokens[1][0] is not None else None
 
     u = load_piece(branch, head, head_mask) if branch is not None else None
     value = stream_piece(x, u, gate, branch_bias, head, head_mask, HEAD, D)
@@ -216,16 +226,73 @@ def backward_rows(  # type: ignore[no-untyped-def]
     program = tl.program_id(0)
     sample = (program // chunks).to(tl.int64)
     first = (program % chunks) * chunk_rows
+    last = tl.minimum(first + chunk_rows, N)
+    gate = of_sample((gate, gate_b), sample) if gate is not None else None
+    scale = of_sample((scale, scale_b), sample) if scale is not None else None
+    tokens = (dx1, dx1_b, dx1_n, dx1_d), (dh, dh_b, dh_n, dh_d), (x1, x1_b, x1_n, x1_d), (branch, branch_b, branch_n, branch_d)
+    outs = dx, dbranch, partial, None, None, None
+    walk(
+        tokens, gate, scale, None, weight, None, stats, outs, sample, None, first, last, N,
+        D, S, HEAD, TAIL, ROWS, ONE_WARP, OF_ROWS, False, SUM_P, SUM_Q, SUM_R, SUM_S, SUMS,
+    )  # fmt: skip
+
+
+@jit
+def rows_of_vector(vector, sample, rows):  # type: ignore[no-untyped-def]
+    """Pointers to rows of one sample of a (B, K, D) vector, given with the strides of samples and rows."""
+    return vector[0] + sample * vector[1] + rows * vector[2]
+
+
+@jit
+def _biased(u, branch_bias, columns, END: tl.constexpr, D: tl.constexpr):  # type: ignore[no-untyped-def]
+    """One piece of branch + branch_bias in fp32."""
+    value = u.to(tl.float32)
+    if branch_bias is not None:
+        value += channels_of(branch_bias, columns, END, D)
+    return value
+
+
+@jit
+def _through_own(  # type: ignore[no-untyped-def]
+    gradient, normed, scale, weight, bias, dshift, dscale, at, columns, mask, END: tl.constexpr, D: tl.constexpr
+):
+    """Of a token with vectors of its own: stores a piece of dshift and dscale, and returns that of (1 + scale)·dh."""
+    _store(dshift, at, gradient, mask)
+    if dscale is not None:
+        unmodulated = normed
+        if weight is not None:
+            unmodulated *= channels_of(weight, columns, END, D)
+        if bias is not None:
+            unmodulated += channels_of(bias, columns, END, D)
+        _store(dscale, at, gradient * unmodulated, mask)
+    if scale is not None:
+        gradient *= 1.0 + channels_of(scale, columns, END, D)
+    return gradient
+
+
+@jit
+def walk(  # type: ignore[no-untyped-def]
+    tokens, gate, scale, branch_bias, weight, bias, stats, outs, sample, order, first, last, N,
+    D: tl.constexpr, S: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr, ROWS: tl.constexpr,
+    ONE_WARP: tl.constexpr, OF_ROWS: tl.constexpr, OWN: tl.constexpr,
+    SUM_P: tl.constexpr, SUM_Q: tl.constexpr, SUM_R: tl.constexpr, SUM_S: tl.constexpr, SUMS: tl.constexpr,
+):  # fmt: skip
+    """The backward of the tokens of a chunk, ``first`` to ``last``, or of those that ``order`` has in these places.
+
+    ``tokens``: dx1, dh, x1 and the branch with their strides; ``outs``: dx, dbranch, partial, dgate, dshift, dscale. OWN: each
+    token has vectors of its own, given with their strides, and the last three take their gradients. Else a vector is a pointer.
+    """
+    dx1, dh, branch = tokens[0][0], tokens[1][0], tokens[3][0]
+    dx, dbranch, partial, dgate, dshift, dscale = outs[0], outs[1], outs[2], outs[3], outs[4], outs[5]
+    AT_USE: tl.constexpr = ONE_WARP or OWN
     head = tl.arange(0, HEAD).to(tl.int64)[None, :]
     if TAIL > 0:
         tail = _tail_columns(HEAD, TAIL, ROWS)
-    gate = of_sample((gate, gate_b), sample) if gate is not None else None
-    scale = of_sample((scale, scale_b), sample) if scale is not None else None
-    if dh is not None and OF_ROWS and not ONE_WARP:
+    if dh is not None and OF_ROWS and not AT_USE:
         factor = _factor(scale, weight, head, HEAD, D)
         if TAIL > 0:
             tail_factor = _factor(scale, weight, tail, HEAD + TAIL, D)
-    if dbranch is not None and gate is not None and not ONE_WARP:
+    if dbranch is not None and gate is not None and not AT_USE:
         g = channels_of(gate, head, HEAD, D)
         if TAIL > 0:
             tail_g = channels_of(gate, tail, HEAD + TAIL, D)
@@ -241,14 +308,15 @@ def backward_rows(  # type: ignore[no-untyped-def]
     tail_r = tl.zeros([TAIL_ROWS, SPAN], tl.float32)
     tail_s = tl.zeros([TAIL_ROWS, SPAN], tl.float32)
 
-    last = tl.minimum(first + chunk_rows, N)
     for start in range(first, last, ROWS):
         rows = (start + tl.arange(0, ROWS)).to(tl.int64)[:, None]
         live = rows < last
+        if order is not None:
+            rows = tl.load(order + rows, live, 0)
         line = sample * N + rows
         mask = mask_of(live, head, HEAD, D)
-        stream_rows = rows_of((dx1, dx1_b, dx1_n, dx1_d), sample, rows) if dx1 is not None else None
-        branch_rows = rows_of((branch, branch_b, branch_n, branch_d), sample, rows) if branch is not None else None
+        stream_rows = rows_of(tokens[0], sample, rows) if dx1 is not None else None
+        branch_rows = rows_of(tokens[3], sample, rows) if branch is not None else None
         if TAIL > 0:
             tail_mask = mask_of(live, tail, HEAD + TAIL, D)
 
@@ -267,19 +335,29 @@ def backward_rows(  # type: ignore[no-untyped-def]
 
         if dh is not None:
             if ROWS == 1:
-                row_stats = stats + (sample * N + start) * S
+                row_stats = stats + (sample * N + (tl.load(order + start) if order is not None else start)) * S
                 mu = tl.load(row_stats) if S == 2 else None
                 scaling = tl.load(row_stats + (S - 1))
             else:
                 mu = tl.load(stats + line * S, live, 0.0) if S == 2 else None
                 scaling = tl.load(stats + line * S + (S - 1), live, 0.0)
-            dh_rows = rows_of((dh, dh_b, dh_n, dh_d), sample, rows)
-            x1_rows = rows_of((x1, x1_b, x1_n, x1_d), sample, rows)
+            dh_rows = rows_of(tokens[1], sample, rows)
+            x1_rows = rows_of(tokens[2], sample, rows)
             dnormed = load_piece(dh_rows, head, mask).to(tl.float32)
             normed = _normed(x1_rows, mu, scaling, head, mask)
             if TAIL > 0:
                 tail_dnormed = load_piece(dh_rows, tail, tail_mask).to(tl.float32)
                 tail_normed = _normed(x1_rows, mu, scaling, tail, tail_mask)
+            if OWN:
+                own_scale = rows_of_vector(scale, sample, rows) if scale[0] is not None else None
+                dnormed = _through_own(
+                    dnormed, normed, own_scale, weight, bias, dshift, dscale, line * D + head, head, mask, HEAD, D
+                )
+                if TAIL > 0:
+                    tail_dnormed = _through_own(
+                        *(tail_dnormed, tail_normed, own_scale, weight, bias, dshift, dscale),
+                        *(line * D + tail, tail, tail_mask, HEAD + TAIL, D),
+                    )
             if SUM_P >= 0:
                 p += over_rows(dnormed)
                 if TAIL > 0:
@@ -290,10 +368,10 @@ def backward_rows(  # type: ignore[no-untyped-def]
                     tail_q += _folded(tail_dnormed * tail_normed, ONE_WARP)
 
         if dh is not None and OF_ROWS:
-            if ONE_WARP:
-                factor = _factor(scale, weight, head, HEAD, D)
+            if AT_USE:
+                factor = _factor(None if OWN else scale, weight, head, HEAD, D)
                 if TAIL > 0:
-                    tail_factor = _factor(scale, weight, tail, HEAD + TAIL, D)
+                    tail_factor = _factor(None if OWN else scale, weight, tail, HEAD + TAIL, D)
             dnormed *= factor
             along_normed = _along(dnormed * normed, ROWS)
             along_mean = _along(dnormed, ROWS) if S == 2 else None
@@ -321,14 +399,29 @@ def backward_rows(  # type: ignore[no-untyped-def]
             _store(dx, line * D + head, d, mask)
             if TAIL > 0:
                 _store(dx, line * D + tail, tail_d, tail_mask)
+        if OWN and OF_ROWS:
+            if dgate is not None:
+                if ONE_WARP:
+                    u = load_piece(branch_rows, head, mask)
+                    if TAIL > 0:
+                        tail_u = load_piece(branch_rows, tail, tail_mask)
+                _store(dgate, line * D + head, d * _biased(u, branch_bias, head, HEAD, D), mask)
+                if TAIL > 0:
+                    _store(dgate, line * D + tail, tail_d * _biased(tail_u, branch_bias, tail, HEAD + TAIL, D), tail_mask)
+            if gate[0] is not None and (dbranch is not None or SUM_S >= 0):
+                own_gate = rows_of_vector(gate, sample, rows)
+                d *= channels_of(own_gate, head, HEAD, D)
+                if TAIL > 0:
+                    tail_d *= channels_of(own_gate, tail, HEAD + TAIL, D)
         if dbranch is not None:
-            if gate is not None and ONE_WARP:
+            if gate is not None and ONE_WARP and not OWN:
                 g = channels_of(gate, head, HEAD, D)
                 if TAIL > 0:
                     tail_g = channels_of(gate, tail, HEAD + TAIL, D)
-            _store(dbranch, line * D + head, g * d if gate is not None else d, mask)
+            gated: tl.constexpr = gate is not None and not OWN
+            _store(dbranch, line * D + head, g * d if gated else d, mask)
             if TAIL > 0:
-                _store(dbranch, line * D + tail, tail_g * tail_d if gate is not None else tail_d, tail_mask)
+                _store(dbranch, line * D + tail, tail_g * tail_d if gated else tail_d, tail_mask)
         if SUM_R >= 0:
             if ONE_WARP:
                 u = load_piece(branch_rows, head, mask)
@@ -343,7 +436,7 @@ def backward_rows(  # type: ignore[no-untyped-def]
                 tail_s += _folded(tail_d, ONE_WARP)
 
     if partial is not None:
-        partial += program.to(tl.int64) * (SUMS * D)
+        partial += tl.program_id(0).to(tl.int64) * (SUMS * D)
         _store_sum(partial, SUM_P, p, tail_p, D, HEAD, TAIL)
         _store_sum(partial, SUM_Q, q, tail_q, D, HEAD, TAIL)
         _store_sum(partial, SUM_R, r, tail_r, D, HEAD, TAIL)
@@ -546,12 +639,42 @@ def gated_residual(x, branch, gate, branch_bias):  # type: ignore[no-untyped-def
     return x1
 
 
+def add_sums(  # type: ignore[no-untyped-def]
+    partial, gate, scale, branch_bias, weight, bias, wanted: Dtypes, of_chunks: Constants, of_samples: Constants
+):
+    """The wanted gradients of vectors from the partial sums: of gate, shift, scale, branch_bias, weight, bias; None for the others.
+
+    ``gate`` and ``scale`` come with their batch strides.
+    """
+    of_gate, of_shift, of_scale, of_branch_bias, of_weight, of_bias = wanted
+    device = partial.device
+    batch, chunks, _, width = partial.shape
+    kinds = of_samples["KINDS"]
+    dgate = _new(of_gate, device, batch, width)
+    dshift = _new(of_shift, device, batch, width)
+    dscale = _new(of_scale, device, batch, width)
+    terms = _new(torch.float32, device, batch, kinds, width) if kinds else None
+    programs = batch * ceil_div(width, _COLUMNS)
+    vectors = (*gate, *scale, packed(branch_bias), packed(weight), packed(bias), dgate, dshift, dscale, terms)
+    _triton.launch(add_chunks, programs, _SUMS_TILE, device, partial, chunks, *vectors, **of_chunks)
+    if not kinds:
+        return dgate, dshift, dscale, None, None, None
+
+    dweight = _new(of_weight, device, width)
+    dbias = _new(of_bias, device, width)
+    dbranch_bias = _new(of_branch_bias, device, width)
+    summed = [*(out for out in (dweight, dbias, dbranch_bias) if out is not None), None, None][:3]
+    programs = ceil_div(width, _SAMPLE_COLUMNS)
+    _triton.launch(add_samples, programs, _SUMS_TILE, device, terms, batch, *summed, **of_samples)
+    return dgate, dshift, dscale, dbranch_bias, dweight, dbias
+
+
 @GATED_RESIDUAL_NORM.gradients.implement("triton", refuse=_triton.refuse)
 def gated_residual_norm_backward(  # type: ignore[no-untyped-def]
     dx1, dh, x1, branch, gate, scale, branch_bias, weight, bias, stats, norm, wanted
 ):
     """The wanted gradients, None for the others: first those of (B, N, D) inputs, then those of vectors, from sums over rows."""
-    of_x, of_branch, of_gate, of_shift, of_scale, of_branch_bias, of_weight, of_bias = wanted
+    of_x, of_branch, of_gate, *_ = wanted
     like = dx1 if dh is None else dh
     device = like.device
     batch, length, width = like.shape
@@ -563,7 +686,7 @@ def gated_residual_norm_backward(  # type: ignore[no-untyped-def]
     )
     if not constants["OF_ROWS"]:
         dx1 = None
-    sums, kinds = constants["SUMS"], of_samples["KINDS"]
+    sums = constants["SUMS"]
     chunks, chunk_rows = chunking(batch, length, tile.rows)
     dx = None if of_x is None else contiguous(like, of_x)
     dbranch = None if of_branch is None else contiguous(like, of_branch)
@@ -572,26 +695,9 @@ def gated_residual_norm_backward(  # type: ignore[no-untyped-def]
     gate, scale, weight = per_sample(gate), per_sample(scale), packed(weight)
     outs = (dx, dbranch, partial, length, chunks, chunk_rows)
     _triton.launch(*(backward_rows, batch * chunks, tile, device, *rows, *gate, *scale, weight, packed(stats), *outs), **constants)
-    if not sums:
+    if partial is None:
         return dx, dbranch, None, None, None, None, None, None
-
-    dgate = _new(of_gate, device, batch, width)
-    dshift = _new(of_shift, device, batch, width)
-    dscale = _new(of_scale, device, batch, width)
-    terms = _new(torch.float32, device, batch, kinds, width) if kinds else None
-    programs = batch * ceil_div(width, _COLUMNS)
-    vectors = (*gate, *scale, packed(branch_bias), weight, packed(bias), dgate, dshift, dscale, terms)
-    _triton.launch(add_chunks, programs, _SUMS_TILE, device, partial, chunks, *vectors, **of_chunks)
-    if not kinds:
-        return dx, dbranch, dgate, dshift, dscale, None, None, None
-
-    dweight = _new(of_weight, device, width)
-    dbias = _new(of_bias, device, width)
-    dbranch_bias = _new(of_branch_bias, device, width)
-    summed = [*(out for out in (dweight, dbias, dbranch_bias) if out is not None), None, None][:3]
-    programs = ceil_div(width, _SAMPLE_COLUMNS)
-    _triton.launch(add_samples, programs, _SUMS_TILE, device, terms, batch, *summed, **of_samples)
-    return dx, dbranch, dgate, dshift, dscale, dbranch_bias, dweight, dbias
+    return dx, dbranch, *add_sums(partial, gate, scale, branch_bias, weight, bias, wanted[2:], of_chunks, of_samples)
 
 
 @MODULATE_NORM.gradients.implement("triton", refuse=_triton.refuse)

@@ -21,7 +21,16 @@ from ditkernels.ops.image import PATCHIFY, UNPATCHIFY, final_layer, patch_embed
 from ditkernels.ops.mlp import mlp
 from ditkernels.ops.spec import encoded
 from tests.numerics import assert_contract
-from tests.ops import test_adamw_ema, test_bias_gelu, test_constant_rows, test_final_layer, test_mlp, test_patch_embed, test_qkv
+from tests.ops import (
+    test_adamw_ema,
+    test_bias_gelu,
+    test_constant_rows,
+    test_final_layer,
+    test_mlp,
+    test_modulations,
+    test_patch_embed,
+    test_qkv,
+)
 from tests.ops.test_adaln import BF16, F16, F32, assert_parity, make_inputs
 from tests.ops.test_adaln_cuda import WANTED, check_what_is_wanted
 from tests.ops.test_mlp_cuda import EPILOGUES, check_a_lack_of_algorithms
@@ -52,8 +61,8 @@ MUTANTS = {
     "shift and scale swapped": (
         *(
             NORM,
-            "load<VECTORISED>(«a.vectors.scale», sample, column, width, 0.0f);\n    const Unit shift",
-            "a.vectors.shift",
+            "load<VECTORISED>(«vectors.scale», sample, column, width, 0.0f);\n    const Unit shift",
+            "vectors.shift",
         ),
     ),
     "shift ignored": (NORM, "(1.0f + scale.at[i]) + «shift.at[i]»;", "0.0f"),
@@ -61,19 +70,19 @@ MUTANTS = {
     "batch index of the branch dropped": (NORM, "load<VECTORISED>(a.branch, «sample», first + r", "0"),
     "batch index of the gate dropped": (
         NORM,
-        "const Unit gate = load<VECTORISED>(a.vectors.gate, «sample», column",
+        "const Unit gate = load<VECTORISED>(vectors.gate, «sample», column",
         "0",
     ),
-    "batch index of the shift dropped": (NORM, "load<VECTORISED>(a.vectors.shift, «sample», column", "0"),
+    "batch index of the shift dropped": (NORM, "load<VECTORISED>(vectors.shift, «sample», column", "0"),
     "batch index of h dropped": (NORM, "store<VECTORISED>(a.h, «sample», first + r", "0"),
     "factor without the one": (NORM, "factor.at[i] *= «1.0f» + scale.at[i]", "0.0f"),
-    "batch index of dh dropped": (NORM, "load<VECTORISED>(a.dh, «sample», token", "0"),
+    "batch index of dh dropped": (NORM, "dnormed[k] = load<VECTORISED>(a.dh, «sample», token", "0"),
     "batch index of dx1 dropped": (NORM, "load<VECTORISED>(a.dx1, «sample», token", "0"),
     "stream's gradient lost": (NORM, "if («!NORM || a.dx1.data != nullptr») stream[k] = load", "false"),
     "P after the factor": (NORM, "p.at[i] += «dnormed[k].at[i]»;", "dnormed[k].at[i] * factor.at[i]"),
     "Q without x̂": (NORM, "q.at[i] += «dnormed[k].at[i] * normed[k].at[i]»;", "dnormed[k].at[i]"),
     "R lost": (NORM, "r.at[i] += «stream[k].at[i] * u[k].at[i]»;", "0.0f"),
-    "S lost": (NORM, "s.at[i] += «stream[k].at[i]»;", "0.0f"),
+    "S lost": (NORM, "s.at[i] += «BY == By::TOKEN ? dbranch.at[i] : stream[k].at[i]»;", "0.0f"),
     "factor forgotten in dx̂": (NORM, "dnormed[k].at[i] *= «factor.at[i]»;", "1.0f"),
     "mean of dx̂ not subtracted": (NORM, "(dnormed[k].at[i] - «along_mean» - ", "0.0f"),
     "x̂'s share not subtracted": (NORM, "normed[k].at[i] * «along_normed»);", "0.0f"),
@@ -127,6 +136,36 @@ MUTANTS = {
         "shape, «static_cast<ScalarType>(wanted[at])»);",
         "like.scalar_type()",
     ),
+    # ------------------------------------------------------------------------------------------------ norm, by token
+    "a token's row dropped": (NORM, "row_of(vectors, «first»)", "0"),
+    "index ignored": (NORM, "load_number(a.index, «sample * a.length + first»)", "0"),
+    "sample of the index dropped": (NORM, "load_number(a.index, «sample * a.length + first»)", "first"),
+    "one sample's tokens for all groups": (NORM, "BY == By::INDEX ? «group / a.rows» : group", "int64_t{0}"),
+    "a row's first token lost": (
+        NORM,
+        "first = «begin + blockIdx.x % a.chunks * share»;",
+        "begin + 1 + blockIdx.x % a.chunks * share",
+    ),
+    "shares that do not reach the end": (NORM, "share = «ceil_div(end - begin, a.chunks)»;", "(end - begin) / a.chunks"),
+    "order ignored": (NORM, "load_number(a.order, «sample * a.length + place»)", "sample * a.length"),
+    "order of another sample": (NORM, "load_number(a.order, «sample * a.length + place»)", "place"),
+    "starts of another sample": (NORM, "at = «sample * (a.rows + 1)» + group % a.rows;", "int64_t{0}"),
+    "starts of another row": (NORM, "(a.rows + 1) + «group % a.rows»;", "int64_t{0}"),
+    "sums of a sample in the place of a row's": (NORM, "store<VECTORISED>(a.partial, «group», chunk, column, width, p)", "sample"),
+    "own vectors of another token": (NORM, "own = row_of(a.vectors, «first + start»);", "first"),
+    "own dscale without x̂": (NORM, "dnormed[k].at[i] * («normed[k].at[i] * factor.at[i]» + unmodulated", "factor.at[i]"),
+    "bias forgotten in own dscale": (NORM, "unmodulated = load<VECTORISED>(«own.bias», 0", "Vector{}"),
+    "own scale without the one": (NORM, "dnormed[k].at[i] *= «1.0f» + scale.at[i];", "0.0f"),
+    "branch bias forgotten in own dgate": (NORM, "Unit dgate = load<VECTORISED>(«a.vectors.branch_bias», 0", "Vector{}"),
+    "own dgate lost": (NORM, "if («a.dgate.data != nullptr») store", "false"),
+    "own dscale lost": (NORM, "if («a.dscale.data != nullptr») store", "false"),
+    "own dshift lost": (NORM, "if («a.dshift.data != nullptr»)", "false"),
+    "own gate forgotten in dbranch_bias": (
+        *(NORM, "s.at[i] += «BY == By::TOKEN ? dbranch.at[i] : stream[k].at[i]»;", "stream[k].at[i]"),
+    ),
+    "vectors of one group for all": (NORM, "vector->sample = «vector->row»;", "0"),
+    "rows of a vector in one place": (COMMON, "row * «vector.row» * bytes", "0"),
+    "rows of fp32 as of half precision": (COMMON, "ScalarType::Float ? «sizeof(float)» : sizeof(BFloat16)", "sizeof(BFloat16)"),
     # ------------------------------------------------------------------------------------------------ sums
     "one term for all": (SUMS, "parts.write(«i * GROUP_THREADS» + threadIdx.x", "0"),
     "one group lost": (SUMS, "for (int64_t group = «threadIdx.x / WARP»; group", "1 + threadIdx.x / WARP"),
@@ -395,6 +434,16 @@ def check_norm() -> None:
     test_constant_rows.check_overflow("modulate_norm", 48, F32, compiled=True)
 
 
+def check_by_token() -> None:
+    """Vectors per token and by index: several chunks, rows of several tokens and of none, every vector, two samples."""
+    for kind in ("tokens", "index of a sample"):
+        inputs = test_modulations.make_inputs("gated_residual_norm", kind, 2, 5, 23, F32, F32)
+        test_modulations.assert_parity("gated_residual_norm", inputs, eps=0.1)
+        inputs = test_modulations.make_inputs("gated_residual", kind, 1, 61, 7, F32, F32)
+        test_modulations.assert_parity("gated_residual", inputs)
+    test_modulations.check_dshift_of_the_op()
+
+
 def check_wanted() -> None:
     """Each gradient is what it is among all, in its own dtype, and nothing is read or written that is not needed."""
     for case in WANTED:
@@ -507,7 +556,7 @@ def misaligned(tensor: torch.Tensor) -> torch.Tensor:
 
 FAMILIES = {
     MLP: (check_mlp,),
-    NORM: (check_norm, check_wanted),
+    NORM: (check_norm, check_by_token, check_wanted),
     GELU: (check_bias_gelu, check_wanted),
     QKV: (check_qkv,),
     ADAMW: (check_adamw,),

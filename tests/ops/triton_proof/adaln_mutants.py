@@ -40,28 +40,28 @@ MUTANTS = {
         "scale = of_sample((scale, scale_b), 0)",
     ),
     "batch index of the backward's branch dropped": (
-        "branch_rows = rows_of((branch, branch_b, branch_n, branch_d), sample, rows)",
-        "branch_rows = rows_of((branch, branch_b, branch_n, branch_d), 0, rows)",
+        "branch_rows = rows_of(tokens[3], sample, rows)",
+        "branch_rows = rows_of(tokens[3], 0, rows)",
     ),
     "batch index of x1 dropped": (
-        "x1_rows = rows_of((x1, x1_b, x1_n, x1_d), sample,",
-        "x1_rows = rows_of((x1, x1_b, x1_n, x1_d), 0,",
+        "x1_rows = rows_of(tokens[2], sample,",
+        "x1_rows = rows_of(tokens[2], 0,",
     ),
     "batch index of x dropped": (
-        "x = rows_of((x, x_b, x_n, x_d), sample,",
-        "x = rows_of((x, x_b, x_n, x_d), 0,",
+        "x = rows_of(tokens[0], sample,",
+        "x = rows_of(tokens[0], 0,",
     ),
     "batch index of the branch dropped": (
-        "branch = rows_of((branch, branch_b, branch_n, branch_d), sample,",
-        "branch = rows_of((branch, branch_b, branch_n, branch_d), 0,",
+        "branch = rows_of(tokens[1], sample,",
+        "branch = rows_of(tokens[1], 0,",
     ),
     "batch index of dh dropped": (
-        "dh_rows = rows_of((dh, dh_b, dh_n, dh_d), sample,",
-        "dh_rows = rows_of((dh, dh_b, dh_n, dh_d), 0,",
+        "dh_rows = rows_of(tokens[1], sample,",
+        "dh_rows = rows_of(tokens[1], 0,",
     ),
     "batch index of dx1 dropped": (
-        "stream_rows = rows_of((dx1, dx1_b, dx1_n, dx1_d), sample,",
-        "stream_rows = rows_of((dx1, dx1_b, dx1_n, dx1_d), 0,",
+        "stream_rows = rows_of(tokens[0], sample,",
+        "stream_rows = rows_of(tokens[0], 0,",
     ),
     "batch index of the sums' scale dropped": (
         "of_sample((scale, scale_b), sample), columns",
@@ -150,8 +150,8 @@ MUTANTS = {
     "terms that are not wanted take a place": ("(OF_WEIGHT + OF_BIAS + OF_BRANCH_BIAS) * D", "3 * D"),
     "terms of a weight whose gradient is not wanted": ("if OF_WEIGHT:", "if weight is not None:"),
     "scale left out of the rows' gradient where no other vector's is wanted": (
-        "if dh is not None and OF_ROWS and not ONE_WARP:\n        factor = _factor(scale,",
-        "if dh is not None and OF_ROWS and not ONE_WARP:\n        factor = _factor(scale if SUMS > 1 else None,",
+        "if dh is not None and OF_ROWS and not AT_USE:\n        factor = _factor(scale,",
+        "if dh is not None and OF_ROWS and not AT_USE:\n        factor = _factor(scale if SUMS > 1 else None,",
     ),
     "statistics of the stream before rounding": (
         "value = (value + through).to(x[0].dtype.element_ty).to(tl.float32)",
