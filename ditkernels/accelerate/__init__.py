@@ -1,8 +1,9 @@
 """One line to speed up a DiT that somebody else wrote: ``accelerate(model)``, and ``restore(model)`` to undo it.
 
 public.py      facebookresearch/DiT, SiT, LightningDiT, and copies of them
-diffusers.py   DiTTransformer2DModel of diffusers
-parts.py       the fused forwards both share
+diffusers/     DiTTransformer2DModel of diffusers by its structure, its other transformers by their classes
+parts.py       the fused forwards that families share
+pipelines.py   a diffusion pipeline in place of a model
 proof.py       each part is run beside its own original forward before it is kept
 refusals.py    what keeps a part as it was
 plans.py       what planning a part comes to
@@ -16,15 +17,21 @@ report.py      what was fused, what was left and why
 from __future__ import annotations
 
 import sys
+from collections.abc import Collection, Iterator
 from dataclasses import replace
+from functools import partial
 from types import ModuleType
-from typing import TextIO
+from typing import Any, TextIO
 
 from torch import nn
 
-from ditkernels.accelerate import diffusers, public
+from ditkernels.accelerate import public
+from ditkernels.accelerate.diffusers import dit
+from ditkernels.accelerate.diffusers.block import plan_part
+from ditkernels.accelerate.diffusers.table import known
 from ditkernels.accelerate.example import Arguments, Calls, captured
-from ditkernels.accelerate.plans import Found
+from ditkernels.accelerate.pipelines import models_in
+from ditkernels.accelerate.plans import Found, Once, found
 from ditkernels.accelerate.refusals import Refused, attempted, refuse_wrapped
 from ditkernels.accelerate.report import Part, Report
 from ditkernels.accelerate.swap import Fused, Swap, changed_since, rewire, unwire
@@ -32,11 +39,11 @@ from ditkernels.models import DiT
 
 __all__ = ["Part", "Report", "accelerate", "restore"]
 
-_FAMILIES: tuple[ModuleType, ...] = (public, diffusers)
+_FAMILIES: tuple[ModuleType, ...] = (public, dit)
 
 
-def accelerate(model: nn.Module, *, example: Arguments | None = None, file: TextIO | None = None) -> Report:
-    """Rewires a live DiT in place, so that it runs the fused ops.
+def accelerate(model: Any, *, example: Arguments | None = None, file: TextIO | None = None) -> Report:
+    """Rewires a live DiT, or those of a diffusion pipeline, in place, so that it runs the fused ops.
 
     Parameters, state dict and signatures stay; outputs and gradients agree to rounding. A part is recognised by its structure, then
     run beside its own forward on random weights and inputs, outputs and gradients, and kept only if they agree; where it would not
@@ -46,7 +53,8 @@ def accelerate(model: nn.Module, *, example: Arguments | None = None, file: Text
 
     Args:
         model: a DiT of facebookresearch/DiT, SiT, LightningDiT or diffusers, or a copy or fork of one, on its device and in its
-            dtype; or a module that holds one, such as DDP's or a trainer's. Before FSDP and checkpoint wrappers.
+            dtype; or a module that holds one, such as DDP's or a trainer's. Before FSDP and checkpoint wrappers. Or a pipeline of
+            diffusers, all of whose transformers are rewired.
         example: (args, kwargs) of a call of the model, for one whose inputs cannot be guessed: text in the place of labels, real
             timesteps, images of a size that it does not tell. The model runs on it once, without gradients, and trials are drawn
             like what each part was given: real numbers anew, in their shapes; integers, booleans and everything else as they were.
@@ -56,16 +64,21 @@ def accelerate(model: nn.Module, *, example: Arguments | None = None, file: Text
         What was fused, and what was left and why.
 
     Raises:
-        ValueError: no DiT was found; the model is already wrapped in FSDP or checkpoint wrappers; it does not run on ``example``.
+        ValueError: no DiT was found; the model is already wrapped in FSDP or checkpoint wrappers; it does not run on ``example``,
+            or that was given for a pipeline.
+        TypeError: ``model`` is neither a module nor a pipeline.
     """
-    refuse_wrapped(model)
-    report, swaps = _plan(model, Calls() if example is None else captured(model, example))
+    root = models_in(model)
+    if example is not None and root is not model:
+        raise ValueError("accelerate: an example is a call of one model; give that model in place of its pipeline")
+    refuse_wrapped(root)
+    report, swaps = _plan(root, type(model).__name__, Calls() if example is None else captured(root, example))
     print(report, file=file or sys.stdout)
-    rewire(model, swaps)
+    rewire(root, swaps)
     return report
 
 
-def restore(model: nn.Module) -> None:
+def restore(model: Any) -> None:
     """Puts everything back: each module computes, bit for bit, what it did before ``accelerate``.
 
     Also inside wrappers that were put around the model or its parts since: DDP, ``torch.compile``, ``accelerate.prepare``,
@@ -74,7 +87,7 @@ def restore(model: nn.Module) -> None:
     Raises:
         ValueError: a module got another class since, as FSDP2 and parametrizations give it; nothing is changed.
     """
-    modules = list(model.named_modules())
+    modules = list(models_in(model).named_modules())
     for name, module in modules:
         if changed_since(module):
             raise ValueError(
@@ -85,22 +98,41 @@ def restore(model: nn.Module) -> None:
         unwire(module)
 
 
-def _plan(model: nn.Module, calls: Calls) -> tuple[Report, list[Swap]]:
+def _plan(model: nn.Module, name: str, calls: Calls) -> tuple[Report, list[Swap]]:
     parts: list[Part] = []
     swaps: list[Swap] = []
+    claimed: set[int] = set()
     for path, module in list(model.named_modules()):
         if isinstance(module, DiT):
             parts.append(Part(path, reason="it is ditkernels' own DiT, which runs the fused ops as it is"))
         for family, lists in _families_of(module):
+            claimed.update(map(id, module.modules()))
             if any(isinstance(inner, Fused) for inner in module.modules()):
                 parts.append(Part(path, reason="it is accelerated already"))
                 continue
-            for part, found in _planned(family, module, lists, calls):
+            for part, of_part in _planned(family, module, lists, calls):
                 parts.append(replace(part, name=".".join(filter(None, (path, part.name)))))
-                swaps.extend(swap.under(path) for swap in found)
+                swaps.extend(swap.under(path) for swap in of_part)
+    for part, found_swaps in _by_class(model, claimed, calls):
+        parts.append(part)
+        swaps.extend(found_swaps)
     if not parts:
-        raise ValueError(_nothing_found(model))
-    return Report(type(model).__name__, tuple(parts)), swaps
+        raise ValueError(_nothing_found(model, name))
+    return Report(name, tuple(parts)), swaps
+
+
+def _by_class(model: nn.Module, claimed: Collection[int], calls: Calls) -> Iterator[Found]:
+    """The parts that are known by their class, but for those in a model of which a family has taken care."""
+    once = Once(calls)
+    for path, module in list(model.named_modules()):
+        mixin = None if id(module) in claimed else known(module)
+        if mixin is None:
+            continue
+        if isinstance(module, Fused):
+            yield Part(path, reason="it is accelerated already"), []
+            continue
+        attempt = partial(plan_part, module, mixin, calls)
+        yield from once.planned(path, module, lambda name, attempt=attempt: [found(name, attempt)])  # type: ignore[misc]
 
 
 def _planned(family: ModuleType, module: nn.Module, lists: list[str], calls: Calls) -> list[Found]:
@@ -120,7 +152,8 @@ def _families_of(module: nn.Module) -> list[tuple[ModuleType, list[str]]]:
     return [(family, names) for family, names in of_family if names]
 
 
-def _nothing_found(model: nn.Module) -> str:
+def _nothing_found(model: nn.Module, name: str) -> str:
     children = ", ".join(f"{name} ({type(child).__name__})" for name, child in model.named_children())
     sought = ", or ".join(family.SOUGHT for family in _FAMILIES)
-    return f"accelerate: no DiT found in {type(model).__name__}: looked for {sought}; found {children or 'no submodules'}"
+    sought += ", or blocks and norms of diffusers' transformers"
+    return f"accelerate: no DiT found in {name}: looked for {sought}; found {children or 'no submodules'}"

@@ -59,7 +59,7 @@ class Calls:
         args, kwargs = self._calls[id(module)]
         given = inspect.signature(module.forward).bind(*args, **kwargs)
         defaults = {name: parameter.default for name, parameter in given.signature.parameters.items()}
-        further = [(name, value) for name, value in _flat(given) if name not in takes]
+        further = [(name, value) for name, value in flat(given) if name not in takes]
         more = [name for name, value in further if not any(value is unset for unset in (None, False, defaults.get(name)))]
         if more:
             raise Refused(f"the example gives it {', '.join(more)}, which its fused forward does not take")
@@ -106,7 +106,7 @@ def _buffers_kept(model: nn.Module) -> Iterator[None]:
             buffer.copy_(value)
 
 
-def _flat(given: inspect.BoundArguments) -> Iterator[tuple[str, Any]]:
+def flat(given: inspect.BoundArguments) -> Iterator[tuple[str, Any]]:
     """Names and values of arguments in the order of the signature, those of ``*args`` and ``**kwargs`` one by one."""
     for name, value in given.arguments.items():
         kind = given.signature.parameters[name].kind

@@ -27,6 +27,8 @@ WATCHED, SIGNATURE = "watched", "signature"
 """Settings that every part has once it is proven."""
 CALLED = "called"
 """A setting of parts whose names differ: further modules in it that the forward calls."""
+READ = "read"
+"""And further ones whose weights it reads."""
 BEYOND = "beyond"
 """A setting in trials: a list that gets an entry when a call goes the original's way."""
 _BESIDE = "beside"
@@ -54,6 +56,10 @@ class Fused(nn.Module):
         self.__class__ = type(self).original  # type: ignore[assignment]
         self.__init__(*args, **kwargs)  # type: ignore[misc]
 
+    @classmethod
+    def introduce(cls, original: type[nn.Module], fused: type[nn.Module]) -> None:
+        """Is told of every class ``fused`` that is made of this one and an original, for libraries that keep lists of classes."""
+
     def unchanged(self) -> bool:
         """Whether all that the original's forward reads, or calls and this one does not, is as it was when the part was proven."""
         of_then: Watched | None = self._ditkernels.get(WATCHED)
@@ -64,7 +70,7 @@ class Fused(nn.Module):
         beyond = self._ditkernels.get(BEYOND)
         if beyond is not None:
             beyond.append(True)
-        return super(type(self).mixin, self).forward(*args, **options)
+        return type(self).original.forward(self, *args, **options)
 
     def proven_arguments(self, args: tuple[Any, ...], options: Mapping[str, Any]) -> tuple[Any, ...] | None:
         """A call's arguments, in the order of the proof's; None where the call gives less than these, or more than defaults."""
@@ -88,7 +94,7 @@ class Fused(nn.Module):
         """Whether somebody has changed a module that the fused forward does without, such as a dropout of probability zero."""
         for path, kind in self._ditkernels[_BESIDE]:
             inner = _inner(self, path)
-            if inner is None or watched(inner, kind.forward):
+            if inner is None or watched(inner, _forward_of(inner, kind)):
                 return True
         return False
 
@@ -116,6 +122,12 @@ class Signature(NamedTuple):
         # Only what identity can tell apart.
         further = itertools.takewhile(lambda p: p.default is None or isinstance(p.default, bool), named[count:])
         return cls((*names, *[""] * (count - len(names))), tuple((p.name, p.default) for p in further))
+
+
+def _forward_of(module: nn.Module, kind: type[nn.Module]) -> Callable[..., Any]:
+    """The forward that a module of class ``kind`` has while nobody but us has changed it."""
+    rewired = isinstance(module, Fused) and type(module).original is kind
+    return type(module).forward if rewired else kind.forward
 
 
 def _inner(module: nn.Module, path: Sequence[str]) -> nn.Module | None:
@@ -165,6 +177,7 @@ def fused_class(mixin: type[Fused], original: type[nn.Module]) -> type[Fused]:
         if hasattr(mixin, "streaming"):
             namespace["streaming"] = forward
         _joined[mixin, original] = type(original.__name__, (mixin, original), namespace)
+        mixin.introduce(original, _joined[mixin, original])
     return _joined[mixin, original]
 
 
@@ -199,6 +212,11 @@ class Swap:
         """The modules in it that the fused forward calls, by their paths."""
         return (*self.mixin.called, *self.settings.get(CALLED, ()))
 
+    @property
+    def read(self) -> tuple[str, ...]:
+        """Those whose weights it reads."""
+        return (*self.mixin.read, *self.settings.get(READ, ()))
+
     def under(self, prefix: str) -> Swap:
         """The same, seen from a module that holds this one at ``prefix``."""
         return Swap(".".join(filter(None, (prefix, self.path))), self.mixin, self.settings)
@@ -211,7 +229,7 @@ def rewire(root: nn.Module, swaps: Sequence[Swap]) -> None:
             module = root.get_submodule(swap.path)
             if isinstance(module, Fused):  # it stands in several places of the model
                 continue
-            setattr(module, SETTINGS, {**swap.settings, _BESIDE: _beside(module, (*swap.called, *swap.mixin.read))})
+            setattr(module, SETTINGS, {**swap.settings, _BESIDE: _beside(module, (*swap.called, *swap.read))})
             undo.callback(unwire, module)
             module.__class__ = fused_class(swap.mixin, type(module))
         undo.pop_all()

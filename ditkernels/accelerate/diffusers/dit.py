@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from ditkernels import ops
 from ditkernels.accelerate import parts, proof
+from ditkernels.accelerate.diffusers.block import register
 from ditkernels.accelerate.example import Calls
 from ditkernels.accelerate.parts import Stream
 from ditkernels.accelerate.plans import (
@@ -135,6 +136,10 @@ class Block(Fused):
         return result if isinstance(hidden_states, Stream) else parts.plain(result)
 
     streaming = forward
+
+    @classmethod
+    def introduce(cls, original: type[nn.Module], fused: type[nn.Module]) -> None:
+        register(original, fused)
 
     def _opened(self, stream: Stream, timestep: Any, class_labels: Any) -> Stream:
         kinds = self._ditkernels["norms"]
