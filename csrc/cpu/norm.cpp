@@ -667,7 +667,8 @@ Made run(
   check_rows(op, choice, given.gate);
   check_rows(op, choice, given.scale);
   const bool grouped = choice.index.has_value();
-  STD_TORCH_CHECK(!grouped || (choice.order.has_value() && choice.starts.has_value()), op, ": an index comes with order and starts");
+  STD_TORCH_CHECK(
+      !grouped || (choice.order.has_value() && choice.starts.has_value()), op, ": an index comes with order and starts");
   const Made made = made_of(wanted, choice, samples, length, width);
   const bool own = choice.by_token && !grouped;
   a.gate = vector(given.gate);
@@ -723,8 +724,8 @@ Made run(
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> through_modulated(
-    const char* op, const Tensor& dh, const OptionalTensor& x, const Given& given, const OptionalTensor& stats, const Choice& choice,
-    const std::string& norm, const Wanted& wanted) {
+    const char* op, const Tensor& dh, const OptionalTensor& x, const Given& given, const OptionalTensor& stats,
+    const Choice& choice, const std::string& norm, const Wanted& wanted) {
   const int64_t samples = dh.size(0), length = dh.size(1), width = dh.size(2);
   const Tensor dx = gradient(wanted[0], {samples, length, width});
   NormBackward a = {};
@@ -739,7 +740,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> through_modulated(
 }
 
 std::tuple<Tensor, Tensor, Tensor> through_gated(
-    const char* op, const Tensor& dx1, const OptionalTensor& branch, const Given& given, const Choice& choice, const Wanted& wanted) {
+    const char* op, const Tensor& dx1, const OptionalTensor& branch, const Given& given, const Choice& choice,
+    const Wanted& wanted) {
   const int64_t samples = dx1.size(0), length = dx1.size(1), width = dx1.size(2);
   const Tensor dbranch = gradient(wanted[0], {samples, length, width});
   NormBackward a = {};
@@ -821,7 +823,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> modulate_norm_by_token_backwa
     Tensor dh, Optional x, Optional scale, Optional weight, Optional bias, Optional stats, Optional index, Optional order,
     Optional starts, std::string norm, Wanted wanted) {
   const Choice choice = by_token(index, order, starts);
-  return through_modulated("modulate_norm_by_token_backward", dh, x, {{}, {}, scale, {}, weight, bias}, stats, choice, norm, wanted);
+  return through_modulated(
+      "modulate_norm_by_token_backward", dh, x, {{}, {}, scale, {}, weight, bias}, stats, choice, norm, wanted);
 }
 
 std::tuple<Tensor, Tensor, Tensor> gated_residual_backward(
@@ -830,7 +833,8 @@ std::tuple<Tensor, Tensor, Tensor> gated_residual_backward(
 }
 
 std::tuple<Tensor, Tensor, Tensor> gated_residual_by_token_backward(
-    Tensor dx1, Optional branch, Optional gate, Optional branch_bias, Optional index, Optional order, Optional starts, Wanted wanted) {
+    Tensor dx1, Optional branch, Optional gate, Optional branch_bias, Optional index, Optional order, Optional starts,
+    Wanted wanted) {
   const Choice choice = by_token(index, order, starts);
   return through_gated("gated_residual_by_token_backward", dx1, branch, {gate, {}, {}, branch_bias}, choice, wanted);
 }
@@ -847,7 +851,8 @@ EightTensors gated_residual_norm_by_token_backward(
     Optional bias, Optional stats, Optional index, Optional order, Optional starts, std::string norm, Wanted wanted) {
   const Given given = {gate, {}, scale, branch_bias, weight, bias};
   const Choice choice = by_token(index, order, starts);
-  return through_gated_and_modulated("gated_residual_norm_by_token_backward", dx1, dh, x1, branch, given, stats, choice, norm, wanted);
+  return through_gated_and_modulated(
+      "gated_residual_norm_by_token_backward", dx1, dh, x1, branch, given, stats, choice, norm, wanted);
 }
 
 }  // namespace

@@ -570,8 +570,8 @@ Tensor gated(const char* op, const Tensor& x, const Tensor& branch, const Vector
 }
 
 std::tuple<Tensor, Tensor, Tensor> gated_and_modulated(
-    const char* op, const Tensor& x, const Tensor& branch, const VectorTensors& given, const Choice& choice, const std::string& norm,
-    double eps, ScalarType out_dtype, bool keep) {
+    const char* op, const Tensor& x, const Tensor& branch, const VectorTensors& given, const Choice& choice,
+    const std::string& norm, double eps, ScalarType out_dtype, bool keep) {
   const bool centred = norm != "rmsnorm";
   const OptionalTensor stats = statistics(x, centred, keep);
   const Tensor x1 = empty(x, shape_of(x), x.scalar_type()), h = empty(x, shape_of(x), out_dtype);
@@ -589,7 +589,11 @@ FiveTensors through_modulated(
   const Numbers64 rows = shape_of(dh), own = own_shape(rows, choice), shared{rows[2]};
   const OptionalTensor dx = gradient(wanted, 0, dh, rows);
   const VectorTensors made{
-      {}, {}, gradient(wanted, 1, dh, own), gradient(wanted, 2, dh, own), gradient(wanted, 3, dh, shared),
+      {},
+      {},
+      gradient(wanted, 1, dh, own),
+      gradient(wanted, 2, dh, own),
+      gradient(wanted, 3, dh, shared),
       gradient(wanted, 4, dh, shared)};
   backward<false, true>(op, {{}, dh, x, {}, stats, given, dx, {}, made}, choice);
   return {
@@ -615,9 +619,8 @@ EightTensors through_gated_and_modulated(
   const Tensor& like = dx1.has_value() ? *dx1 : *dh;
   const Numbers64 rows = shape_of(like), own = own_shape(rows, choice), shared{rows[2]};
   const OptionalTensor dx = gradient(wanted, 0, like, rows), dbranch = gradient(wanted, 1, like, rows);
-  const VectorTensors made{gradient(wanted, 2, like, own), gradient(wanted, 5, like, shared),
-                           gradient(wanted, 3, like, own), gradient(wanted, 4, like, own),
-                           gradient(wanted, 6, like, shared),     gradient(wanted, 7, like, shared)};
+  const VectorTensors made{gradient(wanted, 2, like, own), gradient(wanted, 5, like, shared), gradient(wanted, 3, like, own),
+                           gradient(wanted, 4, like, own), gradient(wanted, 6, like, shared), gradient(wanted, 7, like, shared)};
   backward<true, true>(op, {dx1, dh, x1, branch, stats, given, dx, dbranch, made}, choice);
   const auto result = [&](const OptionalTensor& tensor) { return or_nothing(tensor, like); };
   return {result(dx),         result(dbranch),          result(made.gate),   result(made.shift),
