@@ -65,18 +65,18 @@ class Stream(NamedTuple):
 
 def normed(
     stream: Stream,
-    norm: nn.LayerNorm | None,
+    norm: nn.LayerNorm,
     shift: Tensor | None,
     scale: Tensor | None,
     out_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     """Closes the open residual of ``stream``; returns the new x and its modulated norm in ``out_dtype``."""
-    if norm is not None and watched(norm, nn.LayerNorm.forward):
+    if watched(norm, nn.LayerNorm.forward):
         x = closed(stream)
         # The plain model's stream has the norm's dtype, of which ``residual_dtype`` makes another.
         rows = norm(x.to(reference.computed_dtype(norm) or x.dtype))
         return x, reference.modulate(rows, shift, scale).to(out_dtype)
-    affine: dict[str, Any] = {} if norm is None else {"weight": norm.weight, "bias": norm.bias, "eps": norm.eps}
+    affine: dict[str, Any] = {"weight": norm.weight, "bias": norm.bias, "eps": norm.eps}
     if stream.branch is None:
         return stream.x, ops.modulate_norm(stream.x, shift, scale, **affine, out_dtype=out_dtype)
     return ops.gated_residual_norm(
@@ -221,7 +221,8 @@ class Attention(reference.Attention):
     def mixed(self, x: Tensor) -> Tensor:
         """The heads' values, (B, N, D), before the projection."""
         qkv, bias = product_with_bias(self.qkv, x)
-        return ops.attention(qkv.unflatten(-1, (3, self.num_heads, -1)), bias=bias, backend=self.backend)
+        packed = qkv.unflatten(-1, (3, self.num_heads, self.head_dim))
+        return ops.attention(packed, bias=bias, scale=self.scale, backend=self.backend)
 
 
 class CrossAttention(reference.CrossAttention):
@@ -341,8 +342,8 @@ class DiTBlock(Fused, reference.DiTBlock):  # type: ignore[misc]
     def computed(self, stream: Stream, c: Tensor) -> Stream:
         dtype = self.dtype_of_rows(c)
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = self.adaLN_modulation(c).chunk(6, dim=1)
-        x, h = normed(stream, None, shift_msa, scale_msa, dtype)
-        x, h = normed(self.attended(x, h, gate_msa), None, shift_mlp, scale_mlp, dtype)
+        x, h = normed(stream, self.norm1, shift_msa, scale_msa, dtype)
+        x, h = normed(self.attended(x, h, gate_msa), self.norm2, shift_mlp, scale_mlp, dtype)
         return self.transformed(x, h, gate_mlp)
 
 
@@ -352,8 +353,8 @@ class AdaLNBlock(Fused, reference.AdaLNBlock):  # type: ignore[misc]
     def computed(self, stream: Stream, c: Tensor) -> Stream:
         dtype = self.dtype_of_rows(c)
         shift_msa, scale_msa, shift_mlp, scale_mlp = self.adaLN_modulation(c).chunk(4, dim=1)
-        x, h = normed(stream, None, shift_msa, kept_alone(scale_msa), dtype)
-        x, h = normed(self.attended(x, h), None, shift_mlp, kept_alone(scale_mlp), dtype)
+        x, h = normed(stream, self.norm1, shift_msa, kept_alone(scale_msa), dtype)
+        x, h = normed(self.attended(x, h), self.norm2, shift_mlp, kept_alone(scale_mlp), dtype)
         return self.transformed(x, h)
 
 
@@ -384,11 +385,12 @@ class FinalLayer(reference.FinalLayer):
     def forward(self, x: Tensor | Stream, c: Tensor, grid: tuple[int, int]) -> Tensor:
         """As the reference's."""
         shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
+        norm = self.norm_final
         stream = x if isinstance(x, Stream) else Stream(x)
-        if watched(self.linear, nn.Linear.forward):
-            _, h = normed(stream, None, shift, scale, dtype_of_input(self.linear, c))
+        if watched(self.linear, nn.Linear.forward) or watched(norm, nn.LayerNorm.forward):
+            _, h = normed(stream, norm, shift, scale, dtype_of_input(self.linear, c))
             return ops.unpatchify(self.linear(h), grid=grid, patch_size=self.patch_size)
-        return _final(stream, shift, kept_alone(scale), self.linear, grid, self.patch_size)
+        return _final(stream, shift, kept_alone(scale), self.linear, grid, self.patch_size, eps=norm.eps)
 
     streaming = forward
 
@@ -503,7 +505,7 @@ class DiT(reference.DiT):
         if self.conditioning == "in_context":
             stream = _first_tokens(stream, self.grid[0] * self.grid[1])
         last = self.final_layer
-        return last(stream if carries_stream(last) else closed(stream), c, self.grid)
+        return self.put_together(last(stream if carries_stream(last) else closed(stream), c, self.grid))
 
     def _run(self, block: nn.Module, stream: Stream, c: Tensor) -> Stream:
         if self.checkpointing != "full" or not torch.is_grad_enabled():

@@ -172,6 +172,12 @@ def unpatchify(tokens: Tensor, *, grid: tuple[int, int], patch_size: int) -> Ten
     return torch.einsum("bhwpqo->bohpwq", x).reshape(tokens.shape[0], channels, h * p, w * p)
 
 
+def patchify(image: Tensor, *, patch_size: int) -> Tensor:
+    """(B, O, h·p, w·p) -> (B, h·w, p·p·O): what :func:`unpatchify` makes an image of."""
+    patches = image.unflatten(3, (-1, patch_size)).unflatten(2, (-1, patch_size))
+    return torch.einsum("bohpwq->bhwpqo", patches).flatten(3).flatten(1, 2)
+
+
 def final_layer(
     x: Tensor,
     shift: Tensor | None,
@@ -374,11 +380,30 @@ def computed_dtype(module: nn.Module) -> torch.dtype | None:
 
 
 class PatchEmbed(nn.Module):
-    """Latents (B, C, H, W) -> tokens (B, N, D) with positions. State: ``proj.weight`` (D, C, p, p), ``proj.bias`` (D,)."""
+    """Latents (B, C, H, W) -> tokens (B, N, D) with positions. State: ``proj.weight`` (D, C, p, p), ``proj.bias`` (D,).
 
-    def __init__(self, patch_size: int, in_channels: int, hidden_size: int) -> None:
+    Sizes have the public model's names and can only be read: patches and positions are made for them.
+    """
+
+    def __init__(self, patch_size: int, in_channels: int, hidden_size: int, grid: tuple[int, int]) -> None:
         super().__init__()
+        self._patch_size, self._grid = (patch_size, patch_size), grid
         self.proj = nn.Conv2d(in_channels, hidden_size, kernel_size=patch_size, stride=patch_size)
+
+    @property
+    def patch_size(self) -> tuple[int, int]:
+        """Height and width of a patch in latent pixels."""
+        return self._patch_size
+
+    @property
+    def grid_size(self) -> tuple[int, int]:
+        """The token grid (h, w)."""
+        return self._grid
+
+    @property
+    def num_patches(self) -> int:
+        """Tokens of an image."""
+        return self._grid[0] * self._grid[1]
 
     def forward(self, x: Tensor, pos_embed: Tensor) -> Tensor:
         if is_dtensor(x):
@@ -432,16 +457,27 @@ class LabelEmbedder(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention. State: ``qkv`` (3·D x D), ``proj`` (D x D), both with bias."""
+    """Multi-head self-attention. State: ``qkv`` (3·D x D), ``proj`` (D x D), both with bias.
+
+    Attributes:
+        scale: of the products of q and k; another one may be set.
+    """
 
     def __init__(self, hidden_size: int, num_heads: int) -> None:
         super().__init__()
         self.num_heads = num_heads
+        self._head_dim = hidden_size // num_heads
+        self.scale = self._head_dim**-0.5
         self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
         self.proj = nn.Linear(hidden_size, hidden_size)
 
+    @property
+    def head_dim(self) -> int:
+        """Channels of a head; the weights have them, so that it can only be read."""
+        return self._head_dim
+
     def forward(self, x: Tensor) -> Tensor:
-        return self.proj(attention(self.qkv(x).unflatten(-1, (3, self.num_heads, -1))))
+        return self.proj(attention(self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim)), scale=self.scale))
 
 
 class CrossAttention(nn.Module):
@@ -483,6 +519,16 @@ class Block(nn.Module):
     mlp: Mlp
 
 
+def plain_norm(hidden_size: int) -> nn.LayerNorm:
+    """The norm before a modulation, which has no weights of its own."""
+    return nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
+
+
+def modulated(norm: nn.Module, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """norm(x)·(1 + scale) + shift in x's dtype, as ``modulate_norm``, where ``norm`` is a module."""
+    return modulate(norm(x), shift, scale).to(x.dtype)
+
+
 class DiTBlock(Block):
     """The adaLN-Zero block. x: (B, N, D), c: (B, D) -> (B, N, D).
 
@@ -491,14 +537,16 @@ class DiTBlock(Block):
 
     def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float) -> None:
         super().__init__()
+        self.norm1 = plain_norm(hidden_size)
         self.attn = self.attention_class(hidden_size, num_heads)
+        self.norm2 = plain_norm(hidden_size)
         self.mlp = self.mlp_class(hidden_size, mlp_ratio)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = self.adaLN_modulation(c).chunk(6, dim=1)
-        x = gated_residual(x, self.attn(modulate_norm(x, shift_msa, scale_msa)), gate_msa)
-        return gated_residual(x, self.mlp(modulate_norm(x, shift_mlp, scale_mlp)), gate_mlp)
+        x = gated_residual(x, self.attn(modulated(self.norm1, x, shift_msa, scale_msa)), gate_msa)
+        return gated_residual(x, self.mlp(modulated(self.norm2, x, shift_mlp, scale_mlp)), gate_mlp)
 
 
 class AdaLNBlock(Block):
@@ -506,14 +554,16 @@ class AdaLNBlock(Block):
 
     def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float) -> None:
         super().__init__()
+        self.norm1 = plain_norm(hidden_size)
         self.attn = self.attention_class(hidden_size, num_heads)
+        self.norm2 = plain_norm(hidden_size)
         self.mlp = self.mlp_class(hidden_size, mlp_ratio)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 4 * hidden_size))
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         shift_msa, scale_msa, shift_mlp, scale_mlp = self.adaLN_modulation(c).chunk(4, dim=1)
-        x = gated_residual(x, self.attn(modulate_norm(x, shift_msa, scale_msa)))
-        return gated_residual(x, self.mlp(modulate_norm(x, shift_mlp, scale_mlp)))
+        x = gated_residual(x, self.attn(modulated(self.norm1, x, shift_msa, scale_msa)))
+        return gated_residual(x, self.mlp(modulated(self.norm2, x, shift_mlp, scale_mlp)))
 
 
 class CrossAttentionBlock(Block):
@@ -555,12 +605,13 @@ class FinalLayer(nn.Module):
     def __init__(self, hidden_size: int, patch_size: int, out_channels: int) -> None:
         super().__init__()
         self.patch_size = patch_size
+        self.norm_final = plain_norm(hidden_size)
         self.linear = nn.Linear(hidden_size, patch_size * patch_size * out_channels)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size))
 
     def forward(self, x: Tensor, c: Tensor, grid: tuple[int, int]) -> Tensor:
         shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
-        tokens = self.linear(modulate_norm(x, shift, scale))
+        tokens = self.linear(modulated(self.norm_final, x, shift, scale))
         return unpatchify(tokens, grid=grid, patch_size=self.patch_size)
 
 
@@ -639,7 +690,7 @@ class DiT(nn.Module):
         self.learn_sigma = learn_sigma
         self.conditioning = conditioning
 
-        self.x_embedder = self.embed_class(patch_size, in_channels, hidden_size)
+        self.x_embedder = self.embed_class(patch_size, in_channels, hidden_size, self.grid)
         self.t_embedder = TimestepEmbedder(hidden_size)
         self.y_embedder = LabelEmbedder(num_classes, hidden_size, class_dropout_prob)
         positions = torch.empty(1, self.grid[0] * self.grid[1], hidden_size, dtype=torch.float32)
@@ -702,7 +753,17 @@ class DiT(nn.Module):
         tokens, c = self.embed(x, t, y)
         for block in self.blocks:
             tokens = block(tokens, c)
-        return self.final_layer(tokens[:, : self.grid[0] * self.grid[1]], c, self.grid)
+        return self.put_together(self.final_layer(tokens[:, : self.grid[0] * self.grid[1]], c, self.grid))
+
+    def unpatchify(self, x: Tensor) -> Tensor:
+        """Tokens (B, h·w, p·p·O) -> (B, O, H, W). The forward calls it where a subclass or an instance has another one."""
+        return unpatchify(x, grid=self.grid, patch_size=self.patch_size)
+
+    def put_together(self, image: Tensor) -> Tensor:
+        """What the final layer has put together, by ``unpatchify`` if that has been replaced."""
+        if type(self).unpatchify is DiT.unpatchify and "unpatchify" not in self.__dict__:
+            return image
+        return self.unpatchify(patchify(image, patch_size=self.patch_size))
 
     def forward_with_cfg(self, x: Tensor, t: Tensor, y: Tensor, cfg_scale: float, guided_channels: int | None = 3) -> Tensor:
         """Classifier-free guidance on a batch whose second half of ``y`` is the null class.

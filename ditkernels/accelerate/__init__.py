@@ -105,6 +105,7 @@ def _plan(model: nn.Module, name: str, calls: Calls) -> tuple[Report, list[Swap]
     for path, module in list(model.named_modules()):
         if isinstance(module, DiT):
             parts.append(Part(path, reason="it is ditkernels' own DiT, which runs the fused ops as it is"))
+            continue
         for family, lists in _families_of(module):
             claimed.update(map(id, module.modules()))
             if any(isinstance(inner, Fused) for inner in module.modules()):

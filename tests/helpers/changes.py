@@ -156,7 +156,7 @@ def _offloaded(module: nn.Module) -> None:
 def _times(values: Any) -> Any:
     if isinstance(values, tuple):
         return tuple(_times(v) for v in values)
-    return values * 1.5 if isinstance(values, Tensor) and values.is_floating_point() else values
+    return values * 1.25 if isinstance(values, Tensor) and values.is_floating_point() else values
 
 
 def _first(args: tuple[Any, ...]) -> tuple[Any, ...]:
