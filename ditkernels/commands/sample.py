@@ -117,6 +117,10 @@ def _is_of_pixels(run: Mapping[str, Any]) -> bool:
 
 
 def _check_decoder(args: argparse.Namespace, run: Mapping[str, Any], formats: tuple[str, ...]) -> None:
+    if run.get("vae") == "unknown" and args.vae is None and formats != ("latents",):
+        raise ValueError(
+            "--vae: got none, and what made the latents of this run is not known; --formats latents leaves them as they are"
+        )
     if run and args.vae is None and not _is_of_pixels(run) and formats != ("latents",):
         raise ValueError(
             f"--vae: got none, and the run was trained on latents of the VAE {run['vae']!r}; "

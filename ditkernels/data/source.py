@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from torch.utils.data import Dataset
 
 from ditkernels.data.dataset import DatasetBatches
@@ -14,6 +15,7 @@ from ditkernels.data.digits import InMemoryBatches, LabelledImages, load_digits
 from ditkernels.data.folder import FolderBatches, ImageFolder
 from ditkernels.data.images import READER
 from ditkernels.data.latents import INDEX, LatentBatches, LatentFolder
+from ditkernels.data.lightning import LightningBatches, LightningFolder, is_lightning
 from ditkernels.data.order import Batches
 from ditkernels.data.vae import LatentSpace
 
@@ -66,6 +68,7 @@ class TrainingData:
         image_size: edge of an image, or of that which a latent was made of.
         class_to_idx: label by name of class.
         latents: what they mean, where batches hold moments of latents; None where they hold images.
+        encoded: batches hold latents as the model sees them, of an autoencoder that is not known here.
         image_reader: the version of what has read the images; None where they came from no files.
         notes: what was passed over, in sentences.
     """
@@ -77,6 +80,7 @@ class TrainingData:
     image_size: int
     class_to_idx: dict[str, int]
     latents: LatentSpace | None = None
+    encoded: bool = False
     image_reader: int | None = None
     notes: tuple[str, ...] = ()
 
@@ -107,6 +111,8 @@ def open_data(config: DataConfig) -> TrainingData:
         return _open_digits(config)
     if (Path(config.data_path) / INDEX).is_file():
         return _open_latents(config)
+    if is_lightning(Path(config.data_path)):
+        return _open_lightning(config)
     size = config.image_size or IMAGE_SIZE
     scan = partial(ImageFolder.scan, unconditional=config.unconditional, keep_empty=config.keep_empty_classes)
     folder = scan(config.data_path)
@@ -170,7 +176,28 @@ def _open_latents(config: DataConfig) -> TrainingData:
             raise ValueError(f"val_path: the classes of {config.val_path} are not those of {config.data_path}")
         validation = batches(held_out, _validation_batch(config), VALIDATION_SEED, flip=False)
     names = {} if config.unconditional else folder.class_to_idx
-    return TrainingData(train, validation, len(folder), folder.shape, folder.image_size, names, folder.space, folder.image_reader)
+    return TrainingData(
+        train, validation, len(folder), folder.shape, folder.image_size, names, folder.space, image_reader=folder.image_reader
+    )
+
+
+def _open_lightning(config: DataConfig) -> TrainingData:
+    folder = LightningFolder(Path(config.data_path))
+    classes = 0 if config.unconditional else int(folder.labels.max()) + 1
+    _check_classes(classes, config)
+    batches = partial(LightningBatches, unconditional=config.unconditional)
+    train = batches(folder, config.global_batch_size, config.global_seed, flip=config.flip)
+    validation = None
+    if config.val_path is not None:
+        held_out = LightningFolder(Path(config.val_path))
+        if held_out.shape != folder.shape or not (
+            torch.equal(held_out.mean, folder.mean) and torch.equal(held_out.std, folder.std)
+        ):
+            raise ValueError(f"val_path: the latents of {config.val_path} are not made as those of {config.data_path}")
+        validation = batches(held_out, _validation_batch(config), VALIDATION_SEED, flip=False)
+    names = {str(label): label for label in range(classes)}
+    size = config.image_size or folder.shape[1]
+    return TrainingData(train, validation, len(folder), folder.shape, size, names, encoded=True)
 
 
 def _latents_for(name: str, path: str, config: DataConfig) -> LatentFolder:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ditkernels.data.source import TrainingData
-from ditkernels.data.vae import VAE, LatentSpace, load_vae
+from ditkernels.data.vae import VAE, load_vae
 from ditkernels.diffusion import create_diffusion
 from ditkernels.evaluation.evaluate import load_reference
 from ditkernels.evaluation.features import load_extractor
@@ -78,11 +78,11 @@ def latent_shape(config: TrainConfig, data: TrainingData, vae: VAE | None) -> tu
     return vae.latent_shape(data.image_size)
 
 
-def vae_for(config: TrainConfig, latents: LatentSpace | None, device: torch.device) -> VAE | None:
+def vae_for(config: TrainConfig, data: TrainingData, device: torch.device) -> VAE | None:
     """The autoencoder that a run needs: to encode its images or, where it trains on latents, to show samples.
 
     Args:
-        latents: of the data; None where it is images.
+        data: what is trained on.
 
     Returns:
         None for pixels, and for latents where nothing is decoded and ``config.vae`` is the default.
@@ -90,9 +90,16 @@ def vae_for(config: TrainConfig, latents: LatentSpace | None, device: torch.devi
     Raises:
         ImportError, ValueError: as :func:`load_vae`; the latents are of another autoencoder, or there is none to decode with.
     """
+    decodes = [name for name in ("sample_every", "eval_every") if getattr(config, name)]
+    if data.encoded:
+        if decodes:
+            raise ValueError(
+                f"{decodes[0]}: got {getattr(config, decodes[0])}, allowed is 0: what made these latents is not known here"
+            )
+        return None
+    latents = data.latents
     if latents is None:
         return None if config.vae == "none" else load_vae(config.vae, device)
-    decodes = [name for name in ("sample_every", "eval_every") if getattr(config, name)]
     if config.vae == "none" and decodes:
         raise ValueError(f"vae: got 'none', but {decodes[0]} decodes latents; allowed is the VAE that made them")
     if config.vae == "none" or (config.vae == TrainConfig.vae and not decodes):

@@ -107,6 +107,7 @@ def settled(config: TrainConfig, data: TrainingData, start: Start) -> TrainConfi
         config,
         image_size=config.image_size or data.image_size,
         num_classes=classes,
+        vae="unknown" if data.encoded else config.vae,
         weight_decay_on=decays,  # type: ignore[arg-type]
     )
 

@@ -136,7 +136,7 @@ def train(
         config = as_begun(config, start)
         data = opened(config, data, val_data)
         config = settled(config, data, start)
-        vae = vae_for(config, data.latents, device)
+        vae = vae_for(config, data, device)
         model = model or build_model(config, latent_shape(config, data, vae))
         check_room(config, model, data, device, world)
         stop = StopSignal(once=world.size > 1)

@@ -493,7 +493,7 @@ def run_of(path, vae, **changes):
 def seen_by_the_model(config, steps):
     """Latents and labels of each step."""
     data = open_data(config)
-    vae = vae_for(config, data.latents, CPU)
+    vae = vae_for(config, data, CPU)
     trainer = Trainer(config, data, vae, build_model(config, latent_shape(config, data, vae)))
     positions = torch.arange(config.global_batch_size)
     for step in range(steps):
@@ -648,26 +648,26 @@ def test_latents_without_classes_train_unconditionally(images, vae, encoded, tmp
 
 
 def test_the_vae_given_beside_latents_must_be_theirs(vae, encoded, tmp_path):
-    space = LatentFolder.open(encoded).space
-    assert vae_for(run_of(encoded, vae), space, CPU).space == space
-    assert vae_for(run_of(encoded, "none"), space, CPU) is None
+    data = open_data(run_of(encoded, vae))
+    assert vae_for(run_of(encoded, vae), data, CPU).space == data.latents
+    assert vae_for(run_of(encoded, "none"), data, CPU) is None
     # The default was not given, and nothing needs it: it need not even be there.
-    assert vae_for(run_of(encoded, "ema"), space, CPU) is None
+    assert vae_for(run_of(encoded, "ema"), data, CPU) is None
     other = make_vae(tmp_path / "weights", seed=1)
     with pytest.raises(ValueError, match=r"vae: .*weights is not the one that made the latents: encoder_sha256"):
-        vae_for(run_of(encoded, other), space, CPU)
+        vae_for(run_of(encoded, other), data, CPU)
     scaled = make_vae(tmp_path / "scale", scale=1.0)
     with pytest.raises(ValueError, match=r"scale is not the one that made the latents: scale: 0\.5 there, 1\.0 here$"):
-        vae_for(run_of(encoded, scaled), space, CPU)
+        vae_for(run_of(encoded, scaled), data, CPU)
 
 
 @pytest.mark.parametrize("every", ["sample_every", "eval_every"])
 def test_latents_that_shall_be_shown_need_their_vae(encoded, every):
-    space = LatentFolder.open(encoded).space
+    data = open_data(run_of(encoded, "none"))
     with pytest.raises(ValueError, match=f"vae: got 'none', but {every} decodes latents"):
-        vae_for(run_of(encoded, "none", **{every: 2}), space, CPU)
+        vae_for(run_of(encoded, "none", **{every: 2}), data, CPU)
     with pytest.raises(ValueError, match=r"sd-vae-ft-ema is not in the local"):
-        vae_for(run_of(encoded, "ema", **{every: 2}), space, CPU)
+        vae_for(run_of(encoded, "ema", **{every: 2}), data, CPU)
 
 
 def test_a_run_goes_on_with_latents_of_its_own_vae_only(images, vae, encoded, tmp_path, capsys):
