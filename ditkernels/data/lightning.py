@@ -62,7 +62,7 @@ class LightningFolder:
         return {**self.__dict__, "_mapped": {}}
 
     def read(self, indices: Tensor, flipped: Tensor) -> Tensor:
-        """What the model sees of the latents at ``indices`` (B,) int64, (B, C, h, w) fp32; of mirrored images where ``flipped`` (B,)."""
+        """What the model sees of the latents at ``indices`` (B,) int64, (B, C, h, w) fp32; mirrored where ``flipped`` (B,) is."""
         found = torch.empty(len(indices), *self.shape)
         pieces = torch.searchsorted(self._ends, indices, right=True).tolist()
         for row, (index, piece, side) in enumerate(zip(indices.tolist(), pieces, flipped.tolist(), strict=True)):
