@@ -9,7 +9,7 @@ from ditkernels.options import EXECUTION, FREE, RECIPE, check_fields, names_of, 
 from ditkernels.sampling.config import AUTO, GUIDED_CHANNELS, guided_channels
 
 # What a checkpoint records beside the fields, and what may be overridden as they may.
-IMAGE_READER, TRAINABLE = "image_reader", "trainable"
+IMAGE_READER, TRAINABLE, NUMBERING = "image_reader", "trainable", "class_to_idx"
 """What ``override`` names where images are read by another version of the reader than a run began with."""
 
 
@@ -98,6 +98,9 @@ class TrainConfig:
     resume: str = option("none", "auto: the newest whole checkpoint of the folder, if any; or its path", FREE)
     override: str = option("", "settings of the recipe that a resumed run shall change, comma-separated", FREE)
     init_from: str | None = option(None, "weights to start from: a run, a checkpoint, or a file or folder of other programs", FREE)
+    init_classes: Literal["auto", "names", "position", "fresh"] = option(
+        "auto", "which rows of labels init_from gives to which classes; auto: by name where both have names, else by position", FREE
+    )
     null_class: bool = option(True, "whether the labels of init_from end in a null class, where it does not tell", FREE)
     ckpt_every: int = option(50_000, "steps between checkpoints", FREE, least=1)
     keep_last: int = option(3, "newest checkpoints that are kept", FREE, least=1)
@@ -162,7 +165,7 @@ class TrainConfig:
         return {name.strip() for name in self.override.split(",") if name.strip()}
 
     def _check_override(self) -> None:
-        allowed = [*names_of(TrainConfig, RECIPE), "steps", "epochs", IMAGE_READER, TRAINABLE]
+        allowed = [*names_of(TrainConfig, RECIPE), "steps", "epochs", IMAGE_READER, TRAINABLE, NUMBERING]
         unknown = sorted(self.overridden - set(allowed))
         if unknown:
             raise ValueError(f"override: got {', '.join(unknown)}, allowed are {', '.join(allowed)}")

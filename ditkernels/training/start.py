@@ -10,19 +10,17 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
-
-from torch import Tensor
+from typing import Any
 
 from ditkernels.checkpoints.format import Checkpoint, CheckpointError, open_checkpoint
-from ditkernels.checkpoints.layouts import TABLE, sincos_grid
-from ditkernels.checkpoints.model import read_public, told_classes
+from ditkernels.checkpoints.model import read_public
 from ditkernels.checkpoints.run import Run, all_checkpoints_of, read, resolve, set_aside
 from ditkernels.data.source import TrainingData
 from ditkernels.data.vae import LatentSpace
 from ditkernels.options import EXECUTION, FREE, IDENTITY, RECIPE, Difference, differences
 from ditkernels.runtime import World
-from ditkernels.training.config import IMAGE_READER, TRAINABLE, TrainConfig
+from ditkernels.training.config import IMAGE_READER, NUMBERING, TRAINABLE, TrainConfig
+from ditkernels.training.finetune import Given, Own, same_names
 from ditkernels.training.log import METRICS, cut_back
 
 logger = logging.getLogger(__name__)
@@ -42,8 +40,7 @@ class Start:
 
     checkpoint: Checkpoint | None = None
     origin: Path | None = None
-    weights: Mapping[str, Tensor] | None = None
-    classes: int | None = None
+    given: Given | None = None
     broken: Mapping[Path, str] = field(default_factory=dict)
 
 
@@ -67,10 +64,7 @@ def find_start(config: TrainConfig, run: Run, world: World) -> Start:
     if start.checkpoint is None and config.init_from is not None:
         given = config.init_from
         found_weights = read_public(world.on_first(lambda: resolve(given)))
-        weights = found_weights.sampling_weights
-        rows = len(weights.get(TABLE, ()))
-        classes = told_classes(found_weights.config, rows, null_class=config.null_class)
-        return Start(weights=weights, classes=classes, broken=start.broken)
+        return Start(given=Given.of(found_weights, null_class=config.null_class), broken=start.broken)
     return start
 
 
@@ -117,22 +111,6 @@ def _refuse_to_overwrite(run: Path) -> None:
         raise ValueError(f"results_dir: {run} holds a run; --resume auto goes on with it, another folder starts a new one")
 
 
-class Own(NamedTuple):
-    """What a run is, beside its settings.
-
-    Attributes:
-        model: the arguments of the model that is trained.
-        data: what it is trained on.
-        latent_space: of that; None for pixels.
-        trainable: the names of the parameters that are trained.
-    """
-
-    model: Mapping[str, Any]
-    data: TrainingData
-    latent_space: LatentSpace | None
-    trainable: frozenset[str]
-
-
 def check_same_run(start: Start, config: TrainConfig, own: Own) -> Checkpoint:
     """The checkpoint of ``start``, if it is of the run that these describe.
 
@@ -149,9 +127,11 @@ def check_same_run(start: Start, config: TrainConfig, own: Own) -> Checkpoint:
     other = [str(difference) for difference in found[IDENTITY]]
     theirs, ours = checkpoint.config["model"], own.model
     other += [f"{name}: {theirs.get(name)!r} there, {ours[name]!r} here" for name in ours if theirs.get(name) != ours[name]]
-    for name, here in (("data_length", own.data.length), ("class_to_idx", own.data.class_to_idx)):
-        if checkpoint.state[name] != here:
-            other.append(f"{name}: other data")
+    before, now = checkpoint.state["class_to_idx"], own.data.class_to_idx
+    if checkpoint.state["data_length"] != own.data.length:
+        other.append("data_length: other data")
+    if before != now and not same_names(before, now):
+        other.append("class_to_idx: other data")
     space = checkpoint.state.get("latent_space")
     if space is not None and own.latent_space is not None:
         other += LatentSpace(**space).differences(own.latent_space)
@@ -179,6 +159,8 @@ def changed_recipe(checkpoint: Checkpoint, config: TrainConfig, own: Own) -> lis
     beside = []
     if None not in (reader, own.data.image_reader) and reader != own.data.image_reader:
         beside.append(Difference(IMAGE_READER, reader, own.data.image_reader))
+    if same_names(checkpoint.state["class_to_idx"], own.data.class_to_idx):
+        beside.append(Difference(NUMBERING, checkpoint.state["class_to_idx"], own.data.class_to_idx))
     before = trained_before(checkpoint)
     if before != own.trainable:
         beside.append(Difference(TRAINABLE, _some(before - own.trainable), _some(own.trainable - before)))
@@ -214,57 +196,6 @@ def _tell_changes(checkpoint: Checkpoint, config: TrainConfig, own: Own, step: i
         logger.info("from step %d on bits may differ: %s", step, "; ".join(map(str, execution)))
 
 
-def fitted_weights(start: Start, own: Mapping[str, Tensor], num_classes: int, source: str) -> dict[str, Tensor]:
-    """The weights of ``start`` as a state dict that fits the model.
-
-    Positions of sines and cosines are made anew, for any image size; learned ones are kept. With another number of classes the rows
-    of labels start afresh, and the null class keeps its row.
-
-    Args:
-        own: the model's state dict, of whole tensors.
-        num_classes: the model's.
-        source: where the weights came from, for the error.
-
-    Raises:
-        CheckpointError: tensors do not fit; they are listed.
-    """
-    given = {**(start.weights or {})}
-    if "pos_embed" in own and sincos_grid(given.get("pos_embed", own["pos_embed"])) is not None:
-        given["pos_embed"] = own["pos_embed"]
-    if TABLE in given:
-        given[TABLE] = _resized_table(given[TABLE], own[TABLE], num_classes, start.classes)
-    wrong = [
-        f"{name} {_shape(given.get(name))}, here {_shape(own.get(name))}"
-        for name in sorted(own.keys() | given.keys())
-        if _shape(given.get(name)) != _shape(own.get(name))
-    ]
-    if wrong:
-        raise CheckpointError(f"init_from: {source} does not fit the model: {'; '.join(wrong[:8])}")
-    return given
-
-
-def _resized_table(given: Tensor, own: Tensor, classes: int, given_classes: int | None) -> Tensor:
-    """The rows of ``given`` for a table (rows, D) like ``own``, which has ``classes`` rows and perhaps the null class.
-
-    Args:
-        given_classes: how many rows of ``given`` are classes; None: as many as those of ``own`` if that may be, else all but one.
-    """
-    if given.ndim != 2 or given.shape[1] != own.shape[1]:
-        return given
-    if given_classes is None:
-        given_classes = classes if len(given) in (classes, classes + 1) else len(given) - 1
-    resized = own.detach().cpu().clone()
-    if given_classes == classes:
-        resized[:classes] = given[:classes]
-    if len(own) > classes and len(given) > given_classes:
-        resized[classes] = given[given_classes]
-    return resized
-
-
-def _shape(tensor: Tensor | None) -> str:
-    return "missing" if tensor is None else str(tuple(tensor.shape))
-
-
 def open_folder(start: Start, config: TrainConfig, own: Own, run: Run, step: int, environment: Mapping[str, Any]) -> None:
     """Makes the run's folder tell what the run is and where it stands, and says where that is.
 
@@ -278,7 +209,7 @@ def open_folder(start: Start, config: TrainConfig, own: Own, run: Run, step: int
         _tell_changes(start.checkpoint, config, own, step)
     elif config.resume == "auto":
         logger.info("starting at step 0: %s holds no whole checkpoint", run.folder)
-    if start.weights is not None:
+    if start.given is not None:
         logger.info("initialised from %s", config.init_from)
     for note in own.data.notes:
         logger.warning("%s", note)

@@ -41,6 +41,7 @@ from ditkernels.training.distributed import Parallel, process_group, step_flags
 from ditkernels.training.ema import EMA, copy_for_average, decay_of_update, tell_share_of_start
 from ditkernels.training.evaluations import Evaluations
 from ditkernels.training.factory import build_model, build_monitor, latent_shape, model_arguments, vae_for
+from ditkernels.training.finetune import Own, fitted, renumbered
 from ditkernels.training.log import OneStepLate, QuietLog, RunLog, StepMetrics
 from ditkernels.training.master_weights import Copies, accumulate_in, make_bf16_copies, move_grads_to_masters, refresh
 from ditkernels.training.memory import check_room
@@ -58,17 +59,7 @@ from ditkernels.training.optimizer import (
 )
 from ditkernels.training.rehearsal import rehearse
 from ditkernels.training.rescue import Rescue
-from ditkernels.training.start import (
-    Own,
-    Start,
-    as_begun,
-    check_same_run,
-    find_start,
-    fitted_weights,
-    open_folder,
-    settled,
-    trained_before,
-)
+from ditkernels.training.start import Start, as_begun, check_same_run, find_start, open_folder, settled, trained_before
 
 AUTOCAST_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -558,9 +549,9 @@ class Trainer:
             recorded = start.checkpoint.config.get("training", {})
             self.keep_optimizer(recorded_values(recorded, self.config)["optimizer"])
             self.resume(check_same_run(start, self.config, self.own))
-        elif start.weights is not None:
-            own = {name: self.parallel.whole_tensor(tensor) for name, tensor in self.model.state_dict().items()}
-            weights = fitted_weights(start, own, self.model.num_classes, str(self.config.init_from))
+        elif start.given is not None:
+            tensors = {name: self.parallel.whole_tensor(tensor) for name, tensor in self.model.state_dict().items()}
+            weights = fitted(start.given, tensors, self.own, self.config)
             self.load(weights, weights)
         self.data.train.stream.offset = self._images_before
         self.world.agree(data_length=self.data.length, class_to_idx=self.data.class_to_idx, model=self.own.model)
@@ -570,10 +561,13 @@ class Trainer:
         assert checkpoint.ema is not None
         assert checkpoint.optimizer is not None
         assert checkpoint.step is not None
-        fresh = self._trained.keys() - trained_before(checkpoint)
+        before, now = checkpoint.state["class_to_idx"], self.data.class_to_idx
+        parts = (checkpoint.model, checkpoint.ema, checkpoint.optimizer)
+        model, average, moments = (renumbered(part, before, now) if before != now else part for part in parts)
         # What has not been trained so far has no average of its own yet.
-        self.load(checkpoint.model, {**checkpoint.ema, **{name: checkpoint.model[name] for name in fresh}})
-        load_optimizer_tensors(self.optimizer, self.model, checkpoint.optimizer, self.parallel.shard_like)
+        fresh = self._trained.keys() - trained_before(checkpoint)
+        self.load(model, {**average, **{name: model[name] for name in fresh}})
+        load_optimizer_tensors(self.optimizer, self.model, moments, self.parallel.shard_like)
         self.step = checkpoint.step
         self._images_before = checkpoint.state["images_seen"] - self.step * self.config.global_batch_size
         self.skipped = checkpoint.state["skipped"]

@@ -7,6 +7,7 @@ import json
 import logging
 import random
 import re
+import types
 from collections.abc import Callable
 from pathlib import Path, PureWindowsPath
 from typing import Any
@@ -25,7 +26,8 @@ from ditkernels.checkpoints.run import Run, checkpoint_directory, resolve
 from ditkernels.cli import main
 from ditkernels.reference import DiT, sincos_positions
 from ditkernels.runtime import World
-from ditkernels.training.start import find_start, fitted_weights
+from ditkernels.training.finetune import fitted
+from ditkernels.training.start import find_start
 from tools.tree import ROOT
 
 State = dict[str, Tensor]
@@ -220,7 +222,8 @@ def expected(row: str) -> State:
 def of_init(path: Path, folder: Path, *, null_class: bool = True, **changed: Any) -> State:
     config = TrainConfig(init_from=str(path), results_dir=str(folder / "results"), null_class=null_class)
     start = find_start(config, Run(config.results_dir), World())
-    return fitted_weights(start, weights(9, **changed), 3, str(path))
+    own = types.SimpleNamespace(model={"num_classes": 3, "num_heads": start.given.heads}, classes=3, names={}, latent_space=None)
+    return fitted(start.given, weights(9, **changed), own, config)
 
 
 def of_sample(path: Path, folder: Path, told: dict[str, Any]) -> int:

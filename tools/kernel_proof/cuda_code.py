@@ -139,7 +139,18 @@ def demangled(names: Iterable[str]) -> list[str]:
     assert filter_ is not None
     done = subprocess.run([filter_], input="\n".join(names), capture_output=True, text=True, check=True)
     text = re.sub(r"ditkernels::|\(anonymous namespace\)::|c10::|torch::headeronly::", "", done.stdout)
+    # The demangler knows no names of enumerators, by which launches are recorded.
+    known = _enumerators()
+    text = re.sub(r"\((\w+)\)(\d+)", lambda m: f"{m[1]}::{known[m[1]][int(m[2])]}" if m[1] in known else m[0], text)
     return [re.sub(r"^void ", "", line) for line in text.splitlines()]
+
+
+def _enumerators() -> dict[str, list[str]]:
+    """The enumerators of every scoped enumeration of the sources."""
+    text = "".join(path.read_text(encoding="utf-8") for path in sorted(build_native.CSRC.glob("*.cu*")))
+    return {
+        name: re.findall(r"\w+", inside) for name, inside in re.findall(r"^enum class (\w+) \{ ([\w, ]+) \};", text, flags=re.M)
+    }
 
 
 def _entries(ptx: str) -> dict[str, str]:
@@ -189,7 +200,7 @@ def _structs(source: Path) -> Structs:
         for statement in re.sub(r"//.*", "", body).split(";"):
             pointer = "*" in statement
             counts = {n: int(constants.get(c, c)) for n, c in re.findall(r"(\w+)\[(\w+)\]", statement)}
-            match = FIELD.fullmatch(re.sub(r"\*|\[\w+\]", "", statement.strip()))
+            match = FIELD.fullmatch(re.sub(r"\*|\[\w+\]|^const ", "", statement.strip()))
             if match is None:
                 break
             names = re.findall(r"(\w+)(?:\s*=\s*[^,]+)?(?:,|$)", match.group(3))
