@@ -67,8 +67,9 @@ def bare(config: TrainConfig, device: torch.device) -> Callable[[], None]:
     """A step with nothing around it."""
     shape = (4, config.image_size, config.image_size)
     trainer = Trainer(config, random_data(config), None, build_model(config, shape).to(device))
-    model, diffusion, weights = trainer.model, trainer.diffusion, list(trainer.model.parameters())
+    model, diffusion = trainer.model, trainer.diffusion
     trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+    weights = list(trained.values())
     optimizer, ema = make_optimizer(trained, config), EMA(model, config.ema_decay)
     batch = (config.global_batch_size,)
     x, noise = (torch.randn(*batch, *shape, device=device) for _ in range(2))

@@ -16,8 +16,17 @@ CPU = torch.device("cpu")
 FP32 = check.PRECISIONS[0]
 
 
+def is_by_token(chosen):
+    return any(len(chosen.shapes.get(name, ())) == 3 for name in ("gate", "shift", "scale"))
+
+
+def cases_of(op):
+    """Those of an op, vectors per sample first."""
+    return sorted((case for case in check.CASES if case.op == op), key=is_by_token)
+
+
 def case(op, index=0):
-    return [case for case in check.CASES if case.op == op][index]
+    return cases_of(op)[index]
 
 
 def parity_of(op, index=0, precision=FP32, backend="torch"):
@@ -120,8 +129,7 @@ def test_the_torch_kernels_are_checked_and_not_the_specification(monkeypatch):
 
 def reaches(name, chosen):
     """Whether a case reaches an op, which takes vectors per token or does not; others are reached by all of theirs."""
-    vectors = [shape for given, shape in chosen.shapes.items() if given in ("gate", "shift", "scale")]
-    return name.endswith("_by_token") == any(len(shape) == 3 for shape in vectors)
+    return name.endswith("_by_token") == is_by_token(chosen)
 
 
 @pytest.mark.usefixtures("planted_kernels")
@@ -137,7 +145,7 @@ def test_a_kernel_that_is_slightly_off_fails(monkeypatch, name):
         return tuple(None if o is None else o * scale for o in outputs)
 
     replace_kernel(monkeypatch, name, off)
-    cases = [i for i, chosen in enumerate(c for c in check.CASES if c.op == op) if reaches(forward, chosen)]
+    cases = [i for i, chosen in enumerate(cases_of(op)) if reaches(forward, chosen)]
     worst = max(parity_of(op, i).ratio for i in cases[:2])
     assert 1 < worst < math.inf
 
