@@ -96,7 +96,6 @@ def trained(config: TrainConfig, device: torch.device) -> Callable[[], None]:
     def step() -> None:
         batch = trainer.data.train[trainer.step]
         scalars = trainer.train_step(batch, trainer.step, config.learning_rate)
-        trainer.step += 1
         trainer.record(late.push(trainer.step, config.learning_rate, scalars), log)
 
     return step
