@@ -6,7 +6,6 @@ another's place speaks of another class, so rows go by name where both sides hav
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -22,8 +21,6 @@ from ditkernels.training.config import TrainConfig
 
 # What else a table's rows are kept in.
 MOMENTS = (f"{TABLE}.exp_avg", f"{TABLE}.exp_avg_sq")
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -94,8 +91,15 @@ class Own(NamedTuple):
         return self.data.class_to_idx
 
 
-def fitted(given: Given, tensors: Mapping[str, Tensor], own: Own, config: TrainConfig) -> dict[str, Tensor]:
-    """The given weights as a state dict that fits the model, and a line of what was kept, matched and made afresh.
+class Fitted(NamedTuple):
+    """Given weights as a state dict that fits the model, and a line of what was kept, matched and made afresh, if any was."""
+
+    weights: dict[str, Tensor]
+    told: str | None
+
+
+def fitted(given: Given, tensors: Mapping[str, Tensor], own: Own, config: TrainConfig) -> Fitted:
+    """The given weights made to fit.
 
     Positions of sines and cosines are made anew, for any image size; learned ones are kept.
 
@@ -106,11 +110,11 @@ def fitted(given: Given, tensors: Mapping[str, Tensor], own: Own, config: TrainC
         CheckpointError: tensors do not fit, heads or latents are others, or classes cannot be matched as the config wants.
     """
     _check_origin(given, own, config)
-    made = {**given.weights}
+    made, told = {**given.weights}, None
     if "pos_embed" in tensors and sincos_grid(made.get("pos_embed", tensors["pos_embed"])) is not None:
         made["pos_embed"] = tensors["pos_embed"]
     if TABLE in made and made[TABLE].ndim == 2 and made[TABLE].shape[1] == tensors[TABLE].shape[1]:
-        made[TABLE] = _fitted_table(given, tensors[TABLE], own, config)
+        made[TABLE], told = _fitted_table(given, tensors[TABLE], own, config)
     wrong = [
         f"{name} {_shape(made.get(name))}, here {_shape(tensors.get(name))}"
         for name in sorted(tensors.keys() | made.keys())
@@ -118,7 +122,7 @@ def fitted(given: Given, tensors: Mapping[str, Tensor], own: Own, config: TrainC
     ]
     if wrong:
         raise CheckpointError(f"init_from: {config.init_from} does not fit the model: {'; '.join(wrong[:8])}")
-    return made
+    return Fitted(made, told)
 
 
 def _check_origin(given: Given, own: Own, config: TrainConfig) -> None:
@@ -134,8 +138,8 @@ def _check_origin(given: Given, own: Own, config: TrainConfig) -> None:
             raise CheckpointError(f"init_from: {config.init_from} was trained on other latents: {'; '.join(other)}")
 
 
-def _fitted_table(given: Given, mine: Tensor, own: Own, config: TrainConfig) -> Tensor:
-    """The label table, (rows, D): matched rows of the given one, others as the model has them."""
+def _fitted_table(given: Given, mine: Tensor, own: Own, config: TrainConfig) -> tuple[Tensor, str]:
+    """The label table, (rows, D): matched rows of the given one, others as the model has them; and which those are."""
     assert given.classes is not None
     theirs, resized = given.weights[TABLE], mine.detach().cpu().clone()
     has_null, gives_null = len(resized) > own.classes, len(theirs) > given.classes
@@ -152,8 +156,8 @@ def _fitted_table(given: Given, mine: Tensor, own: Own, config: TrainConfig) -> 
     null = ""
     if has_null:
         null = "; the null class is kept" if gives_null else "; the null class is fresh, so guidance needs training"
-    logger.info("init_from: of %d classes %d kept, %s, %d fresh%s", own.classes, len(rows), how, own.classes - len(rows), null)
-    return resized
+    told = f"init_from: of {own.classes} classes {len(rows)} kept, {how}, {own.classes - len(rows)} fresh{null}"
+    return resized, told
 
 
 def _matched(given: Given, own: Own, config: TrainConfig) -> tuple[dict[int, int], str]:

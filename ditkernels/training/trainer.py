@@ -551,7 +551,9 @@ class Trainer:
             self.resume(check_same_run(start, self.config, self.own))
         elif start.given is not None:
             tensors = {name: self.parallel.whole_tensor(tensor) for name, tensor in self.model.state_dict().items()}
-            weights = fitted(start.given, tensors, self.own, self.config)
+            weights, told = fitted(start.given, tensors, self.own, self.config)
+            if told is not None and self.world.first:
+                logger.info("%s", told)
             self.load(weights, weights)
         self.data.train.stream.offset = self._images_before
         self.world.agree(data_length=self.data.length, class_to_idx=self.data.class_to_idx, model=self.own.model)
