@@ -1,5 +1,6 @@
 # make demo   train a small DiT on real handwritten digits, sample it with guidance, show the picture
 # make test   lint, then the test suite        make lint   only the lint        make format   rewrite in place
+# make docs   the docs as a site, in build/docs
 # make wheel  dist/: one wheel for every Python and torch, CPU library included, CUDA library where there is nvcc
 # make gpu    everything that needs a GPU, with this machine's own python; results go to benchmarks/results
 #
@@ -27,7 +28,7 @@ DITKERNELS_BUILD_CPU ?= $(if $(CXX_FOUND),1,0)
 CPU_LIBRARY := $(if $(filter 1,$(DITKERNELS_BUILD_CPU)),ditkernels/_cpu.so)
 CPP := $(shell find csrc tests -name "*.cu" -o -name "*.cuh" -o -name "*.cpp" -o -name "*.h")
 
-.PHONY: demo test lint format wheel gpu clean
+.PHONY: demo test lint format docs wheel gpu clean
 
 demo: $(STAMP) $(CPU_LIBRARY)
 	$(BIN)/python -m ditkernels demo --out "$(OUT)" $(ARGS)
@@ -45,6 +46,9 @@ format: $(STAMP)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 	$(BIN)/clang-format -i $(CPP)
+
+docs: $(STAMP)
+	$(BIN)/python -m sphinx --fail-on-warning --keep-going -q -d build/doctrees docs build/docs
 
 # libtorch is excluded: the wheel uses the one that is installed. The CUDA driver is not linked at all.
 wheel: $(STAMP)

@@ -17,8 +17,8 @@ from tools.tree import ROOT
 RESULTS = ROOT / "benchmarks/results/README.md"
 # The log tells of what was, commands that are gone among it.
 PAGES = [
-    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md")),
-    *sorted(set((ROOT / "docs").glob("*.md")) - {ROOT / "docs/log.md"}),
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md")),
+    *sorted(set((ROOT / "docs").rglob("*.md")) - {ROOT / "docs/log.md"}),
     RESULTS,
 ]
 FOLDERS = ("benchmarks", "tools/kernel_proof")
@@ -43,15 +43,19 @@ def name_of(path: Path) -> str:
     return path.relative_to(ROOT).as_posix()
 
 
-def rows_under(heading: str) -> list[str]:
-    """The first cells of the table in a section of README.md."""
-    section = (ROOT / "README.md").read_text(encoding="utf-8").split(f"\n## {heading}\n")[1].split("\n## ")[0]
+def rows_under(heading: str, page: str) -> list[str]:
+    """The first cells of the table in a section of a page."""
+    section = (ROOT / page).read_text(encoding="utf-8").split(f"# {heading}\n")[1].split("\n## ")[0]
     _, _, *rows = [line for line in section.splitlines() if line.startswith("|")]
     return [row.split("|")[1] for row in rows]
 
 
-def test_the_readme_lists_the_public_ops_and_their_arguments() -> None:
-    calls = re.findall(r"(\w+)\(([^)]*)\)", " ".join(rows_under("Ops")))
+def test_the_readme_is_short() -> None:
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 200
+
+
+def test_the_docs_list_the_public_ops_and_their_arguments() -> None:
+    calls = re.findall(r"(\w+)\(([^)]*)\)", " ".join(rows_under("Ops", "docs/ops.md")))
     assert {name for name, _ in calls} == set(ops.__all__)
     for name, written in calls:
         known = " ".join(inspect.signature(getattr(ops, name)).parameters)
@@ -59,8 +63,8 @@ def test_the_readme_lists_the_public_ops_and_their_arguments() -> None:
         assert not unknown, f"{name} takes no {', '.join(unknown)}"
 
 
-def test_the_readme_lists_the_backends_of_attention() -> None:
-    written = re.findall(r"`(\w+)`", " ".join(rows_under("Attention backends")))
+def test_the_docs_list_the_backends_of_attention() -> None:
+    written = re.findall(r"`(\w+)`", " ".join(rows_under("Attention backends", "docs/models.md")))
     assert sorted(written) == sorted(dispatch.ATTENTION_BACKENDS)
 
 
@@ -83,8 +87,8 @@ def test_every_command_parses(path: Path, capsys: pytest.CaptureFixture[str]) ->
 def test_commands_are_found() -> None:
     found = [" ".join(command) for command in commands_in(ROOT / "README.md")]
     assert "ditkernels train --config xl2.yaml --resume auto" in found
-    assert "ditkernels consolidate results/xl2 whole" in found
-    assert "python -m benchmarks.speed.ops" in found
+    assert "ditkernels sample results/digits --out samples --count 50000 --batch-size 64 --cfg-scale 1.5" in found
+    assert "python -m benchmarks.speed.ops" in [" ".join(command) for command in commands_in(ROOT / "docs/measured.md")]
     assert "python -m benchmarks.speed.training --repeats 3" in [" ".join(c) for c in commands_in(RESULTS)]
 
 
@@ -111,3 +115,15 @@ def test_paths_are_found() -> None:
     assert "examples/digits.yaml" in paths_in("`examples/digits.yaml`, of which there are more")
     assert {"csrc/cpu/*", "tools/build_native.py"} <= paths_in((ROOT / "Makefile").read_text(encoding="utf-8"))
     assert {"tests/numerics.py", "ditkernels/reference.py"} <= paths_in((ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"))
+
+
+def test_the_questions_quote_real_errors() -> None:
+    page = (ROOT / "docs/faq.md").read_text(encoding="utf-8")
+    quoted = re.findall(r"^## `(.+)`$", page, flags=re.MULTILINE)
+    files = [*(ROOT / "ditkernels").rglob("*.py"), ROOT / "tools/build_native.py"]
+    # A message may be written in pieces that stand side by side.
+    source = re.sub(r"\"\s*f?\"", "", "".join(file.read_text(encoding="utf-8") for file in files))
+    assert len(quoted) >= 8
+    for heading in quoted:
+        pieces = [piece.strip(" :`'()") for piece in heading.split("...")]
+        assert not [piece for piece in pieces if piece not in source], heading

@@ -138,7 +138,7 @@ def test_no_code_of_ours_uses_an_old_path() -> None:
 
 def test_no_page_uses_an_old_path() -> None:
     # The log tells of what was.
-    pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(set((ROOT / "docs").glob("*.md")) - {ROOT / "docs/log.md"})]
+    pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(set((ROOT / "docs").rglob("*.md")) - {ROOT / "docs/log.md"})]
     for page in pages:
         for name in re.findall(r"\bditkernels\.(\w+(?:\.\w+)?)", page.read_text(encoding="utf-8")):
             assert name == "evaluate" or not {name, name.partition(".")[0]} & set(OLD), f"{page}: ditkernels.{name}"

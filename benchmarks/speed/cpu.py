@@ -1,12 +1,12 @@
-"""What README and benchmarks/results/README.md say of speed on a CPU: measured, and written into their tables.
+"""What the docs say of speed on a CPU: measured, and written into their tables.
 
     python -m benchmarks.speed.cpu                      measures everything: hours; the same command goes on where it was cut short
     python -m benchmarks.speed.cpu --only ops,large     some of it
-    python -m benchmarks.figures --only cpu.png         draws the figure, which README's part shows
-    python -m benchmarks.speed.cpu --docs README.md benchmarks/results/README.md    writes the tables, and measures nothing
+    python -m benchmarks.figures --only cpu.png         draws the figure
+    python -m benchmarks.speed.cpu --docs README.md docs/measured.md benchmarks/results/README.md    writes the tables, measures nothing
 
 Each measurement is a script of this folder at sizes that a CPU can bear, training on 1 and 2 threads, in five processes each, into
-benchmarks/results/cpu-NAME.json. A table stands between marks, ``<!-- cpu summary -->`` or ``<!-- cpu ops -->`` and its end.
+benchmarks/results/cpu-NAME.json. A table stands between marks, ``<!-- cpu summary -->`` for one and its end.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,7 +41,6 @@ MEASUREMENTS = {
     "sampling": ("sampling", *ONE_THREAD),
 }
 
-FIGURE = "![Our ops against plain PyTorch and torch.compile on one thread of a CPU](docs/figures/cpu.png)"
 Results = dict[str, dict[str, Any]]
 """By name of the measurement: the content of its file."""
 
@@ -135,10 +135,10 @@ def times(row: measure.Row | None, field: str) -> str:
     return f"{row[field]:.2f} ({row['least'][field]:.2f} to {row['most'][field]:.2f})"
 
 
-def summary(results: Results) -> list[str]:
-    """What README says: of everything something."""
+def gains(results: Results, shown: Sequence[Line]) -> list[str]:
+    """A table of some lines of the summary."""
     rows = []
-    for line in lines():
+    for line in shown:
         cells = []
         for precision in ("fp32", "bf16"):
             where = {name: value.format(precision) if isinstance(value, str) else value for name, value in line.where.items()}
@@ -146,9 +146,18 @@ def summary(results: Results) -> list[str]:
             cells.append(times(row, line.field))
         if any(cell != "–" for cell in cells):
             rows.append([line.what, line.than, *cells])
-    gains = measure.markdown("on one thread, unless said | times as fast as | fp32 | bf16", rows)
-    figure = ["", FIGURE] if "ops" in results else []  # which is drawn of them
-    return [origin(results), "", *gains, *large(results), *figure]
+    return measure.markdown("on one thread, unless said | times as fast as | fp32 | bf16", rows)
+
+
+def short(results: Results) -> list[str]:
+    """What README says: ops and a model against plain PyTorch."""
+    plain = [line for line in lines() if line.field == "over_eager" and line.threads == 1 and line.source != "sampling"]
+    return [origin(results), "", *gains(results, plain)]
+
+
+def summary(results: Results) -> list[str]:
+    """What the page of measurements says: of everything something."""
+    return [origin(results), "", *gains(results, lines()), *large(results)]
 
 
 def large(results: Results) -> list[str]:
@@ -165,9 +174,9 @@ def every_op(results: Results) -> list[str]:
     rows = []
     for row in results["ops"]["rows"] if "ops" in results else []:
         if row.get("contender") == "cpu" and row["threads"] == 1 and "median_ms" in row:
-            gains = [times(row, f"over_{word}") for word in ("eager", "compiled")]
+            than = [times(row, f"over_{word}") for word in ("eager", "compiled")]
             share = f"{100 * row['over_copy']:.0f}%"
-            rows.append([f"`{row['op']}`", "x".join(map(str, row["shape"])), row["precision"], row["pass"], *gains, share])
+            rows.append([f"`{row['op']}`", "x".join(map(str, row["shape"])), row["precision"], row["pass"], *than, share])
     header = "op | B x N x D | precision | pass | than eager | than compiled | of `copy_`"
     return [origin(results), "", *measure.markdown(header, rows)]
 
@@ -182,7 +191,7 @@ def origin(results: Results) -> str:
     return f"{of['device']}, {of['instruction_set']}; Python {of['python']}, torch {of['torch']}; {taken}. {words}."
 
 
-TABLES = {"cpu summary": summary, "cpu ops": every_op}
+TABLES = {"cpu short": short, "cpu summary": summary, "cpu ops": every_op}
 
 
 def write(page: Path, results: Results) -> None:
