@@ -68,6 +68,17 @@ def write_json(path: Path, content: Any) -> None:
     write_text(path, json.dumps(content, indent=2) + "\n")
 
 
+def read_object(path: Path) -> dict[str, Any]:
+    """The object that a JSON file holds; ValueError, naming the file, where it holds none."""
+    try:
+        content = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is damaged: it holds a {type(content).__name__} in place of an object")
+    return content
+
+
 def remove_leftovers(folder: Path) -> None:
     """Removes what processes that were killed had begun to write into ``folder``."""
     for path in folder.glob(".*.tmp"):

@@ -34,6 +34,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from ditkernels import ops, reference
 from ditkernels.ops import _native, dispatch
 from ditkernels.ops.mlp import asked_for, serves
+from ditkernels.pretrained import Pretrained
 from ditkernels.reference import is_dtensor, make_models
 
 CHECKPOINTING = ("none", "selective", "full")
@@ -435,7 +436,7 @@ def _final(
     )
 
 
-class DiT(reference.DiT):
+class DiT(Pretrained):
     """``reference.DiT`` on fused ops: same constructor, initialisation, state dict and outputs.
 
     Args:

@@ -12,7 +12,8 @@ import torch
 
 from ditkernels import demo
 from ditkernels.cli import main
-from ditkernels.demo import Read
+from ditkernels.demo import pictures
+from ditkernels.demo.pictures import Read
 from ditkernels.reference import DiT
 from ditkernels.training.trainer import train
 from tests.helpers.runs import newest_checkpoint
@@ -173,7 +174,7 @@ def test_accuracy_counts_what_is_read_right_and_rows_follow_the_classes():
 
 def test_the_grid_lies_row_by_row():
     shades = torch.tensor([-1.0, -0.5, 0.0, 0.25, 0.5, 1.0])
-    grid = demo._grid(shades.reshape(6, 1, 1, 1).expand(6, 1, 8, 8), rows=2)
+    grid = pictures._grid(shades.reshape(6, 1, 1, 1).expand(6, 1, 8, 8), rows=2)
     cell = grid.shape[0] // 2
     assert grid.shape == (2 * cell, 3 * cell)
     centres = grid[cell // 2 :: cell, cell // 2 :: cell]

@@ -108,7 +108,8 @@ def stand_ins(block: str) -> dict[str, Any]:
     images = torch.randn(2, 4, 8, 8)
     tokens = torch.randn(2, 5, D)
     settings = {name: value for name, value in yaml.safe_load(RUN).items() if name != "data_path"}
-    model = public.DiT(hidden_size=D, depth=2, num_heads=2)
+    plain = public.DiT if "accelerate(" in block else ditkernels.DiT
+    model = plain(input_size=8, hidden_size=D, depth=2, num_heads=2)
     return {
         "torch": torch,
         "ditkernels": ditkernels,

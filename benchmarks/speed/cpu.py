@@ -3,7 +3,7 @@
     python -m benchmarks.speed.cpu                      measures everything: hours; the same command goes on where it was cut short
     python -m benchmarks.speed.cpu --only ops,large     some of it
     python -m benchmarks.figures --only cpu.png         draws the figure
-    python -m benchmarks.speed.cpu --docs README.md docs/measured.md benchmarks/results/README.md    writes the tables, measures nothing
+    python -m benchmarks.speed.cpu --docs README.md docs/measured.md benchmarks/results/README.md    writes the tables alone
 
 Each measurement is a script of this folder at sizes that a CPU can bear, training on 1 and 2 threads, in five processes each, into
 benchmarks/results/cpu-NAME.json. A table stands between marks, ``<!-- cpu summary -->`` for one and its end.

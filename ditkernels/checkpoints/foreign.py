@@ -6,7 +6,6 @@ widens without a change of value. Nothing in a file is executed.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from ditkernels.checkpoints.format import MANIFEST, Checkpoint, CheckpointError
 from ditkernels.checkpoints.public import load_public_checkpoint
+from ditkernels.files import read_object
 
 INDEX = ".index.json"
 CONFIG = "config.json"
@@ -107,12 +107,9 @@ def _config_of(folder: Path) -> dict[str, Any]:
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is damaged: {error}") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} is damaged: it holds a {type(content).__name__} in place of an object")
-    return content
+        return read_object(path)
+    except ValueError as error:
+        raise CheckpointError(str(error)) from error
 
 
 # ---- Formats ---------------------------------------------------------------------------------------------------------

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -50,25 +49,6 @@ def build_model(config: TrainConfig, shape: tuple[int, int, int]) -> DiT:
             **{name: size for name, size in sizes.items() if size is not None},
         )
     return model
-
-
-def model_arguments(model: DiT) -> dict[str, Any]:
-    """The arguments that make a DiT of the same shapes, as JSON values."""
-    rows = model.y_embedder.rows
-    hidden_size = model.x_embedder.proj.weight.shape[0]
-    return {
-        "input_size": list(model.input_size),
-        "patch_size": model.patch_size,
-        "in_channels": model.in_channels,
-        "hidden_size": hidden_size,
-        "depth": len(model.blocks),
-        "num_heads": model.num_heads,
-        "mlp_ratio": model.state_dict()["blocks.0.mlp.fc1.weight"].shape[0] / hidden_size,
-        "class_dropout_prob": model.y_embedder.dropout_prob if rows > model.num_classes else 0.0,
-        "num_classes": model.num_classes,
-        "learn_sigma": model.learn_sigma,
-        "conditioning": model.conditioning,
-    }
 
 
 def latent_shape(config: TrainConfig, data: TrainingData, vae: VAE | None) -> tuple[int, int, int]:

@@ -33,6 +33,7 @@ from ditkernels.files import printable
 from ditkernels.models import count
 from ditkernels.ops.settings import use_backend
 from ditkernels.options import recorded_values
+from ditkernels.pretrained import arguments_of
 from ditkernels.reference import DiT
 from ditkernels.rng import Stream, below, normals, uniforms
 from ditkernels.runtime import Stopped, StopSignal, World, environment, numerics, process_device, resolve_precision
@@ -40,7 +41,7 @@ from ditkernels.training.config import TrainConfig
 from ditkernels.training.distributed import Parallel, process_group, step_flags
 from ditkernels.training.ema import EMA, copy_for_average, decay_of_update, tell_share_of_start
 from ditkernels.training.evaluations import Evaluations
-from ditkernels.training.factory import build_model, build_monitor, latent_shape, model_arguments, vae_for
+from ditkernels.training.factory import build_model, build_monitor, latent_shape, vae_for
 from ditkernels.training.finetune import Own, fitted, renumbered
 from ditkernels.training.log import OneStepLate, QuietLog, RunLog, StepMetrics
 from ditkernels.training.master_weights import Copies, accumulate_in, make_bf16_copies, move_grads_to_masters, refresh
@@ -315,7 +316,7 @@ class Trainer:
     @property
     def own(self) -> Own:
         """What the run is, beside its settings."""
-        return Own(model_arguments(self.model), self.data, self.latent_space, frozenset(self._trained))
+        return Own(arguments_of(self.model), self.data, self.latent_space, frozenset(self._trained))
 
     @property
     def images_seen(self) -> int:
@@ -521,7 +522,7 @@ class Trainer:
             model=self.model.state_dict(),
             ema=self.ema.model.state_dict(),
             step=self.step,
-            config={"model": model_arguments(self.model), "training": asdict(self.config)},
+            config={"model": arguments_of(self.model), "training": asdict(self.config)},
             optimizer=optimizer_tensors(self.optimizer, self.model),
             state={
                 "images_seen": self.images_seen,

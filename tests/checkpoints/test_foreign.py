@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+import ditkernels
 from ditkernels import TrainConfig, load_model
 from ditkernels.checkpoints.convert import convert
 from ditkernels.checkpoints.foreign import read_foreign
@@ -104,6 +105,13 @@ def ours(folder: Path) -> Path:
     return folder
 
 
+def pretrained(folder: Path) -> Path:
+    model = ditkernels.DiT(**SHAPE)
+    model.load_state_dict(weights(1))
+    model.save_pretrained(folder)
+    return folder
+
+
 def learned(**changed: Any) -> State:
     state = weights(1, **changed)
     return state | {"pos_embed": torch.randn(state["pos_embed"].shape)}
@@ -125,6 +133,7 @@ PLAIN_ARGS = {"device": "cpu", "dtype": "torch.bfloat16", "tags": ["a", "b"], "o
 # What is read: what makes it in a folder, whatever stands in it beside the second weights, and the flags that it needs.
 READ: dict[str, Callable[[Path], Path]] = {
     "a run": lambda at: ours(checkpoint_directory(at / "run", 5)).parents[1],
+    "a folder of `save_pretrained`": lambda at: pretrained(at / "saved"),
     "a checkpoint of ours": lambda at: ours(at / "ours"),
     "`.pt`: a state dict": lambda at: saved(at / "a.pt", weights(1)),
     "`.pt`: {model, ema, opt, args}": lambda at: saved(
@@ -223,7 +232,7 @@ def of_init(path: Path, folder: Path, *, null_class: bool = True, **changed: Any
     config = TrainConfig(init_from=str(path), results_dir=str(folder / "results"), null_class=null_class)
     start = find_start(config, Run(config.results_dir), World())
     own = types.SimpleNamespace(model={"num_classes": 3, "num_heads": start.given.heads}, classes=3, names={}, latent_space=None)
-    return fitted(start.given, weights(9, **changed), own, config)
+    return fitted(start.given, weights(9, **changed), own, config).weights
 
 
 def of_sample(path: Path, folder: Path, told: dict[str, Any]) -> int:

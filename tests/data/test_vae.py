@@ -9,9 +9,10 @@ from PIL import Image
 from ditkernels.cli import main
 from ditkernels.data.source import open_data
 from ditkernels.data.vae import load_vae
+from ditkernels.pretrained import arguments_of
 from ditkernels.rng import Stream, normals
 from ditkernels.training.config import TrainConfig
-from ditkernels.training.factory import build_model, latent_shape, model_arguments
+from ditkernels.training.factory import build_model, latent_shape
 from ditkernels.training.trainer import Trainer
 
 CPU = torch.device("cpu")
@@ -76,8 +77,8 @@ def test_the_trainer_encodes_by_key(saved, vae, images):
     )
     data = open_data(config)
     model = build_model(config, latent_shape(config, data, vae))
-    assert model_arguments(model)["in_channels"] == 4
-    assert model_arguments(model)["input_size"] == [4, 4]
+    assert arguments_of(model)["in_channels"] == 4
+    assert arguments_of(model)["input_size"] == [4, 4]
     trainer = Trainer(config, data, vae, model)
     batch = data.train[0]
     seen = []

@@ -16,11 +16,12 @@ from ditkernels.checkpoints.run import Run
 from ditkernels.cli import main
 from ditkernels.data.digits import InMemoryBatches, LabelledImages
 from ditkernels.data.source import TrainingData
+from ditkernels.pretrained import arguments_of
 from ditkernels.sampling.outputs import grid_of, pixels_of, write_png
 from ditkernels.training import trainer as trainer_module
 from ditkernels.training.config import TrainConfig
 from ditkernels.training.ema import EMA
-from ditkernels.training.factory import build_model, model_arguments
+from ditkernels.training.factory import build_model
 from ditkernels.training.log import METRICS, OneStepLate, StepMetrics, read_metrics
 from ditkernels.training.optimizer import LossScale, gradient_norm, gradients, learning_rate, make_optimizer, update
 from ditkernels.training.start import find_start
@@ -145,7 +146,7 @@ def test_the_config_makes_the_model(tmp_path):
     assert same_bits(first, build_model(settings, (1, 4, 4)))
     other = build_model(dataclasses.replace(settings, global_seed=6), (1, 4, 4))
     assert not same_bits(first, other)
-    arguments = model_arguments(first)
+    arguments = arguments_of(first)
     assert arguments["hidden_size"] == 16
     again = models.DiT(**arguments)
     again.load_state_dict(first.state_dict())
@@ -169,7 +170,7 @@ def test_both_halves_of_a_large_seed_make_the_initial_weights():
     assert len(weights) == len(seeds)
     with torch.random.fork_rng():
         torch.manual_seed(1)
-        assert same_bits(made[1], type(made[1])(**model_arguments(made[1])))
+        assert same_bits(made[1], type(made[1])(**arguments_of(made[1])))
 
 
 def test_the_loss_falls(tmp_path):
