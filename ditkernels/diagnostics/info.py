@@ -93,7 +93,7 @@ def _machine() -> Iterator[str]:
 
 def _copies() -> Iterator[str]:
     """Where this copy of the package lies, and installed ones that it hides."""
-    here = os.path.realpath(Path(__file__).parent)
+    here = os.path.realpath(Path(__file__).parents[1])  # the package, of which this room is a part
     yield f"loaded from {here}"
     for installed in sorted({os.path.realpath(folder) for folder in _installed()} - {here}):
         yield f"THIS HIDES THE COPY INSTALLED IN {installed}: Python finds the other first, by the working directory or PYTHONPATH"

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import ditkernels
 from ditkernels import cli
 from ditkernels.diagnostics import info
 from ditkernels.ops import _native, _triton, dispatch
@@ -118,7 +119,7 @@ def told_of_copies(monkeypatch, *sites):
 
 
 def test_a_clone_that_hides_an_installed_copy_names_it(monkeypatch, tmp_path):
-    here = Path(info.__file__).parent
+    here = Path(ditkernels.__file__).parent
     site = installed(tmp_path / "site packages")
     first, second = told_of_copies(monkeypatch, here.parent, site)
     assert first == f"loaded from {here}"
@@ -126,7 +127,7 @@ def test_a_clone_that_hides_an_installed_copy_names_it(monkeypatch, tmp_path):
 
 
 def test_an_editable_copy_hides_nothing_but_in_another_tree(monkeypatch, tmp_path):
-    tree = Path(info.__file__).parent.parent
+    tree = Path(ditkernels.__file__).parents[1]
     own = installed(tmp_path / "own", url=tree.as_uri(), dir_info={"editable": True})
     assert len(told_of_copies(monkeypatch, own)) == 1
     elsewhere = installed(tmp_path / "another clone")
