@@ -1,7 +1,7 @@
 # make demo   train a small DiT on real handwritten digits, sample it with guidance, show the picture
 # make test   lint, then the test suite        make lint   only the lint        make format   rewrite in place
 # make docs   the docs as a site, in build/docs
-# make wheel  dist/: one wheel for every Python and torch, CPU library included, CUDA library where there is nvcc
+# make wheel  dist/: a wheel for Linux with the CPU library, and the CUDA library where there is nvcc; a pure wheel; the sources
 # make gpu    everything that needs a GPU, with this machine's own python; results go to benchmarks/results
 #
 # All but the last make their own virtual environment first. Settings:
@@ -26,6 +26,7 @@ STAMP := $(VENV)/.installed
 CXX_FOUND := $(shell command -v $${CXX:-c++} || command -v g++ || command -v clang++)
 DITKERNELS_BUILD_CPU ?= $(if $(CXX_FOUND),1,0)
 CPU_LIBRARY := $(if $(filter 1,$(DITKERNELS_BUILD_CPU)),ditkernels/_cpu.so)
+WHEEL := $(BIN)/python -m pip wheel --disable-pip-version-check --no-build-isolation --no-deps
 CPP := $(shell find csrc tests -name "*.cu" -o -name "*.cuh" -o -name "*.cpp" -o -name "*.h")
 
 .PHONY: demo test lint format docs wheel gpu clean
@@ -50,13 +51,18 @@ format: $(STAMP)
 docs: $(STAMP)
 	$(BIN)/python -m sphinx --fail-on-warning --keep-going -q -d build/doctrees docs build/docs
 
-# libtorch is excluded: the wheel uses the one that is installed. The CUDA driver is not linked at all.
+# Three files: a wheel with the libraries for Linux, a pure one for everywhere else, and the sources. libtorch is excluded: the wheel
+# uses the one that is installed. The CUDA driver is not linked at all.
 wheel: $(STAMP)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements/wheel.txt
 	rm -rf build/wheel build/lib* build/bdist*
-	DITKERNELS_BUILD_CPU=1 $(BIN)/python -m pip wheel --disable-pip-version-check --no-build-isolation --no-deps -w build/wheel .
+	DITKERNELS_GLIBC=2.28 DITKERNELS_BUILD_CPU=1 $(WHEEL) -w build/wheel .
 	PATH="$$PWD/$(BIN):$$PATH" $(BIN)/python -m auditwheel repair --exclude libtorch_cpu.so -w dist build/wheel/*.whl
-	$(BIN)/python -m tools.finish_wheel dist/*.whl
+	$(BIN)/python -m tools.finish_wheel dist/*linux*.whl
+	rm -rf build/lib* build/bdist*
+	DITKERNELS_BUILD_CUDA=0 DITKERNELS_BUILD_CPU=0 $(WHEEL) -w dist .
+	$(BIN)/python -m build --sdist --no-isolation --outdir dist .
+	$(BIN)/python -m twine check --strict dist/*
 
 gpu:
 	$(PYTHON) -m benchmarks.gpu.driver $(if $(WHEELS),--wheels "$(WHEELS)") $(ARGS)

@@ -7,6 +7,7 @@ Python, and `ditkernels info` says why. Settings:
     DITKERNELS_BUILD_CUDA=1    it is an error if the CUDA library cannot be built;  0: it is not built
     DITKERNELS_BUILD_CPU       the same for the CPU library
     TORCH_CUDA_ARCH_LIST       architectures, as in "8.0;9.0a;10.0+PTX", "Hopper" or "native"
+    DITKERNELS_GLIBC=2.28      links against that glibc by Zig (pip install ziglang), so that older systems load the libraries too
     CUDA_HOME                  the toolkit;  CXX: the C++ compiler, for nvcc too;  MAX_JOBS: compilers at a time
 """
 

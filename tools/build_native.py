@@ -412,6 +412,13 @@ def build_library(
     defined = f"{_defined('DITKERNELS_ARCHITECTURES', ';'.join(map(str, targets)))} {_defined('DITKERNELS_MARK', mark('CUDA'))}"
     compiling = f"{nvcc} {' '.join(FLAGS)} -I{SOURCES} {linked} {codes} --threads={threads} {defined}"
     objects = [f"{file.stem}.o" for file in files]
+    glibc = os.environ.get("DITKERNELS_GLIBC")
+    link = [
+        "rule link",
+        f"  command = {nvcc} -shared -cudart static $in -L{PACKAGES}/torch/lib -ltorch_cpu -ldl"
+        " -Xlinker --exclude-libs=ALL -Xlinker --strip-debug -o $out.tmp && mv $out.tmp $out",
+        f"build {LIBRARY}: link {' '.join(objects)}",
+    ]
     _run_ninja(
         out,
         [
@@ -420,13 +427,15 @@ def build_library(
             "  deps = gcc",
             f"  command = {compiling} -MD -MF $out.d -c $in -o $out",
             *(f"build {name}: compile {SOURCES}/{file.name}" for name, file in zip(objects, files)),
-            "rule link",
-            f"  command = {nvcc} -shared -cudart static $in -L{PACKAGES}/torch/lib -ltorch_cpu -ldl"
-            " -Xlinker --exclude-libs=ALL -Xlinker --strip-debug -o $out.tmp && mv $out.tmp $out",
-            f"build {LIBRARY}: link {' '.join(objects)}",
+            *([] if glibc else link),
         ],
         workers,
     )
+    if glibc:
+        cudart = [found for folder in ("lib", "lib64") for found in (out / TOOLKIT / folder).glob("libcudart_static.a")]
+        if not cudart:
+            raise BuildError(f"DITKERNELS_GLIBC={glibc}: there is no libcudart_static.a beside {tools.nvcc}")
+        link_portably(out / LIBRARY, glibc, str(find_cxx()), [out / name for name in objects], [cudart[0]], tools.torch)
     record(out / LIBRARY, "CUDA")
     return out / LIBRARY
 
@@ -492,10 +501,12 @@ def assemble(tools: Toolchain, ptx: Path, name: str, out: Path, entries: Sequenc
     _run([tools.nvcc, f"-arch=sm_{name}", "-cubin", *chosen, str(ptx), "-o", str(out)])
 
 
-def _run(command: Sequence[str]) -> None:
+def _run(command: Sequence[str]) -> str:
+    """What a command prints; BuildError with all of that if it fails."""
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise BuildError(f"{shlex.join(command)}\n{done.stdout}{done.stderr}")
+    return done.stdout
 
 
 def _blas_includes(packages: Path) -> list[Path]:
@@ -595,11 +606,51 @@ def build_cpu_library(out: Path, compiler: str, torch: Path, machine: str | None
     with ThreadPoolExecutor(jobs()) as pool:
         list(pool.map(_run, commands))
     library, unfinished = out / CPU_LIBRARY, out / f"{CPU_LIBRARY}.tmp"
-    objects = [str(out / name) for name, _, _ in made]
-    _run([compiler, "-shared", *extra, *objects, f"-L{torch / 'lib'}", "-ltorch_cpu", "-o", str(unfinished)])
-    os.replace(unfinished, library)
+    objects = [out / name for name, _, _ in made]
+    glibc = os.environ.get("DITKERNELS_GLIBC")
+    if glibc:
+        link_portably(library, glibc, compiler, objects, [], torch)
+    else:
+        _run([compiler, "-shared", *extra, *map(str, objects), f"-L{torch / 'lib'}", "-ltorch_cpu", "-o", str(unfinished)])
+        os.replace(unfinished, library)
     record(library, "CPU")
     return library
+
+
+def link_portably(library: Path, glibc: str, compiler: str, objects: Sequence[Path], archives: Sequence[Path], torch: Path) -> None:
+    """Links objects so that every system with this glibc, or a newer one, loads the library.
+
+    A linker takes the newest version of a symbol that its own libc has, and so asks for this machine's. Zig's linker knows those of
+    every glibc. The C++ runtime of the compiler goes into the library, and nothing of it is seen from outside.
+
+    Args:
+        glibc: as "2.28", that of manylinux_2_28.
+        compiler: a GCC, or a clang beside one; where its C++ runtime lies is asked of it.
+        archives: static libraries that the objects need.
+
+    Raises:
+        BuildError: there is no Zig (package ziglang), or it does not link.
+    """
+    if importlib.util.find_spec("ziglang") is None:
+        raise BuildError(
+            f"DITKERNELS_GLIBC={glibc} links by Zig: pip install ziglang; without it the library needs this system's glibc"
+        )
+    parts = library.parent / "portable"
+    parts.mkdir(exist_ok=True)
+    # glibc 2.32 tells so whether there are threads; an older one does not, and then atomics count references.
+    (parts / "threads.cpp").write_text(
+        'extern "C" __attribute__((visibility("hidden"))) char __libc_single_threaded = 0;\n', encoding="utf-8"
+    )
+    _run([compiler, "-fPIC", "-c", str(parts / "threads.cpp"), "-o", str(parts / "threads.o")])
+    (parts / "none.map").write_text("{ local: *; };\n", encoding="utf-8")
+    runtime = [_run([compiler, f"-print-file-name={name}"]).strip() for name in ("libstdc++.a", "libgcc.a", "libgcc_s.so.1")]
+    unfinished = library.with_name(f"{library.name}.tmp")
+    zig = [sys.executable, "-m", "ziglang", "c++", "-target", f"{platform.machine()}-linux-gnu.{glibc}"]
+    given = map(str, [*objects, parts / "threads.o", *archives])
+    found = [f"-L{torch / 'lib'}", "-ltorch_cpu", "-ldl", "-lrt", "-lpthread"]
+    hidden = [f"-Wl,--version-script={parts / 'none.map'}", "-s"]
+    _run([*zig, "-shared", "-nostdlib++", *given, *runtime, *found, *hidden, "-o", str(unfinished)])
+    os.replace(unfinished, library)
 
 
 def build(kind: str, out: Path, torch: Path) -> Path:
