@@ -155,7 +155,7 @@ class Library:
 @functools.cache
 def schemas_hash() -> str:
     """Of the ops' schemas; a library carries that of the ops which it was built for."""
-    schemas = resources.files("ditkernels.ops").joinpath("schemas.txt").read_bytes()
+    schemas = resources.files(__package__).joinpath("schemas.txt").read_bytes()
     return hashlib.sha256(schemas).hexdigest()[:16]
 
 
