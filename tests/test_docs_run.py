@@ -21,6 +21,7 @@ import ditkernels
 from ditkernels import cli
 from ditkernels.evaluation.features import Features
 from tests.stand_ins import public
+from tools import hub_kernel
 from tools.tree import ROOT
 
 PAGES = [ROOT / "README.md", *sorted(set((ROOT / "docs").rglob("*.md")) - {ROOT / "docs/log.md"})]
@@ -150,6 +151,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
             Image.effect_noise((64, 64), 50 + number).convert("RGB").save(file)
         for run in ("results/digits", "results/run"):
             assert cli.main(["train", "--config", "examples/digits.yaml", "--results-dir", run]) == 0
+        hub_kernel.write(folder / "hub")
         (folder / "samples").mkdir()
         drawn = np.random.default_rng(0).integers(0, 256, (20, 8, 8, 3), dtype=np.uint8)
         for file in (folder / "samples/samples.npz", folder / "reference.npz"):
