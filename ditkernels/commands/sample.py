@@ -45,9 +45,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--labels",
-        choices=SCHEMES[:3],
+        choices=SCHEMES[:4],
         default="balanced",
-        help=f"how classes are given to images, interleaved in each way; spread: few images show classes from all over {DEFAULT}",
+        help="how classes are given to images, interleaved in each way; spread: few images show classes from all over; "
+        f"data: as often as the training data has them {DEFAULT}",
     )
     add("--classes", help="ids and ranges, as in 207,360 or 0-9 (default: all)")
     add("--labels-file", type=Path, help="one class id a line, for each image")
@@ -94,7 +95,7 @@ def run(args: argparse.Namespace) -> int:
             "vae": args.vae,
         }
         job = Job(
-            labels=_labels(args, model.num_classes),
+            labels=_labels(args, loaded),
             config=_config(args, loaded),
             batches=Batches(args.count, args.batch_size),
             formats=formats,
@@ -152,15 +153,22 @@ def _interval(text: str | None) -> tuple[float, float] | None:
     return low, high
 
 
-def _labels(args: argparse.Namespace, num_classes: int) -> Labels:
+def _labels(args: argparse.Namespace, loaded: Loaded) -> Labels:
     from ditkernels.sampling.labels import Labels, parse_classes, read_labels
 
     if args.labels_file is not None:
         if args.classes is not None:
             raise ValueError("--labels-file: got one beside --classes, allowed is only one of the two")
         return Labels("listed", read_labels(args.labels_file))
-    classes = tuple(range(num_classes)) if args.classes is None else parse_classes(args.classes)
-    return Labels(args.labels, classes, args.seed)
+    classes = None if args.classes is None else parse_classes(args.classes)
+    if args.labels == "data":
+        counts = loaded.checkpoint.state.get("images_per_class")
+        if counts is None:
+            raise ValueError(
+                f"--labels: got data, but {args.checkpoint} records no images per class; allowed are {', '.join(SCHEMES[:3])}"
+            )
+        return Labels.of_data(counts, classes, args.seed)
+    return Labels(args.labels, classes or tuple(range(loaded.model.num_classes)), args.seed)
 
 
 def _decoder(vae: str | None, device: torch.device) -> Callable[[Tensor], Tensor] | None:

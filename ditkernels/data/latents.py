@@ -113,6 +113,18 @@ class LatentFolder:
             moments[row], labels[row] = held[offset, side], held_labels[offset]
         return moments, labels
 
+    def labels(self) -> Tensor:
+        """The labels (N,) int64 of all images; of the shards nothing else is read.
+
+        Raises:
+            LatentsError: as of :meth:`open`.
+        """
+        found = []
+        for number in range(len(self.shards)):
+            with self._opened(number) as file:
+                found.append(file.get_tensor("labels"))
+        return torch.cat(found)
+
     def verify(self, number: int) -> None:
         """Reads a whole shard.
 

@@ -7,7 +7,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import Dataset
 
 from ditkernels.data.dataset import DatasetBatches
@@ -71,6 +73,7 @@ class TrainingData:
         encoded: batches hold latents as the model sees them, of an autoencoder that is not known here.
         image_reader: the version of what has read the images; None where they came from no files.
         notes: what was passed over, in sentences.
+        images_per_class: how many images each class has, by label; None where that is not known without reading them.
     """
 
     train: Batches
@@ -83,6 +86,7 @@ class TrainingData:
     encoded: bool = False
     image_reader: int | None = None
     notes: tuple[str, ...] = ()
+    images_per_class: tuple[int, ...] | None = None
 
 
 def opened(config: DataConfig, data: TrainingData | Dataset[Any] | None, held_out: Dataset[Any] | None) -> TrainingData:
@@ -127,7 +131,17 @@ def open_data(config: DataConfig) -> TrainingData:
         validation = reading(held_out, _validation_batch(config), VALIDATION_SEED, flip=False)
         notes += held_out.notes
     shape = (3, size, size)
-    return TrainingData(train, validation, len(folder), shape, size, folder.class_to_idx, image_reader=READER, notes=notes)
+    return TrainingData(
+        train,
+        validation,
+        len(folder),
+        shape,
+        size,
+        folder.class_to_idx,
+        image_reader=READER,
+        notes=notes,
+        images_per_class=_per_class(folder.labels, len(folder.class_to_idx)),
+    )
 
 
 def open_dataset(config: DataConfig, dataset: Dataset[Any], held_out: Dataset[Any] | None = None) -> TrainingData:
@@ -150,7 +164,26 @@ def open_dataset(config: DataConfig, dataset: Dataset[Any], held_out: Dataset[An
     channels, height, width = train.shape
     if validation is not None and validation.shape != train.shape:
         raise ValueError(f"val_data: got images of shape {validation.shape}, those of data have {train.shape}")
-    return TrainingData(train, validation, train.stream.length, (channels, height, width), height, names)
+    counts = (train.stream.length,) if config.unconditional else _per_class_of(dataset, classes or 0)
+    return TrainingData(train, validation, train.stream.length, (channels, height, width), height, names, images_per_class=counts)
+
+
+def _per_class(labels: Tensor, classes: int) -> tuple[int, ...]:
+    return tuple(torch.bincount(labels, minlength=classes).tolist())
+
+
+def _per_class_of(dataset: Any, classes: int) -> tuple[int, ...] | None:
+    """What ``.targets`` tells, as torchvision's data sets have them: not where they are other than the labels of the items."""
+    targets = getattr(dataset, "targets", None)
+    if targets is None or getattr(dataset, "target_transform", None) is not None:
+        return None
+    try:
+        labels = np.asarray(targets)
+    except (TypeError, ValueError):
+        return None
+    if labels.dtype.kind not in "iu" or labels.shape != (len(dataset),) or labels.min() < 0 or labels.max() >= classes:
+        return None
+    return _per_class(torch.from_numpy(labels.astype(np.int64)), classes)
 
 
 def _names_of(dataset: Any) -> dict[str, int]:
@@ -177,7 +210,15 @@ def _open_latents(config: DataConfig) -> TrainingData:
         validation = batches(held_out, _validation_batch(config), VALIDATION_SEED, flip=False)
     names = {} if config.unconditional else folder.class_to_idx
     return TrainingData(
-        train, validation, len(folder), folder.shape, folder.image_size, names, folder.space, image_reader=folder.image_reader
+        train,
+        validation,
+        len(folder),
+        folder.shape,
+        folder.image_size,
+        names,
+        folder.space,
+        image_reader=folder.image_reader,
+        images_per_class=(len(folder),) if config.unconditional else _per_class(folder.labels(), len(names)),
     )
 
 
@@ -197,7 +238,8 @@ def _open_lightning(config: DataConfig) -> TrainingData:
         validation = batches(held_out, _validation_batch(config), VALIDATION_SEED, flip=False)
     names = {str(label): label for label in range(classes)}
     size = config.image_size or folder.shape[1]
-    return TrainingData(train, validation, len(folder), folder.shape, size, names, encoded=True)
+    counts = (len(folder),) if config.unconditional else _per_class(folder.labels, classes)
+    return TrainingData(train, validation, len(folder), folder.shape, size, names, encoded=True, images_per_class=counts)
 
 
 def _latents_for(name: str, path: str, config: DataConfig) -> LatentFolder:
@@ -228,6 +270,7 @@ def _open_digits(config: DataConfig) -> TrainingData:
         (channels, height, width),
         height,
         names,
+        images_per_class=_per_class(train.labels, len(names)),
     )
 
 

@@ -8,7 +8,7 @@ from numbers import Integral
 
 SOLVERS = ("ddpm", "ddim", "dpm_solver")
 FORMATS = ("png", "grid", "npz", "latents")
-SCHEMES = ("balanced", "random", "spread", "listed")
+SCHEMES = ("balanced", "random", "spread", "data", "listed")
 AUTO = "auto"
 GUIDED_CHANNELS = "guided channels of the predicted noise: a number, all, or auto: 3 of 4, as in DiT's published samples, else all"
 

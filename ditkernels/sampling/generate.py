@@ -172,6 +172,8 @@ def generate(
             f"formats: got {', '.join(job.formats)} of a model with {model.in_channels} channels and no VAE; allowed is latents"
         )
     settings = job.settings(model, diffusion)
+    if world.first:
+        job.labels.tell_unseen(job.batches.count)
     with owned_folder(out, world):
         if world.first:
             _open(out, settings)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,6 +16,8 @@ from torch import Tensor
 from ditkernels.rng import Stream, below
 from ditkernels.sampling.config import SCHEMES
 
+logger = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class Labels:
@@ -23,23 +26,46 @@ class Labels:
     Args:
         scheme: "balanced": ``classes`` in turn. "random": one of ``classes`` by chance, keyed by (seed, image index).
             "spread": ``classes`` by a fixed stride, each once a round, so that any few images in a row show classes from all
-            over; image i has its label whatever the count. "listed": entry i of ``classes`` for image i.
+            over; image i has its label whatever the count. "data": one of ``classes`` by chance, as likely as it has images
+            in ``weights``, keyed like "random". "listed": entry i of ``classes`` for image i.
         classes: class ids.
-        seed: of "random".
+        seed: of "random" and "data".
+        weights: of "data": how many images each of ``classes`` has.
 
     Raises:
-        ValueError: an unknown scheme, or no classes.
+        ValueError: an unknown scheme, no classes, or weights that are not one for each class, or none above 0.
     """
 
     scheme: str
     classes: tuple[int, ...]
     seed: int = 0
+    weights: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if self.scheme not in SCHEMES:
             raise ValueError(f"labels: got {self.scheme!r}, allowed are {', '.join(SCHEMES)}")
         if not self.classes:
             raise ValueError("classes: got none, allowed is 1 or more")
+        if self.scheme == "data" and len(self.weights) != len(self.classes):
+            raise ValueError(f"weights: got {len(self.weights)} for {len(self.classes)} classes, allowed is one for each")
+        if self.scheme == "data" and not sum(self.weights):
+            raise ValueError(f"classes: got {as_ranges(self.classes)}, which have no images in the training data")
+
+    @staticmethod
+    def of_data(images_per_class: Sequence[int], classes: tuple[int, ...] | None, seed: int) -> Labels:
+        """Labels as the training data has them.
+
+        Args:
+            images_per_class: by class id, as a checkpoint records them; those beyond its end have none.
+            classes: that are drawn from; None: all that have images.
+            seed: of the draws.
+
+        Raises:
+            ValueError: none of the classes has images.
+        """
+        ids = tuple(range(len(images_per_class))) if classes is None else classes
+        held = dict(enumerate(images_per_class))
+        return Labels("data", ids, seed, tuple(held.get(label, 0) for label in ids))
 
     def of(self, indices: Tensor) -> Tensor:
         """Labels (B,) int64 of the images ``indices`` (B,) int64, on the CPU.
@@ -50,6 +76,10 @@ class Labels:
         classes = torch.tensor(self.classes)
         if self.scheme == "random":
             return classes[below(len(classes), self.seed, Stream.SAMPLING_LABEL, 0, indices)]
+        if self.scheme == "data":
+            ends = torch.tensor(self.weights).cumsum(0)
+            image = below(int(ends[-1]), self.seed, Stream.SAMPLING_LABEL, 0, indices)
+            return classes[torch.searchsorted(ends, image, right=True)]
         if self.scheme == "listed" and int(indices.max()) >= len(classes):
             raise ValueError(f"labels: got image {int(indices.max())}, but the list has {len(classes)} labels")
         if self.scheme == "spread":
@@ -62,11 +92,23 @@ class Labels:
             if not 0 <= label < num_classes:
                 raise ValueError(f"labels: got {label}, allowed are 0..{num_classes - 1}")
 
+    def tell_unseen(self, count: int) -> None:
+        """Says so where ``count`` images in turn show the first classes alone."""
+        if self.scheme == "balanced" and count < len(self.classes):
+            logger.info(
+                "labels: %d images in turn show the first %d of %d classes; --labels spread shows classes from all over",
+                count,
+                count,
+                len(self.classes),
+            )
+
     def describe(self) -> dict[str, Any]:
         """What is written beside the samples."""
         described: dict[str, Any] = {"scheme": self.scheme, "classes": as_ranges(self.classes)}
         described["order"] = "as listed" if self.scheme == "listed" else "interleaved"
-        return described | ({"seed": self.seed} if self.scheme == "random" else {})
+        if self.scheme == "data":
+            described["images_per_class"] = ",".join(map(str, self.weights))
+        return described | ({"seed": self.seed} if self.scheme in ("random", "data") else {})
 
 
 def _stride(count: int) -> int:

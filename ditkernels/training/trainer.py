@@ -528,6 +528,7 @@ class Trainer:
                 "images_seen": self.images_seen,
                 "data_length": self.data.length,
                 "class_to_idx": self.data.class_to_idx,
+                "images_per_class": None if self.data.images_per_class is None else list(self.data.images_per_class),
                 "image_reader": self.data.image_reader,
                 "trainable": sorted(self._trained),
                 "latent_space": None if self.latent_space is None else asdict(self.latent_space),
