@@ -30,7 +30,7 @@ COMMANDS = {
     "demo": "train a small DiT on real handwritten digits, sample it with guidance, show the picture",
     "train": "train a DiT on a folder of images or of latents, or on the digits",
     "encode": "a folder of images to latents, once, resumable, for `train`",
-    "plot": "draw loss and speed of training runs side by side",
+    "plot": "draw loss, speed and FID of training runs side by side",
     "check": "run the parity of every op and backend that this machine has",
     "sample": "guided samples of a checkpoint, a handful or 50,000, resumable",
     "eval": "FID, sFID, Inception Score, precision and recall of samples",

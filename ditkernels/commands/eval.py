@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,10 +13,7 @@ from ditkernels.commands import DEFAULT, DEVICE
 from ditkernels.evaluation.config import METRICS, NEIGHBOURS, SPLIT_SIZE
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from ditkernels.evaluation.evaluate import Evaluation
-    from ditkernels.evaluation.features import Extractor
 
 LINES = {
     "fid": "FID",
@@ -28,8 +26,17 @@ LINES = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of `ditkernels eval`."""
-    parser.add_argument("samples", type=Path, help=".npz of images or features, or a folder of images")
-    parser.add_argument("reference", type=Path, help="the same, or statistics: an .npz of mu and sigma, or torch-fidelity's .pt")
+    parser.add_argument(
+        "samples",
+        nargs="+",
+        type=Path,
+        help=".npz of images or features, or a folder of images; several sets with --reference, else one, and then the reference",
+    )
+    parser.add_argument(
+        "--reference",
+        type=Path,
+        help="what samples are compared with: the same, or statistics: an .npz of mu and sigma, or torch-fidelity's .pt",
+    )
     features = parser.add_mutually_exclusive_group()
     features.add_argument("--weights", type=Path, help="Inception's weights for torch-fidelity; nothing is downloaded")
     features.add_argument("--extractor", metavar="MODULE:NAME", help="a function from images to features")
@@ -48,30 +55,71 @@ def run(args: argparse.Namespace) -> int:
     """Evaluates, prints, and writes the JSON. Returns 0.
 
     Raises:
-        ValueError, ImportError: as ``evaluate`` and ``Inception``; an extractor that is not there.
+        ValueError, ImportError: as ``evaluate`` and ``Inception``; an extractor that is not there; no reference.
     """
-    from ditkernels.evaluation.evaluate import evaluate
+    from ditkernels.evaluation.evaluate import evaluate_sets
     from ditkernels.evaluation.features import load_extractor
     from ditkernels.runtime import resolve_device
 
-    features = load_extractor(args.weights, args.extractor, resolve_device(args.device))
-    extractor = None if features is None else _Counting(features)
-    result = evaluate(
-        args.samples,
-        args.reference,
-        extractor=extractor,
+    paths, reference = _sides(args)
+    if args.json is not None and not args.json.parent.is_dir():
+        raise ValueError(f"--json: got {args.json}, but {args.json.parent} is no folder")
+    found = evaluate_sets(
+        paths,
+        reference,
+        extractor=load_extractor(args.weights, args.extractor, resolve_device(args.device)),
         metrics=None if args.metrics is None else args.metrics.split(","),
         batch_size=args.batch_size,
         split_size=args.split_size,
         neighbours=args.neighbours,
         max_pixels=args.max_pixels,
+        progress=True,
     )
-    print(report(result))
-    for note in result.notes:
-        print(f"note: {note}", file=sys.stderr)
+    written = _one(found[0]) if len(found) == 1 else _several(paths, found)
     if args.json is not None:
-        args.json.write_text(json.dumps(result.to_json(), indent=2) + "\n", encoding="utf-8")
+        args.json.write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
     return 0
+
+
+def _sides(args: argparse.Namespace) -> tuple[list[Path], Path]:
+    if args.reference is not None:
+        return args.samples, args.reference
+    if len(args.samples) != 2:
+        raise ValueError(
+            f"--reference: got none and {len(args.samples)} paths, allowed are samples and their reference, or sets of samples "
+            "with --reference"
+        )
+    return args.samples[:1], args.samples[1]
+
+
+def _one(result: Evaluation) -> dict[str, Any]:
+    print(report(result))
+    _note(result.notes)
+    return result.to_json()
+
+
+def _several(paths: Sequence[Path], sets: Sequence[Evaluation]) -> dict[str, Any]:
+    from ditkernels.evaluation.sets import notes_on, spreads_of
+
+    for path, result in zip(paths, sets, strict=True):
+        print(f"{path}: {report(result)}\n")
+        _note([f"{path}: {note}" for note in result.notes])
+    spreads, notes = spreads_of(sets), notes_on(sets)
+    print(f"mean ± standard deviation over {len(sets)} sets")
+    for name, (mean, std) in spreads.items():
+        print(f"{LINES[name]:16}{mean:.4f} ± {std:.4f}")
+    _note(notes)
+    return {
+        "sets": [{"samples": str(path), **result.to_json()} for path, result in zip(paths, sets, strict=True)],
+        "mean": {name: spread.mean for name, spread in spreads.items()},
+        "std": {name: spread.std for name, spread in spreads.items()},
+        "notes": notes,
+    }
+
+
+def _note(notes: Sequence[str]) -> None:
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr)
 
 
 def report(result: Evaluation) -> str:
@@ -90,18 +138,3 @@ def report(result: Evaluation) -> str:
             lines.append(f"{title:16}{value:.4f}{spread}")
     lines += [f"{name} not computed: {reason}" for name, reason in result.absent.items()]
     return "\n".join(lines)
-
-
-class _Counting:
-    """An extractor that shows how far it is and how fast."""
-
-    def __init__(self, extractor: Extractor) -> None:
-        self.extractor = extractor
-        from tqdm import tqdm
-
-        self.bar = tqdm(unit=" images", desc="features", mininterval=0.1 if sys.stderr.isatty() else 10.0)
-
-    def __call__(self, images: Tensor) -> Any:
-        features = self.extractor(images)
-        self.bar.update(len(images))
-        return features

@@ -1,4 +1,4 @@
-"""`ditkernels plot RUN...`: loss and speed of training runs, side by side in one picture."""
+"""`ditkernels plot RUN...`: loss, speed and FID of training runs, side by side in one picture."""
 
 from __future__ import annotations
 

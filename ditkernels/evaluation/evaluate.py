@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from torch import Tensor
 
 from ditkernels.data.images import MAX_PIXELS
-from ditkernels.evaluation import images as sources
+from ditkernels.evaluation import images as stored
 from ditkernels.evaluation import statistics
-from ditkernels.evaluation.config import METRICS, NEIGHBOURS, SPLIT_SIZE
-from ditkernels.evaluation.features import Extractor, Features, as_features
+from ditkernels.evaluation.config import NEIGHBOURS, SPLIT_SIZE
+from ditkernels.evaluation.features import Extractor
 from ditkernels.evaluation.manifold import precision_recall
-from ditkernels.evaluation.metrics import Gaussian, GaussianSum, InceptionScore, frechet_distance
+from ditkernels.evaluation.metrics import Gaussian, frechet_distance
+from ditkernels.evaluation.notes import what_does_not_compare
+from ditkernels.evaluation.plan import Plan, Side
+from ditkernels.evaluation.record import described_beside, record
+from ditkernels.evaluation.sources import Opened, Reading, Shown, Source, Totals, open_source, read_into
+from ditkernels.files import sha256
 
-Source = str | Path | Features | Iterable[Tensor]
-"""A path (``.npz`` or folder), feature arrays, or batches of images (B, 3, H, W) uint8."""
+BY_CLASS = (
+    "the images are ordered by class, which lowers the Inception Score: its splits are consecutive; "
+    "sample with interleaved labels, or shuffle"
+)
 
 
 @dataclass(frozen=True)
@@ -32,6 +37,8 @@ class Reference:
         pool_features: (M, F), for precision and recall.
         count: how many images; None where only statistics are known.
         notes: what was passed over among its files, in sentences.
+        sha256: of its file; of a folder or a stream, over its images in their order.
+        shown: what its images have shown of themselves.
     """
 
     pool: Gaussian | None
@@ -39,6 +46,14 @@ class Reference:
     pool_features: Tensor | None
     count: int | None
     notes: tuple[str, ...] = ()
+    sha256: str | None = None
+    shown: Shown = field(default_factory=Shown)
+
+    @property
+    def side(self) -> Side:
+        """Which metrics it allows."""
+        held = {"pool": self.pool, "spatial": self.spatial}
+        return Side(self.count, self.shown.widths, {name: len(found.mu) for name, found in held.items() if found is not None})
 
 
 @dataclass(frozen=True)
@@ -54,6 +69,7 @@ class Evaluation:
         labels: the label scheme that the sampler recorded beside the samples, or None.
         absent: for each metric not computed, why.
         notes: what makes the numbers incomparable, in sentences.
+        measured_with: what they were measured with, by name; docs/evaluation.md lists it.
     """
 
     fid: float | None
@@ -69,37 +85,11 @@ class Evaluation:
     labels: dict[str, Any] | None = None
     absent: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    measured_with: dict[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """All of it as JSON values."""
         return asdict(self)
-
-
-class _Totals:
-    """What is kept of the images that have passed: sums, and the pool features if asked for."""
-
-    def __init__(self, split_size: int, *, keep_pool: bool) -> None:
-        self.pool = GaussianSum("fid")
-        self.spatial: GaussianSum | None = GaussianSum("sfid")
-        self.score: InceptionScore | None = InceptionScore(split_size)
-        self.kept: list[Tensor] | None = [] if keep_pool else None
-
-    def add(self, features: Features) -> None:
-        self.pool.add(features.pool)
-        if self.kept is not None:
-            self.kept.append(features.pool.cpu())
-        if features.spatial is None:
-            self.spatial = None
-        elif self.spatial is not None:
-            self.spatial.add(features.spatial)
-        if features.logits is None:
-            self.score = None
-        elif self.score is not None:
-            self.score.add(features.logits)
-
-    @property
-    def pool_features(self) -> Tensor | None:
-        return None if self.kept is None else torch.cat(self.kept)
 
 
 def evaluate(
@@ -112,11 +102,13 @@ def evaluate(
     split_size: int = SPLIT_SIZE,
     neighbours: int = NEIGHBOURS,
     max_pixels: int = MAX_PIXELS,
+    described: Mapping[str, Any] | None = None,
+    progress: bool = False,
 ) -> Evaluation:
     """Compares samples with a reference.
 
     Images pass once, batch by batch; beside sums, only pool features are kept (4·F bytes an image, 400 MB for 50,000
-    with Inception), and those only for precision and recall.
+    with Inception), and those only for precision and recall. What headers and names tell is refused before the first image.
 
     Args:
         samples: an ``.npz`` with images (arr_0: (N, H, W, 3) uint8) or features (pool, spatial, logits), a folder of image
@@ -130,73 +122,84 @@ def evaluate(
         split_size: images in a split of the Inception Score.
         neighbours: k of precision and recall.
         max_pixels: of an image file that is decoded.
+        described: how the samples were drawn, as the sampler's ``metadata.json`` tells it, its ``labels`` with their ``scheme``
+            among it. None: what lies beside their file.
+        progress: show a bar.
 
     Raises:
-        ValueError, TypeError: an unknown metric, one that cannot be computed, too few samples for one, images or arrays of
+        ValueError, TypeError: an unknown metric, one that was asked for and cannot be computed, no samples, images or arrays of
             another layout or dtype, features of different width, no extractor where one is needed.
     """
-    unknown = sorted(set(metrics or ()) - set(METRICS))
-    if unknown:
-        raise ValueError(f"metrics: got {', '.join(unknown)}, allowed are {', '.join(METRICS)}")
-    reading = _Reading(extractor, batch_size, max_pixels)
-    known = reference if isinstance(reference, Reference) else _read_reference(reference, reading)
-    totals = _Totals(split_size, keep_pool=known.pool_features is not None)
-    reading = replace(reading, notes=[*known.notes])
-    for features in _features_of(samples, reading):
-        totals.add(features)
-    absent = _why_absent(totals, known)
-    for name in METRICS:
-        if metrics is not None and name in metrics and name in absent:
-            raise ValueError(f"metrics: {name} cannot be computed: {absent[name]}")
-        if metrics is not None and name not in metrics:
-            absent[name] = "not asked for"
-    described = sources.described_by(Path(samples)) if isinstance(samples, (str, Path)) else None
-    found = _evaluation(totals, known, absent, split_size, neighbours, (described or {}).get("labels"))
-    return replace(found, notes=[*reading.notes, *found.notes])
+    plan = Plan(metrics, neighbours, split_size)
+    return _evaluated([samples], reference, plan, Reading(extractor, batch_size, max_pixels), described, progress)[0]
 
 
-def _why_absent(totals: _Totals, reference: Reference) -> dict[str, str]:
-    reasons = {
-        "fid": "the reference has no pool features" if reference.pool is None else None,
-        "sfid": "the samples have no spatial features"
-        if totals.spatial is None
-        else ("the reference has no spatial features" if reference.spatial is None else None),
-        "inception_score": "the samples have no logits" if totals.score is None else None,
-        "precision_recall": "the reference has statistics only" if reference.pool_features is None else None,
-    }
-    return {name: reason for name, reason in reasons.items() if reason is not None}
+def evaluate_sets(
+    sets: Sequence[Source],
+    reference: Source | Reference,
+    *,
+    extractor: Extractor | None = None,
+    metrics: Sequence[str] | None = None,
+    batch_size: int = 64,
+    split_size: int = SPLIT_SIZE,
+    neighbours: int = NEIGHBOURS,
+    max_pixels: int = MAX_PIXELS,
+    progress: bool = False,
+) -> list[Evaluation]:
+    """:func:`evaluate` of several sets of samples; the reference is read once. All are opened before the first image of any."""
+    plan = Plan(metrics, neighbours, split_size)
+    return _evaluated(sets, reference, plan, Reading(extractor, batch_size, max_pixels), None, progress)
+
+
+def _evaluated(
+    sets: Sequence[Source],
+    reference: Source | Reference,
+    plan: Plan,
+    reading: Reading,
+    described: Mapping[str, Any] | None,
+    progress: bool,
+) -> list[Evaluation]:
+    opened = [open_source(samples, reading) for samples in sets]
+    theirs = reference if isinstance(reference, Reference) else OpenedReference.of(reference, reading)
+
+    def check(side: Side) -> None:
+        for one in opened:
+            plan.check(one.side, side)
+
+    check(theirs.side)
+    known = theirs if isinstance(theirs, Reference) else theirs.read(check, progress=progress)
+    found = []
+    for samples, one in zip(sets, opened, strict=True):
+        beside, note = described, None
+        if described is None and isinstance(samples, (str, Path)):
+            beside, note = described_beside(Path(samples))
+        one.notes.extend([] if note is None else [note])
+        found.append(_evaluation(one, known, plan, beside, progress))
+    return found
 
 
 def _evaluation(
-    totals: _Totals,
-    reference: Reference,
-    absent: dict[str, str],
-    split_size: int,
-    neighbours: int,
-    labels: dict[str, Any] | None,
+    opened: Opened, reference: Reference, plan: Plan, described: Mapping[str, Any] | None, progress: bool
 ) -> Evaluation:
+    totals = Totals(plan.split_size, keep_pool=reference.pool_features is not None)
+    read_into(totals, opened, lambda side: plan.check(side, reference.side), name="features", progress=progress)
+    absent = plan.check(totals.side, reference.side)
     count, fid, sfid, score, precision, recall = totals.pool.count, None, None, None, None, None
-    notes: list[str] = []
     order = "unknown"
     if "fid" not in absent and reference.pool is not None:
         fid = frechet_distance(totals.pool.gaussian(), reference.pool)
-        width = len(reference.pool.mu)
-        if count <= width:
-            notes.append(f"FID of {count} images with {width} features each: the covariance is singular and FID too large")
-    if "sfid" not in absent and totals.spatial is not None and reference.spatial is not None:
+    if "sfid" not in absent and reference.spatial is not None:
         sfid = frechet_distance(totals.spatial.gaussian(), reference.spatial)
     if "inception_score" not in absent and totals.score is not None:
         score = totals.score.score()
-        ordered = totals.score.ordered_by_class()
-        order = "unknown" if count <= split_size else "by class" if ordered else "mixed"
-        if ordered:
-            notes.append(
-                "the images are ordered by class, which lowers the Inception Score: its splits are consecutive; "
-                "sample with interleaved labels, or shuffle"
-            )
+        order = "unknown" if count <= plan.split_size else "by class" if totals.score.ordered_by_class() else "mixed"
     pool_features = totals.pool_features
     if "precision_recall" not in absent and pool_features is not None and reference.pool_features is not None:
-        precision, recall = precision_recall(pool_features, reference.pool_features, neighbours=neighbours)
+        precision, recall = precision_recall(pool_features, reference.pool_features, neighbours=plan.neighbours)
+    notes = what_does_not_compare(totals.shown(opened.lossy), reference.shown, plan, absent, described)
+    if order == "by class":
+        notes.append(BY_CLASS)
+    labels = None if described is None else described.get("labels")
     return Evaluation(
         fid=fid,
         sfid=sfid,
@@ -206,103 +209,97 @@ def _evaluation(
         recall=recall,
         count=count,
         reference_count=reference.count,
-        split_size=split_size,
+        split_size=plan.split_size,
         order=order,
         labels=labels,
         absent=absent,
-        notes=notes,
+        notes=[*reference.notes, *opened.notes, *notes],
+        measured_with=record(
+            reference_sha256=reference.sha256,
+            extractor=opened.extractor,
+            count=count,
+            reference_count=reference.count,
+            neighbours=plan.neighbours,
+            split_size=plan.split_size,
+            samples=described,
+        ),
     )
 
 
-# ---- Sources ---------------------------------------------------------------------------------------------------------
+# ---- The reference ---------------------------------------------------------------------------------------------------
 
 
 def load_reference(
     reference: Source, *, extractor: Extractor | None = None, batch_size: int = 64, max_pixels: int = MAX_PIXELS
 ) -> Reference:
     """Reads a reference once, to compare several sets of samples with it. Arguments and errors as of ``evaluate``."""
-    return _read_reference(reference, _Reading(extractor, batch_size, max_pixels))
+    return OpenedReference.of(reference, Reading(extractor, batch_size, max_pixels)).read()
 
 
 @dataclass(frozen=True)
-class _Reading:
-    """How a source is read; ``notes`` gathers what was passed over."""
+class OpenedReference:
+    """A reference of which no image has been read: statistics, a source, or both.
 
-    extractor: Extractor | None
-    batch_size: int
-    max_pixels: int
-    notes: list[str] = field(default_factory=list)
+    Attributes:
+        path: where it is a file.
+        gaussians: its statistics, by the name of the mean.
+        source: its images or features; None where there are none.
+    """
 
+    path: Path | None
+    gaussians: Mapping[str, Gaussian]
+    source: Opened | None
 
-def _read_reference(reference: Source, reading: _Reading) -> Reference:
-    gaussians: dict[str, Gaussian] = {}
-    path = Path(reference) if isinstance(reference, (str, Path)) else Path()
-    statistics.refuse_pickle(path)
-    if path.suffix.lower() == ".pt":
-        return Reference(statistics.of_pt(path)["mu"], None, None, None)
-    if path.suffix.lower() == ".npz":
-        held = sources.headers(path)
+    @staticmethod
+    def of(reference: Source, reading: Reading) -> OpenedReference:
+        """Opens one; arguments and errors as of ``evaluate``."""
+        if not isinstance(reference, (str, Path)) or Path(reference).is_dir():
+            return OpenedReference(None, {}, open_source(reference, reading))
+        path = Path(reference)
+        statistics.refuse_pickle(path)
+        if path.suffix.lower() == ".pt":
+            return OpenedReference(path, statistics.of_pt(path), None)
+        held = stored.headers(path)
         gaussians = statistics.of_npz(path, held)
-        with_features = "pool" in held or (sources.IMAGES in held and reading.extractor is not None)
-        if gaussians and not with_features:
-            return Reference(gaussians.get("mu"), gaussians.get("mu_s"), None, None)
-    totals = _Totals(SPLIT_SIZE, keep_pool=True)
-    for features in _features_of(reference, reading):
-        totals.add(features)
-    if gaussians:
-        return Reference(gaussians.get("mu"), gaussians.get("mu_s"), totals.pool_features, totals.pool.count)
-    spatial = None if totals.spatial is None else totals.spatial.gaussian()
-    return Reference(totals.pool.gaussian(), spatial, totals.pool_features, totals.pool.count, tuple(reading.notes))
+        with_features = "pool" in held or (stored.IMAGES in held and reading.extractor is not None)
+        return OpenedReference(path, gaussians, open_source(path, reading) if with_features or not gaussians else None)
 
+    @property
+    def side(self) -> Side:
+        """What headers and names tell."""
+        named = {"pool": self.gaussians.get("mu"), "spatial": self.gaussians.get("mu_s")}
+        widths = {name: len(found.mu) for name, found in named.items() if found is not None}
+        return replace(Side(None, {}) if self.source is None else self.source.side, gaussians=widths or None)
 
-def _features_of(source: Source, reading: _Reading) -> Iterator[Features]:
-    extractor, batch_size = reading.extractor, reading.batch_size
-    if batch_size < 1:
-        raise ValueError(f"batch_size: got {batch_size}, allowed is 1 or more")
-    if isinstance(source, Features):
-        yield as_features(source)
-        return
-    if isinstance(source, (str, Path)) and "pool" in _held_by(Path(source)):
-        yield _stored_features(Path(source))
-        return
-    if extractor is None:
-        raise ValueError(
-            "extractor: got none, but images need features: --weights with Inception's weights, or --extractor; "
-            "in Python extractor=Inception(weights)"
+    def read(self, check: Callable[[Side], object] | None = None, *, progress: bool = False) -> Reference:
+        """Reads it.
+
+        Args:
+            check: is shown what is known after the first batch and at the end, and may raise.
+            progress: show a bar.
+
+        Raises:
+            ValueError: as of ``evaluate``; there are no images.
+        """
+        given = self.side.gaussians
+        whole = None if self.path is None else sha256(self.path)
+        if self.source is None:
+            return Reference(self.gaussians.get("mu"), self.gaussians.get("mu_s"), None, None, sha256=whole)
+        totals = Totals(None, keep_pool=True)
+        checked = check or (lambda _: None)
+        read_into(totals, self.source, lambda side: checked(replace(side, gaussians=given)), name="reference", progress=progress)
+        pool, spatial = self.gaussians.get("mu"), self.gaussians.get("mu_s")
+        if totals.pool.count == 0:
+            raise ValueError("reference: got no images, allowed is 1 or more")
+        if not self.gaussians and totals.pool.count > 1:
+            pool = totals.pool.gaussian()
+            spatial = totals.spatial.gaussian() if totals.spatial.count else None
+        return Reference(
+            pool,
+            spatial,
+            totals.pool_features,
+            totals.pool.count,
+            tuple(self.source.notes),
+            whole or totals.sha256,
+            totals.shown(self.source.lossy),
         )
-    batches = _batches(Path(source), reading) if isinstance(source, (str, Path)) else source
-    for images in batches:
-        _check_batch(images)
-        for part in images.split(batch_size):
-            with torch.no_grad():
-                yield as_features(extractor(part), len(part))
-
-
-def _held_by(path: Path) -> dict[str, sources.Header]:
-    return {} if path.is_dir() else sources.headers(path)
-
-
-def _stored_features(path: Path) -> Features:
-    with np.load(path) as arrays:
-        held = {name: torch.from_numpy(arrays[name]) for name in Features._fields if name in arrays}
-    return as_features(held)
-
-
-def _batches(path: Path, reading: _Reading) -> Iterator[Tensor]:
-    if path.is_dir():
-        return sources.folder_batches(path, reading.batch_size, reading.max_pixels, reading.notes)
-    held = sources.headers(path)
-    if sources.IMAGES not in held:
-        raise ValueError(
-            f"{path}: got {', '.join(sorted(held)) or 'nothing'}, allowed are {sources.IMAGES} (images) or pool (features)"
-        )
-    sources.check_images(path, held[sources.IMAGES])
-    return sources.npz_batches(path, reading.batch_size)
-
-
-def _check_batch(images: Any) -> None:
-    if not isinstance(images, Tensor) or images.dtype != torch.uint8:
-        came = images.dtype if isinstance(images, Tensor) else type(images).__name__
-        raise TypeError(f"images: got {came}, allowed is a uint8 tensor")
-    if images.ndim != 4 or images.shape[1] != 3:
-        raise ValueError(f"images: got shape {tuple(images.shape)}, allowed is (B, 3, H, W)")

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ditkernels.files import first_line
+from ditkernels.files import first_line, sha256
 
 SPATIAL_CHANNELS = 7
 SPATIAL_LAYER = "Mixed_6d.branch1x1"
@@ -33,7 +33,9 @@ class Features(NamedTuple):
 
 
 Extractor = Callable[[Tensor], "Features | Mapping[str, Tensor] | Tensor"]
-"""Images (B, 3, H, W) uint8 -> Features, a mapping with the same names, or (B, F) pool features alone."""
+"""Images (B, 3, H, W) uint8 -> Features, a mapping with the same names, or (B, F) pool features alone.
+
+What has an attribute ``widths``, as ``Inception.widths``, is held against stored features before the first image."""
 
 
 def as_features(value: Any, count: int | None = None) -> Features:
@@ -63,6 +65,11 @@ def as_features(value: Any, count: int | None = None) -> Features:
     return value
 
 
+def widths_of(features: Features) -> dict[str, int]:
+    """How many values an image has, by name of the features that are there."""
+    return {name: array.shape[1] for name, array in features._asdict().items() if array is not None}
+
+
 class Inception(nn.Module):
     """torch-fidelity's InceptionV3, the TensorFlow network of 2015-12-05 that published numbers were made with.
 
@@ -75,7 +82,13 @@ class Inception(nn.Module):
     Raises:
         ImportError: torch-fidelity is not installed.
         ValueError: no such file, or not these weights.
+
+    Attributes:
+        widths: of the features, which are known before the first image.
+        sha256: of the file of weights.
     """
+
+    widths: Mapping[str, int] = {"pool": 2048, "spatial": 2023, "logits": 1008}
 
     def __init__(self, weights: str | Path) -> None:
         super().__init__()
@@ -91,6 +104,7 @@ class Inception(nn.Module):
             )
         except RuntimeError as error:
             raise ValueError(f"{path} does not hold Inception's weights: {first_line(error)}") from error
+        self.sha256 = sha256(path)
         self.requires_grad_(False).eval()
 
     @torch.no_grad()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -80,38 +79,36 @@ def npz_batches(path: Path, batch_size: int) -> Iterator[Tensor]:
             yield torch.from_numpy(pixels.transpose(0, 3, 1, 2).copy())
 
 
-def folder_batches(path: Path, batch_size: int, max_pixels: int, notes: list[str]) -> Iterator[Tensor]:
-    """The images below a folder in the order of their paths, (B, 3, H, W) uint8, read as training reads them but for the crop.
+def folder_batches(folder: ImageFolder, batch_size: int, max_pixels: int, notes: list[str]) -> Iterator[Tensor]:
+    """The images of a folder in the order of their paths, (B, 3, H, W) uint8, read as training reads them but for the crop.
 
     Args:
-        path: the folder; what it holds need not lie in folders of classes.
+        folder: scanned as unconditional.
         batch_size: images at once.
         max_pixels: of an image that is decoded.
         notes: what was passed over is added here.
 
     Raises:
-        ValueError: there are no images, they differ in size, or one is unreadable; it is named.
+        ValueError: they differ in size, or one is unreadable; it is named.
         OSError, MemoryError: as :func:`read_whole`.
     """
-    folder = ImageFolder.scan(path, unconditional=True, name="images")
-    notes += folder.notes
     animated = 0
     size: tuple[int, ...] | None = None
     for start in range(0, len(folder), batch_size):
         batch = []
         for file in folder.files[start : start + batch_size]:
-            pixels, more = _read(path / file, max_pixels)
+            pixels, more = _read(folder.root / file, max_pixels)
             size = size or pixels.shape
             if pixels.shape != size:
                 raise ValueError(
-                    f"{printable(str(path / file))}: got {pixels.shape[1]} x {pixels.shape[0]}, "
+                    f"{printable(str(folder.root / file))}: got {pixels.shape[1]} x {pixels.shape[0]}, "
                     f"the images before it are {size[1]} x {size[0]}"
                 )
             batch.append(pixels)
             animated += more
         yield torch.from_numpy(np.stack(batch).transpose(0, 3, 1, 2).copy())
     if animated:
-        notes.append(f"{printable(str(path))}: of {animated} animated images the first frames were taken")
+        notes.append(f"{printable(str(folder.root))}: of {animated} animated images the first frames were taken")
 
 
 def _read(file: Path, max_pixels: int) -> tuple[np.ndarray, bool]:
@@ -119,18 +116,3 @@ def _read(file: Path, max_pixels: int) -> tuple[np.ndarray, bool]:
         return read_whole(file, max_pixels)
     except UnreadableImageError as error:
         raise ValueError(f"{printable(str(file))} is not a readable image: {error}") from error
-
-
-def described_by(path: Path) -> dict[str, Any] | None:
-    """What `ditkernels sample` wrote beside the samples: the content of ``metadata.json``, or None.
-
-    Raises ValueError where there is one that cannot be read.
-    """
-    beside = path.parent / "metadata.json"
-    if not beside.is_file():
-        return None
-    try:
-        described = json.loads(beside.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{beside}: not JSON: {error}") from error
-    return described if isinstance(described, dict) else None

@@ -21,6 +21,8 @@ from ditkernels.data.source import TrainingData
 from ditkernels.data.vae import VAE
 from ditkernels.diffusion import GaussianDiffusion, create_diffusion
 from ditkernels.evaluation.monitor import Monitor
+from ditkernels.evaluation.record import differences
+from ditkernels.evaluation.sets import NUMBERS
 from ditkernels.reference import DiT
 from ditkernels.rng import Stream, below, normals
 from ditkernels.runtime import StopSignal, World, gather_unless_stopped
@@ -30,12 +32,11 @@ from ditkernels.sampling.outputs import Pixels, grid_of, pixels_of, write_png
 from ditkernels.training.config import TrainConfig
 from ditkernels.training.distributed import Parallel
 from ditkernels.training.ema import EMA
-from ditkernels.training.log import METRICS, RunLog, read_metrics
+from ditkernels.training.log import MEASURED_WITH, METRICS, RunLog, read_metrics
 
 # The kinds, and what a row of metrics.jsonl has of those that have one.
 VALIDATION, SAMPLES, EVALUATION = "validation", "samples", "evaluation"
 COLUMNS = {VALIDATION: "validation_loss", EVALUATION: "evaluated_images"}
-EVALUATED = ("fid", "sfid", "inception_score", "precision", "recall")
 SEED = 0  # of validation, whatever the run's
 
 logger = logging.getLogger(__name__)
@@ -99,6 +100,7 @@ class Evaluations:
         self.monitor = monitor
         self.stop = stop
         self._folder = Path(trainer.config.results_dir)
+        self._told: set[str] = set()
 
     # ---- What is due -------------------------------------------------------------------------------------------------
 
@@ -148,11 +150,31 @@ class Evaluations:
             log.write({"step": step, **metrics})
 
     def tell_changes(self) -> None:
-        """Says once, where a run goes on, that its validation is taken of other images than before."""
-        if not self.trainer.config.val_every or self.trainer.data.validation is None:
+        """Says once, where a run goes on, that its validation or its evaluations are measured otherwise than before."""
+        if self.trainer.config.val_every and self.trainer.data.validation is not None:
+            self._tell_other_validation(self.trainer.data.validation)
+        if self.monitor is not None:
+            self._tell_other_evaluation(self.monitor)
+
+    def _last(self, kind: str) -> dict[str, Any] | None:
+        return next((row for row in reversed(self._rows()) if COLUMNS[kind] in row), None)
+
+    def _tell_other_evaluation(self, monitor: Monitor) -> None:
+        before = self._last(EVALUATION)
+        if before is None:
             return
-        before = next((row for row in reversed(self._rows()) if COLUMNS[VALIDATION] in row), None)
-        images, passes = self._amount(self.trainer.data.validation)
+        if MEASURED_WITH not in before:
+            logger.warning(
+                "the evaluation of step %d does not record what it was measured with: it may not compare", before["step"]
+            )
+            return
+        found = differences(before[MEASURED_WITH], monitor.measured_with(self.trainer.model))
+        if found:
+            logger.warning("evaluations are measured otherwise from here on and do not compare: %s", "; ".join(found))
+
+    def _tell_other_validation(self, held_out: Batches) -> None:
+        before = self._last(VALIDATION)
+        images, passes = self._amount(held_out)
         if before is not None and (before.get("validation_images"), before.get("validation_passes")) != (images, passes):
             logger.warning(
                 "validation is of %d images in %d passes from here on, was of %s in %s: its losses do not compare",
@@ -263,8 +285,16 @@ class Evaluations:
 
     # ---- An evaluation -----------------------------------------------------------------------------------------------
 
-    def evaluate(self, monitor: Monitor) -> Mapping[str, float]:
-        """The metrics of the moving average that could be computed, by name, and the number of images they are of."""
+    def evaluate(self, monitor: Monitor) -> Mapping[str, Any]:
+        """The metrics of the moving average that could be computed, by name, how many images they are of, and the record."""
         found = monitor(self.trainer.parallel.whole(self.trainer.ema.model))
-        metrics = {name: getattr(found, name) for name in EVALUATED}
-        return {name: value for name, value in metrics.items() if value is not None} | {"evaluated_images": found.count}
+        self._tell_once([*found.notes, *(f"{name} is not computed: {reason}" for name, reason in found.absent.items())])
+        metrics = {name: getattr(found, name) for name in NUMBERS}
+        known = {name: value for name, value in metrics.items() if value is not None}
+        return known | {COLUMNS[EVALUATION]: found.count, MEASURED_WITH: found.measured_with}
+
+    def _tell_once(self, notes: list[str]) -> None:
+        for note in notes if self.trainer.world.first else []:
+            if note not in self._told:
+                logger.info("evaluation: %s", note)
+        self._told.update(notes)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,9 +12,11 @@ from torch import Tensor
 from ditkernels.data.source import TrainingData
 from ditkernels.data.vae import VAE, load_vae
 from ditkernels.diffusion import create_diffusion
-from ditkernels.evaluation.evaluate import load_reference
+from ditkernels.evaluation.evaluate import OpenedReference
 from ditkernels.evaluation.features import load_extractor
 from ditkernels.evaluation.monitor import Monitor
+from ditkernels.evaluation.plan import Plan
+from ditkernels.evaluation.sources import Reading
 from ditkernels.models import DiT_models
 from ditkernels.reference import DiT
 from ditkernels.rng import seed_of_weights
@@ -110,7 +113,8 @@ def build_monitor(
         decode, autocast, world, stop: as of :class:`Monitor`.
 
     Raises:
-        ValueError, ImportError: no reference or no features named, or as ``load_reference`` and ``load_extractor``.
+        ValueError, ImportError: no reference or no features named, too few images for a metric that the reference allows, or as
+            ``evaluate``, ``load_extractor`` and :class:`Monitor`.
     """
     if config.eval_guidance != 1 and model.y_embedder.rows == model.num_classes:
         raise ValueError(f"eval_guidance: got {config.eval_guidance}, allowed is 1: the model has no null class")
@@ -119,6 +123,11 @@ def build_monitor(
     extractor = load_extractor(config.eval_weights, config.eval_extractor, device)
     if extractor is None:
         raise ValueError("eval_every: got no features, allowed are eval_weights or eval_extractor")
+    reference = OpenedReference.of(config.eval_reference, Reading(extractor, config.eval_batch_size))
+    least, metric = Plan().least_of_all(reference.side)
+    if config.eval_images < least:
+        needed = f"{least} or more, which {metric} against {config.eval_reference} needs"
+        raise ValueError(f"eval_images: got {config.eval_images}, allowed is {needed}")
     settings = SampleConfig(
         guidance_scale=config.eval_guidance,
         guided_channels=guided_channels(config.guided_channels),
@@ -130,7 +139,7 @@ def build_monitor(
         # Fewer images than classes would show the first ones alone.
         Labels("spread" if config.eval_images < model.num_classes else "balanced", tuple(range(model.num_classes))),
         Batches(config.eval_images, config.eval_batch_size),
-        load_reference(Path(config.eval_reference), extractor=extractor, batch_size=config.eval_batch_size),
+        reference.read(),
         extractor,
         decode=decode,
         autocast=autocast,

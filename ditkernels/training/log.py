@@ -22,6 +22,7 @@ from ditkernels.files import first_line, write_text
 from ditkernels.training.config import TrainConfig
 
 METRICS = "metrics.jsonl"
+MEASURED_WITH = "measured_with"  # of an evaluation's row, its record
 WANDB_ID = "wandb-id"
 # What a run does but to train.
 APART = ("evaluation", "sampling", "saving")

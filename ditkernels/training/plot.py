@@ -1,12 +1,14 @@
-"""Loss and speed of training runs, side by side in one picture, and the figures of `ditkernels demo`."""
+"""Loss, speed and FID of training runs, side by side in one picture, and the figures of `ditkernels demo`."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ditkernels.training.log import METRICS, read_metrics
+from ditkernels.evaluation.record import differences
+from ditkernels.training.log import MEASURED_WITH, METRICS, read_metrics
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -19,7 +21,7 @@ Rows = Sequence[Mapping[str, Any]]
 
 
 def draw_runs(folders: Sequence[Path], out: Path) -> None:
-    """Draws losses and speeds of the runs in ``folders`` as one picture.
+    """Draws losses and speeds of the runs in ``folders`` as one picture, and their FID where one has any.
 
     Args:
         out: the picture, .png, .svg or .pdf.
@@ -31,11 +33,12 @@ def draw_runs(folders: Sequence[Path], out: Path) -> None:
     if out.is_dir() or out.suffix not in (".png", ".svg", ".pdf"):
         raise ValueError(f"out: got {out}, allowed is a file that ends in .png, .svg or .pdf")
     runs = {str(folder): read_metrics(folder / METRICS) for folder in folders}
-    figure = new_figure(width=12.0, height=4.6)
-    losses, speeds = figure.subplots(1, 2)
-    figure.subplots_adjust(left=0.06, right=0.985, top=0.91, bottom=0.12, wspace=0.16)
-    draw_losses(losses, runs)
-    draw_speeds(speeds, runs)
+    evaluated = any(row.get("fid") is not None for rows in runs.values() for row in rows)
+    drawn = [draw_losses, draw_speeds, *([draw_evaluations] if evaluated else [])]
+    figure = new_figure(width=6.0 * len(drawn), height=4.6)
+    figure.subplots_adjust(left=0.12 / len(drawn), right=0.985, top=0.91, bottom=0.12, wspace=0.16)
+    for draw, axes in zip(drawn, figure.subplots(1, len(drawn)), strict=True):
+        draw(axes, runs)
     out.parent.mkdir(parents=True, exist_ok=True)
     save(figure, out)
 
@@ -58,6 +61,39 @@ def draw_speeds(axes: Axes, runs: Mapping[str, Rows]) -> None:
         axes.plot(*_series(rows, "images_per_second"), color=colour, linewidth=1.6, label=name)
     axes.set_ylim(bottom=0)
     _dress(axes, "images per second")
+
+
+def draw_evaluations(axes: Axes, runs: Mapping[str, Rows]) -> None:
+    """FID of runs by name; a line breaks where an evaluation was measured otherwise than the one before it."""
+    for (name, rows), colour in zip(runs.items(), _colours(runs), strict=True):
+        axes.plot(
+            *_broken_series([row for row in rows if row.get("fid") is not None]),
+            color=colour,
+            linewidth=1.6,
+            marker="o",
+            markersize=3,
+            label=name,
+        )
+    _dress(axes, "FID; a line breaks where it was measured otherwise")
+
+
+def _broken_series(rows: Rows) -> tuple[list[float], list[float]]:
+    steps: list[float] = []
+    values: list[float] = []
+    for before, row in zip([*rows[:1], *rows], rows, strict=False):
+        if _measured_otherwise(before, row):
+            steps.append(math.nan)
+            values.append(math.nan)
+        steps.append(row["step"])
+        values.append(row["fid"])
+    return steps, values
+
+
+def _measured_otherwise(before: Mapping[str, Any], row: Mapping[str, Any]) -> bool:
+    one, other = before.get(MEASURED_WITH), row.get(MEASURED_WITH)
+    if one is None or other is None:
+        return one is not other
+    return bool(differences(one, other))
 
 
 def new_figure(*, width: float, height: float) -> Figure:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import sys
 import types
@@ -20,10 +21,11 @@ from torch_fidelity.metric_isc import isc_features_to_metric
 from torch_fidelity.metric_prc import prc_features_to_metric
 
 from ditkernels import cli
+from ditkernels.checkpoints.format import state_sha256
 from ditkernels.diffusion import create_diffusion
 from ditkernels.evaluation import images as sources
 from ditkernels.evaluation.evaluate import Reference, evaluate, load_reference
-from ditkernels.evaluation.features import Features, Inception
+from ditkernels.evaluation.features import Features, Inception, widths_of
 from ditkernels.evaluation.metrics import Gaussian, GaussianSum, InceptionScore, frechet_distance
 from ditkernels.evaluation.monitor import Monitor
 from ditkernels.sampling.config import SampleConfig
@@ -156,7 +158,8 @@ def test_every_source_gives_the_same_numbers(images, tmp_path):
     known = write_npz(tmp_path / "reference.npz", reference)
     for source in (npz, folder, features, str(npz), iter(samples.split(7))):
         found = evaluate(source, known, extractor=brightness, batch_size=7).to_json()
-        for name, value in expected.items():
+        for name in expected.keys() - {"measured_with"}:
+            value = expected[name]
             assert found[name] == (pytest.approx(value, rel=1e-6) if isinstance(value, float) else value), name
 
 
@@ -236,6 +239,8 @@ def test_inceptions_features_have_the_suites_layout(weights):
     images = as_images(torch.Generator().manual_seed(0), 2, size=32)
     found = inception(images)
     assert [tuple(array.shape) for array in found] == [(2, 2048), (2, 2023), (2, 1008)]
+    assert inception.widths == widths_of(found)
+    assert inception.sha256 == hashlib.sha256(weights.read_bytes()).hexdigest()
     layer = inception.network.Mixed_6d.branch1x1
     seen = []
     layer.register_forward_hook(lambda _module, _args, out: seen.append(out))
@@ -268,8 +273,7 @@ GOOD = Features(torch.randn(9, 4))
 @pytest.mark.parametrize(
     "samples, message",
     [
-        (Features(torch.randn(1, 4)), "fid: got 1 samples, needs at least 2"),
-        (Features(torch.randn(3, 4)), "precision_recall: got 3 samples, needs at least 4"),
+        (Features(torch.randn(0, 4)), "samples: got no images, allowed is 1 or more"),
         (Features(torch.randn(9, 5)), "features: got 5 per image, but the reference has 4"),
         (Features(torch.full((9, 4), float("nan"))), "fid: got features that are not finite"),
         (Features(torch.randn(9, 4), None, torch.randn(8, 4)), r"features: logits: got shape \(8, 4\)"),
@@ -375,13 +379,14 @@ def test_folders_are_read_as_in_training_and_what_is_passed_over_is_told(tmp_pat
     grey.save(root / "deep" / "er" / "d.png")
     folder = ImageFolder.scan(root, unconditional=True)
     notes = []
-    (batch,) = sources.folder_batches(root, 10, 1 << 28, notes)
+    (batch,) = sources.folder_batches(folder, 10, 1 << 28, notes)
     assert torch.equal(batch, torch.stack([folder.read(index, 8, 0).image for index in range(4)]))
-    assert notes == [
+    passed_over = [
         f"{root}: passed over 1 .txt, 1 hidden or of the system",
         f"{root}: of 1 animated images the first frames were taken",
     ]
-    assert evaluate(root, root, extractor=brightness, metrics=["fid"]).notes[:2] == notes
+    assert [*folder.notes, *notes] == passed_over
+    assert evaluate(root, root, extractor=brightness, metrics=["fid"]).notes[:4] == 2 * passed_over
 
 
 def test_a_truncated_image_is_named(tmp_path):
@@ -449,7 +454,11 @@ def test_a_monitor_measures_what_the_files_would_hold(tmp_path):
     expected = evaluate(tmp_path / "samples.npz", monitor.reference, extractor=brightness, batch_size=4)
     found = monitor(model)
     assert found.count == 10
-    assert dataclasses.replace(found, labels=expected.labels) == expected
+    # The job recorded no checkpoint and no steps.
+    told = {name: found.measured_with[name] for name in ("weights_sha256", "weights", "steps")}
+    assert told == {"weights_sha256": state_sha256(model.state_dict()), "weights": "ema", "steps": "3"}
+    assert expected.measured_with | told == found.measured_with
+    assert dataclasses.replace(found, measured_with=expected.measured_with) == expected
     assert expected.labels["scheme"] == "balanced"
 
 

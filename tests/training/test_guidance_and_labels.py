@@ -13,6 +13,7 @@ from ditkernels import SampleConfig, create_diffusion, sample
 from ditkernels.checkpoints.format import load_checkpoint
 from ditkernels.checkpoints.run import checkpoint_directory
 from ditkernels.cli import main
+from ditkernels.evaluation.evaluate import OpenedReference
 from ditkernels.models import DiT
 from ditkernels.training import evaluations, factory
 from ditkernels.training import trainer as trainer_module
@@ -70,7 +71,8 @@ def test_grids_evaluations_and_samples_of_a_run_share_its_setting(tmp_path: Path
     monkeypatch.setattr(factory, "Monitor", lambda *a, **rest: seen.append(a[1].guided_channels) or monitor(*a, **rest))
     monkeypatch.setattr(factory, "load_extractor", lambda *a: len)
     monkeypatch.setattr(trainer_module, "rehearse", lambda *_: None)
-    monkeypatch.setattr(factory, "load_reference", lambda *a, **rest: None)
+    nothing = OpenedReference(None, {}, None)
+    monkeypatch.setattr(factory.OpenedReference, "of", lambda *_: nothing)
     drawn = {"sample_every": 4, "sample_steps": 2, "eval_every": 99, "eval_reference": "not read"}
     train(settings(tmp_path / "run", guided_channels="2", **drawn))
     assert seen == [2, 2]
