@@ -107,7 +107,7 @@ def _of_folder(path: Path, reading: Reading) -> Opened:
         len(folder),
         lambda: stored.folder_batches(folder, reading.batch_size, reading.max_pixels, notes),
         reading,
-        lossy=frozenset(formats),
+        lossy=frozenset(formats & LOSSY),
         notes=notes,
     )
 

@@ -118,6 +118,8 @@ def test_a_reference_in_no_file_is_known_by_its_images() -> None:
     features = torch.randn(9, 3)
     by_dtype = {load_reference(Features(features.to(dtype))).sha256 for dtype in (torch.float64, torch.float32, torch.bfloat16)}
     assert len(by_dtype) == 3
+    wide = load_reference(iter([images.reshape(8, 3, 6, 4)]), extractor=extract).sha256
+    assert wide != whole
 
 
 def test_an_extractor_is_known_by_its_weights() -> None:
