@@ -31,6 +31,7 @@ CALLBACKS = {
     "models.py: PatchEmbed.forward": ("reference", "the embedding runs the parts that a subclass names"),
     "training/start.py: find_start": ("runtime", "World.on_first calls the function it is given"),
     "training/trainer.py: train": ("runtime", "World.on_first calls the function it is given"),
+    "cli.py: _Console.emit": ("sampling", "the command line shows what the library says to its logger"),
     "sampling/denoiser.py: Denoiser.__call__": ("diffusion", "a step calls the model it is given"),
     "sampling/denoiser.py: _Unread.forward": ("reference", "the denoiser has put it in the place of an embedder"),
     "sampling/denoiser.py: _Rows.forward": ("models", "the denoiser has put it in the place of a linear of adaLN"),

@@ -95,7 +95,9 @@ def test_fewer_images_than_features(tmp_path: Path) -> None:
 
 def test_fewer_images_than_a_split(tmp_path: Path) -> None:
     reference = npz(tmp_path / "r.npz", pixels(30, seed=1))
-    said = found(npz(tmp_path / "s.npz", pixels(20)), reference, split_size=21).notes
+    samples = npz(tmp_path / "s.npz", pixels(20))
+    assert found(samples, reference, split_size=20).notes == []
+    said = found(samples, reference, split_size=21).notes
     assert said == ["the Inception Score is of 20 images, less than one split of 21: it rises with the images"]
 
 
@@ -114,7 +116,7 @@ def test_counts_of_precision_and_recall(tmp_path: Path, monkeypatch: pytest.Monk
         ("spread", "0-20", ["20 images of 21 classes: some are missing"]),
         ("random", "0-20", ["20 images of 21 classes: some are missing"]),
         ("balanced", "0-19", []),
-        ("listed", "3,3,3,4", []),
+        ("listed", "3,4," * 12 + "3", []),
         ("balanced", "what", []),
     ],
 )
