@@ -3,6 +3,8 @@
 make gpu                        with the python3 of the machine; asks for torch and triton, uses nvcc, pytest, compute-sanitizer
 make gpu ARGS="--force"         does again what was done for this code
 make gpu ARGS="--stages check,ops --results DIR"
+make gpu ARGS="--budget 390"    in so many seconds, the start of this script included; the next call goes on
+make gpu ARGS="--library FILE --archive FILE"    with a CUDA library built elsewhere; the results in one file, too
 make gpu WHEELS=DIR             also the attention packages whose wheels lie there: xformers, flash-attn 2, 3 and 4
 
 Each stage is a process of its own with a time limit. Its exit status, its output and where its rows lie are written to
@@ -30,14 +32,16 @@ import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ditkernels.files import replacing
 from tools import build_native
 from tools.tree import ROOT, found_from
 
@@ -102,16 +106,17 @@ class Stage:
 # ---- The stages ------------------------------------------------------------------------------------------------------
 
 
-def stages(machine: dict[str, Any], wheels: Path | None = None) -> tuple[list[Stage], list[Stage]]:
+def stages(machine: dict[str, Any], wheels: Path | None = None, built: Path | None = None) -> tuple[list[Stage], list[Stage]]:
     """Most valuable first: those that one call has time for, and those that come where these leave some.
 
     Args:
         wheels: the folder of those handed in.
+        built: a CUDA library that was built elsewhere, in place of one built here.
     """
     dry = machine["type"] != "cuda"
-    build = _build(machine)
+    build = _build(machine, built)
     # What was not built here may still be installed, or named by the user.
-    library = {} if build.skip else {"DITKERNELS_CUDA_LIBRARY": str(LIBRARY / "_C.so")}
+    library = {} if build.skip else {"DITKERNELS_CUDA_LIBRARY": str(built or LIBRARY / "_C.so")}
     tests = sorted(f"tests/gpu/{path.name}" for path in (ROOT / "tests/gpu").glob("test_*.py"))
     first = [
         build,
@@ -134,16 +139,22 @@ def stages(machine: dict[str, Any], wheels: Path | None = None) -> tuple[list[St
     ]
 
 
-def _build(machine: dict[str, Any]) -> Stage:
+def _build(machine: dict[str, Any], built: Path | None) -> Stage:
     skip = None
     if machine["type"] != "cuda":
         skip = "no device to build for"
+    elif built is not None:
+        # It has to load, and to be of this tree's ops.
+        loads = (
+            "from ditkernels.ops import _native; print(_native.cuda_library()); raise SystemExit(_native.CUDA.absence is not None)"
+        )
+        return Stage("build", ["python", "-c", loads], 20, environment={"DITKERNELS_CUDA_LIBRARY": str(built)}, given=_stamp(built))
     elif _nvcc() is None:
         skip = "nvcc is not here: the cuda backend is left out"
     capability = str(machine.get("compute_capability"))
     architecture = OWN_CODE.get(capability, capability)
     return Stage(
-        "build", ["python", "tools/build_native.py", "cuda", str(LIBRARY)], 90, skip=skip,
+        "build", ["python", "tools/build_native.py", "cuda", str(LIBRARY)], 70, skip=skip,
         environment={"TORCH_CUDA_ARCH_LIST": architecture},
     )  # fmt: skip
 
@@ -212,6 +223,7 @@ FIRST = {
         "--batches 1,64,8 --lengths 4,12 --rounds 3 --contenders sampler-bf16-weights,compiled-bf16-weights,"
         "eager-bf16,sampler-bf16,ours-compiled-bf16-weights",
     ),
+    "host": Run(20, "--rounds 7"),
 }
 LATER = {
     "optimizer": Run(40),
@@ -245,6 +257,7 @@ TOYS = {
     "mlp": "--model DiT-S/8 --batch 1 --input-size 8 --contenders eager,torch",
     "training": "--models DiT-S/8 --input-sizes 16 --batches 2 --contenders eager-fp32,ours-fp32",
     "sampling": "--model DiT-S/8 --input-size 16 --batches 1 --lengths 2,6 --contenders eager-fp32,sampler-fp32",
+    "host": "--depth 1 --calls 5 --ops gated_residual",
     "optimizer": "--models DiT-S/8 --copy-mib 1",
     "trainer_overhead": "--batch 2 --input-size 8 --steps 2 --log-every 2",
     "first_use": "--model DiT-S/8 --input-size 16 --batch 2 --contenders ours-fp32",
@@ -258,7 +271,8 @@ def _benchmark(name: str, runs: dict[str, Run], dry: bool, library: dict[str, st
     if dry:
         flags = f"--rounds 2 --device cpu {TOYS[script]}"
     command = ["python", "-m", f"benchmarks.speed.{script}", *flags.split()]
-    return Stage(name, command, limit, rows=True, benchmark=True, environment=library)
+    # What the host needs is measured whole, and goes on after no rows.
+    return Stage(name, command, limit, rows=script != "host", benchmark=True, environment=library)
 
 
 def _of_wheels(dry: bool, wheels: Path | None, library: dict[str, str]) -> list[Stage]:
@@ -266,7 +280,7 @@ def _of_wheels(dry: bool, wheels: Path | None, library: dict[str, str]) -> list[
     skip = "no folder of wheels was named: WHEELS=DIR" if wheels is None else None
     files = sorted(wheels.glob("*.whl*")) if wheels else []
     names = {path.name.partition("-")[0].lower() for path in files}
-    given = "".join(f" {path.name} {path.stat().st_size}" for path in files)
+    given = "".join(map(_stamp, files))
     backends = ",".join(backend for package, backend in PACKAGES.items() if package in names)
     idle = skip or ("no device" if dry else None)
     if idle is None and not backends:
@@ -283,6 +297,10 @@ def _of_wheels(dry: bool, wheels: Path | None, library: dict[str, str]) -> list[
     ]
 
 
+def _stamp(path: Path) -> str:
+    return f" {path.name} {path.stat().st_size}"
+
+
 # ---- Running ---------------------------------------------------------------------------------------------------------
 
 
@@ -290,8 +308,10 @@ def run_stage(stage: Stage, folder: Path, limit: float) -> dict[str, Any]:
     """Runs a stage for at most so many seconds; returns what is written down of it."""
     command = [sys.executable if word == "python" else word for word in stage.command]
     numbers = folder / f"{stage.name}.json"
+    if stage.rows or stage.benchmark:
+        command += ["--json", str(numbers)]
     if stage.rows:
-        command += ["--json", str(numbers), "--resume"]
+        command += ["--resume"]
     began = time.monotonic()
     rc, output = _bounded(command, {**_environment(), **stage.environment}, limit)
     found: dict[str, Any] = {
@@ -301,7 +321,7 @@ def run_stage(stage: Stage, folder: Path, limit: float) -> dict[str, Any]:
         "seconds": round(time.monotonic() - began, 1),
         "output_tail": output[-TAIL:],
     }
-    kept = len(json.loads(numbers.read_text(encoding="utf-8"))["rows"]) if stage.rows and numbers.exists() else 0
+    kept = len(json.loads(numbers.read_text(encoding="utf-8"))["rows"]) if numbers.exists() else 0
     if rc is None:
         found |= {"status": "cut short", "reason": f"{kept} rows were had in {limit:.0f} s"}
     elif rc != 0 and stage.unsupported is not None and stage.unsupported in output:
@@ -482,13 +502,17 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--results", type=Path, metavar="DIR", help="where to write")
     parser.add_argument("--wheels", type=Path, metavar="DIR", help="attention packages to try, as wheels")
     parser.add_argument("--force", action="store_true", help="repeat what has passed for this code")
-    parser.add_argument("--seconds", type=float, default=BUDGET, help="in all")
+    parser.add_argument("--budget", type=float, default=BUDGET, metavar="SECONDS", help="of this call in all")
+    parser.add_argument("--library", type=Path, metavar="FILE", help="a CUDA library that was built elsewhere")
+    parser.add_argument("--archive", type=Path, metavar="FILE", help="write the results, as .tar.gz, here too")
     args = parser.parse_args(argv)
-    end = time.monotonic() + args.seconds
+    end = time.monotonic() + args.budget
     if args.wheels is not None and not args.wheels.is_dir():
         parser.error(f"--wheels: got {args.wheels}, allowed is a folder")
+    if args.library is not None and not args.library.is_file():
+        parser.error(f"--library: got {args.library}, allowed is a file")
     machine, code = probe(args.device), fingerprint()
-    groups = stages(machine, args.wheels and args.wheels.resolve())
+    groups = stages(machine, args.wheels and args.wheels.resolve(), args.library and args.library.resolve())
     known = {stage.name: stage for group in groups for stage in group}
     names = args.stages.split(",") if args.stages else []
     unknown = [name for name in names if name not in known]
@@ -498,9 +522,31 @@ def main(argv: list[str] | None = None) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "environment.json").write_text(json.dumps({**machine, "code": code}, indent=1) + "\n", encoding="utf-8")
     print(f"{machine['device']}, torch {machine['torch']}: {folder}")
+    chosen = [[known[name] for name in names]] if names else groups
+    print("\n".join(plan(chosen, args.budget)))
     call = Call(folder, code, force=args.force, end=end)
-    fine = [call.run(group) for group in ([[known[name] for name in names]] if names else groups)]
+    fine = [call.run(group) for group in chosen]
+    if args.archive is not None:
+        _pack(folder, args.archive)
     return 0 if all(fine) else 1
+
+
+def plan(groups: Sequence[Sequence[Stage]], budget: float) -> Iterator[str]:
+    """The order of the stages, with the seconds that each may take in the first turn and when it then begins."""
+    yield f"{budget:.0f} seconds in all; a stage, its seconds, and the latest it begins after"
+    begins = 0
+    for stage in (stage for group in groups for stage in group):
+        if stage.skip is not None:
+            yield f"  {stage.name:<22}    -      - {stage.skip}"
+        else:
+            yield f"  {stage.name:<22} {stage.limit:4d} {begins:6d}{'' if begins < budget else ' for a later call'}"
+            begins += stage.limit
+
+
+def _pack(folder: Path, archive: Path) -> None:
+    """Puts the results into one file."""
+    with replacing(archive) as unfinished, tarfile.open(unfinished, "w:gz") as packed:
+        packed.add(folder, arcname=folder.name)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import re
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 import zipfile
 from collections.abc import Iterator
@@ -53,7 +54,7 @@ def test_it_dry_runs_on_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, c
     chosen = [name for name in stages if name == "latents" or name not in driver.LATER]
     for name in set(stages) - set(chosen):
         commands.parse([*stages[name].command, "--json", "rows.json", "--resume"])
-    command = ["--device", "cpu", "--results", str(tmp_path), "--seconds", "3000"]  # other work may slow it
+    command = ["--device", "cpu", "--results", str(tmp_path), "--budget", "3000"]  # other work may slow it
     assert driver.main([*command, "--stages", ",".join(chosen)]) == 0
     written = record(tmp_path)
     assert list(written) == chosen
@@ -420,6 +421,46 @@ def test_a_folder_of_wheels_that_cannot_be_used_is_named(
 def test_the_limits_of_the_first_stages_add_up_to_one_call() -> None:
     first, _ = driver.stages({"type": "cuda", "compute_capability": "9.0"})
     assert sum(stage.limit for stage in first) <= driver.BUDGET <= 9 * 60 - 2 * driver.ENDING
+
+
+def test_the_plan_names_every_stage_and_when_it_begins() -> None:
+    stages = [Stage("check", OK, 45), Stage("memcheck", OK, 55, skip="no device"), Stage("ops", OK, 45), Stage("training", OK, 45)]
+    head, *lines = driver.plan([stages[:2], stages[2:]], 90)
+    assert head.startswith("90 seconds in all")
+    assert [line.split() for line in lines] == [
+        ["check", "45", "0"],
+        ["memcheck", "-", "-", "no", "device"],
+        ["ops", "45", "45"],
+        ["training", "45", "90", "for", "a", "later", "call"],
+    ]
+
+
+def test_a_library_built_elsewhere_takes_the_place_of_a_build(tmp_path: Path) -> None:
+    library = tmp_path / "_C.so"
+    library.write_bytes(b"no library")
+    first, _ = driver.stages({"type": "cuda", "compute_capability": "9.0"}, built=library)
+    by = {stage.name: stage for stage in first}
+    assert by["check"].environment["DITKERNELS_CUDA_LIBRARY"] == str(library)
+    assert by["parity-cuda"].needs == "build"
+    found = run(tmp_path / "results", by["build"])["build"]
+    assert (found["status"], found["exit_status"]) == ("failed", 1)
+    assert f"the CUDA library {library} is not loaded: it is no library of ditkernels" in found["output_tail"]
+
+
+def test_results_are_packed_into_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(driver, "probe", lambda device: {"type": "cpu", "device": "a CPU", "torch": "2.14"})
+    monkeypatch.setattr(driver, "fingerprint", lambda: "code")
+    archive = tmp_path / "all.tar.gz"
+    assert driver.main(["--results", str(tmp_path / "r"), "--stages", "build,memcheck", "--archive", str(archive)]) == 0
+    with tarfile.open(archive) as packed:
+        assert sorted(packed.getnames()) == ["r", "r/environment.json", "r/stages.json"]
+
+
+@pytest.mark.parametrize("flag", ["--library", "--wheels"])
+def test_a_path_that_is_not_there_is_named(flag: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        driver.main([flag, "nowhere"])
+    assert f"{flag}: got nowhere, allowed is a f" in capsys.readouterr().err
 
 
 def test_the_debts_name_the_stages_that_pay_them() -> None:
