@@ -101,10 +101,18 @@ def gated_residual(
     *,
     index: Tensor | None = None,
     branch_bias: Tensor | None = None,
+    branch_norm: str | None = None,
+    branch_weight: Tensor | None = None,
+    branch_eps: float = 1e-6,
 ) -> Tensor:
-    """x + gate·(branch + branch_bias), in x's dtype. x, branch: (B, N, D); gate: see ``of_tokens``; branch_bias: (D,)."""
+    """x + gate·u in x's dtype, where u = branch + branch_bias, or norm(branch)·branch_weight given a ``branch_norm``.
+
+    x, branch: (B, N, D); gate: see ``of_tokens``; branch_bias, branch_weight: (D,).
+    """
     if branch_bias is not None:
         branch = branch + branch_bias
+    if branch_norm is not None:
+        branch = normalize(branch, branch_weight, norm=branch_norm, eps=branch_eps)
     if gate is not None:
         branch = of_tokens(gate, x.shape[1], index) * branch
     return (x + branch).to(x.dtype)
@@ -124,12 +132,18 @@ def gated_residual_norm(
     norm: str = "layernorm",
     eps: float = 1e-6,
     out_dtype: torch.dtype | None = None,
+    branch_norm: str | None = None,
+    branch_weight: Tensor | None = None,
+    branch_eps: float = 1e-6,
 ) -> tuple[Tensor, Tensor]:
-    """x1 = x + gate·(branch + branch_bias); h = norm(x1)·(1 + scale) + shift. Returns (x1, h).
+    """x1 = x + gate·u as ``gated_residual``; h = norm(x1)·(1 + scale) + shift. Returns (x1, h).
 
     x1 keeps x's dtype; h comes in ``out_dtype`` (default: x's).
     """
-    x1 = gated_residual(x, branch, gate, index=index, branch_bias=branch_bias)
+    x1 = gated_residual(
+        x, branch, gate, index=index, branch_bias=branch_bias,
+        branch_norm=branch_norm, branch_weight=branch_weight, branch_eps=branch_eps,
+    )  # fmt: skip
     h = modulate_norm(x1, shift, scale, index=index, weight=weight, bias=bias, norm=norm, eps=eps, out_dtype=out_dtype)
     return x1, h
 

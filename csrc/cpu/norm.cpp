@@ -18,13 +18,18 @@
 // Of the ops by token (norm/by_token.py), the forward reads a token's own row of the vectors. Without an index, the backward writes the
 // gradients of that row as it reads the token, and sums only what all tokens share. With one it walks through the tokens of a row, which
 // `order` lists, as through those of a sample: a row of a sample has its chunks, and their number is by shapes.
+//
+// Of the ops with a branch norm (norm/branch_norm.py), the forward reads a branch's row once more from the L1 cache, for its mean square.
+// The backward keeps dx of a row in fp32 there between a loop that makes it and the mean of c · dx · b̂, and one that makes dbranch. T
+// stands in the place of S where the norm has a weight, which stands in that of the branch's bias, else in the place of R.
 #include "norm.h"
 
 namespace ditkernels {
 
 // `stats` is null in gated_residual. `pq` and `rs` are the chunks' sums (groups * chunks, 2, width), or null if they are not
 // wanted. A group is a sample, or one of the `rows` of a sample, whose tokens lie in `order` (B, N) from `starts` (B, rows + 1) on.
-// `by_token`: each token has a row of its own, whose gradients are dgate, dshift and dscale.
+// `by_token`: each token has a row of its own, whose gradients are dgate, dshift and dscale. `branch_stats` is null without a branch norm,
+// `branch_weighted`: that has a weight, which is given as far as it is needed.
 struct NormBackward {
   Tokens dx1, dh, x1, branch, dx, dbranch;
   Vector gate, scale, weight;
@@ -37,6 +42,9 @@ struct NormBackward {
   bool by_token;
   Vector branch_bias, bias;
   Tokens dgate, dshift, dscale;
+  const float* branch_stats;
+  Vector branch_weight;
+  bool branch_weighted;
 };
 
 struct NormVectors {
@@ -157,6 +165,26 @@ inline int64_t row_of(const NormForward& a, int64_t at) {
   return a.index != nullptr ? a.index[at] : at % a.tokens;
 }
 
+// The gate, times the weight of the branch's norm.
+const float* gate_of(const Vector& gate, const Vector& branch_weight, int64_t sample, int64_t width, float* made, float* buffer) {
+  const float* given = values_of(gate, sample, width, 1.0f, made);
+  if (branch_weight.data == nullptr) return given;
+  const float* weight = values_of(branch_weight, 0, width, 1.0f, buffer);
+  each(width, [&](int64_t i, auto reach) { store(made + i, reach, load(given + i, reach) * load(weight + i, reach)); });
+  return made;
+}
+
+// 1/rms of a row of the branch.
+template <typename U>
+float rstd_of(const U* row, int64_t width, float eps) {
+  Lanes squares[SUMS] = {};
+  add_up(width, [&](int64_t i, int j, auto reach) {
+    const Lanes value = load(row + i, reach);
+    squares[j] += value * value;
+  });
+  return 1.0f / __builtin_sqrtf(total(squares) / width + eps);
+}
+
 // What a row of the vectors makes of a token: x1 = x + gate · u, h = x̂ · factor + offset, where offset = (1 + scale) · bias + shift.
 struct Modulation {
   const float *gate, *factor, *offset;
@@ -164,7 +192,7 @@ struct Modulation {
 
 Modulation modulation_of(const NormForward& a, int64_t sample, int64_t row, const ForwardScratch& s) {
   const Vector scale = row_of(a.scale, row);
-  const float* gate = values_of(row_of(a.gate, row), sample, a.width, 1.0f, s.gate);
+  const float* gate = gate_of(row_of(a.gate, row), a.branch_weight, sample, a.width, s.gate, s.row);
   const float* offset = values_of(row_of(a.shift, row), sample, a.width, 0.0f, s.offset);
   if (a.bias.data != nullptr) {
     const float *shift = offset, *bias = make_factor(scale, a.bias, sample, a.width, s.row, s.x);
@@ -207,8 +235,10 @@ void residual_rows(const NormForward& a, int64_t begin, int64_t end, float* scra
     const X* x = row_of<X>(a.x, sample, token, a.width, reinterpret_cast<X*>(s.x));
     const U* branch = row_of<U>(a.branch, sample, token, a.width, reinterpret_cast<U*>(s.branch));
     X* x1 = place_of<X>(a.x1, sample, token, reinterpret_cast<X*>(s.x1));
+    const float rstd = a.branch_norm ? rstd_of(branch, a.width, a.branch_eps) : 1.0f;
+    if (a.branch_stats != nullptr) a.branch_stats[at] = rstd;
     const auto value = [&](int64_t i, auto reach, float absent) {
-      const Lanes u = load(branch + i, reach) + load(bias + i, reach);
+      const Lanes u = load(branch + i, reach) * rstd + load(bias + i, reach);
       return store(x1 + i, reach, load(x + i, reach, absent) + load(by.gate + i, reach) * u);
     };
     if (a.h.data == nullptr) {
@@ -238,8 +268,8 @@ void forward(const NormForward& a, int64_t begin, int64_t end, float* scratch) {
 
 // ---- Backward -------------------------------------------------------------------------------------------------------
 
-// What the second loop does with dx beside storing it.
-enum class Branch { NONE, GRADIENT, SUMS };
+// What the second loop does with dx beside storing it. NORMED: all there is, of a branch with a norm.
+enum class Branch { NONE, GRADIENT, SUMS, NORMED };
 
 // dbranch of a row and its part of R and S; value(i, how much) makes dx from channel i on.
 template <Branch WANTED, typename U, typename Value>
@@ -252,6 +282,24 @@ template <Branch WANTED, typename U, typename Value>
       add(rs + i, reach, dx * load(branch + i, reach));
       add(rs + width + i, reach, dx);
     }
+  });
+}
+
+// The same with a branch norm: `gate` is times its weight, `dx` has room for a row, and `sum` for T or is null.
+template <typename U, typename Value>
+void through_branch_norm(
+    int64_t width, const Value& value, const float* gate, float rstd, const U* branch, U* dbranch, float* sum, float* dx) {
+  Lanes products[SUMS] = {};
+  add_up(width, [&](int64_t i, int j, auto reach) {
+    const Lanes gradient = value(i, reach), product = gradient * (load(branch + i, reach) * rstd);
+    store(dx + i, reach, gradient);
+    products[j] += load(gate + i, reach) * product;
+    if (sum != nullptr) add(sum + i, reach, product);
+  });
+  const float product = total(products) / width;
+  each(width, [&](int64_t i, auto reach) {
+    const Lanes normed = load(branch + i, reach) * rstd;
+    store(dbranch + i, reach, rstd * (load(gate + i, reach) * load(dx + i, reach) - normed * product));
   });
 }
 
@@ -286,8 +334,22 @@ struct Rows {
   U* dbranch;
 };
 
+// Takes dx of a row to the branch; `room` is for a row.
+template <Branch WANTED, typename X, typename U, typename Value>
+[[gnu::always_inline]] inline void through_branch(
+    const NormBackward& a, int64_t at, const Rows<X, U>& row, const Value& value, const float* gate, float* rs, float* room) {
+  if constexpr (WANTED == Branch::NORMED) {
+    float* sum = rs != nullptr && a.branch_weighted ? rs + a.width : rs;
+    through_branch_norm(a.width, value, gate, a.branch_stats[at], row.branch, row.dbranch, sum, room);
+  } else {
+    through_gate<WANTED>(a.width, value, gate, row.branch, row.dbranch, rs);
+  }
+}
+
 template <Branch WANTED, typename X, typename U>
-void second_loop(int64_t width, const Rows<X, U>& row, const float* factor, Moments m, Means means, const float* gate, float* rs) {
+void second_loop(
+    const NormBackward& a, int64_t at, const Rows<X, U>& row, const float* factor, Moments m, Means means, const float* gate,
+    float* rs, float* room) {
   const auto value = [&](int64_t i, auto reach) {
     const Lanes normed = (load(row.x1 + i, reach) - m.mean) * m.rstd;
     const Lanes dnormed = load(row.dh + i, reach) * load(factor + i, reach);
@@ -296,22 +358,23 @@ void second_loop(int64_t width, const Rows<X, U>& row, const float* factor, Mome
     store(row.dx + i, reach, dx);
     return dx;
   };
-  through_gate<WANTED>(width, value, gate, row.branch, row.dbranch, rs);
+  through_branch<WANTED>(a, at, row, value, gate, rs, room);
 }
 
 template <Branch WANTED, typename X, typename U>
 void backward_row(
-    const NormBackward& a, int64_t at, const Rows<X, U>& row, const float* factor, const float* gate, float* pq, float* rs) {
+    const NormBackward& a, int64_t at, const Rows<X, U>& row, const float* factor, const float* gate, float* pq, float* rs,
+    float* room) {
   if (a.stats == nullptr) {
     const auto value = [&](int64_t i, auto reach) { return load(row.dx1 + i, reach); };
-    return through_gate<WANTED>(a.width, value, gate, row.branch, row.dbranch, rs);
+    return through_branch<WANTED>(a, at, row, value, gate, rs, room);
   }
   const Moments m = a.rms ? Moments{0.0f, a.stats[at]} : Moments{a.stats[2 * at], a.stats[2 * at + 1]};
   Means means = pq != nullptr ? first_loop<true>(a.width, row.x1, row.dh, factor, m, pq)
                               : first_loop<false>(a.width, row.x1, row.dh, factor, m, pq);
   if (a.rms) means.dnormed = 0.0f;
   if (WANTED == Branch::NONE && a.dx.data == nullptr) return;
-  second_loop<WANTED>(a.width, row, factor, m, means, gate, rs);
+  second_loop<WANTED>(a, at, row, factor, m, means, gate, rs, room);
 }
 
 // The tokens of a chunk: places in `order`, or tokens themselves.
@@ -394,7 +457,7 @@ void backward_chunk(const NormBackward& a, int64_t chunk, float* scratch) {
   const Span span = span_of(a, chunk);
   float *zeros = scratch + 2 * n, *room = scratch + 3 * n, *own = scratch + 9 * n;
   const float* factor = make_factor(row_of(a.scale, span.row), a.weight, span.sample, a.width, scratch, zeros);
-  const float* gate = values_of(row_of(a.gate, span.row), span.sample, a.width, 1.0f, scratch + n);
+  const float* gate = gate_of(row_of(a.gate, span.row), a.branch_weight, span.sample, a.width, scratch + n, zeros);
   memset(zeros, 0, a.width * sizeof(float));
   float* pq = a.pq == nullptr ? nullptr : a.pq + chunk * 2 * a.width;
   float* rs = a.rs == nullptr ? nullptr : a.rs + chunk * 2 * a.width;
@@ -419,7 +482,7 @@ void backward_chunk(const NormBackward& a, int64_t chunk, float* scratch) {
     if (a.by_token)
       backward_token(a, span.sample, token, row, own, pq, rs);
     else
-      backward_row<WANTED>(a, span.sample * a.tokens + token, row, factor, gate, pq, rs);
+      backward_row<WANTED>(a, span.sample * a.tokens + token, row, factor, gate, pq, rs, own);
     put(a.dx, span.sample, token, a.width, dx_room);
     put(a.dbranch, span.sample, token, a.width, dbranch_room);
   }
@@ -439,7 +502,9 @@ void backward(const NormBackward& a, int64_t begin, int64_t end, float* scratch)
     using X = decltype(x);
     using U = decltype(u);
     for (int64_t chunk = begin; chunk < end; ++chunk) {
-      if (a.rs != nullptr)
+      if (a.branch_stats != nullptr)
+        backward_chunk<Branch::NORMED, X, U>(a, chunk, scratch);
+      else if (a.rs != nullptr)
         backward_chunk<Branch::SUMS, X, U>(a, chunk, scratch);
       else if (a.dbranch.data != nullptr)
         backward_chunk<Branch::GRADIENT, X, U>(a, chunk, scratch);
@@ -571,11 +636,21 @@ void check_rows(const char* op, const Choice& choice, const OptionalTensor& vect
         index[i] >= 0 && index[i] < vector->size(1), op, ": index: got row ", index[i], ", allowed are 0..", vector->size(1) - 1);
 }
 
+// `branch_weight` is that of a branch norm.
 struct Given {
-  OptionalTensor gate, shift, scale, branch_bias, weight, bias;
+  OptionalTensor gate, shift, scale, branch_bias, weight, bias, branch_weight;
 };
 
-NormForward forward_of(const char* op, const Tensor& x, const Given& given, const Choice& choice) {
+float* numbers(const OptionalTensor& stats) { return stats.has_value() ? static_cast<float*>(stats->data_ptr()) : nullptr; }
+
+// A branch that is normed first, and where 1/rms of its rows goes, if it is kept.
+struct BranchNorm {
+  double eps;
+  OptionalTensor stats;
+};
+
+NormForward forward_of(
+    const char* op, const Tensor& x, const Given& given, const Choice& choice, const BranchNorm* branch_norm = nullptr) {
   for (const OptionalTensor& vector : {given.gate, given.shift, given.scale}) check_rows(op, choice, vector);
   NormForward a = {};
   a.x = tokens(x);
@@ -583,12 +658,17 @@ NormForward forward_of(const char* op, const Tensor& x, const Given& given, cons
   a.shift = vector(given.shift);
   a.scale = vector(given.scale);
   a.branch_bias = vector(given.branch_bias);
+  a.branch_weight = vector(given.branch_weight);
   a.weight = vector(given.weight);
   a.bias = vector(given.bias);
   a.tokens = x.size(1);
   a.width = x.size(2);
   a.index = Choice::numbers(choice.index);
   a.by_token = choice.by_token;
+  if (branch_norm == nullptr) return a;
+  a.branch_norm = true;
+  a.branch_eps = static_cast<float>(branch_norm->eps);
+  a.branch_stats = numbers(branch_norm->stats);
   return a;
 }
 
@@ -612,9 +692,11 @@ std::tuple<Tensor, Tensor> modulated(
   return {h, stats};
 }
 
-Tensor gated(const char* op, const Tensor& x, const Tensor& branch, const Given& given, const Choice& choice) {
+Tensor gated(
+    const char* op, const Tensor& x, const Tensor& branch, const Given& given, const Choice& choice,
+    const BranchNorm* branch_norm = nullptr) {
   const Tensor x1 = empty({x.size(0), x.size(1), x.size(2)}, dtype_of(x));
-  NormForward a = forward_of(op, x, given, choice);
+  NormForward a = forward_of(op, x, given, choice, branch_norm);
   a.branch = tokens(branch);
   a.x1 = tokens(x1);
   norm_forward(a, x.size(0));
@@ -623,18 +705,19 @@ Tensor gated(const char* op, const Tensor& x, const Tensor& branch, const Given&
 
 std::tuple<Tensor, Tensor, Tensor> gated_and_modulated(
     const char* op, const Tensor& x, const Tensor& branch, const Given& given, const Choice& choice, const std::string& norm,
-    double eps, ScalarType out_dtype, bool keep) {
+    double eps, ScalarType out_dtype, bool keep, const BranchNorm* branch_norm = nullptr) {
   const int64_t samples = x.size(0), length = x.size(1), width = x.size(2);
   const Tensor x1 = empty({samples, length, width}, dtype_of(x)), h = empty({samples, length, width}, number(out_dtype));
   const Tensor stats = empty_if(keep, {samples, length, columns(norm)}, FLOAT);
-  NormForward a = forward_of(op, x, given, choice);
+  NormForward a = forward_of(op, x, given, choice, branch_norm);
   a.branch = tokens(branch);
   a.x1 = tokens(x1);
   finish_with_norm(a, h, stats, norm, eps, keep);
   return {x1, h, stats};
 }
 
-// The wanted gradients of vectors; those of gate, shift and scale have a row for each of a sample's.
+// The wanted gradients of vectors; those of gate, shift and scale have a row for each of a sample's. Of a branch with a norm, its weight's
+// stands in the place of its bias's.
 struct Made {
   Tensor gate, shift, scale, branch_bias, weight, bias;
 };
@@ -676,6 +759,8 @@ Made run(
   a.weight = vector(given.weight);
   a.bias = vector(given.bias);
   a.branch_bias = vector(given.branch_bias);
+  a.branch_weight = vector(given.branch_weight);
+  a.branch_weighted = given.branch_weight.has_value() || wanted.branch_bias >= 0;
   a.tokens = length;
   a.width = width;
   a.rows = grouped ? choice.rows(length) : 1;
@@ -694,7 +779,7 @@ Made run(
     v.dshift = vector(made.shift);
     v.dscale = vector(made.scale);
   }
-  v.branch_bias = a.branch_bias;
+  v.branch_bias = a.branch_stats != nullptr ? a.branch_weight : a.branch_bias;
   v.weight = a.weight;
   v.bias = a.bias;
   v.dbranch_bias = vector(made.branch_bias);
@@ -740,14 +825,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> through_modulated(
 }
 
 std::tuple<Tensor, Tensor, Tensor> through_gated(
-    const char* op, const Tensor& dx1, const OptionalTensor& branch, const Given& given, const Choice& choice,
-    const Wanted& wanted) {
+    const char* op, const Tensor& dx1, const OptionalTensor& branch, const Given& given, const Choice& choice, const Wanted& wanted,
+    const OptionalTensor& branch_stats = {}) {
   const int64_t samples = dx1.size(0), length = dx1.size(1), width = dx1.size(2);
   const Tensor dbranch = gradient(wanted[0], {samples, length, width});
   NormBackward a = {};
   a.dx1 = tokens(dx1);
   a.branch = tokens(branch);
   a.dbranch = tokens(dbranch);
+  a.branch_stats = numbers(branch_stats);
   const Made made = run(op, a, given, choice, {wanted[1], -1, -1, wanted[2]}, samples, length, width);
   return {dbranch, made.gate, made.branch_bias};
 }
@@ -756,7 +842,8 @@ using EightTensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, 
 
 EightTensors through_gated_and_modulated(
     const char* op, const OptionalTensor& dx1, const OptionalTensor& dh, const OptionalTensor& x1, const OptionalTensor& branch,
-    const Given& given, const OptionalTensor& stats, const Choice& choice, const std::string& norm, const Wanted& wanted) {
+    const Given& given, const OptionalTensor& stats, const Choice& choice, const std::string& norm, const Wanted& wanted,
+    const OptionalTensor& branch_stats = {}) {
   const int64_t samples = x1->size(0), length = x1->size(1), width = x1->size(2);
   const Tensor dx = gradient(wanted[0], {samples, length, width}), dbranch = gradient(wanted[1], {samples, length, width});
   NormBackward a = {};
@@ -766,6 +853,7 @@ EightTensors through_gated_and_modulated(
   a.branch = tokens(branch);
   a.dx = tokens(dx);
   a.dbranch = tokens(dbranch);
+  a.branch_stats = numbers(branch_stats);
   a.stats = static_cast<const float*>(stats->data_ptr());
   a.rms = is_rms(norm);
   const WantedVectors of = {wanted[2], wanted[3], wanted[4], wanted[5], wanted[6], wanted[7]};
@@ -773,7 +861,7 @@ EightTensors through_gated_and_modulated(
   return {dx, dbranch, made.gate, made.shift, made.scale, made.branch_bias, made.weight, made.bias};
 }
 
-// ---- Ops: of vectors per sample, and of vectors of rows -------------------------------------------------------------
+// ---- Ops: of vectors per sample, of vectors of rows, and with a branch norm -----------------------------------------
 
 using Optional = OptionalTensor;
 
@@ -855,6 +943,45 @@ EightTensors gated_residual_norm_by_token_backward(
       "gated_residual_norm_by_token_backward", dx1, dh, x1, branch, given, stats, choice, norm, wanted);
 }
 
+// What the forward keeps of a branch's norm.
+BranchNorm norm_of_branch(const Tensor& x, double eps, bool keep) {
+  if (!keep) return {eps, {}};
+  return {eps, empty({x.size(0), x.size(1), 1}, FLOAT)};
+}
+
+Tensor kept(const BranchNorm& branch_norm) { return branch_norm.stats.has_value() ? *branch_norm.stats : nothing(); }
+
+std::tuple<Tensor, Tensor> gated_residual_branch_norm(
+    Tensor x, Tensor branch, Optional gate, Optional branch_weight, double branch_eps, bool keep) {
+  const BranchNorm branch_norm = norm_of_branch(x, branch_eps, keep);
+  const Given given = {gate, {}, {}, {}, {}, {}, branch_weight};
+  return {gated("gated_residual_branch_norm", x, branch, given, {}, &branch_norm), kept(branch_norm)};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> gated_residual_norm_branch_norm(
+    Tensor x, Tensor branch, Optional gate, Optional shift, Optional scale, Optional branch_weight, Optional weight, Optional bias,
+    double branch_eps, std::string norm, double eps, ScalarType out_dtype, bool keep) {
+  const BranchNorm branch_norm = norm_of_branch(x, branch_eps, keep);
+  const Given given = {gate, shift, scale, {}, weight, bias, branch_weight};
+  const auto [x1, h, stats] =
+      gated_and_modulated("gated_residual_norm_branch_norm", x, branch, given, {}, norm, eps, out_dtype, keep, &branch_norm);
+  return {x1, h, stats, kept(branch_norm)};
+}
+
+std::tuple<Tensor, Tensor, Tensor> gated_residual_branch_norm_backward(
+    Tensor dx1, Optional branch, Optional gate, Optional branch_weight, Optional branch_stats, Wanted wanted) {
+  const Given given = {gate, {}, {}, {}, {}, {}, branch_weight};
+  return through_gated("gated_residual_branch_norm_backward", dx1, branch, given, {}, wanted, branch_stats);
+}
+
+EightTensors gated_residual_norm_branch_norm_backward(
+    Optional dx1, Optional dh, Optional x1, Optional branch, Optional gate, Optional scale, Optional branch_weight, Optional weight,
+    Optional bias, Optional stats, Optional branch_stats, std::string norm, Wanted wanted) {
+  const Given given = {gate, {}, scale, {}, weight, bias, branch_weight};
+  return through_gated_and_modulated(
+      "gated_residual_norm_branch_norm_backward", dx1, dh, x1, branch, given, stats, {}, norm, wanted, branch_stats);
+}
+
 }  // namespace
 
 void norm_forward(const NormForward& a, int64_t samples) {
@@ -880,5 +1007,9 @@ STABLE_TORCH_LIBRARY_IMPL(ditkernels, CPU, library) {
   library.impl("gated_residual_by_token_backward_cpu", TORCH_BOX(&ditkernels::gated_residual_by_token_backward));
   library.impl("gated_residual_norm_by_token_cpu", TORCH_BOX(&ditkernels::gated_residual_norm_by_token));
   library.impl("gated_residual_norm_by_token_backward_cpu", TORCH_BOX(&ditkernels::gated_residual_norm_by_token_backward));
+  library.impl("gated_residual_branch_norm_cpu", TORCH_BOX(&ditkernels::gated_residual_branch_norm));
+  library.impl("gated_residual_branch_norm_backward_cpu", TORCH_BOX(&ditkernels::gated_residual_branch_norm_backward));
+  library.impl("gated_residual_norm_branch_norm_cpu", TORCH_BOX(&ditkernels::gated_residual_norm_branch_norm));
+  library.impl("gated_residual_norm_branch_norm_backward_cpu", TORCH_BOX(&ditkernels::gated_residual_norm_branch_norm_backward));
 }
 #endif

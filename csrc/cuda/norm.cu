@@ -30,6 +30,11 @@
 //                  sums of what the vectors are in already, and R is not needed.
 //                  INDEX: a block owns a chunk of the tokens of one row of a sample, in their order, and sums as for a sample. The
 //                  rows of all samples are the samples of add_chunks. The number of chunks depends on shapes alone.
+//
+// Of the ops with a branch norm (norm/branch_norm.py), with as many rows and dtypes known at run time; its weight is `branch_bias` here:
+//   forward_rows   BRANCH_NORM: norms the branch's row in registers, in the same passes, and writes branch_stats (B, N, 1) if kept.
+//   backward_rows  BRANCH_NORM: makes dbranch after one more sum over the row, in the same passes. T is kept in the place of S, and
+//                  without a weight in that of R, where add_chunks takes it as it takes these.
 #include "common.cuh"
 #include "sums.cuh"
 
@@ -51,6 +56,8 @@ __host__ __device__ constexpr int forward_rows_held(int width) { return width ==
 __host__ __device__ constexpr int backward_rows_held(int width) { return width == 0 ? 1 : BACKWARD_ROWS; }
 __host__ __device__ constexpr int forward_shared(int width) { return 2 * forward_rows_held(width) * WARP * 4; }
 __host__ __device__ constexpr int backward_shared(int width) { return 2 * 2 * backward_rows_held(width) * WARP * 4; }
+// Of the sums of backward_rows with a branch norm, behind the others.
+__host__ __device__ constexpr int branch_shared(int width) { return 2 * backward_rows_held(width) * WARP * 4; }
 constexpr int most_threads(int width) { return width == 0 ? threads_for(WIDEST) : threads_for(width); }
 
 // Replaces each of COUNT values by its sum over the block, in an order that depends on the block's size alone. `scratch` holds
@@ -78,16 +85,16 @@ template <typename T, typename U>
 struct Forward {
   Tokens<T> x, x1;
   Tokens<U> branch, h;
-  Tokens<float> stats;
+  Tokens<float> stats, branch_stats;
   Vectors vectors;
   Numbers index;
   int64_t length, blocks;
   int width;
-  float eps;
+  float eps, branch_eps;
   bool centred;
 };
 
-template <typename T, typename U, int WIDTH, bool VECTORISED, bool RESIDUAL, bool NORM, By BY>
+template <typename T, typename U, int WIDTH, bool VECTORISED, bool RESIDUAL, bool NORM, By BY, bool BRANCH_NORM>
 __global__ void __launch_bounds__(most_threads(WIDTH)) forward_rows(const Forward<T, U> a) {
   constexpr int ROWS = forward_rows_held(WIDTH);
   static_assert(BY == By::SAMPLE || ROWS == 1, "a block reads the vectors of one row");
@@ -102,17 +109,30 @@ __global__ void __launch_bounds__(most_threads(WIDTH)) forward_rows(const Forwar
   if constexpr (BY == By::TOKEN) vectors = row_of(vectors, first);
   if constexpr (BY == By::INDEX) vectors = row_of(vectors, load_number(a.index, sample * a.length + first));
 
-  Unit row[ROWS] = {};
+  Unit row[ROWS] = {}, u[ROWS] = {};
   if (inside) {
-    Unit u[ROWS];
     UNROLL for (int r = 0; r < ROWS; ++r) {
       if (first + r >= a.length) continue;
       row[r] = load<VECTORISED>(a.x, sample, first + r, column, width);
       if constexpr (RESIDUAL) u[r] = load<VECTORISED>(a.branch, sample, first + r, column, width);
     }
+  }
+  if constexpr (BRANCH_NORM) {
+    float squares[ROWS] = {};
+    UNROLL for (int r = 0; r < ROWS; ++r) { UNROLL for (int i = 0; i < UNIT; ++i) squares[r] += u[r].at[i] * u[r].at[i]; }
+    block_sums(squares, scratch, phase);
+    const Unit weight = inside ? load<VECTORISED>(vectors.branch_bias, 0, column, width, 1.0f) : Unit{};
+    UNROLL for (int r = 0; r < ROWS; ++r) {
+      const float rstd = 1.0f / sqrtf(squares[r] / width + a.branch_eps);
+      if (threadIdx.x == 0 && a.branch_stats.data != nullptr && first + r < a.length)
+        store_one(a.branch_stats, sample, first + r, 0, rstd);
+      UNROLL for (int i = 0; i < UNIT; ++i) u[r].at[i] *= rstd * weight.at[i];
+    }
+  }
+  if (inside) {
     if constexpr (RESIDUAL) {
       const Unit gate = load<VECTORISED>(vectors.gate, sample, column, width, 1.0f);
-      const Unit branch_bias = load<VECTORISED>(vectors.branch_bias, 0, column, width, 0.0f);
+      const Unit branch_bias = BRANCH_NORM ? Unit{} : load<VECTORISED>(vectors.branch_bias, 0, column, width, 0.0f);
       UNROLL for (int r = 0; r < ROWS; ++r) {
         if (first + r >= a.length) continue;
         UNROLL for (int i = 0; i < UNIT; ++i) {
@@ -173,22 +193,22 @@ template <typename T, typename U>
 struct Backward {
   Tokens<T> dx1, x1, dx;
   Tokens<U> dh, branch, dbranch;
-  Tokens<float> stats, partial;
+  Tokens<float> stats, branch_stats, partial;
   Vectors vectors;
   Numbers order, starts;
   Tokens<Any> dgate, dshift, dscale;
   int64_t length, chunks, chunk_rows, rows;
   int width;
-  bool centred, beyond_norm, norm_sums, residual_sums;
+  bool centred, beyond_norm, norm_sums, residual_sums, branch_weighted;
 };
 
 // Absent tensors are neither read nor written. `beyond_norm`: dx, or a gradient that depends on it, is wanted.
 // The launch bound asks for one block on a multiprocessor. Without it the compiler aims at more than fit and spills registers.
-template <typename T, typename U, int WIDTH, bool VECTORISED, bool RESIDUAL, bool NORM, By BY>
+template <typename T, typename U, int WIDTH, bool VECTORISED, bool RESIDUAL, bool NORM, By BY, bool BRANCH_NORM>
 __global__ void __launch_bounds__(most_threads(WIDTH), 1) backward_rows(const Backward<T, U> a) {
   constexpr int ROWS = backward_rows_held(WIDTH);
-  const Shared<float> scratch{0};
-  int phase = 0;
+  const Shared<float> scratch{0}, branch_scratch{backward_shared(WIDTH)};
+  int phase = 0, branch_phase = 0;
   const int width = WIDTH > 0 ? WIDTH : a.width;
   const int column = threadIdx.x * UNIT;
   const bool inside = column < width;
@@ -218,6 +238,10 @@ __global__ void __launch_bounds__(most_threads(WIDTH), 1) backward_rows(const Ba
       }
     }
     if constexpr (RESIDUAL && BY != By::TOKEN) gate = load<VECTORISED>(a.vectors.gate, group, column, width, 1.0f);
+    if constexpr (BRANCH_NORM) {
+      const Unit weight = load<VECTORISED>(a.vectors.branch_bias, 0, column, width, 1.0f);
+      UNROLL for (int i = 0; i < UNIT; ++i) gate.at[i] *= weight.at[i];
+    }
   }
 
   for (int start = 0; start < count; start += ROWS) {
@@ -268,6 +292,18 @@ __global__ void __launch_bounds__(most_threads(WIDTH), 1) backward_rows(const Ba
         }
       }
     }
+    float along_branch[ROWS] = {}, branch_rstd[ROWS] = {};
+    if constexpr (BRANCH_NORM) {
+      UNROLL for (int k = 0; k < ROWS; ++k) {
+        if (!inside || start + k >= count) continue;
+        branch_rstd[k] = load_one(a.branch_stats, sample, token_at(first + start + k), 0);
+        UNROLL for (int i = 0; i < UNIT; ++i) {
+          u[k].at[i] *= branch_rstd[k];
+          along_branch[k] += gate.at[i] * stream[k].at[i] * u[k].at[i];
+        }
+      }
+      block_sums(along_branch, branch_scratch, branch_phase);
+    }
     UNROLL for (int k = 0; k < ROWS; ++k) {
       if (!inside || start + k >= count) continue;
       const int64_t token = token_at(first + start + k);
@@ -286,9 +322,15 @@ __global__ void __launch_bounds__(most_threads(WIDTH), 1) backward_rows(const Ba
           if (a.dgate.data != nullptr) store<VECTORISED>(a.dgate, sample, token, column, width, dgate);
         }
         UNROLL for (int i = 0; i < UNIT; ++i) {
-          r.at[i] += stream[k].at[i] * u[k].at[i];
-          dbranch.at[i] = gate.at[i] * stream[k].at[i];
-          s.at[i] += BY == By::TOKEN ? dbranch.at[i] : stream[k].at[i];
+          if constexpr (BRANCH_NORM) {
+            const float through = gate.at[i] * stream[k].at[i] - u[k].at[i] * (along_branch[k] / width);
+            dbranch.at[i] = branch_rstd[k] * through;
+            s.at[i] += u[k].at[i] * stream[k].at[i];
+          } else {
+            r.at[i] += stream[k].at[i] * u[k].at[i];
+            dbranch.at[i] = gate.at[i] * stream[k].at[i];
+            s.at[i] += BY == By::TOKEN ? dbranch.at[i] : stream[k].at[i];
+          }
         }
         if (a.dbranch.data != nullptr) store<VECTORISED>(a.dbranch, sample, token, column, width, dbranch);
       }
@@ -302,7 +344,7 @@ __global__ void __launch_bounds__(most_threads(WIDTH), 1) backward_rows(const Ba
     store<VECTORISED>(a.partial, group, chunk + 1, column, width, q);
   }
   if (RESIDUAL && a.residual_sums) {
-    store<VECTORISED>(a.partial, group, chunk + 2, column, width, r);
+    store<VECTORISED>(a.partial, group, chunk + 2, column, width, BRANCH_NORM && !a.branch_weighted ? s : r);
     store<VECTORISED>(a.partial, group, chunk + 3, column, width, s);
   }
 }
@@ -374,29 +416,40 @@ Choice by_token(const OptionalTensor& index, const OptionalTensor& order, const 
   return {index.has_value() ? By::INDEX : By::TOKEN, packed(index), packed(order), packed(starts)};
 }
 
-// Calls body(types of stream and branch, width, whether accesses are vectorised, whose vectors). By token, types and width are known
-// at run time alone.
-template <typename Body>
+// Calls body(types of stream and branch, width, whether accesses are vectorised, whose vectors). By token, and with a branch norm, types
+// and width are known at run time alone.
+template <bool BRANCH_NORM, typename Body>
 void by_case(By by, ScalarType stream, ScalarType branch, int64_t width, bool vectorised, Body body) {
   const auto any = [&](auto which) {
     by_truth(vectorised, [&](auto by_words) { body(Any{}, Any{}, Number<0>{}, by_words, which); });
   };
-  if (by == By::TOKEN) return any(std::integral_constant<By, By::TOKEN>{});
-  if (by == By::INDEX) return any(std::integral_constant<By, By::INDEX>{});
-  by_row(stream, branch, width, vectorised, [&](auto t, auto u, auto known, auto by_words) {
-    body(t, u, known, by_words, std::integral_constant<By, By::SAMPLE>{});
-  });
+  if constexpr (BRANCH_NORM) {
+    any(std::integral_constant<By, By::SAMPLE>{});
+  } else {
+    if (by == By::TOKEN) return any(std::integral_constant<By, By::TOKEN>{});
+    if (by == By::INDEX) return any(std::integral_constant<By, By::INDEX>{});
+    by_row(stream, branch, width, vectorised, [&](auto t, auto u, auto known, auto by_words) {
+      body(t, u, known, by_words, std::integral_constant<By, By::SAMPLE>{});
+    });
+  }
 }
 
-template <bool RESIDUAL, bool NORM>
+// A norm of the branch: its eps, and 1/rms of each row as far as it is kept.
+struct BranchNorm {
+  double eps = 0.0;
+  OptionalTensor stats;
+};
+
+template <bool RESIDUAL, bool NORM, bool BRANCH_NORM = false>
 void forward(
     const char* op, const Tensor& x, const OptionalTensor& branch, VectorTensors given, const Choice& choice,
-    const OptionalTensor& x1, const OptionalTensor& h, const OptionalTensor& stats, double eps, bool centred) {
+    const OptionalTensor& x1, const OptionalTensor& h, const OptionalTensor& stats, double eps, bool centred,
+    const BranchNorm& branch_norm = {}) {
   const int64_t batch = x.size(0), length = x.size(1), width = x.size(2);
   check_width(op, width);
   given = packed(given);
   const bool vectorised = all_vectorised(x, branch) && is_vectorised(given);
-  by_case(
+  by_case<BRANCH_NORM>(
       choice.by, x.scalar_type(), common_dtype(x.scalar_type(), branch, h), width, vectorised,
       [&](auto stream, auto other, auto known, auto by_words, auto by) {
     using T = decltype(stream);
@@ -407,14 +460,16 @@ void forward(
         .branch = tokens<U>("branch", branch),
         .h = tokens<U>("h", h),
         .stats = tokens<float>("stats", stats),
+        .branch_stats = tokens<float>("branch_stats", branch_norm.stats),
         .vectors = vectors(given),
         .index = numbers("index", choice.index),
         .length = length,
         .blocks = ceil_div(length, forward_rows_held(known)),
         .width = static_cast<int>(width),
         .eps = static_cast<float>(eps),
+        .branch_eps = static_cast<float>(branch_norm.eps),
         .centred = centred};
-    launch<forward_rows<T, U, known, by_words, RESIDUAL, NORM, by>, most_threads(known), forward_shared(known)>(
+    launch<forward_rows<T, U, known, by_words, RESIDUAL, NORM, by, BRANCH_NORM>, most_threads(known), forward_shared(known)>(
         op, batch * a.blocks, x, a, threads_for(a.width));
   });
 }
@@ -424,6 +479,7 @@ struct BackwardTensors {
   VectorTensors given;
   OptionalTensor dx, dbranch;
   VectorTensors wanted;
+  OptionalTensor branch_stats = std::nullopt;
 };
 
 template <typename... Tensors>
@@ -468,7 +524,7 @@ void add_up(const char* op, const BackwardTensors& t, By by, const Tensor& parti
   if (terms.has_value()) launch<add_samples, GROUP_THREADS, TERMS * GROUP_BYTES>(op, ceil_div(width, WARP), partial, a);
 }
 
-template <bool RESIDUAL, bool NORM>
+template <bool RESIDUAL, bool NORM, bool BRANCH_NORM = false>
 void backward(const char* op, BackwardTensors t, const Choice& choice) {
   const Tensor& rows = NORM ? *t.dh : *t.dx1;
   const int64_t length = rows.size(1), width = rows.size(2), groups = rows.size(0) * choice.rows();
@@ -482,8 +538,9 @@ void backward(const char* op, BackwardTensors t, const Choice& choice) {
   const bool residual_sums = any_given(wanted.branch_bias) || (!own && any_given(wanted.gate));
   const bool beyond_norm = any_given(wanted.gate, wanted.branch_bias, t.dx, t.dbranch);
   if (NORM && !beyond_norm) t.dx1.reset();
-  if (!wanted.gate.has_value()) t.branch.reset();
-  STD_TORCH_CHECK(wanted.gate.has_value() == t.branch.has_value(), op, ": dgate is wanted, and the branch is not given");
+  const bool of_branch = BRANCH_NORM || wanted.gate.has_value();
+  if (!of_branch) t.branch.reset();
+  STD_TORCH_CHECK(of_branch == t.branch.has_value(), op, ": dgate is wanted, and the branch is not given");
   t.given = packed(choice.by == By::INDEX ? grouped(t.given) : t.given);
   // Rows of a sample are cut by shapes alone, as if all had as many tokens.
   const int64_t tokens_each = choice.rows() > 1 ? ceil_div(length, choice.rows()) : length;
@@ -493,7 +550,7 @@ void backward(const char* op, BackwardTensors t, const Choice& choice) {
 
   const ScalarType of_stream = common_dtype(rows.scalar_type(), t.x1, t.dx1, t.dx);
   const bool vectorised = all_vectorised(t.dx1, t.dh, t.x1, t.branch) && is_vectorised(t.given);
-  by_case(
+  by_case<BRANCH_NORM>(
       choice.by, of_stream, common_dtype(of_stream, t.dh, t.branch, t.dbranch), width, vectorised,
       [&](auto stream, auto other, auto known, auto by_words, auto by) {
     using T = decltype(stream);
@@ -506,6 +563,7 @@ void backward(const char* op, BackwardTensors t, const Choice& choice) {
         .branch = tokens<U>("branch", t.branch),
         .dbranch = tokens<U>("dbranch", t.dbranch),
         .stats = tokens<float>("stats", t.stats),
+        .branch_stats = tokens<float>("branch_stats", t.branch_stats),
         .partial = tokens<float>("partial", partial),
         .vectors = vectors_of(t.given, choice.by),
         .order = numbers("order", choice.order),
@@ -521,8 +579,10 @@ void backward(const char* op, BackwardTensors t, const Choice& choice) {
         .centred = t.stats.has_value() && t.stats->size(2) == 2,
         .beyond_norm = beyond_norm,
         .norm_sums = norm_sums,
-        .residual_sums = residual_sums};
-    launch<backward_rows<T, U, known, by_words, RESIDUAL, NORM, by>, most_threads(known), backward_shared(known)>(
+        .residual_sums = residual_sums,
+        .branch_weighted = any_given(t.given.branch_bias, wanted.branch_bias)};
+    constexpr int SHARED = backward_shared(known) + (BRANCH_NORM ? branch_shared(known) : 0);
+    launch<backward_rows<T, U, known, by_words, RESIDUAL, NORM, by, BRANCH_NORM>, most_threads(known), SHARED>(
         op, groups * chunks.count, rows, a, threads_for(a.width));
   });
   if (partial.has_value()) add_up(op, t, choice.by, *partial, norm_sums, residual_sums);
@@ -563,19 +623,23 @@ std::tuple<Tensor, Tensor> modulated(
   return {h, or_no_statistics(stats, x)};
 }
 
-Tensor gated(const char* op, const Tensor& x, const Tensor& branch, const VectorTensors& given, const Choice& choice) {
+template <bool BRANCH_NORM = false>
+Tensor gated(
+    const char* op, const Tensor& x, const Tensor& branch, const VectorTensors& given, const Choice& choice,
+    const BranchNorm& branch_norm = {}) {
   const Tensor x1 = empty(x, shape_of(x), x.scalar_type());
-  forward<true, false>(op, x, branch, given, choice, x1, {}, {}, 0.0, false);
+  forward<true, false, BRANCH_NORM>(op, x, branch, given, choice, x1, {}, {}, 0.0, false, branch_norm);
   return x1;
 }
 
+template <bool BRANCH_NORM = false>
 std::tuple<Tensor, Tensor, Tensor> gated_and_modulated(
     const char* op, const Tensor& x, const Tensor& branch, const VectorTensors& given, const Choice& choice,
-    const std::string& norm, double eps, ScalarType out_dtype, bool keep) {
+    const std::string& norm, double eps, ScalarType out_dtype, bool keep, const BranchNorm& branch_norm = {}) {
   const bool centred = norm != "rmsnorm";
   const OptionalTensor stats = statistics(x, centred, keep);
   const Tensor x1 = empty(x, shape_of(x), x.scalar_type()), h = empty(x, shape_of(x), out_dtype);
-  forward<true, true>(op, x, branch, given, choice, x1, h, stats, eps, centred);
+  forward<true, true, BRANCH_NORM>(op, x, branch, given, choice, x1, h, stats, eps, centred, branch_norm);
   return {x1, h, or_no_statistics(stats, x)};
 }
 
@@ -601,19 +665,22 @@ FiveTensors through_modulated(
       or_nothing(made.bias, dh)};
 }
 
+template <bool BRANCH_NORM = false>
 std::tuple<Tensor, Tensor, Tensor> through_gated(
     const char* op, const Tensor& dx1, const OptionalTensor& branch, const VectorTensors& given, const Choice& choice,
-    const Numbers64& wanted) {
+    const Numbers64& wanted, const OptionalTensor& branch_stats = {}) {
   const Numbers64 rows = shape_of(dx1);
   const OptionalTensor dbranch = gradient(wanted, 0, dx1, rows);
   const VectorTensors made{gradient(wanted, 1, dx1, own_shape(rows, choice)), gradient(wanted, 2, dx1, {rows[2]})};
-  backward<true, false>(op, {dx1, {}, {}, branch, {}, given, {}, dbranch, made}, choice);
+  backward<true, false, BRANCH_NORM>(op, {dx1, {}, {}, branch, {}, given, {}, dbranch, made, branch_stats}, choice);
   return {or_nothing(dbranch, dx1), or_nothing(made.gate, dx1), or_nothing(made.branch_bias, dx1)};
 }
 
+template <bool BRANCH_NORM = false>
 EightTensors through_gated_and_modulated(
     const char* op, const OptionalTensor& dx1, const OptionalTensor& dh, const OptionalTensor& x1, const OptionalTensor& branch,
-    const VectorTensors& given, const OptionalTensor& stats, const Choice& choice, const Numbers64& wanted) {
+    const VectorTensors& given, const OptionalTensor& stats, const Choice& choice, const Numbers64& wanted,
+    const OptionalTensor& branch_stats = {}) {
   check_saved(op, x1, stats);
   STD_TORCH_CHECK(dh.has_value(), op, ": called without dh");
   const Tensor& like = dx1.has_value() ? *dx1 : *dh;
@@ -621,7 +688,7 @@ EightTensors through_gated_and_modulated(
   const OptionalTensor dx = gradient(wanted, 0, like, rows), dbranch = gradient(wanted, 1, like, rows);
   const VectorTensors made{gradient(wanted, 2, like, own), gradient(wanted, 5, like, shared), gradient(wanted, 3, like, own),
                            gradient(wanted, 4, like, own), gradient(wanted, 6, like, shared), gradient(wanted, 7, like, shared)};
-  backward<true, true>(op, {dx1, dh, x1, branch, stats, given, dx, dbranch, made}, choice);
+  backward<true, true, BRANCH_NORM>(op, {dx1, dh, x1, branch, stats, given, dx, dbranch, made, branch_stats}, choice);
   const auto result = [&](const OptionalTensor& tensor) { return or_nothing(tensor, like); };
   return {result(dx),         result(dbranch),          result(made.gate),   result(made.shift),
           result(made.scale), result(made.branch_bias), result(made.weight), result(made.bias)};
@@ -705,6 +772,44 @@ EightTensors gated_residual_norm_by_token_backward(
   return through_gated_and_modulated("gated_residual_norm_by_token_backward", dx1, dh, x1, branch, given, stats, choice, wanted);
 }
 
+BranchNorm norm_of_branch(const Tensor& x, double eps, bool keep) { return {eps, statistics(x, false, keep)}; }
+
+std::tuple<Tensor, Tensor> gated_residual_branch_norm(
+    Tensor x, Tensor branch, Optional gate, Optional branch_weight, double branch_eps, bool keep) {
+  const BranchNorm branch_norm = norm_of_branch(x, branch_eps, keep);
+  const Tensor x1 = gated<true>("gated_residual_branch_norm", x, branch, {gate, branch_weight}, {}, branch_norm);
+  return {x1, or_no_statistics(branch_norm.stats, x)};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> gated_residual_norm_branch_norm(
+    Tensor x, Tensor branch, Optional gate, Optional shift, Optional scale, Optional branch_weight, Optional weight, Optional bias,
+    double branch_eps, std::string norm, double eps, ScalarType out_dtype, bool keep) {
+  const BranchNorm branch_norm = norm_of_branch(x, branch_eps, keep);
+  const VectorTensors given{gate, branch_weight, shift, scale, weight, bias};
+  const auto [x1, h, stats] =
+      gated_and_modulated<true>("gated_residual_norm_branch_norm", x, branch, given, {}, norm, eps, out_dtype, keep, branch_norm);
+  return {x1, h, stats, or_no_statistics(branch_norm.stats, x)};
+}
+
+std::tuple<Tensor, Tensor, Tensor> gated_residual_branch_norm_backward(
+    Tensor dx1, Optional branch, Optional gate, Optional branch_weight, Optional branch_stats, Numbers64 wanted) {
+  const char* op = "gated_residual_branch_norm_backward";
+  check_saved(op, branch, branch_stats);
+  return through_gated<true>(op, dx1, branch, {gate, branch_weight}, {}, wanted, branch_stats);
+}
+
+EightTensors gated_residual_norm_branch_norm_backward(
+    Optional dx1, Optional dh, Optional x1, Optional branch, Optional gate, Optional scale, Optional branch_weight, Optional weight,
+    Optional bias, Optional stats, Optional branch_stats, std::string, Numbers64 wanted) {
+  const char* op = "gated_residual_norm_branch_norm_backward";
+  const VectorTensors given{gate, branch_weight, {}, scale, weight, bias};
+  // Where nothing of the branch is wanted, its norm has no part in the rest.
+  const bool of_branch = wanted[1] >= 0 || wanted[2] >= 0 || wanted[5] >= 0;
+  if (!of_branch) return through_gated_and_modulated(op, dx1, dh, x1, branch, given, stats, {}, wanted);
+  check_saved(op, branch, branch_stats);
+  return through_gated_and_modulated<true>(op, dx1, dh, x1, branch, given, stats, {}, wanted, branch_stats);
+}
+
 }  // namespace
 }  // namespace ditkernels
 
@@ -721,4 +826,8 @@ STABLE_TORCH_LIBRARY_IMPL(ditkernels, DITKERNELS_DEVICE, library) {
   library.impl("gated_residual_by_token_backward_cuda", TORCH_BOX(&ditkernels::gated_residual_by_token_backward));
   library.impl("gated_residual_norm_by_token_cuda", TORCH_BOX(&ditkernels::gated_residual_norm_by_token));
   library.impl("gated_residual_norm_by_token_backward_cuda", TORCH_BOX(&ditkernels::gated_residual_norm_by_token_backward));
+  library.impl("gated_residual_branch_norm_cuda", TORCH_BOX(&ditkernels::gated_residual_branch_norm));
+  library.impl("gated_residual_branch_norm_backward_cuda", TORCH_BOX(&ditkernels::gated_residual_branch_norm_backward));
+  library.impl("gated_residual_norm_branch_norm_cuda", TORCH_BOX(&ditkernels::gated_residual_norm_branch_norm));
+  library.impl("gated_residual_norm_branch_norm_backward_cuda", TORCH_BOX(&ditkernels::gated_residual_norm_branch_norm_backward));
 }

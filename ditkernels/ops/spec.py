@@ -90,8 +90,12 @@ def check_norm(given: Given) -> None:
     """The options of a norm, as far as they are there."""
     if given["norm"] not in NORMS:
         raise ValueError(f"norm: got {given['norm']!r}, allowed are {', '.join(NORMS)}")
-    if not given.get("eps", 0.0) >= 0:
-        raise ValueError(f"eps: got {given['eps']}, allowed is 0 or more")
+    check_eps("eps", given.get("eps", 0.0))
+
+
+def check_eps(name: str, eps: float) -> None:
+    if not eps >= 0:
+        raise ValueError(f"{name}: got {eps}, allowed is 0 or more")
 
 
 def check_comes_with(given: Given, name: str, needed: str) -> None:

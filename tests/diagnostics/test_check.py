@@ -16,13 +16,16 @@ CPU = torch.device("cpu")
 FP32 = check.PRECISIONS[0]
 
 
-def is_by_token(chosen):
-    return any(len(chosen.shapes.get(name, ())) == 3 for name in ("gate", "shift", "scale"))
+def kind_of(chosen):
+    """What the name of the op that a case reaches ends in, beside the public function's."""
+    if "branch_norm" in chosen.options:
+        return "_branch_norm"
+    return "_by_token" if any(len(chosen.shapes.get(name, ())) == 3 for name in ("gate", "shift", "scale")) else ""
 
 
 def cases_of(op):
-    """Those of an op, vectors per sample first."""
-    return sorted((case for case in check.CASES if case.op == op), key=is_by_token)
+    """Those of an op, vectors per sample of a branch as it is first."""
+    return sorted((case for case in check.CASES if case.op == op), key=kind_of)
 
 
 def case(op, index=0):
@@ -127,16 +130,12 @@ def test_the_torch_kernels_are_checked_and_not_the_specification(monkeypatch):
     assert parity_of("modulate_norm").ratio <= 1
 
 
-def reaches(name, chosen):
-    """Whether a case reaches an op, which takes vectors per token or does not; others are reached by all of theirs."""
-    return name.endswith("_by_token") == is_by_token(chosen)
-
-
 @pytest.mark.usefixtures("planted_kernels")
 @pytest.mark.parametrize("name", sorted(dispatch.OPS.keys() - {"adamw_ema"}))
 def test_a_kernel_that_is_slightly_off_fails(monkeypatch, name):
     forward = name.removesuffix("_backward")
-    op = {"patchify": "unpatchify"}.get(name, forward.removesuffix("_by_token"))
+    kind = next((kind for kind in ("_by_token", "_branch_norm") if forward.endswith(kind)), "")
+    op = {"patchify": "unpatchify"}.get(name, forward.removesuffix(kind))
 
     def off(outputs):
         scale = 1 + 1e-4
@@ -145,7 +144,7 @@ def test_a_kernel_that_is_slightly_off_fails(monkeypatch, name):
         return tuple(None if o is None else o * scale for o in outputs)
 
     replace_kernel(monkeypatch, name, off)
-    cases = [i for i, chosen in enumerate(cases_of(op)) if reaches(forward, chosen)]
+    cases = [i for i, chosen in enumerate(cases_of(op)) if kind_of(chosen) == kind]
     worst = max(parity_of(op, i).ratio for i in cases[:2])
     assert 1 < worst < math.inf
 

@@ -18,7 +18,7 @@ from tests.helpers.native_cpu import needs_library
 from tests.test_torch_tools import batch, oracles, own
 
 DECOMPOSED = [op for op in dispatch.OPS.values() if op.call in decompositions()]
-DEFAULTS = {"norm": "layernorm", "eps": 1e-6, "out_dtype": torch.float64, "channels_first": False}
+DEFAULTS = {"norm": "layernorm", "eps": 1e-6, "branch_eps": 1e-6, "out_dtype": torch.float64, "channels_first": False}
 
 
 def exported(model: nn.Module, **options: Any) -> torch.export.ExportedProgram:

@@ -1,6 +1,7 @@
 """Norm, modulation and gated residual: ``modulate_norm``, ``gated_residual``, ``gated_residual_norm``.
 
 gate, shift and scale are those of a sample here. ``vectors.py`` says how others are seen so, ``by_token.py`` has those of a token.
+``branch_norm.py`` has the residual of a branch that is normed first.
 
 Forward, for token n of sample b, over channels d (all arithmetic of compiled kernels is in fp32):
 
@@ -44,7 +45,13 @@ from ditkernels import reference
 from ditkernels.ops import _native
 from ditkernels.ops.dispatch import Whole, declare, is_plain
 from ditkernels.ops.norm import by_token  # noqa: F401 (it declares ops that ``wider`` finds by name)
-from ditkernels.ops.norm.formulas import in_dtype, norm_formula, normed_rows, through_norm, vector_gradients
+from ditkernels.ops.norm.branch_norm import (
+    GATED_RESIDUAL_BRANCH_NORM,
+    GATED_RESIDUAL_NORM_BRANCH_NORM,
+    check_branch_norm,
+    normed_apart,
+)
+from ditkernels.ops.norm.formulas import in_dtype, norm_formula, normed_rows, offset_gradients, through_norm, vector_gradients
 from ditkernels.ops.norm.vectors import by_index, wider
 from ditkernels.ops.spec import Example, Given, Gradient, Sizes, Wanted, accumulator, check_norm
 
@@ -102,14 +109,20 @@ def gated_residual(
     *,
     index: Tensor | None = None,
     branch_bias: Tensor | None = None,
+    branch_norm: str | None = None,
+    branch_weight: Tensor | None = None,
+    branch_eps: float = 1e-6,
 ) -> Tensor:
-    """x + gate·(branch + branch_bias), in x's dtype.
+    """x + gate·(branch + branch_bias), in x's dtype; with a ``branch_norm`` x + gate·(norm(branch)·branch_weight).
 
     Args:
         x, branch: (B, N, D), any strides, dtypes independent of each other.
         gate: (B, D), or as ``shift`` in ``modulate_norm``, or None for an ungated residual. A tanh of it is the caller's.
         index: as in ``modulate_norm``.
         branch_bias: (D,), the bias of the linear that made the branch, if that linear left it to this op.
+        branch_norm: "rmsnorm" norms the branch before gate and residual, in the same passes. A branch_bias does not go with it.
+        branch_weight: (D,), that norm's own weight.
+        branch_eps: added to the mean square of the branch.
 
     Returns:
         (B, N, D) in x's dtype.
@@ -117,6 +130,11 @@ def gated_residual(
     Raises:
         As ``modulate_norm``.
     """
+    if branch_norm is not None or branch_weight is not None:
+        check_branch_norm(branch_norm, branch_weight, branch_bias)
+        if index is None:
+            return GATED_RESIDUAL_BRANCH_NORM((x, branch, gate, branch_weight), (branch_eps,))  # type: ignore[no-any-return]
+        branch = normed_apart(branch, branch_weight, branch_eps)
     if index is not None:
         return by_index(GATED_RESIDUAL, (x, branch, gate, branch_bias), (), index)  # type: ignore[no-any-return]
     return GATED_RESIDUAL((x, branch, gate, branch_bias))  # type: ignore[no-any-return]
@@ -126,7 +144,8 @@ def gated_residual_norm(
     x: Tensor, branch: Tensor, gate: Tensor | None = None, shift: Tensor | None = None,
     scale: Tensor | None = None, *, index: Tensor | None = None, branch_bias: Tensor | None = None,
     weight: Tensor | None = None, bias: Tensor | None = None, norm: str = "layernorm", eps: float = 1e-6,
-    out_dtype: torch.dtype | None = None,
+    out_dtype: torch.dtype | None = None, branch_norm: str | None = None, branch_weight: Tensor | None = None,
+    branch_eps: float = 1e-6,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """x1 = x + gate·(branch + branch_bias) and h = norm(x1)·(1 + scale) + shift, in one pass.
 
@@ -139,6 +158,12 @@ def gated_residual_norm(
         As ``modulate_norm``.
     """
     out_dtype = out_dtype or GATED_RESIDUAL_NORM.autocast_dtype(x) or x.dtype
+    if branch_norm is not None or branch_weight is not None:
+        check_branch_norm(branch_norm, branch_weight, branch_bias)
+        if index is None:
+            given = (x, branch, gate, shift, scale, branch_weight, weight, bias)
+            return GATED_RESIDUAL_NORM_BRANCH_NORM(given, (branch_eps, norm, eps, out_dtype))  # type: ignore[no-any-return]
+        branch = normed_apart(branch, branch_weight, branch_eps)
     tensors = (x, branch, gate, shift, scale, branch_bias, weight, bias)
     if index is not None:
         return by_index(GATED_RESIDUAL_NORM, tensors, (norm, eps, out_dtype), index)  # type: ignore[no-any-return]
@@ -152,7 +177,7 @@ def _norm_gradients(call: Whole, grads: Any, read: Any, options: Any, wanted: Wa
     (dh,) = grads
     x, scale, *_ = read
     if x is None:
-        dshift, dbias = _offset_gradients(dh, scale, wanted[1], wanted[4])
+        dshift, dbias = offset_gradients(dh, scale, wanted[1], wanted[4])
         return None, dshift, None, None, dbias
     return call(grads, read, wanted)  # type: ignore[no-any-return]
 
@@ -175,7 +200,7 @@ def _residual_norm_gradients(call: Whole, grads: Any, read: Any, options: Any, w
     dx1, dh = grads
     x1, _, gate, scale, *_ = read
     if x1 is None:
-        dshift, dbias = _offset_gradients(dh, scale, wanted[3], wanted[7])
+        dshift, dbias = offset_gradients(dh, scale, wanted[3], wanted[7])
         return None, None, None, dshift, None, None, None, dbias
     if dh is None:
         dh = torch.zeros_like(x1)
@@ -185,17 +210,6 @@ def _residual_norm_gradients(call: Whole, grads: Any, read: Any, options: Any, w
     # The gradient of a branch without a gate is that of x: the kernel writes it once.
     dx, _, *vectors = call((dx1, dh), read, (x1.dtype, None, *of_vectors))
     return (None if of_x is None else dx, dx.to(of_branch), *vectors)
-
-
-def _offset_gradients(
-    dh: Tensor | None, scale: Tensor | None, of_shift: torch.dtype | None, of_bias: torch.dtype | None
-) -> tuple[Tensor | None, Tensor | None]:
-    """dshift and dbias where nothing else is wanted: they need no normed row."""
-    if dh is None:
-        return None, None
-    p = dh.sum(1, dtype=accumulator(dh))
-    dbias = p if scale is None else (1 + scale.to(p.dtype)) * p
-    return (None if of_shift is None else p.to(of_shift)), (None if of_bias is None else dbias.sum(0).to(of_bias))
 
 
 # ---- Declarations ----------------------------------------------------------------------------------------------------

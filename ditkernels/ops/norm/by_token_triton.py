@@ -55,7 +55,7 @@ def forward_rows_by_token(  # type: ignore[no-untyped-def]
     scale = rows_of_vector((scale, scale_b, scale_k), sample, row) if scale is not None else None
     tokens = (x, x_b, x_n, x_d), (branch, branch_b, branch_n, branch_d)
     rows = token + tl.zeros([1, 1], tl.int64)
-    norm_rows(tokens, gate, shift, scale, branch_bias, weight, bias, x1, h, stats, sample, rows, N, eps, D, S, HEAD, TAIL, 1)
+    norm_rows(tokens, gate, shift, scale, branch_bias, weight, bias, x1, h, stats, None, sample, rows, N, eps, D, S, HEAD, TAIL, 1)
 
 
 @jit
@@ -76,7 +76,7 @@ def backward_rows_by_token(  # type: ignore[no-untyped-def]
     scale = scale, scale_b, scale_k
     outs = dx, dbranch, partial, dgate, dshift, dscale
     walk(
-        tokens, gate, scale, branch_bias, weight, bias, stats, outs, sample, None, first, last, N,
+        tokens, gate, scale, branch_bias, weight, bias, stats, None, outs, sample, None, first, last, N,
         D, S, HEAD, TAIL, ROWS, ONE_WARP, OF_ROWS, True, SUM_P, SUM_Q, SUM_R, SUM_S, SUMS,
     )  # fmt: skip
 
@@ -103,7 +103,7 @@ def backward_rows_by_index(  # type: ignore[no-untyped-def]
     scale = of_sample((scale, scale_b), group) if scale is not None else None
     outs = dx, dbranch, partial, None, None, None
     walk(
-        tokens, gate, scale, None, weight, None, stats, outs, sample, order + sample * N, first, last, N,
+        tokens, gate, scale, None, weight, None, stats, None, outs, sample, order + sample * N, first, last, N,
         D, S, HEAD, TAIL, ROWS, ONE_WARP, OF_ROWS, False, SUM_P, SUM_Q, SUM_R, SUM_S, SUMS,
     )  # fmt: skip
 
@@ -112,15 +112,15 @@ def backward_rows_by_index(  # type: ignore[no-untyped-def]
 
 
 @functools.cache
-def _tile(width: int) -> Tile:
+def one_row(width: int) -> Tile:
     """One token at a time, about 256 channels a warp: its vectors take the registers of further rows."""
     head, _ = pieces(width)
     return Tile(1, max(1, min(32, head // 256)))
 
 
 @functools.cache
-def _backward_tile(width: int) -> Tile:
-    """As ``_tile``, with all registers there are; where a token is found by its place in an order, its address takes some more."""
+def one_row_backward(width: int) -> Tile:
+    """As ``one_row``, with all registers there are: where a token is found by its place in an order, its address takes some."""
     head, _ = pieces(width)
     return Tile(1, max(1, min(32, head // 256)), registers=255 if head <= 1024 else None)
 
@@ -154,7 +154,7 @@ def gated_residual_norm_by_token(  # type: ignore[no-untyped-def]
     rows = (*with_strides(x), *with_strides(branch), *_of_rows(gate), *_of_rows(shift), *_of_rows(scale), packed(index))
     parameters = (packed(branch_bias), packed(weight), packed(bias))
     outs = (x1, h, stats, length, eps)
-    _triton.launch(forward_rows_by_token, batch * length, _tile(int(width)), device, *rows, *parameters, *outs, **constants)
+    _triton.launch(forward_rows_by_token, batch * length, one_row(int(width)), device, *rows, *parameters, *outs, **constants)
     return x1, h, stats
 
 
@@ -180,7 +180,7 @@ def _own_plan(width: int, norm: str, wanted: Wanted, *dtypes: torch.dtype | None
     """As ``backward_plan`` where each token's own vectors need no sum: those of what all tokens share are left."""
     of_x, of_branch, of_gate, _, _, *of_shared = wanted
     _, rows, chunks, samples = backward_plan(width, norm, (of_x, of_branch, None, None, None, *of_shared), False, False, *dtypes)
-    tile = _backward_tile(width)
+    tile = one_row_backward(width)
     beyond = rows["OF_ROWS"] or of_gate is not None
     return tile, rows | {"ROWS": 1, "ONE_WARP": tile.warps == 1, "OF_ROWS": beyond}, chunks, samples
 
@@ -234,7 +234,7 @@ def _by_index(  # type: ignore[no-untyped-def]
         *(int(width), norm, wanted, branch_bias is not None, bias is not None),
         *(_dtype(dx1), _dtype(dh), _dtype(x1), _dtype(branch)),
     )
-    tile = _backward_tile(int(width))
+    tile = one_row_backward(int(width))
     constants = constants | {"ROWS": 1, "ONE_WARP": tile.warps == 1}
     if not constants["OF_ROWS"]:
         dx1 = None

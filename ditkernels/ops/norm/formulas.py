@@ -105,6 +105,17 @@ def vector_gradients(
     return dshift, dscale, dweight, dbias
 
 
+def offset_gradients(
+    dh: Tensor | None, scale: Tensor | None, of_shift: torch.dtype | None, of_bias: torch.dtype | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """dshift and dbias where nothing else is wanted: they need no normed row."""
+    if dh is None:
+        return None, None
+    p = dh.sum(1, dtype=accumulator(dh))
+    dbias = p if scale is None else (1 + scale.to(p.dtype)) * p
+    return (None if of_shift is None else p.to(of_shift)), (None if of_bias is None else dbias.sum(0).to(of_bias))
+
+
 def residual_gradients_formula(
     dx1: Tensor, branch: Tensor | None, gate: Tensor | None, branch_bias: Tensor | None, wanted: Wanted
 ) -> tuple[Tensor | None, ...]:

@@ -89,15 +89,36 @@ def forward_rows(  # type: ignore[no-untyped-def]
     shift = of_sample((shift, shift_b), sample) if shift is not None else None
     scale = of_sample((scale, scale_b), sample) if scale is not None else None
     tokens = (x, x_b, x_n, x_d), (branch, branch_b, branch_n, branch_d)
-    norm_rows(tokens, gate, shift, scale, branch_bias, weight, bias, x1, h, stats, sample, rows, N, eps, D, S, HEAD, TAIL, ROWS)
+    norm_rows(
+        tokens, gate, shift, scale, branch_bias, weight, bias, x1, h, stats, None, sample, rows, N, eps, D, S, HEAD, TAIL, ROWS
+    )
+
+
+@jit
+def _squares(u):  # type: ignore[no-untyped-def]
+    """The sum of the squares of each row of a piece, (ROWS, 1)."""
+    value = u.to(tl.float32)
+    return tl.sum(value * value, 1, keep_dims=True)
+
+
+@jit
+def _normed_branch(u, r, weight, columns, END: tl.constexpr, D: tl.constexpr):  # type: ignore[no-untyped-def]
+    """One piece of the branch's norm in fp32. r: 1/rms of its rows."""
+    normed = u.to(tl.float32) * r
+    if weight is not None:
+        normed *= channels_of(weight, columns, END, D)
+    return normed
 
 
 @jit
 def norm_rows(  # type: ignore[no-untyped-def]
-    tokens, gate, shift, scale, branch_bias, weight, bias, x1, h, stats, sample, rows, N, eps,
+    tokens, gate, shift, scale, branch_bias, weight, bias, x1, h, stats, branch_norm, sample, rows, N, eps,
     D: tl.constexpr, S: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """The forward of some rows of a sample. ``tokens``: x and the branch with their strides; a vector is a pointer to its row."""
+    """The forward of some rows of a sample. ``tokens``: x and the branch with their strides; a vector is a pointer to its row.
+
+    ``branch_norm``: weight, statistics and eps of a norm of the branch, or None.
+    """
     live = rows < N
     line = sample * N + rows
     head = tl.arange(0, HEAD).to(tl.int64)[None, :]
@@ -106,12 +127,24 @@ def norm_rows(  # type: ignore[no-untyped-def]
     branch = rows_of(tokens[1], sample, rows) if tokens[1][0] is not None else None
 
     u = load_piece(branch, head, head_mask) if branch is not None else None
+    if branch_norm is not None:
+        squares = _squares(u)
+        if TAIL > 0:
+            early = _tail_columns(HEAD, TAIL, ROWS)
+            early_u = load_piece(branch, early, mask_of(live, early, HEAD + TAIL, D))
+            squares += _squares(early_u)
+        of_branch = tl.rsqrt(tl.div_rn(squares, D * 1.0) + branch_norm[2])
+        _store(branch_norm[1], line, of_branch, live)
+        u = _normed_branch(u, of_branch, branch_norm[0], head, HEAD, D)
     value = stream_piece(x, u, gate, branch_bias, head, head_mask, HEAD, D)
     _store(x1, line * D + head, value, head_mask)
     if TAIL > 0:
         tail = _tail_columns(HEAD, TAIL, ROWS)
         tail_mask = mask_of(live, tail, HEAD + TAIL, D)
-        tail_u = load_piece(branch, tail, tail_mask) if branch is not None else None
+        if branch_norm is not None:
+            tail_u = _normed_branch(early_u, of_branch, branch_norm[0], tail, HEAD + TAIL, D)
+        else:
+            tail_u = load_piece(branch, tail, tail_mask) if branch is not None else None
         tail_value = stream_piece(x, tail_u, gate, branch_bias, tail, tail_mask, HEAD + TAIL, D)
         _store(x1, line * D + tail, tail_value, tail_mask)
 
@@ -232,7 +265,7 @@ def backward_rows(  # type: ignore[no-untyped-def]
     tokens = (dx1, dx1_b, dx1_n, dx1_d), (dh, dh_b, dh_n, dh_d), (x1, x1_b, x1_n, x1_d), (branch, branch_b, branch_n, branch_d)
     outs = dx, dbranch, partial, None, None, None
     walk(
-        tokens, gate, scale, None, weight, None, stats, outs, sample, None, first, last, N,
+        tokens, gate, scale, None, weight, None, stats, None, outs, sample, None, first, last, N,
         D, S, HEAD, TAIL, ROWS, ONE_WARP, OF_ROWS, False, SUM_P, SUM_Q, SUM_R, SUM_S, SUMS,
     )  # fmt: skip
 
@@ -241,6 +274,25 @@ def backward_rows(  # type: ignore[no-untyped-def]
 def rows_of_vector(vector, sample, rows):  # type: ignore[no-untyped-def]
     """Pointers to rows of one sample of a (B, K, D) vector, given with the strides of samples and rows."""
     return vector[0] + sample * vector[1] + rows * vector[2]
+
+
+@jit
+def _of_rows(stats, first, line, live, ROWS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """One number of each row, (ROWS, 1), or a scalar for a single row, the ``first``."""
+    if ROWS == 1:
+        return tl.load(stats + first)
+    else:
+        return tl.load(stats + line, live, 0.0)
+
+
+@jit
+def _through_gate(value, gate, weight, columns, END: tl.constexpr, D: tl.constexpr):  # type: ignore[no-untyped-def]
+    """One piece of value · gate · weight, as far as these are there."""
+    if gate is not None:
+        value *= channels_of(gate, columns, END, D)
+    if weight is not None:
+        value *= channels_of(weight, columns, END, D)
+    return value
 
 
 @jit
@@ -272,7 +324,7 @@ def _through_own(  # type: ignore[no-untyped-def]
 
 @jit
 def walk(  # type: ignore[no-untyped-def]
-    tokens, gate, scale, branch_bias, weight, bias, stats, outs, sample, order, first, last, N,
+    tokens, gate, scale, branch_bias, weight, bias, stats, branch_norm, outs, sample, order, first, last, N,
     D: tl.constexpr, S: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr, ROWS: tl.constexpr,
     ONE_WARP: tl.constexpr, OF_ROWS: tl.constexpr, OWN: tl.constexpr,
     SUM_P: tl.constexpr, SUM_Q: tl.constexpr, SUM_R: tl.constexpr, SUM_S: tl.constexpr, SUMS: tl.constexpr,
@@ -281,6 +333,7 @@ def walk(  # type: ignore[no-untyped-def]
 
     ``tokens``: dx1, dh, x1 and the branch with their strides; ``outs``: dx, dbranch, partial, dgate, dshift, dscale. OWN: each
     token has vectors of its own, given with their strides, and the last three take their gradients. Else a vector is a pointer.
+    ``branch_norm``: weight and statistics of a norm of the branch, or None; R and S are then the T of norm/branch_norm.py.
     """
     dx1, dh, branch = tokens[0][0], tokens[1][0], tokens[3][0]
     dx, dbranch, partial, dgate, dshift, dscale = outs[0], outs[1], outs[2], outs[3], outs[4], outs[5]
@@ -292,7 +345,7 @@ def walk(  # type: ignore[no-untyped-def]
         factor = _factor(scale, weight, head, HEAD, D)
         if TAIL > 0:
             tail_factor = _factor(scale, weight, tail, HEAD + TAIL, D)
-    if dbranch is not None and gate is not None and not AT_USE:
+    if dbranch is not None and gate is not None and not AT_USE and branch_norm is None:
         g = channels_of(gate, head, HEAD, D)
         if TAIL > 0:
             tail_g = channels_of(gate, tail, HEAD + TAIL, D)
@@ -413,7 +466,32 @@ def walk(  # type: ignore[no-untyped-def]
                 d *= channels_of(own_gate, head, HEAD, D)
                 if TAIL > 0:
                     tail_d *= channels_of(own_gate, tail, HEAD + TAIL, D)
-        if dbranch is not None:
+        if branch_norm is not None:
+            if ONE_WARP:
+                u = load_piece(branch_rows, head, mask)
+                if TAIL > 0:
+                    tail_u = load_piece(branch_rows, tail, tail_mask)
+            of_branch = _of_rows(branch_norm[1], sample * N + start, line, live, ROWS)
+            u = _normed_branch(u, of_branch, None, head, HEAD, D)
+            along_u = _along(_through_gate(d * u, gate, branch_norm[0], head, HEAD, D), ROWS)
+            if TAIL > 0:
+                tail_u = _normed_branch(tail_u, of_branch, None, tail, HEAD + TAIL, D)
+                along_u += _along(_through_gate(tail_d * tail_u, gate, branch_norm[0], tail, HEAD + TAIL, D), ROWS)
+            along_u = tl.div_rn(along_u, D * 1.0)
+            if dbranch is not None:
+                through = _through_gate(d, gate, branch_norm[0], head, HEAD, D)
+                _store(dbranch, line * D + head, _through_norm(through, u, of_branch, None, along_u), mask)
+                if TAIL > 0:
+                    tail_through = _through_gate(tail_d, gate, branch_norm[0], tail, HEAD + TAIL, D)
+                    _store(dbranch, line * D + tail, _through_norm(tail_through, tail_u, of_branch, None, along_u), tail_mask)
+            d *= u
+            if TAIL > 0:
+                tail_d *= tail_u
+            if SUM_R >= 0:
+                r += over_rows(d)
+                if TAIL > 0:
+                    tail_r += _folded(tail_d, ONE_WARP)
+        elif dbranch is not None:
             if gate is not None and ONE_WARP and not OWN:
                 g = channels_of(gate, head, HEAD, D)
                 if TAIL > 0:
@@ -422,7 +500,7 @@ def walk(  # type: ignore[no-untyped-def]
             _store(dbranch, line * D + head, g * d if gated else d, mask)
             if TAIL > 0:
                 _store(dbranch, line * D + tail, tail_g * tail_d if gated else tail_d, tail_mask)
-        if SUM_R >= 0:
+        if SUM_R >= 0 and branch_norm is None:
             if ONE_WARP:
                 u = load_piece(branch_rows, head, mask)
                 if TAIL > 0:
@@ -562,14 +640,23 @@ def forward_plan(width: int, norm: str, *dtypes: torch.dtype | None) -> tuple[Ti
 
 @functools.cache
 def backward_plan(
-    width: int, norm: str, wanted: Wanted, has_branch_bias: bool, has_bias: bool, *dtypes: torch.dtype | None
+    width: int,
+    norm: str,
+    wanted: Wanted,
+    has_branch_bias: bool,
+    has_bias: bool,
+    *dtypes: torch.dtype | None,
+    branch_norm: bool = False,
 ) -> tuple[Tile, Constants, Constants, Constants]:
-    """The tile and the constants of ``backward_rows``, the constants of ``add_chunks``, and those of ``add_samples``."""
+    """The tile and the constants of ``backward_rows``, the constants of ``add_chunks``, and those of ``add_samples``.
+
+    With a ``branch_norm`` its weight is in the place of the branch's bias, and T in that of S, or else of R.
+    """
     of_x, of_branch, of_gate, of_shift, of_scale, of_branch_bias, of_weight, of_bias = (dtype is not None for dtype in wanted)
     needed = {
         "SUM_P": of_shift or of_bias or (of_scale and has_bias),
         "SUM_Q": of_scale or of_weight,
-        "SUM_R": of_gate,
+        "SUM_R": of_gate and not (branch_norm and has_branch_bias),
         "SUM_S": of_branch_bias or (of_gate and has_branch_bias),
     }
     names = [name for name, need in needed.items() if need]

@@ -12,6 +12,7 @@ copied otherwise.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -28,8 +29,12 @@ Tensors = Sequence["Tensor | None"]
 # ---- Without an index ------------------------------------------------------------------------------------------------
 
 
-def wider(name: str) -> Callable[[Tensors], Callable[..., Any] | None]:
-    """For the op of this name: what makes a call whose vectors are not all (B, D) of calls that are; see ``Declaration.wider``."""
+def wider(name: str, by_token: Callable[..., Any] | None = None) -> Callable[[Tensors], Callable[..., Any] | None]:
+    """For the op of this name: what makes a call whose vectors are not all (B, D) of calls that are; see ``Declaration.wider``.
+
+    Args:
+        by_token: (tensors with vectors (B, N, D), options, asked) -> the outputs; by default ``name``'s op by token makes them.
+    """
 
     def find(tensors: Tensors) -> Callable[..., Any] | None:
         declaration = OPS[name].declaration
@@ -39,7 +44,8 @@ def wider(name: str) -> Callable[[Tensors], Callable[..., Any] | None]:
         tokens = _check_tokens(declaration, tensors)
         rows = _common(_rows(which, vector, tokens) for which, vector in vectors.items())
         if rows == tokens.shape[1] != 1:
-            return lambda given, options, asked: _by_token(name, given, options, asked, rows)
+            make = by_token or functools.partial(_by_token, name)
+            return lambda given, options, asked: make(_of_rows(name, given, rows), options, asked)
         return lambda given, options, asked: _by_segment(name, given, options, asked, rows)
 
     return find
@@ -117,9 +123,8 @@ def _by_segment(name: str, tensors: Tensors, options: tuple[Any, ...], asked: st
     return outputs.view(x.shape) if isinstance(outputs, Tensor) else tuple(out.view(x.shape) for out in outputs)
 
 
-def _by_token(name: str, tensors: Tensors, options: tuple[Any, ...], asked: str, rows: int) -> Any:
-    given = (*_of_rows(name, tensors, rows), None, None, None)
-    return OPS[f"{name}_by_token"](given, options, asked)  # type: ignore[operator]
+def _by_token(name: str, tensors: Tensors, options: tuple[Any, ...], asked: str) -> Any:
+    return OPS[f"{name}_by_token"]((*tensors, None, None, None), options, asked)  # type: ignore[operator]
 
 
 def _of_rows(name: str, tensors: Tensors, rows: int) -> list[Tensor | None]:

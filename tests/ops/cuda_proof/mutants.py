@@ -24,6 +24,7 @@ from tests.numerics import assert_contract
 from tests.ops import (
     test_adamw_ema,
     test_bias_gelu,
+    test_branch_norm,
     test_constant_rows,
     test_final_layer,
     test_mlp,
@@ -130,7 +131,7 @@ MUTANTS = {
     "sums of the residual alone": (NORM, "if (NORM && «a.norm_sums»)", "a.norm_sums && a.residual_sums"),
     "terms that are not wanted written": (NORM, "if («a.terms.data == nullptr») return;", "false"),
     "dx1 read for the norm's vectors": (NORM, "if (NORM && «!beyond_norm») t.dx1", "false"),
-    "branch read without dgate": (NORM, "if («!wanted.gate.has_value()») t.branch", "false"),
+    "branch read without dgate": (NORM, "if («!of_branch») t.branch", "false"),
     "gradients in x's dtype": (
         COMMON,
         "shape, «static_cast<ScalarType>(wanted[at])»);",
@@ -166,6 +167,25 @@ MUTANTS = {
     "vectors of one group for all": (NORM, "vector->sample = «vector->row»;", "0"),
     "rows of a vector in one place": (COMMON, "row * «vector.row» * bytes", "0"),
     "rows of fp32 as of half precision": (COMMON, "ScalarType::Float ? «sizeof(float)» : sizeof(BFloat16)", "sizeof(BFloat16)"),
+    # ------------------------------------------------------------------------------------------------ norm, of the branch
+    "branch's squares lost": (NORM, "squares[r] += «u[r].at[i] * u[r].at[i]»;", "1.0f"),
+    "branch's eps dropped": (NORM, "sqrtf(squares[r] / width + «a.branch_eps»)", "0.0f"),
+    "branch's statistics of one sample": (NORM, "store_one(a.branch_stats, «sample», first + r", "0"),
+    "branch not normed": (NORM, "u[r].at[i] *= «rstd * weight.at[i]»;", "weight.at[i]"),
+    "branch's weight ignored": (NORM, "u[r].at[i] *= «rstd * weight.at[i]»;", "rstd"),
+    "branch's weight added": (NORM, "branch_bias = «BRANCH_NORM» ? Unit{}", "false"),
+    "branch's weight forgotten in dbranch": (NORM, "gate.at[i] *= «weight.at[i]»;", "1.0f"),
+    "branch's statistics of another row": (NORM, "load_one(a.branch_stats, sample, «token_at(first + start + k)», 0)", "0"),
+    "branch's statistics of another sample": (NORM, "load_one(a.branch_stats, «sample», token_at", "0"),
+    "b̂ not normed": (NORM, "u[k].at[i] *= «branch_rstd[k]»;", "1.0f"),
+    "gate forgotten along b̂": (NORM, "along_branch[k] += «gate.at[i]» * stream", "1.0f"),
+    "b̂'s share not subtracted": (NORM, "- «u[k].at[i]» * (along_branch[k] / width)", "0.0f"),
+    "b̂'s share not divided": (NORM, "u[k].at[i] * («along_branch[k] / width»)", "along_branch[k]"),
+    "r forgotten in dbranch": (NORM, "dbranch.at[i] = «branch_rstd[k]» * through", "1.0f"),
+    "T without b̂": (NORM, "s.at[i] += «u[k].at[i] * stream[k].at[i]»;", "stream[k].at[i]"),
+    "T without a weight lost": (NORM, "width, «BRANCH_NORM && !a.branch_weighted» ? s : r", "false"),
+    "T with a weight twice": (NORM, "width, «BRANCH_NORM && !a.branch_weighted» ? s : r", "BRANCH_NORM"),
+    "branch_weight's gradient alone not made": (NORM, "|| wanted[2] >= 0 || «wanted[5] >= 0»;", "false"),
     # ------------------------------------------------------------------------------------------------ sums
     "one term for all": (SUMS, "parts.write(«i * GROUP_THREADS» + threadIdx.x", "0"),
     "one group lost": (SUMS, "for (int64_t group = «threadIdx.x / WARP»; group", "1 + threadIdx.x / WARP"),
@@ -444,6 +464,15 @@ def check_by_token() -> None:
     test_modulations.check_dshift_of_the_op()
 
 
+def check_branch_norm() -> None:
+    """Several samples and chunks, a masked unit, every vector, a gate alone, the gradient of the branch's weight alone."""
+    inputs = test_branch_norm.make_inputs("gated_residual_norm", 2, 5, 23, F32, F32)
+    for needs in ("", "branch_weight"):
+        test_branch_norm.assert_parity("gated_residual_norm", inputs, needs)
+    test_branch_norm.assert_parity("gated_residual", test_branch_norm.make_inputs("gated_residual", 2, 37, 23, F32, F32))
+    test_branch_norm.assert_parity("gated_residual", test_branch_norm.make_inputs("gated_residual", 2, 3, 23, F32, F32, "gate"))
+
+
 def check_wanted() -> None:
     """Each gradient is what it is among all, in its own dtype, and nothing is read or written that is not needed."""
     for case in WANTED:
@@ -556,7 +585,7 @@ def misaligned(tensor: torch.Tensor) -> torch.Tensor:
 
 FAMILIES = {
     MLP: (check_mlp,),
-    NORM: (check_norm, check_by_token, check_wanted),
+    NORM: (check_norm, check_by_token, check_branch_norm, check_wanted),
     GELU: (check_bias_gelu, check_wanted),
     QKV: (check_qkv,),
     ADAMW: (check_adamw,),
