@@ -18,10 +18,10 @@ from torch.overrides import TorchFunctionMode
 from ditkernels import ops
 
 FUSED = {"modulate_norm": 1, "gated_residual": 1, "gated_residual_norm": 2, "final_layer": 1}
-"""Sites in a call of each op."""
+"""Sites in a call of each op; a norm of the branch is one more."""
 
 _ADDS = (torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__)
-_LAST = ("norm_out", "norm_final", "final_layer", "out_layer", "final_norm", "head")
+_LAST = ("norm_out", "norm_final", "final_layer", "all_final_layer", "out_layer", "final_norm", "head")
 
 
 class Sites(TorchFunctionMode):
@@ -95,7 +95,7 @@ def fused() -> Iterator[dict[str, int]]:
 
     def counting(name: str, function: Any) -> Any:
         def call(*args: Any, **options: Any) -> Any:
-            counted["sites"] += FUSED[name]
+            counted["sites"] += FUSED[name] + ("branch_norm" in options)
             return function(*args, **options)
 
         return call

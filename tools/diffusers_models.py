@@ -304,6 +304,16 @@ def _zimage(draw: Inputs) -> Arguments:
     }
 
 
+def _lumina(draw: Inputs) -> Arguments:
+    return {**_image(draw), "encoder_attention_mask": torch.ones(draw.batch, 5, dtype=torch.int64)}
+
+
+def _mochi(draw: Inputs) -> Arguments:
+    mask = torch.ones(draw.batch, 5, dtype=torch.bool)
+    mask[:, 4:] = False
+    return {**_video(draw), "encoder_hidden_states": draw.normal(5, 16), "encoder_attention_mask": mask}
+
+
 def _motif(draw: Inputs) -> Arguments:
     return {**_video(draw), "encoder_attention_mask": torch.ones(draw.batch, 5)}
 
@@ -559,6 +569,51 @@ MODELS: dict[str, Tiny] = {
                 "axes_dim": [6, 6],
             },
             _image,
+        ),
+        Tiny(
+            "Lumina2Transformer2DModel",
+            {
+                "sample_size": 8,
+                "in_channels": 4,
+                "hidden_size": WIDTH,
+                "num_layers": 3,
+                "num_refiner_layers": 1,
+                "num_attention_heads": HEADS,
+                "num_kv_heads": 2,
+                "multiple_of": 16,
+                "axes_dim_rope": ROPE,
+                "axes_lens": (16, 16, 16),
+                "cap_feat_dim": TEXT,
+            },
+            _lumina,
+        ),
+        Tiny(
+            "ZImageTransformer2DModel",
+            {
+                "in_channels": 4,
+                "dim": WIDTH,
+                "n_layers": 3,
+                "n_refiner_layers": 1,
+                "n_heads": HEADS,
+                "n_kv_heads": HEADS,
+                "cap_feat_dim": TEXT,
+                "axes_dims": list(ROPE),
+                "axes_lens": [64, 64, 64],
+            },
+            _zimage,
+        ),
+        Tiny(
+            "MochiTransformer3DModel",
+            {
+                **HEADED,
+                "num_layers": 3,
+                "pooled_projection_dim": 24,
+                "in_channels": 4,
+                "text_embed_dim": 16,
+                "time_embed_dim": 16,
+                "max_sequence_length": 5,
+            },
+            _mochi,
         ),
     )
 }

@@ -29,7 +29,16 @@ FORMS = ["FluxTransformer2DModel", "PixArtTransformer2DModel", "Kandinsky5Transf
 """One class of each form of block: joint attention with parallel blocks, cross-attention, others."""
 
 QUICK = [*FORMS, "SD3Transformer2DModel", "SD3Transformer2DModel-3.5", "WanTransformer3DModel", "LTXVideoTransformer3DModel"]
-QUICK += ["AuraFlowTransformer2DModel", "CogVideoXTransformer3DModel"]
+QUICK += ["AuraFlowTransformer2DModel", "CogVideoXTransformer3DModel", "Lumina2Transformer2DModel"]
+
+SITES = {
+    "modulate_norm": 1,
+    "gated_residual": 1,
+    "gated_residual_norm": 2,
+    "gated_residual_branch_norm": 2,
+    "gated_residual_norm_branch_norm": 3,
+}
+"""In a call of an op."""
 
 LEAST = 0.9
 """Of all sites of adaLN. A tiny model has few blocks, so that the last norm, which some models modulate themselves, weighs more."""
@@ -304,7 +313,7 @@ def compiled_by_block(model: nn.Module, graphs: Graphs, name: str) -> Tensor:
 )
 def test_compiles(name: str, compile_: Callable[[nn.Module, Graphs, str], Tensor]) -> None:
     torch._dynamo.reset()
-    model, graphs = made(name), Graphs()
+    model, graphs = made(name), Graphs(tuple(SITES))
     with torch.no_grad():
         want = called(model, name)
         quietly(model)
@@ -312,7 +321,7 @@ def test_compiles(name: str, compile_: Callable[[nn.Module, Graphs, str], Tensor
             called(model, name)
         got = compile_(model, graphs, name)
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
-    assert sum({"gated_residual_norm": 2}.get(op, 1) * calls for op, calls in graphs.calls.items()) == ran["sites"]
+    assert sum(SITES[op] * calls for op, calls in graphs.calls.items()) == ran["sites"]
 
 
 def first_block_cache(model: nn.Module) -> None:

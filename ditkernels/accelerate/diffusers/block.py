@@ -30,6 +30,9 @@ NORMS, NAMES, DEFAULTS, REST = "norms", "names", "defaults", "rest"
 """Settings: the kinds of the norms by path; the parameters of the original's forward, in order; those that have a default, with it;
 whether it takes further ones and ignores them."""
 
+ANY_WIDTH = 8
+"""What a norm is tried on that takes any width."""
+
 Paths = tuple[str, ...]
 """Of modules in a part."""
 
@@ -61,6 +64,11 @@ class ByClass(Fused):
         if given is None or not self.fits(given) or not self.unchanged():
             return self.as_written(*args, **options)
         return self.fused(given)
+
+    @classmethod
+    def norms_of(cls, part: Any) -> Paths:
+        """``norms`` as ``part`` has them."""
+        return cls.norms
 
     def fits(self, given: Given) -> bool:
         """Whether the ops take a call: tokens in rows of (B, N, D), and vectors of samples."""
@@ -158,10 +166,10 @@ def plan_part(part: Any, mixin: type[ByClass], calls: Calls) -> Planned:
 
 
 def _kinds(part: nn.Module, mixin: type[ByClass]) -> Iterator[tuple[str, Kind]]:
-    for path in mixin.norms:
+    for path in mixin.norms_of(part):
         norm = at(part, path)
         if norm is not None and not isinstance(norm, nn.Identity):
-            yield path, parts.kind_of_norm(path, norm, width_of(path, norm))
+            yield path, parts.kind_of_norm(path, norm, width_of(path, norm) or ANY_WIDTH)
 
 
 def at(part: nn.Module, path: str) -> nn.Module | None:
@@ -173,7 +181,7 @@ def at(part: nn.Module, path: str) -> nn.Module | None:
 
 
 def width_of(path: str, norm: Any) -> int:
-    """How many channels a norm takes."""
+    """How many channels a norm takes; 0 where it takes any."""
     shape = getattr(norm, "normalized_shape", None) or getattr(norm, "dim", None) or getattr(norm, "weight", torch.empty(0)).shape
     if len(shape) != 1:
         raise Refused(f"{path} is {type(norm).__name__}, which does not say how many channels it takes")

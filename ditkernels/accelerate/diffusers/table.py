@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from ditkernels.accelerate.diffusers import cross, joint, norms, others, parallel
+from ditkernels.accelerate.diffusers import cross, joint, norms, others, parallel, sandwich
 from ditkernels.accelerate.diffusers.block import ByClass
 
 _MODELS = "diffusers.models"
@@ -105,6 +105,12 @@ _BY_FILE: dict[str, dict[str, type[ByClass]]] = {
         "LongCatImageTransformerBlock": joint.Flux,
     },
     f"{_TRANSFORMERS}.transformer_ltx": {"LTXVideoTransformerBlock": cross.LTX},
+    f"{_TRANSFORMERS}.transformer_lumina2": {"Lumina2TransformerBlock": sandwich.Lumina2},
+    f"{_TRANSFORMERS}.transformer_mochi": {
+        "MochiLayerNormContinuous": sandwich.MochiContinuous,
+        "MochiRMSNormZero": sandwich.MochiZero,
+        "MochiTransformerBlock": sandwich.Mochi,
+    },
     f"{_TRANSFORMERS}.transformer_motif_video": {
         "MotifVideoSingleTransformerBlock": parallel.ParallelMotif,
         "MotifVideoTransformerBlock": joint.MotifVideo,
@@ -124,7 +130,10 @@ _BY_FILE: dict[str, dict[str, type[ByClass]]] = {
     f"{_TRANSFORMERS}.transformer_wan": {"WanTransformerBlock": cross.Wan},
     f"{_TRANSFORMERS}.transformer_wan_animate": {"WanTransformerBlock": cross.Wan},
     f"{_TRANSFORMERS}.transformer_wan_vace": {"WanVACETransformerBlock": cross.WanVACE},
-    f"{_TRANSFORMERS}.transformer_z_image": {"FinalLayer": norms.FinalScaled},
+    f"{_TRANSFORMERS}.transformer_z_image": {
+        "FinalLayer": norms.FinalScaled,
+        "ZImageTransformerBlock": sandwich.ZImage,
+    },
 }
 
 
