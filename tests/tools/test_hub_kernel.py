@@ -145,4 +145,4 @@ def test_a_model_of_diffusers_takes_its_layers(mapped: Any) -> None:
     found = run()
     assert sorted(taken) == ["AdaLayerNormContinuous", "AdaLayerNormZeroSingle"]
     for here, there in zip(found, expected):
-        assert torch.allclose(here, there, rtol=1e-4, atol=1e-5 * float(there.abs().max()) + 1e-7)
+        assert torch.allclose(here, there, rtol=1e-4, atol=1e-5 * there.detach().abs().max().item() + 1e-7)
