@@ -94,3 +94,20 @@ def test_every_dependency_has_a_lower_bound_and_a_permissive_licence() -> None:
         told = [about.get("License-Expression") or about.get("License") or "", *(about.get_all("Classifier") or ())]
         assert PERMISSIVE.search(" ".join(text for text in told if "License" in text or text in told[:1])), name
         assert bound
+
+
+def test_neither_import_nor_use_asks_the_network() -> None:
+    program = (
+        "import socket\n"
+        "def refused(*args): raise AssertionError('the network was asked')\n"
+        "socket.socket.connect = socket.getaddrinfo = refused\n"
+        "import torch, ditkernels\n"
+        "model = ditkernels.DiT(input_size=4, in_channels=1, hidden_size=16, depth=1, num_heads=2, num_classes=3)\n"
+        "diffusion = ditkernels.create_diffusion('')\n"
+        "t = torch.tensor([1, 2])\n"
+        "diffusion.training_losses(model, torch.randn(2, 1, 4, 4), t, {'y': t})['loss'].mean().backward()\n"
+        "ditkernels.sample(model.eval(), [0, 1], steps=2, vae='none')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)
+    assert "the network was asked" not in done.stderr
+    assert done.returncode == 0, done.stderr
