@@ -874,9 +874,11 @@ def check_range(name: str, kind: str, values: Tensor, rows: int) -> None:
     if values.device.type == "cpu" and not compiling and not isinstance(values, FakeTensor):
         # Whoever traces must not see what is done for this answer: its shape follows from the values.
         with _disable_current_modes() if torch._C._len_torch_dispatch_stack() else nullcontext():
-            outside = values[(values < 0) | (values >= rows)]
-            if outside.numel():
-                raise ValueError(f"{name}: got {kind} {outside[0].item()}, allowed are 0..{rows - 1}")
+            if values.numel():
+                least, largest = values.aminmax()  # one pass over them, where to look for the first outside takes four
+                if least < 0 or largest >= rows:
+                    outside = values[(values < 0) | (values >= rows)]
+                    raise ValueError(f"{name}: got {kind} {outside[0].item()}, allowed are 0..{rows - 1}")
     elif values.device.type != "meta" and not (compiling and _inside(TransformType.Vmap)):
         torch._assert_async(((values >= 0) & (values < rows)).all(), f"{name}: a {kind} is outside 0..{rows - 1}")
 

@@ -3,7 +3,8 @@
     python -m benchmarks.speed.modulations --device cpu --rounds 41 --threads 1 --json benchmarks/results/cpu-modulations.json
 
 A kind says what gate, shift and scale are: of a sample, shared by the batch, of a segment (4 a sample), of a token, or of a row
-that an index chooses for each token (2 a sample, as of clean and noisy tokens). ``min x`` is the speed that each is held to.
+that an index chooses for each token (2 a sample, as of clean and noisy tokens). Of "branch_norm" they are of a sample, and the
+branch is normed first, with a weight. ``min x`` is the speed that each is held to.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from ditkernels import ops, reference
 SHAPES = ((1, 256, 384), (4, 256, 1152))
 OPS = ("modulate_norm", "gated_residual", "gated_residual_norm")
 SEGMENTS, ROWS = 4, 2
-KINDS = ("sample", "shared", "segment", "token", "index")
+KINDS = ("sample", "shared", "segment", "token", "index", "branch_norm")
 AIM = 1.8
 COLUMNS = ("op", "kind", "shape", "pass", "ours_ms", "plain_ms", "times faster", "min x")
 
@@ -29,15 +30,18 @@ COLUMNS = ("op", "kind", "shape", "pass", "ours_ms", "plain_ms", "times faster",
 def inputs_of(op: str, kind: str, shape: Sequence[int], device: torch.device) -> dict[str, Tensor]:
     """Leaves; the index is in runs, as of a picture that is clean in one half."""
     batch, length, width = shape
-    axes = {"sample": (batch,), "shared": (), "segment": (batch, SEGMENTS), "token": (batch, length), "index": (batch, ROWS)}[kind]
+    others = {"shared": (), "segment": (batch, SEGMENTS), "token": (batch, length), "index": (batch, ROWS)}
+    axes = others.get(kind, (batch,))
     vectors = {"modulate_norm": ("shift", "scale"), "gated_residual": ("gate",)}.get(op, ("gate", "shift", "scale"))
     tokens = ("x",) if op == "modulate_norm" else ("x", "branch")
     made = {name: torch.randn(*shape, device=device) for name in tokens}
     made |= {name: torch.randn(*axes, width, device=device) for name in vectors}
+    if kind == "branch_norm":
+        made["branch_weight"] = torch.randn(width, device=device)
     return {name: tensor.requires_grad_() for name, tensor in made.items()}
 
 
-def contender(room: Any, op: str, inputs: dict[str, Tensor], extra: dict[str, Tensor], backward: bool) -> Callable[[Any], Any]:
+def contender(room: Any, op: str, inputs: dict[str, Tensor], extra: dict[str, Any], backward: bool) -> Callable[[Any], Any]:
     function = getattr(room, op)
 
     def inference(_: Any) -> Any:
@@ -68,10 +72,10 @@ def measured(args: argparse.Namespace) -> Iterator[measure.Row]:
     torch.manual_seed(0)
     for shape in SHAPES:
         for op in args.ops:
-            for kind in args.kinds:
+            for kind in (kind for kind in args.kinds if kind != "branch_norm" or op != "modulate_norm"):
                 inputs = inputs_of(op, kind, shape, device)
                 index = (torch.arange(shape[1], device=device) * ROWS // shape[1]).expand(shape[0], -1).contiguous()
-                extra = {"index": index} if kind == "index" else {}
+                extra = {"index": {"index": index}, "branch_norm": {"branch_norm": "rmsnorm"}}.get(kind, {})
                 for backward in (False, True):
                     contenders = [
                         measure.Contender(name, contender(room, op, inputs, extra, backward))

@@ -208,7 +208,9 @@ class CallableOp(Op):
             if len(self.memory) >= _MEMORY:
                 self.memory.clear()
             self.memory[remembered_as] = plan
-        self.newest = (key, plan)
+        # A call that is made of others would displace the newest of these, which are calls of the same op.
+        if not isinstance(plan, Composed):
+            self.newest = (key, plan)
         return plan
 
     def _whole(self, backend: str | None, tensors: tuple[Tensor | None, ...], options: tuple[Any, ...]) -> Any:

@@ -96,6 +96,15 @@ def _common(counts: Iterable[int]) -> int:
     return rows
 
 
+def _as_samples(vector: Tensor, batch: int, rows: int) -> Tensor:
+    """A vector as (B·rows, D). Each view costs the host microseconds, and autograd a node."""
+    if vector.dim() == 1:
+        return vector.expand(batch * rows, vector.shape[0])
+    if vector.dim() == 2 and rows == 1:
+        return vector
+    return _spread(vector, batch, rows).flatten(0, 1)
+
+
 def _spread(vector: Tensor, batch: int, rows: int) -> Tensor:
     """A vector as (B, rows, D)."""
     if vector.dim() < 3:
@@ -114,7 +123,7 @@ def _by_segment(name: str, tensors: Tensors, options: tuple[Any, ...], asked: st
     for at, given in enumerate(OPS[name].declaration.inputs):
         tensor = tensors[at]
         if tensor is not None and given.axes == "BD":
-            made[at] = _spread(tensor, batch, rows).reshape(batch * rows, width)
+            made[at] = _as_samples(tensor, batch, rows)
         elif tensor is not None and given.axes == "BND" and rows != 1:
             made[at] = tensor.reshape(batch * rows, length // rows, width)
     outputs = OPS[name](tuple(made), options, asked)  # type: ignore[operator]
