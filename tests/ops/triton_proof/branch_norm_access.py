@@ -17,7 +17,7 @@ from tools.kernel_proof.interpreted import reordered, shuffled, traced
 PASSES = [("gated_residual", 3, 3), ("gated_residual_norm", 4, 6)]
 
 
-@pytest.mark.parametrize("width", [100, 384])
+@pytest.mark.parametrize("width", [100, pytest.param(384, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("op, forward, backward", PASSES)
 def test_every_tensor_is_touched_once_per_pass(op: str, forward: int, backward: int, width: int) -> None:
     inputs = make_inputs(op, 2, 17, width, F32, BF16)
@@ -38,7 +38,7 @@ def test_a_branch_of_which_nothing_is_wanted_is_not_read() -> None:
     assert passes(backward, inputs["x"].shape) == 4
 
 
-@pytest.mark.parametrize("width", [1152, 100])
+@pytest.mark.parametrize("width", [pytest.param(1152, marks=pytest.mark.slow), 100])
 @pytest.mark.parametrize("op", OPS)
 def test_no_program_depends_on_another(op: str, width: int) -> None:
     """Disjoint writes, no reads of another program's writes, nothing outside the arguments, equal bits in any order."""

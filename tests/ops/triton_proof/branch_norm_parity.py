@@ -40,9 +40,9 @@ def test_parity(op: str, case: tuple) -> None:
 
 
 @pytest.mark.parametrize("op", OPS)
-def test_every_combination_of_optional_arguments(op: str) -> None:
+def test_each_optional_argument_alone_and_all_but_one(op: str) -> None:
     norms = itertools.cycle(reference.NORMS)
-    for count in range(len(TAKES[op]) + 1):
+    for count in (0, 1, len(TAKES[op]) - 1, len(TAKES[op])):
         for names in itertools.combinations(TAKES[op], count):
             inputs = make_inputs(op, 2, 3, 11, F32, F32, " ".join(names) or "none")
             assert_parity(op, inputs, **({} if op == "gated_residual" else {"norm": next(norms)}))
