@@ -12,21 +12,33 @@ CONTRACT_ULPS = 2.0
 """... plus two units in the last place of the largest value: one rounding of the result, one of an intermediate."""
 
 
-def contract_bound(low: Tensor, exact: Tensor) -> float:
-    """The largest error allowed by the contract, given plain PyTorch's result ``low`` and the fp64 result ``exact``."""
+TERM_ULPS = 0.25
+"""A sum of n terms, added one after the other, strays by the root of n times this much of a unit in the last place: a rounding is
+uniform within half a unit, 0.29 in the root mean square, and the sum is smaller on its way."""
+
+
+def contract_bound(low: Tensor, exact: Tensor, terms: int = 0) -> float:
+    """The largest error allowed by the contract, given plain PyTorch's result ``low`` and the fp64 result ``exact``.
+
+    Args:
+        terms: of the longest fp32 sum in a result that is a product. How far plain PyTorch's own strays depends on how many partial
+            sums the processor's vectors hold: with AVX-512 it is far less than one after the other.
+    """
     exact = exact.double()
     largest = exact.abs().max().item()
-    plain_error = (low.double() - exact).abs().max().item()
+    one_by_one = TERM_ULPS * terms**0.5 * torch.finfo(torch.float32).eps * largest
+    plain_error = max((low.double() - exact).abs().max().item(), one_by_one)
     return CONTRACT_FACTOR * plain_error + CONTRACT_ULPS * torch.finfo(low.dtype).eps * largest
 
 
-def assert_contract(actual: Tensor, low: Tensor, exact: Tensor, name: str = "result") -> None:
+def assert_contract(actual: Tensor, low: Tensor, exact: Tensor, name: str = "result", terms: int = 0) -> None:
     """Holds ``actual`` to the numerical contract against fp64.
 
     Args:
         actual: what the op returned.
         low: the same computation in plain PyTorch at the same dtypes.
         exact: the same computation in fp64 on the same (exactly converted) inputs.
+        terms: as of ``contract_bound``.
     """
     assert actual.shape == exact.shape, f"{name}: shape {tuple(actual.shape)}, expected {tuple(exact.shape)}"
     assert actual.dtype == low.dtype, f"{name}: dtype {actual.dtype}, expected {low.dtype}"
@@ -34,12 +46,13 @@ def assert_contract(actual: Tensor, low: Tensor, exact: Tensor, name: str = "res
         return
     assert torch.isfinite(actual).all(), f"{name}: not finite"
     error = (actual.double() - exact.double()).abs().max().item()
-    bound = contract_bound(low, exact)
+    bound = contract_bound(low, exact, terms)
     assert error <= bound, f"{name}: error {error:.3e} exceeds the contract's {bound:.3e}"
 
 
-MODEL_FACTOR = 4.0
-"""A whole model rounds in many places, and two orders of the same sums then differ by chance; twice the op's allowance."""
+MODEL_FACTOR = 6.0
+"""A whole model rounds in many places, and two orders of the same sums then differ by chance; three times the op's allowance. Twice
+was enough where plain PyTorch's products hold 8 partial sums; with AVX-512 they hold more, and err less than ours beside them."""
 
 
 def assert_model_contract(actual: Tensor, low: Tensor, exact: Tensor, name: str = "result") -> None:
@@ -174,6 +187,9 @@ step's √(1/ᾱ − 1) by 157."""
 ROUNDED_NORM = {"rtol": 2 * 2.0**-8, "atol": 2 * 2.0**-8}
 """Plain PyTorch rounds the norm of a bf16 stream to bf16 before an fp32 modulation, the fused op does not: one rounding of values
 up to 4."""
+
+ROUNDED_MODEL = {"rtol": 4 * 2.0**-8, "atol": 4 * 2.0**-8}
+"""Two bf16 models of a few blocks, of which one rounds its norms so: a rounding more on the way through."""
 
 REORDERING_FACTOR = 16.0
 """Times the furthest of four training runs that add the same numbers in other orders. The tail is long, since AdamW divides a

@@ -344,7 +344,11 @@ __global__ void __launch_bounds__(most_threads(WIDTH), 1) backward_rows(const Ba
     store<VECTORISED>(a.partial, group, chunk + 1, column, width, q);
   }
   if (RESIDUAL && a.residual_sums) {
-    store<VECTORISED>(a.partial, group, chunk + 2, column, width, BRANCH_NORM && !a.branch_weighted ? s : r);
+    // Chosen number by number: a choice between two arrays would put both into memory.
+    if constexpr (BRANCH_NORM) {
+      UNROLL for (int i = 0; i < UNIT; ++i) r.at[i] = a.branch_weighted ? r.at[i] : s.at[i];
+    }
+    store<VECTORISED>(a.partial, group, chunk + 2, column, width, r);
     store<VECTORISED>(a.partial, group, chunk + 3, column, width, s);
   }
 }

@@ -12,7 +12,7 @@ from tests.ops.test_branch_norm import OPS, assert_parity, make_inputs, normed
 from tests.ops.triton_proof.branch_norm_access import PASSES
 from tests.ops.triton_proof.branch_norm_parity import (  # noqa: F401 (they run here on the fixture above)
     test_branch_eps_beside_a_mean_square_of_its_size,
-    test_every_combination_of_optional_arguments,
+    test_each_optional_argument_alone_and_all_but_one,
     test_gradient_through_one_output_alone,
     test_nothing_in_gives_nothing_out_and_zero_gradients,
     test_parity,
