@@ -183,8 +183,8 @@ MUTANTS = {
     "b̂'s share not divided": (NORM, "u[k].at[i] * («along_branch[k] / width»)", "along_branch[k]"),
     "r forgotten in dbranch": (NORM, "dbranch.at[i] = «branch_rstd[k]» * through", "1.0f"),
     "T without b̂": (NORM, "s.at[i] += «u[k].at[i] * stream[k].at[i]»;", "stream[k].at[i]"),
-    "T without a weight lost": (NORM, "width, «BRANCH_NORM && !a.branch_weighted» ? s : r", "false"),
-    "T with a weight twice": (NORM, "width, «BRANCH_NORM && !a.branch_weighted» ? s : r", "BRANCH_NORM"),
+    "T without a weight lost": (NORM, "r.at[i] = «a.branch_weighted» ? r.at[i]", "true"),
+    "T with a weight twice": (NORM, "r.at[i] = «a.branch_weighted» ? r.at[i]", "false"),
     "branch_weight's gradient alone not made": (NORM, "|| wanted[2] >= 0 || «wanted[5] >= 0»;", "false"),
     # ------------------------------------------------------------------------------------------------ sums
     "one term for all": (SUMS, "parts.write(«i * GROUP_THREADS» + threadIdx.x", "0"),
