@@ -21,13 +21,15 @@ FUSED = {"modulate_norm": 1, "gated_residual": 1, "gated_residual_norm": 2, "fin
 """Sites in a call of each op; a norm of the branch is one more."""
 
 _ADDS = (torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__)
-_LAST = ("norm_out", "norm_final", "final_layer", "all_final_layer", "out_layer", "final_norm", "head")
+_PRODUCTS = (torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__)
+_LAST = ("norm", "norm_out", "norm_final", "final_layer", "all_final_layer", "out_layer", "final_norm", "head")
 
 
 class Sites(TorchFunctionMode):
     """Counts the sites of a model that is as it was written, while it runs on at least two samples.
 
-    A residual sum is one of two tensors of (B, N, D), of the same shape, in a block's own forward.
+    A residual sum is one of two tensors of (B, N, D), of the same shape, in a block's own forward. That of a product of normed rows
+    and a shift is part of a modulation. What has the class of a block in a list is a block.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -35,7 +37,9 @@ class Sites(TorchFunctionMode):
         self.count = 0
         self._inside: list[tuple[str, nn.Module]] = []
         self._names = {id(module): name for name, module in model.named_modules()}
-        self._blocks = {name for name, module in model.named_modules() if _is_listed(model, name)}
+        listed = {name: type(module) for name, module in model.named_modules() if _is_listed(model, name)}
+        self._blocks = {name for name, module in model.named_modules() if type(module) in listed.values()}
+        self._modulated: list[Tensor] = []
         self._handles: list[Any] = []
         for module in model.modules():
             self._handles.append(module.register_forward_pre_hook(self._enter))
@@ -47,17 +51,27 @@ class Sites(TorchFunctionMode):
             handle.remove()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in _ADDS and self._inside and self._inside[-1][0] in self._blocks and _is_sum(*args):
+        result = func(*args, **(kwargs or {}))
+        if not self._inside or self._inside[-1][0] not in self._blocks:
+            return result
+        of_norm = any(value is known for value in args for known in self._modulated)
+        if func in _PRODUCTS and of_norm:
+            self._modulated.append(result)
+        elif func in _ADDS and _is_sum(*args) and not of_norm:
             self.count += 1
-        return func(*args, **(kwargs or {}))
+        return result
 
     def _enter(self, module: nn.Module, args: Any) -> None:
         self._inside.append((self._names[id(module)], module))
+        if self._names[id(module)] in self._blocks:  # its stream may come from a norm in front of it
+            self._modulated.clear()
         if _is_norm(module) and self._counts():
             self.count += 2 if any("NormZeroX" in type(outer).__name__ for _, outer in self._inside[:-1]) else 1
 
-    def _leave(self, *call: Any) -> None:
+    def _leave(self, module: nn.Module, args: Any, result: Any) -> None:
         self._inside.pop()
+        if _is_norm(module):
+            self._modulated.append(result)
 
     def _counts(self) -> bool:
         """Whether a norm that is entered belongs to a block, and not to its attention, or to the last layer."""

@@ -538,6 +538,8 @@ CPU_FLAGS = (
     *("-std=c++20", "-O2", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-ffp-contract=fast", "-Wno-psabi"),
     "-DTORCH_TARGET_VERSION=0x020a000000000000",
 )
+# But in these files, whose results have the bits of two operations.
+UNCONTRACTED = ("sum.cpp",)
 _AVX512 = ("-march=x86-64-v4", "-mprefer-vector-width=512")
 # By machine: the flags of what talks to torch, then those of the kernels for each instruction set of csrc/cpu/isa.h.
 INSTRUCTION_SETS: dict[str, tuple[tuple[str, ...], dict[str, tuple[str, ...]]]] = {
@@ -581,9 +583,10 @@ def cpu_objects(machine: str) -> Iterator[tuple[str, Path, tuple[str, ...]]]:
     host, sets = INSTRUCTION_SETS[machine]
     for file in cpu_sources():
         yield f"{file.stem}.o", file, host
+        whole = ("-ffp-contract=off",) if file.name in UNCONTRACTED else ()
         if "#ifdef DITKERNELS_ISA" in file.read_text(encoding="utf-8"):
             for isa, flags in sets.items():
-                yield f"{file.stem}.{isa}.o", file, (*flags, f"-DDITKERNELS_ISA={isa}")
+                yield f"{file.stem}.{isa}.o", file, (*flags, *whole, f"-DDITKERNELS_ISA={isa}")
 
 
 def build_cpu_library(out: Path, compiler: str, torch: Path, machine: str | None = None, extra: Sequence[str] = ()) -> Path:

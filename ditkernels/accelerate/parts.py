@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ditkernels import ops, reference
 from ditkernels.accelerate import proof
-from ditkernels.accelerate.refusals import Refused, attempted, eps_of, require_plain
+from ditkernels.accelerate.refusals import Refused, attempted, eps_of, keeps_eps, require_plain
 from ditkernels.accelerate.swap import CALLED, Fused
 from ditkernels.models import Stream, carries_stream, closed, gelu_of, mlp_product, product_with_bias, takes_patches, watched
 from ditkernels.ops import dispatch
@@ -22,34 +22,64 @@ T = TypeVar("T", bound=Fused)
 
 
 class Kind(NamedTuple):
-    """What a norm was found to compute, "layernorm" or "rmsnorm", and the class of which that was found."""
+    """What a norm was found to compute, "layernorm" or "rmsnorm", and the class of which that was found.
+
+    Attributes:
+        eps: what was measured, for a norm that keeps none as an attribute.
+    """
 
     norm: str
     found_on: type[nn.Module]
+    eps: float | None = None
 
 
 def kind_of_norm(name: str, norm: nn.Module, width: int) -> Kind:
     """Which norm of the ops a module is, told by what it computes. Raises Refused if none."""
-    eps = eps_of(name, norm)
     parameters = dict(norm.named_parameters())
     if not parameters.keys() <= {"weight", "bias"} or any(p.shape != (width,) for p in parameters.values()):
         raise Refused(f"{name} is {type(norm).__name__} with parameters the ops do not know")
+    kept = keeps_eps(norm)
+    failing = f"{name} is {type(norm).__name__} and does not run"
+    eps = eps_of(name, norm) if kept else attempted(failing, lambda: _measured_eps(name, norm, width))
     trial = proof.duplicate(norm).double()
     proof.randomise(trial)
     x = proof.Draw(torch.float64, proof.device_of(norm)).rows(2, 5, width)
-    want = attempted(f"{name} is {type(norm).__name__} and does not run", lambda: trial(x))
+    want = attempted(failing, lambda: trial(x))
     affine = {key: getattr(trial, key, None) for key in ("weight", "bias")}
     for kind in reference.NORMS:
         error = (reference.normalize(x, **affine, norm=kind, eps=eps) - want).abs().max()
         if error <= proof.WIDE_TOLERANCE[torch.float64] * want.abs().max():
-            return Kind(kind, type(norm))
+            return Kind(kind, type(norm), None if kept else eps)
     raise Refused(f"{name} is {type(norm).__name__}, neither layer norm nor RMS norm")
+
+
+def _measured_eps(name: str, norm: nn.Module, width: int) -> float:
+    """The eps of a norm that keeps it in its code: x / sqrt(x² + eps) of small rows without a mean tells it."""
+    size = 1e-3
+    found = []
+    for dtype in (torch.float64, torch.float32):
+        trial = proof.duplicate(norm).to(dtype)
+        for key, parameter in trial.named_parameters():
+            parameter.data.fill_(float(key == "weight"))
+        row = torch.zeros(width, dtype=dtype, device=proof.device_of(norm))
+        row[: width // 2 * 2] = size * torch.tensor([1.0, -1.0]).repeat(width // 2)
+        root = size / trial(row.expand(1, 1, width)).flatten()[0].item()
+        found.append(root**2 - row.square().mean().item())
+    # Rounding leaves half a percent of an eps of 1e-8, a dtype's own eps is another power of two.
+    if not found[0] > 0 or abs(found[1] / found[0] - 1) > 0.1:
+        raise Refused(f"{name} is {type(norm).__name__} without an eps that is the same for every dtype")
+    return float(f"{found[0]:.2g}")
+
+
+def eps_now(norm: nn.Module, kind: Kind) -> float:
+    """The eps of a norm: as it keeps it now, or as it was measured."""
+    return eps_of("norm", norm) if kind.eps is None else kind.eps
 
 
 def norm_arguments(norm: nn.Module, kind: Kind) -> dict[str, Any]:
     """A norm as the ops take it: its parameters and eps as they are now, so that both can still be changed."""
     weight, bias = getattr(norm, "weight", None), getattr(norm, "bias", None)
-    return {"weight": weight, "bias": bias, "norm": kind.norm, "eps": eps_of("norm", norm)}
+    return {"weight": weight, "bias": bias, "norm": kind.norm, "eps": eps_now(norm, kind)}
 
 
 def normed(stream: Stream, norm: nn.Module, kind: Kind, shift: Tensor | None, scale: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -309,5 +339,5 @@ def finished(
         branch_bias=bias,
         **affine,
         norm=kind.norm,
-        eps=eps_of("norm", norm),
+        eps=eps_now(norm, kind),
     )

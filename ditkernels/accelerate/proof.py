@@ -312,7 +312,7 @@ def _other_lengths(trial: nn.Module, inputs: Inputs, dtype: torch.dtype, tokens:
 
 
 def _original(trial: nn.Module, inputs: Inputs, dtype: torch.dtype, setting: Setting, trace: Trace | None = None) -> Outcome:
-    return attempted(OWN_FAILS, lambda: _run(trial, inputs, dtype, setting, trace))
+    return attempted(OWN_FAILS, lambda: ran_once(trial, inputs, dtype, setting, trace))
 
 
 def _rewired(trial: nn.Module, swaps: Sequence[Swap], inputs: Inputs, dtype: torch.dtype, setting: Setting) -> Outcome:
@@ -321,7 +321,7 @@ def _rewired(trial: nn.Module, swaps: Sequence[Swap], inputs: Inputs, dtype: tor
         own: Any = trial.get_submodule(swaps[-1].path)
         beyond: list[bool] = []
         own._ditkernels[BEYOND] = beyond
-        outcome = attempted("the fused forward fails", lambda: _run(trial, inputs, dtype, setting))
+        outcome = attempted("the fused forward fails", lambda: ran_once(trial, inputs, dtype, setting))
         return outcome._replace(beyond=bool(beyond))
     finally:
         for module in list(trial.modules()):
@@ -329,7 +329,8 @@ def _rewired(trial: nn.Module, swaps: Sequence[Swap], inputs: Inputs, dtype: tor
                 unwire(module)
 
 
-def _run(module: nn.Module, inputs: Inputs, dtype: torch.dtype, setting: Setting, trace: Trace | None = None) -> Outcome:
+def ran_once(module: nn.Module, inputs: Inputs, dtype: torch.dtype, setting: Setting, trace: Trace | None = None) -> Outcome:
+    """What one run comes to, with seeds of its own."""
     device = device_of(module)
     module.train(setting.training)
     draw = Draw(dtype, device, setting)
@@ -374,6 +375,13 @@ def structure(value: Any) -> str:
 def shape_in_words(value: Any) -> str:
     """What a value is, a tensor with its shape."""
     return f"a tensor {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+
+
+def same_bits(got: Outcome, want: Outcome) -> bool:
+    """Whether two runs came to the same, bit for bit, and left the same in every generator."""
+    if got.structure != want.structure or got.generators != want.generators or got.results.keys() != want.results.keys():
+        return False
+    return all(torch.equal(got.results[name], value) for name, value in want.results.items())
 
 
 def _difference(got: Outcome, want: Outcome, tolerance: float) -> str | None:

@@ -90,6 +90,11 @@ def require_children(module: nn.Module, *names: str) -> None:
         raise Refused(f"{type(module).__name__} has no {', '.join(missing)}")
 
 
+def keeps_eps(norm: nn.Module) -> bool:
+    """Whether a norm has its eps as an attribute."""
+    return any(hasattr(norm, key) for key in _EPS_NAMES)
+
+
 def eps_of(name: str, norm: nn.Module) -> float:
     """The eps of a norm; raises Refused where it has none, or one that depends on the dtype."""
     for key in _EPS_NAMES:

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from itertools import groupby
 
 _WIDTH = 100
+EXACTLY = "with the bits of the original, which runs under gradients"
+
 _INDEX = re.compile(r"\.(\d+)(?=\.|$)")
 
 
@@ -37,10 +39,15 @@ class Part:
 
 @dataclass(frozen=True)
 class Report:
-    """What was fused, and what was left and why. ``str()`` gives a line a part, equal neighbours of a list in one."""
+    """What was fused, and what was left and why. ``str()`` gives a line a part, equal neighbours of a list in one.
+
+    Attributes:
+        promise: what is kept beyond agreement to rounding.
+    """
 
     model: str
     parts: tuple[Part, ...]
+    promise: str = ""
 
     @property
     def fused(self) -> tuple[Part, ...]:
@@ -55,7 +62,8 @@ class Report:
     def __str__(self) -> str:
         rows = [(_range([p.name for p in parts]), said) for said, parts in self._runs()]
         width = max((len(name) for name, _ in rows), default=0)
-        head = f"ditkernels.accelerate: {self.model}, {len(self.fused)} parts fused, {len(self.left)} left"
+        counts = f"{self.model}, {len(self.fused)} parts fused, {len(self.left)} left"
+        head = f"ditkernels.accelerate: {', '.join(filter(None, (counts, self.promise)))}"
         lines = [(name if first else "", line) for name, said in rows for first, line in zip([True, *[False] * len(said)], said)]
         return "\n".join([head, *(f"  {name:<{width}}  {line}" for name, line in lines)])
 

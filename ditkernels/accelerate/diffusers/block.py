@@ -154,7 +154,12 @@ def plan_part(part: Any, mixin: type[ByClass], calls: Calls) -> Planned:
     refuse_intercepted(part)
     refuse_random(part)
     kinds = dict(_kinds(part, mixin))
-    settings: dict[str, Any] = {NORMS: kinds, READ: tuple(kinds), CALLED: tuple(_called(part, tuple(kinds))), **_parameters(part)}
+    settings: dict[str, Any] = {
+        NORMS: kinds,
+        READ: tuple(kinds),
+        CALLED: tuple(called_in(part, tuple(kinds))),
+        **parameters_of(part),
+    }
     names = settings[NAMES]
 
     def guess(draw: proof.Draw) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -188,17 +193,17 @@ def width_of(path: str, norm: Any) -> int:
     return int(shape[0])
 
 
-def _called(part: nn.Module, read: tuple[str, ...], prefix: str = "") -> Iterator[str]:
+def called_in(part: nn.Module, read: tuple[str, ...], prefix: str = "") -> Iterator[str]:
     """The modules that are called: all but the norms, and what holds these."""
     for name, child in part.named_children():
         path = joined(prefix, name)
         if any(norm.startswith(f"{path}.") for norm in read):
-            yield from _called(child, read, path)
+            yield from called_in(child, read, path)
         elif path not in read:
             yield path
 
 
-def _parameters(part: nn.Module) -> dict[str, Any]:
+def parameters_of(part: nn.Module) -> dict[str, Any]:
     """What the original's forward takes."""
     parameters = inspect.signature(part.forward).parameters.values()
     named = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
