@@ -29,7 +29,8 @@ class Sites(TorchFunctionMode):
     """Counts the sites of a model that is as it was written, while it runs on at least two samples.
 
     A residual sum is one of two tensors of (B, N, D), of the same shape, in a block's own forward. That of a product of normed rows
-    and a shift is part of a modulation. What has the class of a block in a list is a block.
+    and a shift is part of a modulation, and that of such a product and the stream is not: there a branch is normed before its gate.
+    What has the class of a block in a list is a block.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -40,6 +41,7 @@ class Sites(TorchFunctionMode):
         listed = {name: type(module) for name, module in model.named_modules() if _is_listed(model, name)}
         self._blocks = {name for name, module in model.named_modules() if type(module) in listed.values()}
         self._modulated: list[Tensor] = []
+        self._stream: list[Any] = []
         self._handles: list[Any] = []
         for module in model.modules():
             self._handles.append(module.register_forward_pre_hook(self._enter))
@@ -57,14 +59,16 @@ class Sites(TorchFunctionMode):
         of_norm = any(value is known for value in args for known in self._modulated)
         if func in _PRODUCTS and of_norm:
             self._modulated.append(result)
-        elif func in _ADDS and _is_sum(*args) and not of_norm:
+        elif func in _ADDS and _is_sum(*args) and (not of_norm or any(value is known for value in args for known in self._stream)):
             self.count += 1
+            self._stream.append(result)
         return result
 
     def _enter(self, module: nn.Module, args: Any) -> None:
         self._inside.append((self._names[id(module)], module))
         if self._names[id(module)] in self._blocks:  # its stream may come from a norm in front of it
             self._modulated.clear()
+            self._stream = list(args)
         if _is_norm(module) and self._counts():
             self.count += 2 if any("NormZeroX" in type(outer).__name__ for _, outer in self._inside[:-1]) else 1
 
