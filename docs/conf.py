@@ -35,8 +35,6 @@ autodoc_member_order = "bysource"
 autodoc_preserve_defaults = True
 autodoc_typehints = "description"
 autodoc_typehints_description_target = "documented"
-# Types that appear in signatures: torch has a site of its own, and no network is asked while this one is built.
-nitpicky = False
 
 # Pages that lie elsewhere in the source tree, by the name that they have in the site: there a short page stands for each.
 ELSEWHERE = {

@@ -53,7 +53,7 @@ TOY = {
     r"input_size=32": "input_size=8",
     r"torch.randn\(2, 4, 32, 32\)": "torch.randn(2, 4, 8, 8)",
     r'"logsnr20"': '"logsnr2"',
-    r"timestep_respacing|create_diffusion\(\"(250|50)\"\)": 'create_diffusion("2")',
+    r"create_diffusion\(\"(250|50)\"\)": 'create_diffusion("2")',
     r"Inception\(weights\).cuda\(\)": "inception",
     r'\.to\("cuda"\)': "",
     r"\[207, 360\]": "[2, 7]",

@@ -271,7 +271,7 @@ def _benchmark(name: str, runs: dict[str, Run], dry: bool, library: dict[str, st
     if dry:
         flags = f"--rounds 2 --device cpu {TOYS[script]}"
     command = ["python", "-m", f"benchmarks.speed.{script}", *flags.split()]
-    # What the host needs is measured whole, and goes on after no rows.
+    # host.py writes its rows when all are there, so it cannot go on after some of them.
     return Stage(name, command, limit, rows=script != "host", benchmark=True, environment=library)
 
 

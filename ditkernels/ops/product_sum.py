@@ -16,7 +16,7 @@ from torch import Tensor
 from ditkernels.ops import _native
 from ditkernels.ops.settings import backend_setting
 
-_TRITON = "ditkernels.ops.product_sum_triton"
+_TRITON = f"{__name__}_triton"
 
 
 def server(device: torch.device) -> str | None:

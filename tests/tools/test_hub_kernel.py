@@ -66,6 +66,7 @@ def test_it_has_the_layout_of_a_universal_kernel(repository: Path) -> None:
         assert metadata["digest"] == {"algorithm": "sha256", "files": found}
         text = "".join(path.read_text(encoding="utf-8") for path in files)
         assert "from ditkernels" not in text
+        assert '"ditkernels.' not in text  # the name of a module
         assert "torch.ops.ditkernels" not in text
     assert len(names) == 3
 
